@@ -1,14 +1,14 @@
 """Every error l4pack raises on purpose, each with a hint and the exit code it ends a command with.
 
-    L4packError              1   a check found something, or a job failed
-      UsageError             2   the command, recipe or format can't be understood
-        RecipeError          2   a recipe or format file is wrong (names the key)
-      BudgetError            3   it does not fit the memory or disk given
-      SourceError            4   the source checkpoint is damaged, incomplete or not Llama 4
-      HubError               5   network or Hub
-      QualityError           6   a quality gate was missed
-      LicenceError           7   licence or naming rule broken
-      StoppedError          75   stopped safely; the same command goes on
+L4packError              1   a check found something, or a job failed
+  UsageError             2   the command, recipe or format can't be understood
+    RecipeError          2   a recipe or format file is wrong (names the key)
+  BudgetError            3   it does not fit the memory or disk given
+  SourceError            4   the source checkpoint is damaged, incomplete or not Llama 4
+  HubError               5   network or Hub
+  QualityError           6   a quality gate was missed
+  LicenceError           7   licence or naming rule broken
+  StoppedError          75   stopped safely; the same command goes on
 """
 
 from __future__ import annotations

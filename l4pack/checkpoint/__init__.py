@@ -1,0 +1,1 @@
+"""Reading checkpoints, writing shards, and the journal of a job."""

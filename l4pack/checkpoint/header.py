@@ -1,0 +1,108 @@
+"""safetensors headers, bounded before they are believed.
+
+A safetensors file is an 8-byte little-endian header length, a JSON header, and the tensors' bytes without gaps
+(https://github.com/huggingface/safetensors, "Format"). The safetensors library checks a file by mapping it; here the
+same rules are checked on the header alone, so that a plan reads no weights.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from l4pack.errors import SourceError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+LENGTH_BYTES = 8
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: the file it is in, and its bytes' place counted from the start of that file."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def read_header(path: Path, file: str) -> dict[str, TensorEntry]:
+    """The tensors of a safetensors file by name, in file order. Raises SourceError when the header can't be true."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+            if size < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+                _bad(file, f"claims a header of {length:,} bytes in a file of {size:,}")
+            raw = stream.read(length)
+    except OSError as error:
+        raise SourceError(f"{file}: {error.strerror}", hint="check the file, or download it again") from error
+    return parse_header(raw, size - LENGTH_BYTES - length, file)
+
+
+def parse_header(raw: bytes, data_bytes: int, file: str) -> dict[str, TensorEntry]:
+    """Read the JSON part of a header of a file that holds `data_bytes` bytes of tensors. Raises SourceError."""
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        _bad(file, f"has a header that is not valid JSON ({error})")
+    if not isinstance(header, dict):
+        _bad(file, "has a header that is not an object")
+    header.pop("__metadata__", None)
+    base = LENGTH_BYTES + len(raw)
+    entries = [_entry(name, value, base, file) for name, value in header.items()]
+    entries.sort(key=lambda entry: (entry.start, entry.nbytes))
+    _check_gapless(entries, base, data_bytes, file)
+    return {entry.name: entry for entry in entries}
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a name appears twice")
+    return keys
+
+
+def _entry(name: str, value: Any, base: int, file: str) -> TensorEntry:
+    match value:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)]}:
+            pass
+        case _:
+            _bad(file, f"describes tensor {name} wrongly")
+    if dtype not in DTYPE_BITS:
+        _bad(file, f"gives tensor {name} the unknown dtype {dtype!r}")
+    if not all(type(size) is int and 0 <= size < 2**48 for size in shape) or len(shape) > 8:
+        _bad(file, f"gives tensor {name} an impossible shape")
+    nbytes = DTYPE_BITS[dtype] // 8
+    for size in shape:
+        nbytes *= size
+    if start < 0 or end - start != nbytes:
+        _bad(file, f"gives tensor {name} {end - start:,} bytes; {dtype} {shape} needs {nbytes:,}")
+    return TensorEntry(name, file, dtype, tuple(shape), base + start, nbytes)
+
+
+def _check_gapless(entries: list[TensorEntry], base: int, data_bytes: int, file: str) -> None:
+    place = base
+    for entry in entries:
+        if entry.start != place:
+            what = "overlaps another tensor" if entry.start < place else "leaves a gap before it"
+            _bad(file, f"places tensor {entry.name} so that it {what}")
+        place += entry.nbytes
+    if place - base != data_bytes:
+        kind = "truncated" if place - base > data_bytes else "longer than its header says"
+        _bad(
+            file,
+            f"is {kind}: its header describes {place - base:,} bytes of tensors, the file holds {data_bytes:,}",
+        )
+
+
+def _bad(file: str, what: str) -> NoReturn:
+    raise SourceError(f"{file} {what}", hint="the file is damaged or incomplete: download it again")

@@ -1,0 +1,283 @@
+"""A checkpoint to read from: a folder, a Hub cache folder, a Hub repository, a bare config.json or a known model.
+
+Opening one reads `config.json`, the index and the headers; never a weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from l4pack.checkpoint.header import TensorEntry, read_header
+from l4pack.errors import SourceError
+from l4pack.model.config import KNOWN_MODELS, Llama4Config, known_config, load_config
+from l4pack.model.tensors import Catalogue, Naming, catalogue
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_INDEX_BYTES = 100_000_000
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
+_NOT_CARRIED = {"config.json", INDEX_NAME, "README.md", "l4pack-manifest.json", "accuracy.json"}
+
+
+class Store(Protocol):
+    """Where the files of a checkpoint are."""
+
+    def path(self, file: str) -> Path:
+        """A local path to the file, fetched first if need be."""
+        ...
+
+    def release(self, file: str) -> None:
+        """Say that the file's weights are used up and it need not be kept."""
+        ...
+
+    def identity(self, file: str) -> str:
+        """Something that changes when the file does."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalStore:
+    """A folder on this machine; Hub cache folders (symbolic links) too."""
+
+    folder: Path
+
+    def path(self, file: str) -> Path:
+        """The file's path."""
+        return self.folder / file
+
+    def release(self, file: str) -> None:
+        """Nothing: a source is never touched."""
+
+    def identity(self, file: str) -> str:
+        """Size and time of last change, in nanoseconds."""
+        status = self.path(file).stat()
+        return f"{status.st_size}:{status.st_mtime_ns}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: configuration, every tensor's place, and the other files that belong to it.
+
+    `entries` is empty for a bare configuration, from which a plan can be made but nothing read.
+    """
+
+    name: str
+    config: Llama4Config
+    entries: Mapping[str, TensorEntry]
+    companions: Mapping[str, int] = field(default_factory=dict)  # file name -> bytes
+    store: Store | None = None
+    revision: str | None = None
+
+    @property
+    def bare(self) -> bool:
+        """Whether there is a configuration only."""
+        return not self.entries
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    @cached_property
+    def shards(self) -> tuple[str, ...]:
+        """Names of the weight files, sorted."""
+        return tuple(sorted({entry.file for entry in self.entries.values()}))
+
+    @cached_property
+    def layout(self) -> Catalogue:
+        """The catalogue these tensors follow, checked name by name. Raises SourceError where they disagree."""
+        if self.bare:
+            return catalogue(self.config)
+        found = detect_layout(self.config, self.entries)
+        check_layout(found, self.entries)
+        return found
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over configuration, headers and the files' identities: changes when the source does."""
+        digest = hashlib.sha256(json.dumps(self.config.raw, sort_keys=True).encode())
+        for entry in sorted(self.entries.values(), key=lambda entry: entry.name):
+            digest.update(repr(entry).encode())
+        if self.store is not None:
+            for file in (*self.shards, *sorted(self.companions)):
+                digest.update(f"{file}={self.store.identity(file)}".encode())
+        return digest.hexdigest()
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """Open a checkpoint folder. Raises SourceError."""
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is not a folder", hint="give a checkpoint folder, or ORG/NAME of a Hub repository")
+    if not (folder / "config.json").is_file():
+        raise SourceError(
+            f"{folder} has no config.json", hint="point at the folder that holds config.json and the shards"
+        )
+    config = load_config(folder / "config.json")
+    files = shard_names(folder)
+    entries = merge_headers({file: read_header(folder / file, file) for file in files.shards}, files.weight_map)
+    return Checkpoint(str(folder), config, entries, _companions(folder), LocalStore(folder))
+
+
+@dataclass(frozen=True)
+class ShardNames:
+    """The weight files of a checkpoint, and what its index says of them (None without an index)."""
+
+    shards: tuple[str, ...]
+    weight_map: Mapping[str, str] | None
+
+
+def shard_names(folder: Path) -> ShardNames:
+    """The weight files a folder's index names, or its single file. Raises SourceError."""
+    index = folder / INDEX_NAME
+    if index.is_file():
+        if index.stat().st_size > MAX_INDEX_BYTES:
+            raise SourceError(f"{INDEX_NAME} is implausibly large", hint="download it again")
+        weight_map = parse_index(index.read_bytes())
+        missing = [file for file in sorted(set(weight_map.values())) if not (folder / file).is_file()]
+        if missing:
+            raise SourceError(
+                f"{len(missing)} of {len(set(weight_map.values()))} shards are missing, the first is {missing[0]}",
+                hint="download the missing shards",
+            )
+        return ShardNames(tuple(sorted(set(weight_map.values()))), weight_map)
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if found == [SINGLE_NAME] or len(found) == 1:
+        return ShardNames(tuple(found), None)
+    if not found:
+        raise SourceError(f"{folder} holds no safetensors files", hint="l4pack reads safetensors checkpoints only")
+    raise SourceError(f"{folder} has {len(found)} shards but no {INDEX_NAME}", hint=f"download {INDEX_NAME}")
+
+
+def parse_index(raw: bytes) -> dict[str, str]:
+    """The `weight_map` of an index, with every file name inside the folder. Raises SourceError."""
+    try:
+        weight_map = json.loads(raw)["weight_map"]
+        items = dict(weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SourceError(f"{INDEX_NAME} has no readable weight_map", hint="download it again") from error
+    for name, file in items.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.\-]*\.safetensors", file):
+            raise SourceError(
+                f"{INDEX_NAME} places {name} in {file!r}, which is not a shard of this folder",
+                hint="the index was tampered with or damaged: download it again",
+            )
+    if not items:
+        raise SourceError(f"{INDEX_NAME} names no tensor", hint="download it again")
+    return items
+
+
+def merge_headers(
+    headers: Mapping[str, Mapping[str, TensorEntry]], weight_map: Mapping[str, str] | None
+) -> dict[str, TensorEntry]:
+    """All tensors of all shards, checked against the index. Raises SourceError."""
+    entries: dict[str, TensorEntry] = {}
+    for file, header in headers.items():
+        for name, entry in header.items():
+            if name in entries:
+                raise SourceError(
+                    f"{name} is both in {entries[name].file} and in {file}", hint="download the shards again"
+                )
+            entries[name] = entry
+    for name, file in (weight_map or {}).items():
+        if name not in entries or entries[name].file != file:
+            raise SourceError(
+                f"{INDEX_NAME} places {name} in {file}, which does not hold it", hint="download both again"
+            )
+    unlisted = sorted(set(entries) - set(weight_map)) if weight_map else []
+    if unlisted:
+        raise SourceError(
+            f"{entries[unlisted[0]].file} holds {unlisted[0]}, which {INDEX_NAME} does not name",
+            hint="download both again",
+        )
+    return entries
+
+
+def _companions(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.iterdir()) if path.is_file())
+    return {path.name: path.stat().st_size for path in files if is_companion(path.name)}
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of a source belongs in its artifact unchanged (tokenizer, processor, template, licence)."""
+    return name not in _NOT_CARRIED and not name.startswith(".") and not name.endswith(_WEIGHT_SUFFIXES)
+
+
+def detect_layout(config: Llama4Config, names: Iterable[str]) -> Catalogue:
+    """The catalogue for the prefixes and the expert layout that these tensor names show. Raises SourceError."""
+    names = list(names)
+    text = _prefix(names, "embed_tokens.weight")
+    if text is None:
+        raise SourceError(
+            "no token embedding (…embed_tokens.weight) among the tensors", hint="is this the full checkpoint?"
+        )
+    head = _prefix(names, "lm_head.weight")
+    vision, projector = (
+        _prefix(names, "vision_model.class_embedding"),
+        _prefix(names, "multi_modal_projector.linear_1.weight"),
+    )
+    naming = Naming(
+        text=text,
+        head=f"{text.removesuffix('model.') if head is None else head}lm_head",
+        vision=f"{vision or ''}vision_model.",
+        projector=f"{projector or ''}multi_modal_projector.",
+    )
+    return catalogue(config, naming, fused=any(name.endswith(".experts.gate_up_proj") for name in names))
+
+
+def _prefix(names: list[str], ending: str) -> str | None:
+    found = [name.removesuffix(ending) for name in names if name.endswith(ending)]
+    return min(found, key=len) if found else None
+
+
+def check_layout(layout: Catalogue, entries: Mapping[str, TensorEntry]) -> None:
+    """Compare headers with the configuration. Raises SourceError naming tensor, shape found and shape expected."""
+    for name, spec in layout.by_name.items():
+        entry = entries.get(name)
+        if entry is None:
+            continue
+        if entry.shape != spec.shape:
+            raise SourceError(
+                f"{entry.file}: {name} has shape {list(entry.shape)}, config.json makes it {list(spec.shape)}",
+                hint="config.json and the weights are of different models, or the layout is not a Llama 4 one",
+            )
+        if entry.dtype not in WEIGHT_DTYPES:
+            raise SourceError(
+                f"{entry.file}: {name} is {entry.dtype}; l4pack reads {', '.join(WEIGHT_DTYPES)}",
+                hint="start from the original, unquantized checkpoint",
+            )
+    _complete(layout, entries)
+
+
+def _complete(layout: Catalogue, entries: Mapping[str, TensorEntry]) -> None:
+    missing = [name for name in layout.by_name if name not in entries]
+    if missing:
+        raise SourceError(
+            f"{len(missing)} tensors that config.json implies are missing, the first is {missing[0]}",
+            hint="download the checkpoint again, or check that config.json belongs to it",
+        )
+    unknown = sorted(name for name in entries if name not in layout.by_name)
+    if unknown:
+        raise SourceError(
+            f"{len(unknown)} tensors are not part of Llama 4, the first is {unknown[0]} in {entries[unknown[0]].file}",
+            hint="l4pack leaves nothing behind silently: remove them, or check that config.json belongs to the weights",
+        )
+
+
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*)(?:@([\w.\-/]+))?")
+
+
+def open_bare(text: str) -> Checkpoint | None:
+    """A checkpoint of a known model's name or a bare `config.json`, or None when `text` is neither."""
+    if text.lower() in KNOWN_MODELS:
+        return Checkpoint(text.lower(), known_config(text.lower()), {})
+    path = Path(text)
+    if path.is_file() and path.suffix == ".json":
+        return Checkpoint(text, load_config(path), {})
+    return None

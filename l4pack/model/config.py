@@ -1,0 +1,199 @@
+"""A Llama 4 `config.json`, read without transformers: old and new spellings, and the defaults transformers fills in.
+
+Field names and defaults are those of transformers' `Llama4TextConfig` and `Llama4VisionConfig`; a test compares them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+
+from l4pack.errors import SourceError
+from l4pack.resources import data_text
+
+MULTIMODAL, TEXT_ONLY = "llama4", "llama4_text"
+MAX_CONFIG_BYTES = 4 * 1024**2
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+# Bounds that any real model keeps, so that a hostile config can't ask for a billion names.
+Count = Annotated[int, Field(gt=0, le=65536)]
+Size = Annotated[int, Field(gt=0, le=16_777_216)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+
+class TextConfig(_Section):
+    """The language model's numbers."""
+
+    vocab_size: Size = 202048
+    hidden_size: Size = 5120
+    intermediate_size: Size = 8192
+    intermediate_size_mlp: Size = 16384
+    num_hidden_layers: Annotated[int, Field(gt=0, le=1024)] = 48
+    num_attention_heads: Count = 40
+    num_key_value_heads: Count = 8
+    head_dim: Count = 128
+    num_local_experts: Annotated[int, Field(gt=0, le=4096)] = 16
+    num_experts_per_tok: Count = 1
+    moe_layers_listed: list[int] | None = Field(default=None, validation_alias=AliasChoices("moe_layers"))
+    interleave_moe_layer_step: Count = 1
+    no_rope_layers_listed: list[int] | None = Field(default=None, validation_alias=AliasChoices("no_rope_layers"))
+    no_rope_layer_interval: Count = 4
+    attention_chunk_size: Size | None = 8192
+    max_position_embeddings: int = Field(default=131072, gt=0)
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    use_qk_norm: bool = True
+    attn_temperature_tuning: bool | int = True
+    rms_norm_eps: float = 1e-5
+
+    @cached_property
+    def moe_layers(self) -> frozenset[int]:
+        """Indices of the layers with routed experts."""
+        if self.moe_layers_listed is not None:
+            return frozenset(self.moe_layers_listed)
+        step = self.interleave_moe_layer_step
+        return frozenset(range(step - 1, self.num_hidden_layers, step))
+
+    @cached_property
+    def rope_layers(self) -> frozenset[int]:
+        """Indices of the layers with rotary positions and chunked attention.
+
+        `no_rope_layers` is named the wrong way round: 1 means the layer HAS rotary positions. An empty list counts
+        as absent, as in transformers.
+        """
+        count = self.num_hidden_layers
+        flags = self.no_rope_layers_listed or [int((i + 1) % self.no_rope_layer_interval != 0) for i in range(count)]
+        return frozenset(i for i, flag in enumerate(flags[:count]) if flag)
+
+
+class VisionConfig(_Section):
+    """The vision tower's numbers. transformers' defaults are not Scout's values: real configs list all of them."""
+
+    hidden_size: Size = 768
+    num_hidden_layers: Annotated[int, Field(gt=0, le=1024)] = 34
+    num_attention_heads: Count = 16
+    num_channels: Count = 3
+    intermediate_size: Size = 5632
+    vision_output_dim: Size = 7680
+    image_size: Count = 448
+    patch_size: Count = 14
+    pixel_shuffle_ratio: float = 0.5
+    projector_input_dim: Size = 4096
+    projector_output_dim: Size = 4096
+    multi_modal_projector_bias: bool = False
+
+    @property
+    def patches(self) -> int:
+        """Patches of one tile, without the class token."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class Llama4Config(BaseModel):
+    """A whole configuration: the text model, the vision tower if there is one, and the JSON it came from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: TextConfig
+    vision: VisionConfig | None
+    dtype: str | None
+    raw: dict[str, Any]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the checkpoint says that it is quantized already."""
+        return bool(self.raw.get("quantization_config") or self.raw.get("compression_config"))
+
+
+def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> Llama4Config:
+    """Read a `config.json` object. Raises SourceError naming the key when it is not Llama 4 or has a wrong value."""
+    kind = raw.get("model_type")
+    if kind not in (MULTIMODAL, TEXT_ONLY):
+        raise SourceError(
+            f"{where}: model_type is {kind!r}, not a Llama 4 model",
+            hint=f"l4pack reads model_type '{MULTIMODAL}' or '{TEXT_ONLY}'",
+        )
+    text = _mapping(raw.get("text_config") or {}, where, "text_config") if kind == MULTIMODAL else raw
+    vision = raw.get("vision_config") if kind == MULTIMODAL else None
+    config = Llama4Config(
+        text=_validated(TextConfig, _with_tie(text, raw), f"{where}: text_config" if kind == MULTIMODAL else where),
+        vision=_validated(VisionConfig, _mapping(vision, where, "vision_config"), f"{where}: vision_config")
+        if vision is not None
+        else None,
+        dtype=_dtype(raw, text),
+        raw=dict(raw),
+    )
+    _check(config, where)
+    return config
+
+
+def load_config(path: Path) -> Llama4Config:
+    """Read a `config.json` file. Raises SourceError."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise SourceError(f"{path}: larger than any config.json", hint="point at a Llama 4 checkpoint folder")
+        raw = json.loads(path.read_bytes())
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}", hint="point at a folder with a config.json") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: not JSON ({error})", hint="download config.json again") from error
+    return parse_config(_mapping(raw, str(path), "the file"), str(path))
+
+
+KNOWN_MODELS = ("llama-4-scout", "llama-4-maverick")
+
+
+def known_config(name: str) -> Llama4Config:
+    """The configuration of a model of KNOWN_MODELS, from data shipped with the package."""
+    return parse_config(json.loads(data_text("model", "configs", f"{name}.json")), name)
+
+
+def _mapping(value: Any, where: str, key: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise SourceError(f"{where}: {key} is not an object", hint="download config.json again")
+    return value
+
+
+def _with_tie(text: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {"tie_word_embeddings": raw.get("tie_word_embeddings", False), **text}
+
+
+def _dtype(raw: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:
+    for section in (raw, text):
+        value = section.get("dtype") or section.get("torch_dtype")
+        if isinstance(value, str):
+            return value.removeprefix("torch.")
+    return None
+
+
+def _validated(kind: type[SectionT], values: Mapping[str, Any], where: str) -> SectionT:
+    try:
+        return kind.model_validate({key: value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise SourceError(
+            f"{where}.{key}: {first['msg']}", hint="compare with the model's original config.json"
+        ) from None
+
+
+def _check(config: Llama4Config, where: str) -> None:
+    text = config.text
+    layers = text.moe_layers_listed or []
+    if any(not 0 <= layer < text.num_hidden_layers for layer in layers):
+        raise SourceError(
+            f"{where}: moe_layers names a layer outside 0..{text.num_hidden_layers - 1}",
+            hint="compare with the model's original config.json",
+        )
+    if text.num_attention_heads % text.num_key_value_heads:
+        raise SourceError(
+            f"{where}: {text.num_attention_heads} attention heads can't share {text.num_key_value_heads} key-value heads",
+            hint="compare with the model's original config.json",
+        )

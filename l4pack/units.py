@@ -1,0 +1,54 @@
+"""Printing and reading byte counts, durations and rates."""
+
+from __future__ import annotations
+
+import re
+
+from l4pack.errors import UsageError
+
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
+_SUFFIXES = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": KIB,
+    "MIB": MIB,
+    "GIB": GIB,
+    "TIB": 1024**4,
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes meant by `1500000`, `4GB` or `3.5GiB`. Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    factor = _SUFFIXES.get(match[2].upper()) if match else None
+    if match is None or factor is None:
+        raise UsageError(f"'{text}' is not a size", hint="write a number and a unit, for example 4GB or 1.5GiB")
+    return int(float(match[1]) * factor)
+
+
+def human_bytes(count: float) -> str:
+    """Decimal bytes for people: `64.87 GB`, `512 B`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def human_gib(count: float) -> str:
+    """Binary gibibytes, the unit drivers report device memory in: `60.42 GiB`."""
+    return f"{count / GIB:.2f} GiB"
+
+
+def human_seconds(seconds: float) -> str:
+    """`8 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
