@@ -194,6 +194,6 @@ def _check(config: Llama4Config, where: str) -> None:
         )
     if text.num_attention_heads % text.num_key_value_heads:
         raise SourceError(
-            f"{where}: {text.num_attention_heads} attention heads can't share {text.num_key_value_heads} key-value heads",
+            f"{where}: num_attention_heads {text.num_attention_heads} is no multiple of num_key_value_heads",
             hint="compare with the model's original config.json",
         )

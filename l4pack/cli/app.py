@@ -1,0 +1,35 @@
+"""The Typer application: every command is registered here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from l4pack import __version__
+from l4pack.cli import console
+
+app = typer.Typer(
+    name="l4pack",
+    help="Turn a full Llama 4 checkpoint into a verified Int4 or FP8 artifact, on hardware far smaller than the model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.show(f"l4pack {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    del version

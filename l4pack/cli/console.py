@@ -1,0 +1,112 @@
+"""The one place that talks to the terminal: results on stdout, talk and progress on stderr, JSON on request.
+
+Talk and progress appear only when stderr is a terminal, so a pipe or a CI log holds results and errors alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from l4pack.units import human_bytes
+
+PIPED_WIDTH = 120
+
+
+def _console(*, stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else PIPED_WIDTH, highlight=False, soft_wrap=False)
+
+
+def show(*items: RenderableType) -> None:
+    """Print a result for people on stdout."""
+    console = _console(stderr=False)
+    for item in items:
+        console.print(item)
+
+
+def show_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object on stdout, and nothing else."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def say(message: str) -> None:
+    """Talk: a line on stderr, only when a person watches."""
+    if sys.stderr.isatty():
+        _console(stderr=True).print(message)
+
+
+def error(message: str, hint: str = "") -> None:
+    """One line that says what and where, and a hint that says what to do."""
+    sys.stderr.write(f"error: {_one_line(message)}\n")
+    if hint:
+        sys.stderr.write(f"hint: {_one_line(hint)}\n")
+
+
+def _one_line(text: str) -> str:
+    printable = "".join(char if char.isprintable() else " " for char in text)
+    return " ".join(printable.split())
+
+
+def table(*headings: str, title: str | None = None) -> Table:
+    """A plain table; headings that start with '>' are right-aligned."""
+    result = Table(
+        title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0)
+    )
+    for heading in headings:
+        right = heading.startswith(">")
+        result.add_column(heading.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+    return result
+
+
+def plain(text: object) -> str:
+    """Text that comes from outside, with rich's markup and control characters taken out of force."""
+    return escape(_one_line(str(text)))
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{human_bytes(task.speed)}/s" if task.speed else "", style="cyan")
+
+
+class _Amount(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{human_bytes(task.completed)} of {human_bytes(task.total or 0)}")
+
+
+class Bar:
+    """A progress bar counted in bytes."""
+
+    def __init__(self, progress: Progress | None, total: int, label: str) -> None:
+        self._progress = progress
+        self._task = progress.add_task(label, total=total) if progress else None
+
+    def advance(self, nbytes: int) -> None:
+        """Count `nbytes` more as done."""
+        if self._progress is not None and self._task is not None:
+            self._progress.advance(self._task, nbytes)
+
+    def label(self, text: str) -> None:
+        """Change what the bar says it is doing."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=text)
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Bar]:
+    """A bar with throughput and time left, on stderr when a person watches."""
+    if not sys.stderr.isatty():
+        yield Bar(None, total, label)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), _Amount(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=_console(stderr=True), transient=True) as bars:
+        yield Bar(bars, total, label)

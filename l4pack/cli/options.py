@@ -1,0 +1,39 @@
+"""Options that mean the same in every command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Checkpoint folder, ORG/NAME[@REVISION] on the Hub, a config.json, or llama-4-scout / llama-4-maverick.",
+        show_default=False,
+    ),
+]
+Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="Artifact folder.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object (bytes and seconds as numbers).")]
+RecipeName = Annotated[
+    str,
+    typer.Option("--recipe", "-r", metavar="NAME|FILE", help="A shipped recipe or a YAML file; see `l4pack recipes`."),
+]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to make; it appears when it is complete.")
+]
+MaxRam = Annotated[
+    str | None,
+    typer.Option(
+        "--max-ram", metavar="SIZE", help="Most memory the job may take, for example 4GB.", show_default=False
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option("--against", metavar="SOURCE", help="The original checkpoint to compare with.", show_default=False),
+]
+DeviceName = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="For example h100 or 8xh100; see `l4pack devices`.")
+]
