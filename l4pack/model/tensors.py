@@ -142,6 +142,16 @@ def canonical_naming(config: Llama4Config) -> Naming:
     return TEXT_ONLY_NAMING if config.vision is None else MULTIMODAL_NAMING
 
 
+def rename(name: str, old: Naming, new: Naming) -> str:
+    """A tensor's name with one checkpoint's prefixes exchanged for another's."""
+    head = f"{old.head}."
+    pairs = [(head, f"{new.head}."), (old.vision, new.vision), (old.projector, new.projector), (old.text, new.text)]
+    for prefix, replacement in pairs:
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
+    raise ValueError(f"{name} has none of the prefixes of its checkpoint")
+
+
 def _linears(text: TextConfig, naming: Naming, layer: int, fused: bool) -> Iterator[Linear]:
     prefix = f"{naming.text}layers.{layer}."
     for projection, (out_features, in_features) in _attention_shapes(text).items():

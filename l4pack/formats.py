@@ -1,0 +1,161 @@
+"""On-disk formats, read from `formats/*.yaml`: which tensors stand for one quantized matrix, and who reads them.
+
+The planner, the writer and the verifier all read the same file, so they can't disagree about a name, dtype or shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from l4pack.checkpoint.header import DTYPE_BITS
+from l4pack.datafile import read_yaml, validate
+from l4pack.errors import RecipeError
+from l4pack.quant.scheme import NumberType, ScaleDtype, Scheme, Strategy
+from l4pack.resources import data_folder
+
+_SCALE_DTYPES = {ScaleDtype.BFLOAT16: "BF16", ScaleDtype.FLOAT16: "F16", ScaleDtype.FLOAT32: "F32"}
+
+SizeText = Annotated[
+    str, Field(pattern=r"^((in|out)(/(pack|group|rows|columns))?|[0-9]+)$", coerce_numbers_to_str=True)
+]
+Condition = Literal["asymmetric", "attention", "block_attention", "static_activations"]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Accepts(_Data):
+    """The schemes a format can hold."""
+
+    type: NumberType
+    num_bits: list[int]
+    strategies: list[Strategy]
+    group_sizes: list[int] = []
+    symmetric: list[bool]
+    activations: list[str]
+
+
+class TensorRule(_Data):
+    """One tensor that stands for (a part of) a quantized matrix."""
+
+    suffix: str
+    dtype: str  # a safetensors dtype, or 'scale' for the scheme's scale dtype
+    shape: dict[Strategy, list[SizeText]]
+    when: Condition | None = None
+
+    @model_validator(mode="after")
+    def _known_dtype(self) -> TensorRule:
+        if self.dtype != "scale" and self.dtype not in DTYPE_BITS:
+            raise ValueError(f"dtype {self.dtype!r} is not a safetensors dtype")
+        return self
+
+
+class Limit(_Data):
+    """A case a runtime does not read rightly."""
+
+    when: Condition
+    says: str
+
+
+class Reader(_Data):
+    """A runtime that reads the format, and what it can't."""
+
+    runtime: str
+    version: str
+    limits: list[Limit] = []
+
+
+class FormatSpec(_Data):
+    """One on-disk format."""
+
+    name: str
+    title: str
+    accepts: Accepts
+    tensors: list[TensorRule]
+    readers: list[Reader]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor's suffix, safetensors dtype and shape."""
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def format_names() -> list[str]:
+    """Names of the shipped formats."""
+    return sorted(path.stem for path in data_folder("formats").glob("*.yaml"))
+
+
+@cache
+def load_format(name: str) -> FormatSpec:
+    """A shipped format by name. Raises RecipeError."""
+    if name not in format_names():
+        raise RecipeError(f"no format is named '{name}'", hint=f"formats: {', '.join(format_names())}")
+    path = data_folder("formats") / f"{name}.yaml"
+    return validate(FormatSpec, read_yaml(path), path.name)
+
+
+def check_accepts(spec: FormatSpec, scheme: Scheme, activations: str, where: str) -> None:
+    """Refuse a scheme the format can't hold. Raises RecipeError naming the key."""
+    accepts = spec.accepts
+    wrong: list[tuple[str, object, object]] = []
+    if scheme.type is not accepts.type:
+        wrong.append(("type", scheme.type.value, [accepts.type.value]))
+    if scheme.num_bits not in accepts.num_bits:
+        wrong.append(("num_bits", scheme.num_bits, accepts.num_bits))
+    if scheme.strategy not in accepts.strategies:
+        wrong.append(("strategy", scheme.strategy.value, [strategy.value for strategy in accepts.strategies]))
+    if scheme.group_size is not None and scheme.group_size not in accepts.group_sizes:
+        wrong.append(("group_size", scheme.group_size, accepts.group_sizes))
+    if scheme.symmetric not in accepts.symmetric:
+        wrong.append(("symmetric", scheme.symmetric, accepts.symmetric))
+    if activations not in accepts.activations:
+        wrong.append(("activations", activations, accepts.activations))
+    if wrong:
+        key, value, allowed = wrong[0]
+        raise RecipeError(f"{where}.{key}: format {spec.name} can't hold {value}", hint=f"it takes {allowed}")
+
+
+def stored_tensors(
+    spec: FormatSpec, scheme: Scheme, out_features: int, in_features: int, source_dtype: str, *, static: bool = False
+) -> list[StoredTensor]:
+    """The tensors that stand for one matrix `[out_features, in_features]`, in the order they are written."""
+    holds = {"asymmetric": not scheme.symmetric, "static_activations": static}
+    sizes = _sizes(scheme, out_features, in_features)
+    scale_dtype = _SCALE_DTYPES.get(scheme.scale_dtype, source_dtype)
+    return [
+        StoredTensor(
+            suffix=rule.suffix,
+            dtype=scale_dtype if rule.dtype == "scale" else rule.dtype,
+            shape=tuple(_size(text, sizes) for text in rule.shape[scheme.strategy]),
+        )
+        for rule in spec.tensors
+        if rule.when is None or holds.get(rule.when, False)
+    ]
+
+
+def _sizes(scheme: Scheme, out_features: int, in_features: int) -> dict[str, int]:
+    rows, columns = scheme.block_structure or (1, in_features)
+    return {
+        "out": out_features,
+        "in": in_features,
+        "pack": scheme.pack_factor,
+        "group": scheme.group_columns(in_features),
+        "rows": rows,
+        "columns": columns,
+    }
+
+
+def _size(text: str, sizes: dict[str, int]) -> int:
+    if text.isdigit():
+        return int(text)
+    dimension, _, divisor = text.partition("/")
+    return -(-sizes[dimension] // (sizes[divisor] if divisor else 1))

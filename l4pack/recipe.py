@@ -1,0 +1,168 @@
+"""Recipes: frozen data that says, by tensor role, which scheme each matrix gets. Unknown keys are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from difflib import get_close_matches
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from l4pack.datafile import read_yaml, validate
+from l4pack.errors import RecipeError
+from l4pack.formats import check_accepts, load_format
+from l4pack.model.tensors import QUANTIZABLE, Role
+from l4pack.quant.scheme import Scheme
+from l4pack.resources import data_folder
+
+KEEP = "keep"
+MAX_EXTENDS = 8
+
+
+class Method(StrEnum):
+    """How the levels are chosen."""
+
+    RTN = "rtn"
+
+
+class Activations(StrEnum):
+    """What a runtime does to the inputs of a matrix."""
+
+    NONE = "none"
+    DYNAMIC_TOKEN = "dynamic_token"
+    DYNAMIC_GROUP = "dynamic_group"
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RecipeScheme(Scheme):
+    """A scheme as a recipe writes it: the numbers, the format that holds them, and the method that finds them."""
+
+    format: str
+    method: Method = Method.RTN
+    activations: Activations = Activations.NONE
+
+
+class Rule(_Data):
+    """Tensors by role, and by layer if need be, and the scheme they get."""
+
+    roles: list[Role] | Literal["all"]
+    layers: Annotated[list[int], Field(min_length=1)] | None = None
+    scheme: str
+
+    def matches(self, role: Role, layer: int | None, num_layers: int) -> bool:
+        """Whether the rule speaks of a tensor; negative layers count from the last one."""
+        if self.roles != "all" and role not in self.roles:
+            return False
+        return self.layers is None or layer in {number % num_layers for number in self.layers if number < num_layers}
+
+
+class Gates(_Data):
+    """The least accuracy an artifact must keep."""
+
+    max_kl: Annotated[float, Field(ge=0)] | None = None
+    min_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_perplexity_ratio: Annotated[float, Field(ge=1)] | None = None
+
+
+class Promise(_Data):
+    """What a recipe was made for: checked when the artifact is built."""
+
+    model: str
+    device: str
+    context: Annotated[int, Field(gt=0)]
+    sequences: Annotated[int, Field(gt=0)] = 1
+    kv_dtype: Literal["bfloat16", "fp8"] = "bfloat16"
+    gates: Gates = Gates()
+
+
+class Recipe(_Data):
+    """A whole recipe with every default filled in."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    title: str
+    schemes: Annotated[dict[str, RecipeScheme], Field(min_length=1)]
+    rules: Annotated[list[Rule], Field(min_length=1)]
+    promise: Promise | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if KEEP in self.schemes:
+            raise ValueError(f"schemes: '{KEEP}' is the name for leaving tensors as they are")
+        for number, rule in enumerate(self.rules):
+            self._check_rule(rule, f"rules.{number}")
+        unused = set(self.schemes) - {rule.scheme for rule in self.rules}
+        if unused:
+            raise ValueError(f"schemes.{min(unused)}: no rule uses it")
+        return self
+
+    def _check_rule(self, rule: Rule, where: str) -> None:
+        if rule.scheme == KEEP:
+            return
+        if rule.scheme not in self.schemes:
+            raise ValueError(
+                f"{where}.scheme: '{rule.scheme}' is not one of schemes: {', '.join(self.schemes)}, {KEEP}"
+            )
+        if rule.roles == "all":
+            raise ValueError(f"{where}.roles: 'all' takes scheme '{KEEP}' only; name the roles to quantize")
+        fixed = [role.value for role in rule.roles if role not in QUANTIZABLE]
+        if fixed:
+            raise ValueError(f"{where}.roles: no runtime reads a quantized {fixed[0]}; give it scheme '{KEEP}'")
+
+    def scheme_name(self, role: Role, layer: int | None, num_layers: int) -> str | None:
+        """The scheme's name for a tensor (`keep` included), or None when no rule speaks of it; the first match wins."""
+        for rule in self.rules:
+            if rule.matches(role, layer, num_layers):
+                return rule.scheme
+        return None
+
+    def digest(self) -> str:
+        """Hex SHA-256 of the recipe with every default filled in."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in data_folder("recipes").glob("*.yaml"))
+
+
+def load_recipe(name_or_file: str) -> Recipe:
+    """A shipped recipe by name, or one from a YAML file. Raises RecipeError naming the wrong key."""
+    path = _recipe_path(name_or_file)
+    values = _resolved(path, depth=0)
+    recipe = validate(Recipe, values, path.name)
+    for key, scheme in recipe.schemes.items():
+        check_accepts(load_format(scheme.format), scheme, scheme.activations, f"{path.name}: schemes.{key}")
+    return recipe
+
+
+def _recipe_path(name_or_file: str) -> Path:
+    if name_or_file in recipe_names():
+        return data_folder("recipes") / f"{name_or_file}.yaml"
+    path = Path(name_or_file)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    close = get_close_matches(name_or_file, recipe_names(), n=3, cutoff=0.4) or recipe_names()
+    raise RecipeError(
+        f"no recipe is named '{name_or_file}'", hint=f"did you mean {' or '.join(close)}? or give a .yaml file"
+    )
+
+
+def _resolved(path: Path, depth: int) -> dict[str, Any]:
+    values = read_yaml(path)
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if depth >= MAX_EXTENDS:
+        raise RecipeError(f"{path.name}: extends: more than {MAX_EXTENDS} recipes deep", hint="is there a circle?")
+    if parent not in recipe_names():
+        hint = f"shipped recipes: {', '.join(recipe_names())}"
+        raise RecipeError(f"{path.name}: extends: no shipped recipe is named '{parent}'", hint=hint)
+    inherited = _resolved(data_folder("recipes") / f"{parent}.yaml", depth + 1)
+    inherited.pop("promise", None)
+    return {**inherited, **values}
