@@ -76,15 +76,24 @@ class Scheme(BaseModel):
     def _consistent(self) -> Scheme:
         _refuse(self.strategy is Strategy.GROUP and self.group_size is None, "strategy 'group' needs a group_size")
         _refuse(self.strategy is not Strategy.GROUP and self.group_size is not None, "group_size is for 'group'")
-        _refuse(self.strategy is Strategy.BLOCK and self.block_structure is None, "strategy 'block' needs block_structure")
-        _refuse(self.strategy is not Strategy.BLOCK and self.block_structure is not None, "block_structure is for 'block'")
+        _refuse(
+            self.strategy is Strategy.BLOCK and self.block_structure is None,
+            "strategy 'block' needs block_structure",
+        )
+        _refuse(
+            self.strategy is not Strategy.BLOCK and self.block_structure is not None,
+            "block_structure is for 'block'",
+        )
         if self.type is NumberType.FLOAT:
             _refuse(self.num_bits != 8, "type 'float' means FP8: num_bits must be 8")
             _refuse(not self.symmetric, "FP8 is symmetric")
             _refuse(self.strategy is Strategy.GROUP, "FP8 takes strategy tensor, channel or block")
             _refuse(self.scale_rule is not ScaleRule.FULL_RANGE, "scale_rule 'meta' is for integers")
         else:
-            _refuse(self.strategy not in (Strategy.GROUP, Strategy.CHANNEL), "integers take strategy group or channel")
+            _refuse(
+                self.strategy not in (Strategy.GROUP, Strategy.CHANNEL),
+                "integers take strategy group or channel",
+            )
             _refuse(self.scale_rule is ScaleRule.META and not self.symmetric, "scale_rule 'meta' is symmetric")
         return self
 

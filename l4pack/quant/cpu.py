@@ -1,0 +1,299 @@
+"""Numba kernels: weight blocks as float bit patterns in, ranges, codes or squared errors out.
+
+A block comes as the flat, contiguous memory from its first to its last element plus a row stride, because Numba
+vectorises only what it knows to be contiguous, and a half of a fused tensor is not. Elements are bit patterns, uint16
+for bfloat16 and uint32 for float32. Every kernel is single-threaded, releases the GIL and touches each output row's
+data in an order that does not depend on the other rows.
+
+The in x out kernels walk tiles of TILE contiguous output features, so that every operation is a vector operation along
+them, and write each tile's packed words transposed: no transposed copy of the source is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+TILE = 256  # output features of a tile: 128 rows of 256 codes fill the L1 cache
+CHUNK = 128  # input features coded before their words are written; a multiple of every pack factor
+
+MAGIC = np.float32(1.5 * 2**23)  # float32 spacing here is 1: adding it rounds half to even, the integer in the low bits
+E4M3_LIMIT = np.float32(448.0)
+E4M3_SMALLEST_NORMAL = np.uint32(0x3C800000)  # 2^-6 as float32 bits
+E4M3_SUBNORMAL_MAGIC = np.float32(2.0**14)  # float32 spacing here is 2^-9, that of E4M3 subnormals
+E4M3_SUBNORMAL_BITS = np.uint32(0x46800000)  # the same as bits
+E4M3_REBIAS = np.uint32((127 - 7) << 3)
+
+
+def kernel(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile on first call, into Numba's on-disk cache where a folder for it can be written."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # no writable cache folder at all
+        return numba.njit(**options)(function)  # type: ignore[no-any-return]
+
+
+@kernel
+def _sort_key(pattern: Any, shift: Any) -> Any:
+    """A float's bits as an int32 that orders like the float; infinities and NaN lie outside every finite key."""
+    bits = np.int32(np.uint32(pattern) << shift)
+    return np.int32(bits ^ np.int32(np.uint32(bits >> 31) >> np.uint32(1)))
+
+
+@kernel
+def ranges_in_out(
+    flat: NDArray[Any],
+    stride: int,
+    in_features: int,
+    group: int,
+    low: NDArray[np.int32],
+    high: NDArray[np.int32],
+) -> None:
+    """Sort keys of the smallest and largest value of each group, zero included, into [out, groups]."""
+    shift = np.uint32(32 - 8 * flat.itemsize)
+    smallest = np.empty(TILE, np.int32)
+    largest = np.empty(TILE, np.int32)
+    for first in range(0, low.shape[0], TILE):
+        width = min(TILE, low.shape[0] - first)
+        for g in range(low.shape[1]):
+            smallest[:] = 0
+            largest[:] = 0
+            for i in range(g * group, min((g + 1) * group, in_features)):
+                row = flat[i * stride + first : i * stride + first + width]
+                for c in range(width):
+                    key = _sort_key(row[c], shift)
+                    smallest[c] = min(smallest[c], key)
+                    largest[c] = max(largest[c], key)
+            for c in range(width):
+                low[first + c, g] = smallest[c]
+                high[first + c, g] = largest[c]
+
+
+@kernel
+def ranges_out_in(
+    flat: NDArray[Any],
+    stride: int,
+    in_features: int,
+    group: int,
+    low: NDArray[np.int32],
+    high: NDArray[np.int32],
+) -> None:
+    """As `ranges_in_out`, for a block stored out x in."""
+    shift = np.uint32(32 - 8 * flat.itemsize)
+    for o in range(low.shape[0]):
+        row = flat[o * stride : o * stride + in_features]
+        for g in range(low.shape[1]):
+            smallest = np.int32(0)
+            largest = np.int32(0)
+            for pattern in row[g * group : min((g + 1) * group, in_features)]:
+                key = _sort_key(pattern, shift)
+                smallest = np.int32(min(smallest, key))
+                largest = np.int32(max(largest, key))
+            low[o, g] = smallest
+            high[o, g] = largest
+
+
+@kernel
+def _value(pattern: Any, shift: Any) -> Any:
+    return np.uint32(np.uint32(pattern) << shift).view(np.float32)
+
+
+@kernel
+def _int_code(value: Any, scale: Any, zero: Any, lowest: Any, highest: Any) -> Any:
+    """Level of `value` plus 2^(bits-1), in the low bits."""
+    level = min(max(np.rint(value / scale) + zero, lowest), highest)
+    return np.uint8(np.uint32(np.float32(level + (MAGIC - lowest)).view(np.uint32)))
+
+
+@kernel
+def _e4m3_code(value: Any, scale: Any) -> Any:
+    """E4M3FN code of value / scale, rounded to nearest even and saturated at 448."""
+    bits = np.uint32(np.float32(min(max(value / scale, -E4M3_LIMIT), E4M3_LIMIT)).view(np.uint32))
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    rounded = np.uint32(magnitude + np.uint32(0x7FFFF) + ((magnitude >> np.uint32(20)) & np.uint32(1)))
+    normal = np.uint32((rounded >> np.uint32(20)) - E4M3_REBIAS)
+    shifted = np.float32(np.uint32(magnitude).view(np.float32) + E4M3_SUBNORMAL_MAGIC)
+    subnormal = np.uint32(np.uint32(np.float32(shifted).view(np.uint32)) - E4M3_SUBNORMAL_BITS)
+    code = normal if magnitude >= E4M3_SMALLEST_NORMAL else subnormal
+    return np.uint8(code | ((bits >> np.uint32(24)) & np.uint32(0x80)))
+
+
+@kernel
+def _pack_columns(codes: Any, rows: int, width: int, bits: int, words: Any) -> Any:
+    """Pack `rows` rows of codes, each a column of `width` outputs, into words[word, output]; returns the word count."""
+    per_word = 32 // bits
+    count = (rows + per_word - 1) // per_word
+    codes[rows : count * per_word] = 0
+    for j in range(count):
+        word = words[j]
+        if bits == 4:
+            k = 8 * j
+            c0, c1, c2, c3 = codes[k], codes[k + 1], codes[k + 2], codes[k + 3]
+            c4, c5, c6, c7 = codes[k + 4], codes[k + 5], codes[k + 6], codes[k + 7]
+            for c in range(width):
+                word[c] = (
+                    np.uint32(c0[c] | (c1[c] << 4))
+                    | (np.uint32(c2[c] | (c3[c] << 4)) << 8)
+                    | (np.uint32(c4[c] | (c5[c] << 4)) << 16)
+                    | (np.uint32(c6[c] | (c7[c] << 4)) << 24)
+                )
+        else:
+            c0, c1, c2, c3 = codes[4 * j], codes[4 * j + 1], codes[4 * j + 2], codes[4 * j + 3]
+            for c in range(width):
+                word[c] = (
+                    np.uint32(c0[c]) | (np.uint32(c1[c]) << 8) | (np.uint32(c2[c]) << 16) | (np.uint32(c3[c]) << 24)
+                )
+    return count
+
+
+@kernel
+def _store_transposed(words: Any, packed: Any) -> None:
+    for c in range(packed.shape[0]):
+        target = packed[c]
+        for j in range(target.size):
+            target[j] = words[j, c]
+
+
+@kernel
+def _encode_tile_row(row: Any, s: Any, z: Any, lowest: Any, highest: Any, fp8: bool, code: Any) -> None:
+    """Codes of one input feature of a tile: element c has its own scale and zero point."""
+    shift = np.uint32(32 - 8 * row.itemsize)
+    if fp8:
+        for c in range(row.size):
+            code[c] = _e4m3_code(_value(row[c], shift), s[c])
+    else:
+        for c in range(row.size):
+            code[c] = _int_code(_value(row[c], shift), s[c], z[c], lowest, highest)
+
+
+@kernel
+def encode_in_out(
+    flat: NDArray[Any],
+    stride: int,
+    in_features: int,
+    group: int,
+    scale: NDArray[np.float32],
+    zero: NDArray[np.float32],
+    bits: int,
+    fp8: bool,
+    packed: NDArray[np.uint32],
+) -> None:
+    """Quantize a block with given float32 scale and zero point [out, groups] into packed words [out, words]."""
+    lowest = np.float32(-(1 << (bits - 1)))
+    highest = np.float32((1 << (bits - 1)) - 1)
+    s = np.empty(TILE, np.float32)
+    z = np.empty(TILE, np.float32)
+    codes = np.empty((CHUNK, TILE), np.uint8)
+    words = np.empty((CHUNK // 4, TILE), np.uint32)
+    for first in range(0, packed.shape[0], TILE):
+        width = min(TILE, packed.shape[0] - first)
+        for g in range(scale.shape[1]):
+            for c in range(width):
+                s[c] = scale[first + c, g]
+                z[c] = zero[first + c, g]
+            end = min((g + 1) * group, in_features)
+            for start in range(g * group, end, CHUNK):
+                rows = min(CHUNK, end - start)
+                for i in range(rows):
+                    at = (start + i) * stride + first
+                    _encode_tile_row(flat[at : at + width], s, z, lowest, highest, fp8, codes[i])
+                count = _pack_columns(codes, rows, width, bits, words)
+                at = start * bits // 32
+                _store_transposed(words, packed[first : first + width, at : at + count])
+
+
+@kernel
+def encode_out_in(
+    flat: NDArray[Any],
+    stride: int,
+    in_features: int,
+    group: int,
+    scale: NDArray[np.float32],
+    zero: NDArray[np.float32],
+    bits: int,
+    fp8: bool,
+    packed: NDArray[np.uint8],
+) -> None:
+    """As `encode_in_out`, for a block stored out x in; `packed` is the same memory as bytes."""
+    shift = np.uint32(32 - 8 * flat.itemsize)
+    lowest = np.float32(-(1 << (bits - 1)))
+    highest = np.float32((1 << (bits - 1)) - 1)
+    codes = np.zeros(packed.shape[1] * 8 // bits, np.uint8)
+    pairs = codes.view(np.uint16)
+    for o in range(packed.shape[0]):
+        row = flat[o * stride : o * stride + in_features]
+        for g in range(scale.shape[1]):
+            end = min((g + 1) * group, in_features)
+            segment = row[g * group : end]
+            code = codes[g * group : end]
+            s = scale[o, g]
+            z = zero[o, g]
+            if fp8:
+                for i in range(segment.size):
+                    code[i] = _e4m3_code(_value(segment[i], shift), s)
+            else:
+                for i in range(segment.size):
+                    code[i] = _int_code(_value(segment[i], shift), s, z, lowest, highest)
+        target = packed[o]
+        if bits == 4:
+            for j in range(target.size):
+                target[j] = np.uint8(pairs[j] | (pairs[j] >> 4))
+        else:
+            target[:] = codes
+
+
+@kernel
+def dequantize_int(
+    packed: NDArray[np.uint8],
+    bits: int,
+    group: int,
+    scale: NDArray[np.float32],
+    zero: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None:
+    """(level - zero point) * scale into float32 [out, in], from the bytes of the packed words."""
+    offset = np.float32(1 << (bits - 1))
+    codes = np.empty(packed.shape[1] * 8 // bits, np.uint8)
+    for o in range(out.shape[0]):
+        source = packed[o]
+        if bits == 4:
+            for j in range(source.size):
+                codes[2 * j] = source[j] & 15
+                codes[2 * j + 1] = source[j] >> 4
+        else:
+            codes[:] = source
+        for g in range(scale.shape[1]):
+            start = g * group
+            target = out[o, start : start + group]
+            code = codes[start : start + target.size]
+            s = scale[o, g]
+            z = zero[o, g] + offset
+            for i in range(target.size):
+                target[i] = (np.float32(code[i]) - z) * s
+
+
+@kernel
+def dequantize_table(
+    codes: NDArray[np.uint8],
+    table: NDArray[np.float32],
+    group: int,
+    scale: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None:
+    """table[code] * scale into float32 [out, in]."""
+    for o in range(out.shape[0]):
+        for g in range(scale.shape[1]):
+            start = g * group
+            target = out[o, start : start + group]
+            code = codes[o, start : start + target.size]
+            s = scale[o, g]
+            for i in range(target.size):
+                target[i] = table[code[i]] * s

@@ -1,0 +1,77 @@
+"""The floating-point formats of a checkpoint as NumPy arrays, without torch.
+
+bfloat16 has no NumPy dtype: an array of it holds its bit patterns as uint16, the upper half of the float32 with the
+same value. E4M3FN (FP8; Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433) is held as uint8 codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l4pack.quant.scheme import ScaleDtype, Scheme
+
+FloatName = Literal["BF16", "F16", "F32"]
+"""A float dtype by its safetensors name."""
+
+Float32Array = NDArray[np.float32]
+
+E4M3_MAX = 448.0
+
+_STORED: dict[ScaleDtype, FloatName] = {
+    ScaleDtype.BFLOAT16: "BF16",
+    ScaleDtype.FLOAT16: "F16",
+    ScaleDtype.FLOAT32: "F32",
+}
+_BF16_LARGEST = float(np.uint32(0x7F7F0000).view(np.float32))
+_FLOAT32_SMALLEST = float(np.finfo(np.float32).smallest_normal)
+
+SCALE_LIMITS: dict[FloatName, tuple[float, float]] = {
+    "BF16": (_FLOAT32_SMALLEST, _BF16_LARGEST),
+    "F16": (float(np.finfo(np.float16).smallest_normal), float(np.finfo(np.float16).max)),
+    "F32": (_FLOAT32_SMALLEST, float(np.finfo(np.float32).max)),
+}
+"""Smallest normal and largest finite value of each float dtype."""
+
+
+def scale_float(scheme: Scheme, source: FloatName) -> FloatName:
+    """The dtype that `scheme` stores its scales in, for a matrix whose weights are `source`."""
+    return source if scheme.scale_dtype is ScaleDtype.SOURCE else _STORED[scheme.scale_dtype]
+
+
+def round_to_bfloat16(values: Float32Array) -> NDArray[np.uint16]:
+    """Finite float32 values as bfloat16 bit patterns, rounded to nearest even."""
+    bits = values.view(np.uint32)
+    return ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+
+
+def store_scale(scale: Float32Array, name: FloatName) -> NDArray[Any]:
+    """Round positive float32 scales to the stored dtype, kept within its normal, finite range.
+
+    Returns uint16 bit patterns for BF16, float16 or float32.
+    """
+    smallest, largest = SCALE_LIMITS[name]
+    limited = np.clip(scale, np.float32(smallest), np.float32(largest))
+    if name == "BF16":
+        return round_to_bfloat16(limited)
+    return limited.astype(np.float16 if name == "F16" else np.float32)
+
+
+def widen(stored: NDArray[Any]) -> Float32Array:
+    """float32 values of an array of bfloat16 bit patterns (uint16), float16 or float32."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)
+
+
+def e4m3_values() -> Float32Array:
+    """The float32 value of each of the 256 E4M3FN codes; 0x7F and 0xFF are NaN, there is no infinity."""
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    fraction = np.where(exponent == 0, mantissa / 8, 1 + mantissa / 8)
+    magnitude = fraction * 2.0 ** (np.maximum(exponent, 1) - 7)
+    magnitude[(codes & 0x7F) == 0x7F] = np.nan
+    values: Float32Array = np.where(codes < 128, magnitude, -magnitude).astype(np.float32)
+    return values
