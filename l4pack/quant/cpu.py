@@ -93,8 +93,9 @@ def ranges_out_in(
         for g in range(low.shape[1]):
             smallest = np.int32(0)
             largest = np.int32(0)
-            for pattern in row[g * group : min((g + 1) * group, in_features)]:
-                key = _sort_key(pattern, shift)
+            segment = row[g * group : min((g + 1) * group, in_features)]
+            for i in range(segment.size):  # iterating over the elements instead is not vectorised
+                key = _sort_key(segment[i], shift)
                 smallest = np.int32(min(smallest, key))
                 largest = np.int32(max(largest, key))
             low[o, g] = smallest
