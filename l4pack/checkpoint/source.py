@@ -30,6 +30,11 @@ _NOT_CARRIED = {"config.json", INDEX_NAME, "README.md", "l4pack-manifest.json", 
 class Store(Protocol):
     """Where the files of a checkpoint are."""
 
+    @property
+    def fetches(self) -> bool:
+        """Whether shards are downloaded when asked for and dropped when released."""
+        ...
+
     def path(self, file: str) -> Path:
         """A local path to the file, fetched first if need be."""
         ...
@@ -48,6 +53,11 @@ class LocalStore:
     """A folder on this machine; Hub cache folders (symbolic links) too."""
 
     folder: Path
+
+    @property
+    def fetches(self) -> bool:
+        """No: everything is here."""
+        return False
 
     def path(self, file: str) -> Path:
         """The file's path."""

@@ -1,0 +1,1 @@
+"""The finished artifact: its configuration, manifest, verification, licence, card and upload."""

@@ -1,0 +1,71 @@
+"""`l4pack-manifest.json`: what an artifact was made from, how, and the digest of every tensor in it.
+
+Nothing in it depends on the clock, the machine or a path, so the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from l4pack import __version__
+from l4pack.checkpoint.source import HUB_ID, Checkpoint
+from l4pack.recipe import Recipe
+
+MANIFEST_NAME = "l4pack-manifest.json"
+SCHEMA_VERSION = 1
+_CACHE_FOLDER = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The part of a manifest known before the first weight is read."""
+
+    source: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, recipe: Recipe) -> Manifest:
+        """The manifest of an artifact to be made."""
+        return cls(source_record(checkpoint), recipe.model_dump(mode="json"))
+
+    def to_json(self, digests: Mapping[str, str]) -> bytes:
+        """The file's bytes, given the hex SHA-256 of every tensor."""
+        value = {
+            "schema_version": SCHEMA_VERSION,
+            "l4pack_version": __version__,
+            "source": self.source,
+            "recipe": self.recipe,
+            "tensors": {name: {"sha256": digest} for name, digest in sorted(digests.items())},
+        }
+        return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint is, without where it lies on this machine."""
+    repo, revision = repository(checkpoint)
+    headers = hashlib.sha256()
+    for entry in sorted(checkpoint.entries.values(), key=lambda entry: entry.name):
+        headers.update(f"{entry.name} {entry.dtype} {entry.shape}\n".encode())
+    return {
+        "name": repo.rpartition("/")[2] if repo else PurePath(checkpoint.name).name,
+        "repository": repo,
+        "revision": revision,
+        "parameters": checkpoint.layout.parameters,
+        "weight_bytes": checkpoint.weight_bytes,
+        "headers_sha256": headers.hexdigest(),
+    }
+
+
+def repository(checkpoint: Checkpoint) -> tuple[str | None, str | None]:
+    """The Hub repository and commit a checkpoint came from, as far as its name or cache folder tells."""
+    match = _CACHE_FOLDER.search(checkpoint.name)
+    if match:
+        return f"{match[1]}/{match[2]}", match[3]
+    named = HUB_ID.fullmatch(checkpoint.name) if checkpoint.revision else None
+    return (named[1], checkpoint.revision) if named else (None, None)

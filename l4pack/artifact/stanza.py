@@ -1,0 +1,108 @@
+"""The `quantization_config` of an artifact, in compressed-tensors' words (its `QuantizationConfig` schema).
+
+Regular expressions start with `.*` because vLLM matches from the start of a name and SGLang compares suffixes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from l4pack.model.tensors import Linear, Role
+from l4pack.recipe import Activations, RecipeScheme
+
+_MODULES = {
+    Role.ROUTED_EXPERT: r"feed_forward\.experts\.\d+\.(gate|up|down)_proj",
+    Role.SHARED_EXPERT: r"feed_forward\.shared_expert\.(gate|up|down)_proj",
+    Role.DENSE_MLP: r"feed_forward\.(gate|up|down)_proj",
+    Role.ATTENTION: r"self_attn\.(q|k|v|o)_proj",
+}
+_NEVER = ("re:.*lm_head$", "re:.*router$")
+_VISION = ("re:.*vision_model.*", "re:.*multi_modal_projector.*")
+
+_ACTIVATIONS: dict[Activations, dict[str, Any] | None] = {
+    Activations.NONE: None,
+    Activations.DYNAMIC_TOKEN: {"strategy": "token"},
+    Activations.DYNAMIC_GROUP: {"strategy": "group", "group_size": 128},
+}
+
+
+def quantization_config(
+    schemes: Mapping[str, RecipeScheme], assigned: Sequence[tuple[Linear, str | None]], *, vision: bool
+) -> dict[str, Any]:
+    """The stanza for matrices and the scheme names they got (None: kept as they were).
+
+    One scheme targets class `Linear` and lists what is left alone; several schemes target their modules by name.
+    """
+    used = [name for name in schemes if any(given == name for _, given in assigned)]
+    formats = {schemes[name].format for name in used}
+    groups = {}
+    for number, name in enumerate(used):
+        targets = ["Linear"] if len(used) == 1 else _patterns(assigned, {name})
+        groups[f"group_{number}"] = _group(schemes[name], targets)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": min(formats) if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": [*_NEVER, *(_VISION if vision else ()), *_patterns(assigned, {None})],
+        "config_groups": groups,
+    }
+
+
+def _group(scheme: RecipeScheme, targets: list[str]) -> dict[str, Any]:
+    activations = _ACTIVATIONS[scheme.activations]
+    return {
+        "targets": targets,
+        "format": scheme.format,
+        "weights": _arguments(
+            num_bits=scheme.num_bits,
+            type=scheme.type.value,
+            symmetric=scheme.symmetric,
+            strategy=scheme.strategy.value,
+            group_size=scheme.group_size,
+            block_structure=list(scheme.block_structure) if scheme.block_structure else None,
+            observer="memoryless_minmax" if scheme.observer.value == "minmax" else "memoryless_mse",
+        ),
+        "input_activations": None if activations is None else _arguments(type="float", dynamic=True, **activations),
+        "output_activations": None,
+    }
+
+
+def _arguments(**values: Any) -> dict[str, Any]:
+    defaults = {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": None,
+        "group_size": None,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": None,
+        "observer_kwargs": {},
+    }
+    return {**defaults, **values}
+
+
+def _patterns(assigned: Iterable[tuple[Linear, str | None]], wanted: set[str | None]) -> list[str]:
+    """One regular expression a role, naming its layers only where not all of them are meant."""
+    given: dict[Role, dict[int, bool]] = {}
+    for linear, name in assigned:
+        given.setdefault(linear.role, {})[linear.layer] = name in wanted
+    patterns = []
+    for role, layers in given.items():
+        meant = [layer for layer, yes in sorted(layers.items()) if yes]
+        if meant:
+            chosen = r"\d+" if len(meant) == len(layers) else f"({'|'.join(map(str, meant))})"
+            patterns.append(rf"re:.*layers\.{chosen}\.{_MODULES[role]}$")
+    return patterns
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a target or ignore entry names a module, as all runtimes read it: exact, or `re:` from the start."""
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), module) is not None
+    return pattern == module

@@ -1,0 +1,220 @@
+"""Which source tensor becomes what: every tensor's fate under a recipe, and the tasks that carry it out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from l4pack.checkpoint.header import DTYPE_BITS
+from l4pack.checkpoint.source import Checkpoint
+from l4pack.errors import RecipeError
+from l4pack.formats import load_format, stored_tensors
+from l4pack.model.tensors import Linear, Role, TensorSpec, canonical_naming, catalogue, rename
+from l4pack.quant.layout import Layout
+from l4pack.quant.scheme import Strategy
+from l4pack.recipe import KEEP, Recipe
+from l4pack.units import MIB
+
+COPY_CHUNK = 16 * MIB
+ROW_STEP = 128  # slices are cut at multiples of this: FP8 blocks and packed zero points stay whole
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+class Action(StrEnum):
+    """What becomes of source bytes."""
+
+    COPY = "copy"
+    UNFUSE = "unfuse"
+    QUANTIZE = "quantize"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of the artifact."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: Role
+    layer: int | None
+    expert: int | None
+    scheme: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        count = DTYPE_BITS[self.dtype] // 8
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One matrix to make: where its numbers lie, the module it becomes, its tensors' suffixes, and its scheme."""
+
+    linear: Linear
+    module: str
+    scheme: str
+    tensors: tuple[PlannedTensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """The unit of work, of the journal and of memory: some output rows of one or two matrices, or one copied tensor."""
+
+    key: str
+    action: Action
+    tensor: str
+    targets: tuple[Target, ...] = ()
+    rows: tuple[int, int] = (0, 0)
+    copied: PlannedTensor | None = None
+    read_bytes: int = 0
+    write_bytes: int = 0
+
+    @property
+    def ram_bytes(self) -> int:
+        """Bytes held at once: the source slab and what is made of it."""
+        if self.action is Action.COPY:
+            return min(self.read_bytes, COPY_CHUNK)
+        return self.read_bytes + self.write_bytes
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The fate of every tensor: `groups` are the artifact's tensors in model order, a module's together."""
+
+    groups: tuple[tuple[PlannedTensor, ...], ...]
+    targets: tuple[Target, ...]
+    copies: tuple[tuple[str, PlannedTensor], ...]  # source name, artifact tensor
+    schemes: tuple[tuple[Linear, str | None], ...]  # runtime matrix, its scheme or None
+
+
+def assign(checkpoint: Checkpoint, recipe: Recipe) -> Assignment:
+    """Decide by the recipe's first matching rule. Raises RecipeError."""
+    config, source = checkpoint.config, checkpoint.layout
+    runtime = catalogue(config, canonical_naming(config), fused=False)
+    pairs = {f"{new.module}.weight": (old, new) for old, new in zip(source.linears, runtime.linears, strict=True)}
+    groups, targets, copies, schemes = [], [], [], []
+    for spec in runtime.tensors:
+        scheme = _scheme_for(recipe, spec, config.text.num_hidden_layers)
+        old, new = pairs.get(spec.name, (None, None))
+        if old and new:
+            schemes.append((new, None if scheme == KEEP else scheme))
+        if old and new and (scheme != KEEP or old.layout is Layout.IN_OUT):
+            target = _target(checkpoint, recipe, old, new, scheme)
+            targets.append(target)
+            groups.append(target.tensors)
+        else:
+            name = rename(spec.name, runtime.naming, source.naming)
+            kept = PlannedTensor(
+                spec.name, source_dtype(checkpoint, name), spec.shape, spec.role, spec.layer, None, KEEP
+            )
+            copies.append((name, kept))
+            groups.append((kept,))
+    _check_rules(recipe, runtime.tensors, config.text.num_hidden_layers)
+    return Assignment(tuple(groups), tuple(targets), tuple(copies), tuple(schemes))
+
+
+def source_dtype(checkpoint: Checkpoint, name: str) -> str:
+    """The safetensors dtype of a source tensor; of a bare configuration, the dtype it states (BF16 if none)."""
+    if checkpoint.bare:
+        return _DTYPES.get(checkpoint.config.dtype or "", "BF16")
+    return checkpoint.entries[name].dtype
+
+
+def _scheme_for(recipe: Recipe, spec: TensorSpec, num_layers: int) -> str:
+    scheme = recipe.scheme_name(spec.role, spec.layer, num_layers)
+    if scheme is None:
+        raise RecipeError(
+            f"recipe {recipe.name}: no rule speaks of {spec.name} (role {spec.role})",
+            hint="end the rules with {roles: all, scheme: keep}",
+        )
+    return scheme
+
+
+def _check_rules(recipe: Recipe, tensors: Sequence[TensorSpec], num_layers: int) -> None:
+    places = {(spec.role, spec.layer) for spec in tensors}
+    for number, rule in enumerate(recipe.rules):
+        if not any(rule.matches(role, layer, num_layers) for role, layer in places):
+            raise RecipeError(
+                f"recipe {recipe.name}: rules.{number} matches no tensor of this model",
+                hint="mend its roles or layers, or remove the rule",
+            )
+    if not any(recipe.scheme_name(role, layer, num_layers) not in (KEEP, None) for role, layer in places):
+        raise RecipeError(f"recipe {recipe.name} quantizes nothing of this model", hint="give some role a scheme")
+
+
+def _target(checkpoint: Checkpoint, recipe: Recipe, old: Linear, new: Linear, scheme: str) -> Target:
+    dtype = source_dtype(checkpoint, old.tensor)
+    if scheme == KEEP:
+        shapes: list[tuple[str, str, tuple[int, ...]]] = [("weight", dtype, (new.out_features, new.in_features))]
+    else:
+        numbers = recipe.schemes[scheme]
+        group = numbers.group_columns(new.in_features)
+        if numbers.strategy is Strategy.GROUP and new.in_features % group:
+            raise RecipeError(
+                f"recipe {recipe.name}: schemes.{scheme}.group_size {group} does not divide the "
+                f"{new.in_features} input features of {new.module}",
+                hint="choose a group size that divides every matrix, or strategy channel",
+            )
+        stored = stored_tensors(load_format(numbers.format), numbers, new.out_features, new.in_features, dtype)
+        shapes = [(tensor.suffix, tensor.dtype, tensor.shape) for tensor in stored]
+    tensors = tuple(
+        PlannedTensor(f"{new.module}.{suffix}", kind, shape, new.role, new.layer, new.expert, scheme)
+        for suffix, kind, shape in shapes
+    )
+    return Target(old, new.module, scheme, tensors)
+
+
+def cut(checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, slab_bytes: int) -> tuple[Task, ...]:
+    """The tasks in the order of the source's bytes; no slab is larger than `slab_bytes` where it may be cut."""
+    tasks = [_copy_task(name, tensor) for name, tensor in assignment.copies]
+    for together in _together(assignment.targets):
+        tasks += _slices(checkpoint, recipe, together, slab_bytes)
+    if checkpoint.bare:
+        return tuple(tasks)
+    entries = checkpoint.entries
+    return tuple(sorted(tasks, key=lambda task: (entries[task.tensor].file, entries[task.tensor].start)))
+
+
+def _copy_task(name: str, tensor: PlannedTensor) -> Task:
+    nbytes = tensor.nbytes
+    return Task(tensor.name, Action.COPY, name, copied=tensor, read_bytes=nbytes, write_bytes=nbytes)
+
+
+def _together(targets: Sequence[Target]) -> Iterator[tuple[Target, ...]]:
+    """Gate and up of one expert lie side by side in a fused tensor and are read at once."""
+    waiting: Target | None = None
+    for target in targets:
+        if waiting is not None:
+            yield (waiting, target)
+            waiting = None
+        elif target.linear.layout is Layout.IN_OUT and target.linear.projection == "gate_proj":
+            waiting = target
+        else:
+            yield (target,)
+
+
+def _slices(checkpoint: Checkpoint, recipe: Recipe, targets: tuple[Target, ...], slab_bytes: int) -> Iterator[Task]:
+    linear, scheme = targets[0].linear, targets[0].scheme
+    action = Action.UNFUSE if scheme == KEEP else Action.QUANTIZE
+    item = DTYPE_BITS[source_dtype(checkpoint, linear.tensor)] // 8
+    row_bytes = linear.in_features * item * len(targets)
+    step = max(ROW_STEP, slab_bytes // row_bytes // ROW_STEP * ROW_STEP)
+    if action is Action.QUANTIZE and recipe.schemes[scheme].strategy is Strategy.TENSOR:
+        step = linear.out_features  # one scale for the whole matrix needs the whole matrix
+    written = sum(tensor.nbytes for target in targets for tensor in target.tensors)
+    for start in range(0, linear.out_features, step):
+        stop = min(start + step, linear.out_features)
+        share = written * (stop - start) // linear.out_features
+        yield Task(
+            key=f"{targets[0].module}[{start}:{stop}]",
+            action=action,
+            tensor=linear.tensor,
+            targets=targets,
+            rows=(start, stop),
+            read_bytes=(stop - start) * row_bytes,
+            write_bytes=share,
+        )

@@ -1,0 +1,202 @@
+"""The plan: every tensor's fate, every output byte and the memory a run needs, from headers alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import psutil
+
+from l4pack import __version__
+from l4pack.artifact.manifest import MANIFEST_NAME, Manifest
+from l4pack.artifact.stanza import quantization_config
+from l4pack.assign import Assignment, PlannedTensor, Task, assign, cut
+from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES, INDEX_NAME, Place, Shard, index_json, lay_out
+from l4pack.checkpoint.source import Checkpoint
+from l4pack.errors import BudgetError, SourceError
+from l4pack.formats import Condition, load_format
+from l4pack.model.tensors import Linear, Role
+from l4pack.quant.scheme import Strategy
+from l4pack.recipe import KEEP, Recipe, RecipeScheme
+from l4pack.units import MIB, human_bytes
+
+# Resident memory of the interpreter with numpy, Numba and the compiled kernels, before the first buffer; a benchmark
+# holds it against what the operating system measures.
+BASE_RAM = 400 * MIB
+SLAB_LIMITS = tuple(size * MIB for size in (256, 128, 64, 32, 16, 8, 4))
+CONFIG_NAME = "config.json"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run may take; None means what the machine has."""
+
+    max_ram: int | None = None
+    workers: int | None = None
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run will do."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    tensors: tuple[PlannedTensor, ...]
+    shards: tuple[Shard, ...]
+    places: Mapping[str, Place]
+    tasks: tuple[Task, ...]
+    stanza: Mapping[str, Any]
+    assigned: tuple[tuple[Linear, str | None], ...]
+    workers: int
+    manifest: Manifest = field(repr=False)
+
+    @cached_property
+    def config_json(self) -> bytes:
+        """The artifact's config.json: the source's, every section kept, with the quantization added."""
+        config = {**self.checkpoint.config.raw, "quantization_config": self.stanza}
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+    @cached_property
+    def index_json(self) -> bytes | None:
+        """The artifact's index, or None when there is one shard."""
+        return index_json(self.shards, self.weight_bytes)
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors, without headers."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @cached_property
+    def files(self) -> dict[str, int]:
+        """Every file of the artifact and its exact size."""
+        sizes = {shard.file: shard.nbytes for shard in self.shards}
+        if self.index_json is not None:
+            sizes[INDEX_NAME] = len(self.index_json)
+        sizes |= self.checkpoint.companions
+        sizes[CONFIG_NAME] = len(self.config_json)
+        sizes[MANIFEST_NAME] = len(self.manifest.to_json({tensor.name: "0" * 64 for tensor in self.tensors}))
+        return sizes
+
+    @property
+    def artifact_bytes(self) -> int:
+        """Bytes of all files of the artifact."""
+        return sum(self.files.values())
+
+    @cached_property
+    def source_weight_bytes(self) -> int:
+        """Bytes of the source's tensors (of a BF16 checkpoint when there is only a configuration)."""
+        return self.checkpoint.weight_bytes or 2 * self.checkpoint.layout.parameters
+
+    @property
+    def read_bytes(self) -> int:
+        """Weight bytes a whole run reads."""
+        return sum(task.read_bytes for task in self.tasks)
+
+    @property
+    def peak_ram_bytes(self) -> int:
+        """Most resident memory a run takes."""
+        return peak_ram(self.tasks, self.workers)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Disk a run needs at its peak, the artifact included; a source fetched as the run goes adds two shards."""
+        fetched = 0
+        if self.checkpoint.store is not None and self.checkpoint.store.fetches:
+            sizes: dict[str, int] = defaultdict(int)
+            for entry in self.checkpoint.entries.values():
+                sizes[entry.file] += entry.nbytes
+            fetched = sum(sorted(sizes.values())[-2:])
+        return self.artifact_bytes + fetched
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per parameter over the quantized matrices, scales included."""
+        numel = sum(linear.numel for linear, name in self.assigned if name is not None)
+        nbytes = sum(tensor.nbytes for tensor in self.tensors if tensor.scheme != KEEP)
+        return 8 * nbytes / numel
+
+    def digest(self) -> str:
+        """Hex SHA-256 of everything that decides the artifact's bytes; the journal of a job is bound to it."""
+        parts = [__version__, self.checkpoint.fingerprint(), self.recipe.digest(), self.config_json.hex()]
+        parts += [shard.prefix.hex() for shard in self.shards]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def warnings(self) -> list[str]:
+        """What a runtime can't do with this artifact, from the format files."""
+        found: list[str] = []
+        for key, scheme in self.recipe.schemes.items():
+            conditions = self._conditions(key, scheme)
+            for reader in load_format(scheme.format).readers:
+                says = [limit.says for limit in reader.limits if limit.when in conditions]
+                found += [f"{reader.runtime} {reader.version} {text}" for text in says]
+        return list(dict.fromkeys(found))
+
+    def _conditions(self, key: str, scheme: RecipeScheme) -> set[Condition]:
+        attention = any(linear.role is Role.ATTENTION and name == key for linear, name in self.assigned)
+        conditions: set[Condition] = set()
+        if not scheme.symmetric:
+            conditions.add("asymmetric")
+        if attention:
+            conditions.add("attention")
+        if attention and scheme.strategy is Strategy.BLOCK:
+            conditions.add("block_attention")
+        return conditions
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = None) -> Plan:
+    """Plan the artifact of `checkpoint` under `recipe`; reads no weights.
+
+    Raises SourceError (damaged or already quantized source), RecipeError (a rule that matches nothing, a group that
+    does not divide), BudgetError (`max_ram` too small for the smallest unit of work).
+    """
+    limits = limits or Limits()
+    if checkpoint.config.quantized:
+        raise SourceError(f"{checkpoint.name} is quantized already", hint="start from the original BF16 checkpoint")
+    assignment = assign(checkpoint, recipe)
+    shards, places = lay_out(assignment.groups, limits.shard_bytes)
+    workers, tasks = _fit(checkpoint, recipe, assignment, limits)
+    vision = checkpoint.config.vision is not None
+    return Plan(
+        checkpoint=checkpoint,
+        recipe=recipe,
+        tensors=tuple(tensor for group in assignment.groups for tensor in group),
+        shards=tuple(shards),
+        places=places,
+        tasks=tasks,
+        stanza=quantization_config(recipe.schemes, assignment.schemes, vision=vision),
+        assigned=assignment.schemes,
+        workers=workers,
+        manifest=Manifest.of(checkpoint, recipe),
+    )
+
+
+def _fit(
+    checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, limits: Limits
+) -> tuple[int, tuple[Task, ...]]:
+    """As many workers as there are cores and one to wait for the disk, with the largest slabs that memory takes."""
+    room = limits.max_ram or psutil.virtual_memory().available // 2
+    wanted = limits.workers or len(os.sched_getaffinity(0)) + 1
+    tasks: tuple[Task, ...] = ()
+    for slab in SLAB_LIMITS:
+        tasks = cut(checkpoint, recipe, assignment, slab)
+        if peak_ram(tasks, wanted) <= room:
+            return wanted, tasks
+    for workers in range(wanted - 1, 0, -1):
+        if peak_ram(tasks, workers) <= room:
+            return workers, tasks
+    raise BudgetError(
+        f"the job needs {human_bytes(peak_ram(tasks, 1))} of memory, the limit is {human_bytes(room)}",
+        hint="raise --max-ram, or free memory",
+    )
+
+
+def peak_ram(tasks: Sequence[Task], workers: int) -> int:
+    """Most resident bytes of `workers` tasks at once, over the base."""
+    return BASE_RAM + sum(sorted((task.ram_bytes for task in tasks), reverse=True)[:workers])
