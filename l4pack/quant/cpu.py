@@ -24,11 +24,14 @@ R = TypeVar("R")
 TILE = 256  # output features of a tile: 128 rows of 256 codes fill the L1 cache
 CHUNK = 128  # input features coded before their words are written; a multiple of every pack factor
 
+ERROR_TILE = 32  # output features transposed at once: one cache line of bfloat16
+
 MAGIC = np.float32(1.5 * 2**23)  # float32 spacing here is 1: adding it rounds half to even, the integer in the low bits
 E4M3_LIMIT = np.float32(448.0)
 E4M3_SMALLEST_NORMAL = np.uint32(0x3C800000)  # 2^-6 as float32 bits
 E4M3_SUBNORMAL_MAGIC = np.float32(2.0**14)  # float32 spacing here is 2^-9, that of E4M3 subnormals
 E4M3_SUBNORMAL_BITS = np.uint32(0x46800000)  # the same as bits
+E4M3_SUBNORMAL_SPACING = np.float32(1.5 * 2.0**14)  # the same for numbers of either sign
 E4M3_REBIAS = np.uint32((127 - 7) << 3)
 
 
@@ -298,3 +301,113 @@ def dequantize_table(
             s = scale[o, g]
             for i in range(target.size):
                 target[i] = table[code[i]] * s
+
+
+@kernel
+def _e4m3_value(ratio: Any) -> Any:
+    """`ratio` rounded to the nearest E4M3FN value, half to even, saturated at 448."""
+    limited = np.float32(min(max(ratio, -E4M3_LIMIT), E4M3_LIMIT))
+    bits = np.uint32(limited.view(np.uint32))
+    rounded = np.uint32(bits + np.uint32(0x7FFFF) + ((bits >> np.uint32(20)) & np.uint32(1)))
+    normal = np.uint32(rounded & np.uint32(0xFFF00000)).view(np.float32)
+    subnormal = np.float32(np.float32(limited + E4M3_SUBNORMAL_SPACING) - E4M3_SUBNORMAL_SPACING)
+    return normal if np.uint32(bits & np.uint32(0x7FFFFFFF)) >= E4M3_SMALLEST_NORMAL else subnormal
+
+
+@kernel
+def _halving_sum(terms: Any) -> Any:
+    """Sum by adding the upper half onto the lower until one is left (in place): an order every device can follow."""
+    count = terms.size
+    while count > 1:
+        half = count // 2
+        lower = terms[:half]
+        upper = terms[count - half : count]
+        for i in range(half):
+            lower[i] += upper[i]
+        count -= half
+    return terms[0]
+
+
+@kernel
+def _group_errors(values: Any, weight: Any, scale: Any, zero: Any, bits: int, fp8: bool, terms: Any, out: Any) -> None:
+    """Weighted squared error of one group under each candidate scale and zero point, into out[candidate]."""
+    lowest = np.float32(-(1 << (bits - 1)))
+    highest = np.float32((1 << (bits - 1)) - 1)
+    for k in range(scale.size):
+        s = scale[k]
+        z = zero[k]
+        inverse = np.float32(1) / s
+        if fp8:
+            for i in range(values.size):
+                error = _e4m3_value(values[i] * inverse) * s - values[i]
+                terms[i] = (error * error) * weight[i]
+        else:
+            for i in range(values.size):
+                level = min(max(np.rint(values[i] * inverse) + z, lowest), highest)
+                error = (level - z) * s - values[i]
+                terms[i] = (error * error) * weight[i]
+        out[k] = _halving_sum(terms)
+
+
+@kernel
+def errors_in_out(
+    flat: NDArray[Any],
+    stride: int,
+    in_features: int,
+    group: int,
+    weight: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    zero: NDArray[np.float32],
+    bits: int,
+    fp8: bool,
+    errors: NDArray[np.float32],
+) -> None:
+    """Squared errors of each group under K candidates: scale, zero and errors are float32 [out, groups, K].
+
+    `weight` [groups * group] multiplies each input feature's error. The last group is filled up with zero weights.
+    """
+    shift = np.uint32(32 - 8 * flat.itemsize)
+    tile = np.zeros((ERROR_TILE, group), np.float32)
+    terms = np.empty(group, np.float32)
+    for first in range(0, errors.shape[0], ERROR_TILE):
+        width = min(ERROR_TILE, errors.shape[0] - first)
+        for g in range(errors.shape[1]):
+            rows = min(group, in_features - g * group)
+            tile[:, rows:] = 0
+            for i in range(rows):
+                at = (g * group + i) * stride + first
+                row = flat[at : at + width]
+                for c in range(width):
+                    tile[c, i] = _value(row[c], shift)
+            part = weight[g * group : (g + 1) * group]
+            for c in range(width):
+                o = first + c
+                _group_errors(tile[c], part, scale[o, g], zero[o, g], bits, fp8, terms, errors[o, g])
+
+
+@kernel
+def errors_out_in(
+    flat: NDArray[Any],
+    stride: int,
+    in_features: int,
+    group: int,
+    weight: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    zero: NDArray[np.float32],
+    bits: int,
+    fp8: bool,
+    errors: NDArray[np.float32],
+) -> None:
+    """As `errors_in_out`, for a block stored out x in."""
+    shift = np.uint32(32 - 8 * flat.itemsize)
+    values = np.zeros(group, np.float32)
+    terms = np.empty(group, np.float32)
+    for o in range(errors.shape[0]):
+        row = flat[o * stride : o * stride + in_features]
+        for g in range(errors.shape[1]):
+            segment = row[g * group : min((g + 1) * group, in_features)]
+            for i in range(segment.size):
+                values[i] = _value(segment[i], shift)
+            values[segment.size :] = 0
+            part = weight[g * group : (g + 1) * group]
+            _group_errors(values, part, scale[o, g], zero[o, g], bits, fp8, terms, errors[o, g])

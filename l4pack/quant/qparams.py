@@ -18,6 +18,14 @@ from numpy.typing import NDArray
 from l4pack.quant.floats import E4M3_MAX, Float32Array, FloatName, store_scale, widen
 from l4pack.quant.scheme import NumberType, ScaleRule, Scheme
 
+SHRINK = (*(round(1 - 0.02 * step, 2) for step in range(11)), 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3)
+"""Fractions of a group's range that the MSE observer tries, largest first; a tie keeps the larger range.
+
+Squared error against min-max on normal, Laplace and Student-t (4) weights of 2048 inputs: int4 group 128 -17 %, the
+same asymmetric -9 to -11 %, int4 channel -39 to -57 % (only there are fractions below 0.7 chosen much), int8 and FP8
+-1 to -4 %, where min-max will do. A grid of 61 fractions gains no more than 0.3 % of the error for groups.
+"""
+
 
 @dataclass(frozen=True)
 class QParams:
@@ -49,3 +57,32 @@ def qparams_of_range(low: Float32Array, high: Float32Array, scheme: Scheme, name
         stored = store_scale((high - low) / (highest - lowest), name)
     scale = widen(stored)
     return QParams(stored, scale, np.clip(np.rint(lowest - low / scale), lowest, highest))
+
+
+def candidates(low: Float32Array, high: Float32Array, scheme: Scheme, name: FloatName) -> QParams:
+    """The scales and zero points of every fraction in `SHRINK` of the ranges, along a new last axis."""
+    fractions = np.array(SHRINK, np.float32)
+    return qparams_of_range(low[..., None] * fractions, high[..., None] * fractions, scheme, name)
+
+
+def least_error(tried: QParams, errors: Float32Array) -> QParams:
+    """Of `candidates`, those with the smallest error; `errors` has the same shape."""
+    best = np.zeros(errors.shape[:-1], np.intp)
+    smallest = errors[..., 0].copy()
+    for k in range(1, errors.shape[-1]):
+        better = errors[..., k] < smallest  # not argmin: an overflowed error must never win, and ties go to the first
+        best[better] = k
+        smallest[better] = errors[..., k][better]
+
+    def pick(values: NDArray[Any]) -> NDArray[Any]:
+        return np.take_along_axis(values, best[..., None], axis=-1)[..., 0]
+
+    return QParams(pick(tried.stored), pick(tried.scale), pick(tried.zero_point))
+
+
+def halving_sum(terms: Float32Array) -> Float32Array:
+    """Sum along axis 1 by adding its upper half onto its lower until one is left, the order of the kernels."""
+    while (count := terms.shape[1]) > 1:
+        half = count // 2
+        terms = np.concatenate((terms[:, :half] + terms[:, count - half :], terms[:, half : count - half]), axis=1)
+    return terms[:, 0]

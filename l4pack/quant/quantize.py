@@ -18,7 +18,7 @@ from l4pack.quant import cpu
 from l4pack.quant.floats import Float32Array, FloatName, scale_float
 from l4pack.quant.layout import Layout
 from l4pack.quant.packing import pack_zero_points, packed_columns
-from l4pack.quant.qparams import QParams, qparams_of_range
+from l4pack.quant.qparams import QParams, candidates, halving_sum, least_error, qparams_of_range
 from l4pack.quant.scheme import NumberType, Observer, Scheme, Strategy
 
 PIECE_BYTES = 4 << 20  # a piece is read twice: it has to fit the last-level cache of one core
@@ -60,26 +60,34 @@ class _Piece:
 
 
 def quantize_block(
-    source: NDArray[Any], layout: Layout, dtype: FloatName, scheme: Scheme, *, amax: float | None = None
+    source: NDArray[Any],
+    layout: Layout,
+    dtype: FloatName,
+    scheme: Scheme,
+    *,
+    amax: float | None = None,
+    column_weight: Float32Array | None = None,
 ) -> Quantized:
     """Quantize the output rows of a matrix that `source` holds; the bytes don't depend on how rows were cut.
 
     `source` is 2-D with the whole input axis: [out, in] or [in, out] by `layout`, uint16 bit patterns for BF16,
     float16 or float32. Its last axis should be contiguous, its rows may have any stride. Blocks are cut only at
     multiples of `scheme.row_multiple()`. `amax`, the largest magnitude of the whole matrix, is needed for strategy
-    `tensor` and must be `absmax` of it.
+    `tensor` and must be `absmax` of it. `column_weight` (float32 [in], not negative) weights each input feature's
+    squared error for observer `mse`: the diagonal of a Hessian; without it every feature counts the same.
 
     Raises NonFiniteError for an infinite or NaN weight, ValueError for a group that does not divide the input
     features, or a wrong `amax` or dtype.
     """
     out_features, in_features = _shape(source, layout)
-    _check(in_features, scheme, amax)
+    check_scheme(in_features, scheme, amax)
     words = packed_columns(in_features, scheme.num_bits)
     packed = np.empty((out_features, words), np.uint32)
+    weight = _padded_weight(column_weight, in_features, scheme) if scheme.observer is Observer.MSE else None
     parts: list[QParams] = []
     for start, piece in _pieces(source, layout, dtype):
-        low, high = _ranges(piece, scheme.group_columns(in_features), start)
-        part = _choose(low, high, scheme, scale_float(scheme, dtype), amax)
+        ranges = _ranges(piece, scheme.group_columns(in_features), start)
+        part = _choose(piece, ranges, scheme, scale_float(scheme, dtype), amax, weight)
         parts.append(part)
         _encode(piece, scheme, part, packed[start : start + piece.out_features])
     return _assemble(packed, parts, scheme, in_features)
@@ -101,7 +109,8 @@ def _shape(source: NDArray[Any], layout: Layout) -> tuple[int, int]:
     return (rows, columns) if layout is Layout.OUT_IN else (columns, rows)
 
 
-def _check(in_features: int, scheme: Scheme, amax: float | None) -> None:
+def check_scheme(in_features: int, scheme: Scheme, amax: float | None) -> None:
+    """Raise ValueError if a matrix of `in_features` inputs can't be quantized so."""
     if scheme.group_size is not None and in_features % scheme.group_size:
         raise ValueError(f"group_size {scheme.group_size} does not divide {in_features} input features")
     if (scheme.strategy is Strategy.TENSOR) != (amax is not None):
@@ -164,8 +173,24 @@ def _non_finite(piece: _Piece, start: int) -> NonFiniteError:
     return NonFiniteError(start + int(row), int(column))
 
 
-def _choose(low: Float32Array, high: Float32Array, scheme: Scheme, name: FloatName, amax: float | None) -> QParams:
+def _padded_weight(column_weight: Float32Array | None, in_features: int, scheme: Scheme) -> Float32Array:
+    """One weight per input feature, with zeros up to whole groups."""
+    group = scheme.group_columns(in_features)
+    weight = np.zeros(-(-in_features // group) * group, np.float32)
+    weight[:in_features] = 1 if column_weight is None else column_weight
+    return weight
+
+
+def _choose(
+    piece: _Piece,
+    ranges: tuple[Float32Array, Float32Array],
+    scheme: Scheme,
+    name: FloatName,
+    amax: float | None,
+    weight: Float32Array | None,
+) -> QParams:
     """Scales of a piece in the shape they are stored in, from the ranges [out, groups] of its rows."""
+    low, high = ranges
     if amax is not None:
         if max(-low.min(initial=0.0), high.max(initial=0.0)) > amax:
             raise ValueError(f"the block holds a magnitude above amax = {amax}")
@@ -173,7 +198,28 @@ def _choose(low: Float32Array, high: Float32Array, scheme: Scheme, name: FloatNa
     elif scheme.block_structure is not None:
         starts = np.arange(0, len(low), scheme.block_structure[0])
         low, high = np.minimum.reduceat(low, starts, axis=0), np.maximum.reduceat(high, starts, axis=0)
-    return qparams_of_range(low, high, scheme, name)
+    if weight is None:
+        return qparams_of_range(low, high, scheme, name)
+    tried = candidates(low, high, scheme, name)
+    return least_error(tried, _errors(piece, tried, scheme, weight))
+
+
+def _errors(piece: _Piece, tried: QParams, scheme: Scheme, weight: Float32Array) -> Float32Array:
+    """Squared error of each group or block under each candidate of `tried`, in the shape of its scales."""
+    group = scheme.group_columns(piece.in_features)
+    shape = (piece.out_features, -(-piece.in_features // group), tried.scale.shape[-1])
+    errors = np.empty(shape, np.float32)
+    scale, zero_point = (spread(values, scheme, shape) for values in (tried.scale, tried.zero_point))
+    measure = cpu.errors_out_in if piece.layout is Layout.OUT_IN else cpu.errors_in_out
+    fp8 = scheme.type is NumberType.FLOAT
+    position = (piece.flat, piece.stride, piece.in_features, group)
+    measure(*position, weight, scale, zero_point, scheme.num_bits, fp8, errors)
+    if scheme.block_structure is None:
+        return errors
+    height = scheme.block_structure[0]
+    blocks = np.zeros((len(tried.scale) * height, *shape[1:]), np.float32)
+    blocks[: shape[0]] = errors
+    return halving_sum(blocks.reshape(-1, height, *shape[1:]))
 
 
 def _encode(piece: _Piece, scheme: Scheme, qparams: QParams, packed: NDArray[np.uint32]) -> None:
@@ -188,7 +234,7 @@ def _encode(piece: _Piece, scheme: Scheme, qparams: QParams, packed: NDArray[np.
         cpu.encode_in_out(*arguments, packed)
 
 
-def spread(values: Float32Array, scheme: Scheme, shape: tuple[int, int]) -> Float32Array:
+def spread(values: Float32Array, scheme: Scheme, shape: tuple[int, ...]) -> Float32Array:
     """One value per output row and group, `shape` = [out, groups], from the shape a scale is stored in."""
     if scheme.block_structure is not None:
         return np.repeat(values, scheme.block_structure[0], axis=0)[: shape[0]]

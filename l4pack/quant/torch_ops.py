@@ -1,0 +1,219 @@
+"""The numeric core on torch tensors: the readable definition of every number, and the path for CUDA.
+
+`quantize` gives the same bytes as `quantize.quantize_block` on any device: both do the same float32 operations, each
+rounded once, in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l4pack.quant.floats import SCALE_LIMITS, FloatName
+from l4pack.quant.packing import packed_columns
+from l4pack.quant.qparams import SHRINK, top_level
+from l4pack.quant.quantize import NonFiniteError, Quantized, check_scheme
+from l4pack.quant.scheme import NumberType, Observer, ScaleDtype, Scheme
+
+_FLOAT_NAMES: dict[torch.dtype, FloatName] = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_SCALE_DTYPES = {
+    ScaleDtype.BFLOAT16: torch.bfloat16,
+    ScaleDtype.FLOAT16: torch.float16,
+    ScaleDtype.FLOAT32: torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class QuantizedTensors:
+    """As `Quantized`, on a device: scales in their own float dtype, FP8 values as uint8 codes."""
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def to_numpy(self) -> Quantized:
+        """The same arrays on the CPU, bfloat16 scales as uint16 bit patterns."""
+        scale = self.scale.cpu()
+        stored = scale.view(torch.uint16).numpy() if scale.dtype is torch.bfloat16 else scale.numpy()
+        zero_point = None if self.zero_point is None else self.zero_point.cpu().numpy()
+        return Quantized(self.values.cpu().numpy(), stored, zero_point)
+
+
+@dataclass(frozen=True)
+class ScaleTensors:
+    """Scale in its stored dtype and signed float32 zero point, both [out or blocks of out, groups] (or [1])."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+
+def quantize(
+    weight: Tensor, scheme: Scheme, *, amax: float | None = None, column_weight: Tensor | None = None
+) -> QuantizedTensors:
+    """Quantize output rows of a matrix: `weight` [out, in], bfloat16, float16 or float32, any strides.
+
+    `amax` and `column_weight` [in], and the errors raised, are those of `quantize_block`. An in x out tensor is passed
+    as its transpose.
+    """
+    check_scheme(weight.shape[1], scheme, amax)
+    qparams = choose_qparams(weight, scheme, amax=amax, column_weight=column_weight)
+    return encode(weight, scheme, qparams)
+
+
+def choose_qparams(
+    weight: Tensor, scheme: Scheme, *, amax: float | None = None, column_weight: Tensor | None = None
+) -> ScaleTensors:
+    """Scales and zero points of `weight` [out, in], in the shape they are stored in."""
+    _refuse_non_finite(weight)
+    dtype = _SCALE_DTYPES.get(scheme.scale_dtype, weight.dtype)
+    groups = _grouped(weight.float(), scheme)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if amax is not None:
+        if max(-low.min().item(), high.max().item()) > amax:
+            raise ValueError(f"the block holds a magnitude above amax = {amax}")
+        low, high = torch.zeros(1, device=weight.device), torch.full((1,), amax, device=weight.device)
+    elif scheme.block_structure is not None:
+        low, high = _by_block(low, scheme).amin(1), _by_block(high, scheme).amax(1)
+    if scheme.observer is Observer.MINMAX:
+        return _qparams_of_range(low, high, scheme, dtype)
+    importance = torch.ones(weight.shape[1], device=weight.device) if column_weight is None else column_weight
+    return _least_error(groups, _grouped(importance[None].float(), scheme), low, high, scheme, dtype)
+
+
+def _least_error(
+    groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype
+) -> ScaleTensors:
+    """The scales of that fraction of each range, of those in `SHRINK`, that has the smallest squared error."""
+    best = _qparams_of_range(low, high, scheme, dtype)
+    least = _squared_error(groups, importance, best, scheme)
+    for fraction in torch.tensor(SHRINK[1:], dtype=torch.float32, device=groups.device):
+        tried = _qparams_of_range(low * fraction, high * fraction, scheme, dtype)
+        error = _squared_error(groups, importance, tried, scheme)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = ScaleTensors(
+            torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero_point, best.zero_point)
+        )
+    return best
+
+
+def encode(weight: Tensor, scheme: Scheme, qparams: ScaleTensors) -> QuantizedTensors:
+    """Quantize `weight` [out, in] with given scales and zero points."""
+    out_features, in_features = weight.shape
+    groups = _grouped(weight.float(), scheme)
+    ratio = groups / _spread(qparams.scale.float(), scheme, out_features)
+    if scheme.type is NumberType.FLOAT:
+        codes = ratio.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+        return QuantizedTensors(codes.flatten(1)[:, :in_features].contiguous(), qparams.scale, None)
+    levels = _levels(ratio, _spread(qparams.zero_point, scheme, out_features), scheme)
+    packed = pack_levels(levels.flatten(1), scheme.num_bits)
+    zero_point = None
+    if not scheme.symmetric:
+        zero_point = pack_levels(qparams.zero_point.T, scheme.num_bits).T.contiguous()
+    return QuantizedTensors(packed, qparams.scale, zero_point)
+
+
+def dequantize(quantized: QuantizedTensors, scheme: Scheme, out_features: int, in_features: int) -> Tensor:
+    """float32 [out, in] of a quantized matrix, on its device."""
+    scale = _spread(quantized.scale.float(), scheme, out_features)
+    if scheme.type is NumberType.FLOAT:
+        values = _grouped(quantized.values.view(torch.float8_e4m3fn).float(), scheme)
+        return (values * scale).flatten(1)[:, :in_features].contiguous()
+    levels = _grouped(unpack_levels(quantized.values, scheme.num_bits, in_features), scheme)
+    if quantized.zero_point is not None:
+        zero_point = unpack_levels(quantized.zero_point.T, scheme.num_bits, out_features).T
+        levels = levels - _spread(zero_point, scheme, out_features)
+    return (levels * scale).flatten(1)
+
+
+def pack_levels(levels: Tensor, num_bits: int) -> Tensor:
+    """Signed levels [rows, columns] of any dtype as int32 words, like `packing.pack_levels`."""
+    columns = levels.shape[1]
+    per_word = 32 // num_bits
+    codes = (levels + 2 ** (num_bits - 1)).to(torch.int32)
+    padding = packed_columns(columns, num_bits) * per_word - columns
+    codes = torch.nn.functional.pad(codes, (0, padding)).reshape(len(codes), -1, per_word)
+    words = codes[..., 0].clone()
+    for k in range(1, per_word):
+        words |= codes[..., k] << (k * num_bits)
+    return words
+
+
+def unpack_levels(words: Tensor, num_bits: int, columns: int) -> Tensor:
+    """The levels [rows, columns] of packed words, as float32."""
+    shifts = torch.arange(0, 32, num_bits, device=words.device, dtype=torch.int32)
+    codes = (words[..., None] >> shifts) & (2**num_bits - 1)
+    levels: Tensor = codes.flatten(1)[:, :columns].float() - 2 ** (num_bits - 1)
+    return levels
+
+
+def _refuse_non_finite(weight: Tensor) -> None:
+    finite = weight.isfinite()
+    if not bool(finite.all()):
+        row, column = np.argwhere(~finite.cpu().numpy())[0]
+        raise NonFiniteError(int(row), int(column))
+
+
+def _grouped(matrix: Tensor, scheme: Scheme) -> Tensor:
+    """[rows, in] as [rows, groups, columns of a group], filled up with zeros."""
+    columns = scheme.group_columns(matrix.shape[1])
+    padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % columns))
+    return padded.reshape(len(matrix), -1, columns)
+
+
+def _by_block(values: Tensor, scheme: Scheme) -> Tensor:
+    """[out, groups] as [blocks, rows of a block, groups], filled up with zeros."""
+    height = scheme.row_multiple()
+    padded = torch.nn.functional.pad(values, (0, 0, 0, -len(values) % height))
+    return padded.reshape(-1, height, values.shape[1])
+
+
+def _spread(values: Tensor, scheme: Scheme, out_features: int) -> Tensor:
+    """[out or 1, groups or 1, 1] from the shape a scale is stored in."""
+    if scheme.block_structure is not None:
+        values = values.repeat_interleave(scheme.block_structure[0], dim=0)[:out_features]
+    return values.reshape(-1, values.shape[-1], 1)
+
+
+def _qparams_of_range(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype) -> ScaleTensors:
+    """As `qparams.qparams_of_range`."""
+    smallest, largest = SCALE_LIMITS[_FLOAT_NAMES[dtype]]
+    if scheme.symmetric:
+        scale = (torch.maximum(-low, high) / top_level(scheme)).clamp(smallest, largest).to(dtype)
+        return ScaleTensors(scale, torch.zeros_like(scale, dtype=torch.float32))
+    lowest, highest = -(2 ** (scheme.num_bits - 1)), 2 ** (scheme.num_bits - 1) - 1
+    scale = ((high - low) / (highest - lowest)).clamp(smallest, largest).to(dtype)
+    return ScaleTensors(scale, (lowest - low / scale.float()).round().clamp(lowest, highest))
+
+
+def _levels(ratio: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
+    """Signed integer levels, as float32, of weight / scale."""
+    return (ratio.round() + zero_point).clamp(-(2 ** (scheme.num_bits - 1)), 2 ** (scheme.num_bits - 1) - 1)
+
+
+def _squared_error(groups: Tensor, importance: Tensor, tried: ScaleTensors, scheme: Scheme) -> Tensor:
+    """Weighted squared error of each group or block, in the shape of its scale.
+
+    The search rounds weight * (1 / scale), which is faster than a division and differs only at ties.
+    """
+    scale = _spread(tried.scale.float(), scheme, len(groups))
+    ratio = groups * (1 / scale)
+    if scheme.type is NumberType.FLOAT:
+        nearest = ratio.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    else:
+        zero_point = _spread(tried.zero_point, scheme, len(groups))
+        nearest = _levels(ratio, zero_point, scheme) - zero_point
+    error = nearest * scale - groups
+    total = _halving_sum((error * error) * importance)
+    return total if scheme.block_structure is None else _halving_sum(_by_block(total, scheme).transpose(1, 2))
+
+
+def _halving_sum(terms: Tensor) -> Tensor:
+    """Sum over the last axis by adding its upper half onto its lower until one is left."""
+    while (count := terms.shape[-1]) > 1:
+        half = count // 2
+        terms = torch.cat((terms[..., :half] + terms[..., count - half :], terms[..., half : count - half]), dim=-1)
+    return terms[..., 0]
