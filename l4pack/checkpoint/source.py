@@ -12,12 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from l4pack.checkpoint.header import TensorEntry, read_header
 from l4pack.errors import SourceError
 from l4pack.model.config import KNOWN_MODELS, Llama4Config, known_config, load_config
 from l4pack.model.tensors import Catalogue, Naming, catalogue
+from l4pack.quant.floats import FloatName
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -95,6 +96,12 @@ class Checkpoint:
     def weight_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
+
+    @cached_property
+    def float_names(self) -> dict[str, FloatName]:
+        """The dtype of every tensor, each one of WEIGHT_DTYPES. Raises SourceError where the layout is not Llama 4's."""
+        assert self.layout
+        return {name: cast(FloatName, entry.dtype) for name, entry in self.entries.items()}
 
     @cached_property
     def shards(self) -> tuple[str, ...]:

@@ -1,0 +1,100 @@
+"""The journal of a job: what is finished and safely on disk, bound to the plan it belongs to."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from l4pack.errors import L4packError, UsageError
+
+
+class Journal:
+    """An append-only file of JSON lines; a line torn by a crash is dropped."""
+
+    def __init__(self, path: Path, plan_digest: str) -> None:
+        """Open the journal of a job, or begin one. Raises UsageError when it belongs to another plan."""
+        self.path = path
+        lines = list(_whole_lines(path)) if path.exists() else []
+        if lines and lines[0] != {"plan": plan_digest}:
+            raise UsageError(
+                f"{path.parent} was begun with another source, recipe, option or version",
+                hint="repeat the earlier command, or add --restart to begin again",
+            )
+        self.finished = {str(key) for line in lines[1:] for key in line.get("finished", ())}
+        self.digests: dict[str, str] = {}
+        for line in lines[1:]:
+            self.digests.update(line.get("digests", {}))
+        # Rewritten whole: what a crash tore off must not be followed by new lines.
+        text = "".join(_line(line) for line in (lines or [{"plan": plan_digest}]))
+        write_atomic(path, text.encode())
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def record(self, finished: Iterable[str] = (), digests: dict[str, str] | None = None) -> None:
+        """Note tasks and tensor digests as done; call only once their bytes are safely on disk."""
+        entry: dict[str, Any] = {}
+        if keys := list(finished):
+            entry["finished"] = keys
+            self.finished.update(keys)
+        if digests:
+            entry["digests"] = digests
+            self.digests.update(digests)
+        if entry:
+            os.write(self._descriptor, _line(entry).encode())
+            os.fdatasync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value, separators=(",", ":")) + "\n"
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            value = json.loads(text)
+        except ValueError:
+            return
+        if not isinstance(value, dict):
+            return
+        yield value
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a job's folder for this process. Raises L4packError when another process holds it."""
+    with (folder / "lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise L4packError(
+                f"another run is working in {folder}", hint="wait for it, or choose another --out"
+            ) from None
+        yield
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old one or the whole new one, even after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

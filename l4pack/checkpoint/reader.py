@@ -1,0 +1,121 @@
+"""Reading slices of tensors by `pread` into plain buffers.
+
+Mapping a file would count its pages as resident memory and push out what matters, so bytes are read into buffers and
+the page cache is told to let go of what was read.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l4pack.checkpoint.header import DTYPE_BITS, TensorEntry
+from l4pack.errors import SourceError
+
+# BF16 has no NumPy type; its bit patterns are read as uint16.
+NUMPY_TYPES: dict[str, type[np.generic]] = {
+    "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64, "BOOL": np.bool_,
+    "U8": np.uint8, "I8": np.int8, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8, "F8_E8M0": np.uint8,
+    "U16": np.uint16, "I16": np.int16, "U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64,
+}  # fmt: skip
+_DROP_FROM = 1 << 20
+
+
+class Reader:
+    """Reads tensors of one checkpoint; safe to use from several threads at once."""
+
+    def __init__(self, entries: Mapping[str, TensorEntry], path_of: Callable[[str], Path]) -> None:
+        self._entries = entries
+        self._path_of = path_of
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every file."""
+        with self._lock:
+            for descriptor in self._files.values():
+                os.close(descriptor)
+            self._files.clear()
+
+    def forget(self, file: str) -> None:
+        """Close one file, so that it can be deleted."""
+        with self._lock:
+            descriptor = self._files.pop(file, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """A whole tensor in the NumPy type of its dtype (BF16 and FP8 as bit patterns)."""
+        entry = self._entries[name]
+        return self._array(entry, entry.start, entry.shape)
+
+    def span(self, name: str, start: int, nbytes: int) -> NDArray[np.uint8]:
+        """`nbytes` raw bytes of a tensor, from its byte `start`."""
+        buffer = np.empty(nbytes, np.uint8)
+        self._fill(self._entries[name], self._entries[name].start + start, buffer)
+        return buffer
+
+    def matrix(self, name: str, index: int | None, rows: slice | None = None) -> NDArray[Any]:
+        """Rows of a 2-D tensor, or of matrix `index` of a 3-D one (contiguous in the file)."""
+        entry = self._entries[name]
+        count, width = entry.shape[-2:]
+        start, stop, _ = (rows or slice(None)).indices(count)
+        first = ((index or 0) * count + start) * width
+        return self._array(entry, entry.start + first * DTYPE_BITS[entry.dtype] // 8, (stop - start, width))
+
+    def columns(self, name: str, index: int | None, columns: slice) -> NDArray[Any]:
+        """Some columns of all rows of a 2-D tensor, or of matrix `index` of a 3-D one, row by row."""
+        entry = self._entries[name]
+        count, width = entry.shape[-2:]
+        start, stop, _ = columns.indices(width)
+        item = DTYPE_BITS[entry.dtype] // 8
+        block = np.empty((count, stop - start), NUMPY_TYPES[entry.dtype])
+        first = entry.start + ((index or 0) * count * width + start) * item
+        for row in range(count):
+            self._fill(entry, first + row * width * item, block[row].view(np.uint8))
+        return block
+
+    def _array(self, entry: TensorEntry, start: int, shape: tuple[int, ...]) -> NDArray[Any]:
+        array = np.empty(shape, NUMPY_TYPES[entry.dtype])
+        self._fill(entry, start, array.reshape(-1).view(np.uint8))
+        return array
+
+    def _fill(self, entry: TensorEntry, start: int, buffer: NDArray[np.uint8]) -> None:
+        descriptor = self._descriptor(entry.file)
+        done = 0
+        while done < buffer.nbytes:
+            try:
+                count = os.preadv(descriptor, [buffer[done:].data], start + done)
+            except OSError as error:
+                raise SourceError(f"{entry.file}: {error.strerror}", hint="check the disk") from error
+            if count == 0:
+                raise SourceError(
+                    f"{entry.file} ends inside {entry.name}", hint="the file is truncated: download it again"
+                )
+            done += count
+        if buffer.nbytes >= _DROP_FROM:
+            os.posix_fadvise(descriptor, start, buffer.nbytes, os.POSIX_FADV_DONTNEED)
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            known = self._files.get(file)
+        if known is not None:
+            return known
+        path = self._path_of(file)  # may download, so other threads must not wait for it
+        with self._lock:
+            if file not in self._files:
+                self._files[file] = os.open(path, os.O_RDONLY)
+            return self._files[file]

@@ -1,0 +1,81 @@
+"""Writing the planned shards: every byte has its place, so order and interruptions don't matter."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l4pack.checkpoint.shards import Place, Shard
+from l4pack.units import MIB
+
+_HASH_CHUNK = 8 * MIB
+
+
+class ShardWriter:
+    """Writes pieces of tensors into a folder of shards; safe to use from several threads at once."""
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], places: Mapping[str, Place]) -> None:
+        self._places = places
+        self._lock = threading.Lock()
+        self._dirty: set[str] = set()
+        self._files: dict[str, int] = {}
+        for shard in shards:
+            descriptor = os.open(folder / shard.file, os.O_RDWR | os.O_CREAT, 0o644)
+            self._files[shard.file] = descriptor
+            os.ftruncate(descriptor, shard.nbytes)
+            _write_all(descriptor, memoryview(shard.prefix), 0)
+            self._dirty.add(shard.file)
+
+    def write(self, name: str, offset: int, data: NDArray[np.generic]) -> None:
+        """Put bytes at `offset` of a tensor."""
+        place = self._places[name]
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        if offset < 0 or offset + raw.nbytes > place.nbytes:
+            raise ValueError(f"{name}: {raw.nbytes} bytes at {offset} of a tensor of {place.nbytes}")
+        _write_all(self._files[place.file], raw, place.start + offset)
+        with self._lock:
+            self._dirty.add(place.file)
+
+    def sync(self) -> None:
+        """Return once every byte written so far is safely on disk."""
+        with self._lock:
+            dirty, self._dirty = self._dirty, set()
+        for file in dirty:
+            os.fdatasync(self._files[file])
+
+    def digests(self, shard: Shard) -> dict[str, str]:
+        """Hex SHA-256 of every tensor of a shard, read back from the file."""
+        result = {name: self._digest(self._places[name]) for name in shard.tensors}
+        os.posix_fadvise(self._files[shard.file], 0, 0, os.POSIX_FADV_DONTNEED)
+        return result
+
+    def _digest(self, place: Place) -> str:
+        digest = hashlib.sha256()
+        buffer = bytearray(min(_HASH_CHUNK, place.nbytes))
+        done = 0
+        while done < place.nbytes:
+            view = memoryview(buffer)[: place.nbytes - done]
+            count = os.preadv(self._files[place.file], [view], place.start + done)
+            if count == 0:
+                raise OSError(f"{place.file} is shorter than it was written")
+            digest.update(view[:count])
+            done += count
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Close every file."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+
+def _write_all(descriptor: int, raw: memoryview, start: int) -> None:
+    done = 0
+    while done < raw.nbytes:
+        done += os.pwrite(descriptor, raw[done:], start + done)

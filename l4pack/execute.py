@@ -1,0 +1,123 @@
+"""Carrying out one task of a plan: read a slab, make the artifact's bytes of it, write them where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l4pack.assign import COPY_CHUNK, Action, PlannedTensor, Target, Task
+from l4pack.checkpoint.reader import NUMPY_TYPES, Reader
+from l4pack.checkpoint.writer import ShardWriter
+from l4pack.errors import SourceError
+from l4pack.quant.floats import FloatName
+from l4pack.quant.layout import Layout
+from l4pack.quant.quantize import NonFiniteError, Quantized, absmax, quantize_block
+from l4pack.quant.scheme import Scheme, Strategy
+from l4pack.recipe import Recipe
+
+# Magnitudes from these bit patterns up are infinite or not a number.
+_EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+
+
+class Quantizer(Protocol):
+    """Turns a block of weights into an artifact's arrays; CPU and CUDA give the same bytes."""
+
+    def __call__(
+        self, source: NDArray[Any], layout: Layout, dtype: FloatName, scheme: Scheme, *, amax: float | None = None
+    ) -> Quantized: ...
+
+
+class Executor:
+    """Carries out tasks; one instance serves all worker threads."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        reader: Reader,
+        writer: ShardWriter,
+        dtypes: Mapping[str, FloatName],
+        quantize: Quantizer = quantize_block,
+    ) -> None:
+        self._recipe = recipe
+        self._reader = reader
+        self._writer = writer
+        self._dtypes = dtypes  # safetensors dtype of each source tensor
+        self._quantize = quantize
+
+    def run(self, task: Task) -> None:
+        """Do a task. Raises SourceError naming a tensor with an infinite or NaN weight."""
+        if task.copied is not None:
+            self._copy(task, task.copied)
+            return
+        for target, block in zip(task.targets, self._blocks(task), strict=True):
+            if task.action is Action.UNFUSE:
+                _refuse_non_finite(block, self._dtypes[task.tensor], target.module)
+                self._write_rows(target.tensors[0], task, np.ascontiguousarray(block.T))
+            else:
+                self._quantize_block(task, target, block)
+
+    def _copy(self, task: Task, tensor: PlannedTensor) -> None:
+        dtype = self._dtypes[task.tensor]
+        for start in range(0, tensor.nbytes, COPY_CHUNK):
+            chunk = self._reader.span(task.tensor, start, min(COPY_CHUNK, tensor.nbytes - start))
+            _refuse_non_finite(chunk.view(NUMPY_TYPES[dtype]), dtype, task.tensor)
+            self._writer.write(tensor.name, start, chunk)
+
+    def _blocks(self, task: Task) -> list[NDArray[Any]]:
+        """One 2-D block a target, in the layout it is stored in."""
+        first = task.targets[0].linear
+        start, stop = task.rows
+        if first.layout is Layout.OUT_IN:
+            return [self._reader.matrix(task.tensor, None, slice(start, stop))]
+        if stop - start == first.out_features and len(task.targets) == 2:
+            slab = self._reader.matrix(task.tensor, first.expert)
+            return [slab[:, target.linear.column :][:, : first.out_features] for target in task.targets]
+        places = [target.linear.column for target in task.targets]
+        return [self._reader.columns(task.tensor, first.expert, slice(place + start, place + stop)) for place in places]
+
+    def _quantize_block(self, task: Task, target: Target, block: NDArray[Any]) -> None:
+        scheme, dtype = self._recipe.schemes[target.scheme], self._dtypes[task.tensor]
+        layout = target.linear.layout
+        try:
+            amax = absmax(block, layout, dtype) if scheme.strategy is Strategy.TENSOR else None
+            quantized = self._quantize(block, layout, dtype, scheme, amax=amax)
+        except NonFiniteError as error:
+            where = f"output {task.rows[0] + error.row}, input {error.column}"
+            raise _non_finite(f"{task.tensor} ({target.module}, {where})") from error
+        arrays = {
+            "weight_packed": quantized.values,
+            "weight": quantized.values,
+            "weight_scale": quantized.scale,
+            "weight_zero_point": quantized.zero_point,
+        }
+        for tensor in target.tensors:
+            suffix = tensor.name.removeprefix(f"{target.module}.")
+            if suffix == "weight_shape":
+                if task.rows[0] == 0:
+                    shape = np.array([target.linear.out_features, target.linear.in_features], np.int64)
+                    self._writer.write(tensor.name, 0, shape)
+                continue
+            array = arrays[suffix]
+            assert array is not None
+            self._write_rows(tensor, task, array)
+
+    def _write_rows(self, tensor: PlannedTensor, task: Task, array: NDArray[Any]) -> None:
+        """Place a slice's bytes by the share of output rows before it (slices are cut at whole blocks and words)."""
+        out_features = task.targets[0].linear.out_features
+        whole_rows = tensor.shape[0]
+        first = -(-task.rows[0] * whole_rows // out_features) if task.rows[0] else 0
+        self._writer.write(tensor.name, first * (tensor.nbytes // whole_rows), array)
+
+
+def _refuse_non_finite(block: NDArray[Any], dtype: FloatName, name: str) -> None:
+    exponent = _EXPONENT[dtype]
+    bits: NDArray[Any] = block.view(np.uint16 if exponent < 0x10000 else np.uint32)
+    if ((bits & exponent) == exponent).any():
+        raise _non_finite(name)
+
+
+def _non_finite(where: str) -> SourceError:
+    return SourceError(f"{where} holds an infinite or NaN weight", hint="the checkpoint is damaged: download it again")

@@ -1,0 +1,122 @@
+"""A job under way: tasks on a few threads, journalled once their bytes are safely on disk."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from l4pack.assign import Task
+from l4pack.checkpoint.journal import Journal
+from l4pack.checkpoint.reader import Reader
+from l4pack.checkpoint.source import Store
+from l4pack.checkpoint.writer import ShardWriter
+from l4pack.errors import StoppedError
+from l4pack.execute import Executor
+from l4pack.plan import Plan
+
+SYNC_SECONDS = 1.0
+
+
+class Job:
+    """Runs what is left of a plan. A failed or stopped job keeps what is finished."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        journal: Journal,
+        reader: Reader,
+        writer: ShardWriter,
+        executor: Executor,
+        advance: Callable[[int], None] | None,
+        stop: threading.Event,
+    ) -> None:
+        self._plan, self._store, self._journal = plan, store, journal
+        self._reader, self._writer, self._executor = reader, writer, executor
+        self._advance, self._stop = advance or (lambda _: None), stop
+        self._lock = threading.Lock()
+        self._finished: list[Task] = []
+        self._error: Exception | None = None
+        self._todo = [task for task in plan.tasks if task.key not in journal.finished]
+        self._left_in_source = Counter(self._source_file(task) for task in self._todo)
+        self._left_in_shard = Counter(file for task in self._todo for file in self._shard_files(task))
+        self._source_files = list(dict.fromkeys(self._source_file(task) for task in self._todo))
+        self._hashing: list[Future[dict[str, str]]] = []
+
+    @property
+    def resumed_bytes(self) -> int:
+        """Source bytes that an earlier run of this job was done with."""
+        return self._plan.read_bytes - sum(task.read_bytes for task in self._todo)
+
+    def run(self) -> None:
+        """Do every task left. Raises the first error of a task, or StoppedError."""
+        workers, side = self._plan.workers, ThreadPoolExecutor(2, "l4pack-side")
+        self._advance(self.resumed_bytes)
+        with side, ThreadPoolExecutor(workers, "l4pack") as pool:
+            self._hash_complete_shards(side)
+            self._prefetch(side, 0)
+            pending: set[Future[None]] = {pool.submit(self._do, task, side) for task in self._todo}
+            while pending:
+                _, pending = wait(pending, timeout=SYNC_SECONDS)
+                self._settle(side)
+        self._collect_digests()
+        if self._error is not None:
+            raise self._error
+        if self._stop.is_set():
+            raise StoppedError("stopped; what is finished is kept", hint="run the same command again to go on")
+
+    def _do(self, task: Task, side: ThreadPoolExecutor) -> None:
+        if self._stop.is_set() or self._error is not None:
+            return
+        try:
+            self._prefetch(side, self._source_files.index(self._source_file(task)) + 1)
+            self._executor.run(task)
+        except Exception as error:
+            with self._lock:
+                self._error = self._error or error
+            return
+        with self._lock:
+            self._finished.append(task)
+
+    def _prefetch(self, side: ThreadPoolExecutor, number: int) -> None:
+        if self._store.fetches and number < len(self._source_files):
+            side.submit(self._store.path, self._source_files[number])
+
+    def _settle(self, side: ThreadPoolExecutor) -> None:
+        """Journal what the workers finished, let go of used-up source files, hash complete shards."""
+        with self._lock:
+            finished, self._finished = self._finished, []
+        if not finished:
+            return
+        self._writer.sync()
+        self._journal.record(finished=[task.key for task in finished])
+        for task in finished:
+            self._advance(task.read_bytes)
+            file = self._source_file(task)
+            self._left_in_source[file] -= 1
+            if not self._left_in_source[file]:
+                self._reader.forget(file)
+                self._store.release(file)
+            self._left_in_shard.subtract(self._shard_files(task))
+        self._hash_complete_shards(side)
+
+    def _hash_complete_shards(self, side: ThreadPoolExecutor) -> None:
+        known = self._journal.digests
+        for shard in self._plan.shards:
+            if self._left_in_shard[shard.file] == 0:
+                self._left_in_shard[shard.file] = -1  # once
+                if any(name not in known for name in shard.tensors):
+                    self._hashing.append(side.submit(self._writer.digests, shard))
+
+    def _collect_digests(self) -> None:
+        for future in self._hashing:
+            self._journal.record(digests=future.result())
+
+    def _source_file(self, task: Task) -> str:
+        return self._plan.checkpoint.entries[task.tensor].file
+
+    def _shard_files(self, task: Task) -> set[str]:
+        tensors = [task.copied] if task.copied else [tensor for target in task.targets for tensor in target.tensors]
+        return {self._plan.places[tensor.name].file for tensor in tensors}

@@ -1,0 +1,165 @@
+"""Running a plan: a journal, a lock, and a folder that appears only when it is complete."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from l4pack.artifact.manifest import MANIFEST_NAME
+from l4pack.checkpoint.journal import Journal, locked, sync_folder, write_atomic
+from l4pack.checkpoint.reader import Reader
+from l4pack.checkpoint.shards import INDEX_NAME
+from l4pack.checkpoint.source import Store
+from l4pack.checkpoint.writer import ShardWriter
+from l4pack.errors import BudgetError, SourceError, UsageError
+from l4pack.execute import Executor, Quantizer
+from l4pack.job import Job
+from l4pack.plan import CONFIG_NAME, Plan
+from l4pack.quant.quantize import quantize_block
+from l4pack.units import human_bytes
+
+_JOURNAL = "journal.jsonl"
+_ARTIFACT = "artifact"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did. `resumed_bytes` of the source were read by an earlier run of the same job."""
+
+    out: Path
+    seconds: float
+    read_bytes: int
+    resumed_bytes: int
+    peak_rss_bytes: int
+    already_done: bool = False
+
+
+def run_plan(
+    plan: Plan,
+    out: Path,
+    *,
+    restart: bool = False,
+    quantize: Quantizer = quantize_block,
+    advance: Callable[[int], None] | None = None,
+) -> RunResult:
+    """Write the artifact of `plan` to the folder `out`, which appears when it is complete.
+
+    Work lies in `out` + '.partial' until then; the same call goes on where an earlier one was stopped or killed.
+    `advance` is told the source bytes of each finished task. Raises UsageError (`out` is taken, or the work begun
+    belongs to another plan), BudgetError (disk), SourceError, StoppedError (a signal asked to stop).
+    """
+    if plan.checkpoint.bare or plan.checkpoint.store is None:
+        raise SourceError(
+            f"{plan.checkpoint.name} is a configuration without weights", hint="give the checkpoint itself"
+        )
+    started = time.monotonic()
+    work = out.with_name(f"{out.name}.partial")
+    if _taken(plan, out):
+        shutil.rmtree(work, ignore_errors=True)
+        return RunResult(out, 0.0, 0, plan.read_bytes, _peak_rss(), already_done=True)
+    work.mkdir(parents=True, exist_ok=True)
+    with locked(work), _stop_signals() as stop:
+        if restart:
+            shutil.rmtree(work / _ARTIFACT, ignore_errors=True)
+            (work / _JOURNAL).unlink(missing_ok=True)
+        resumed = _work(plan, plan.checkpoint.store, work, quantize, advance, stop)
+        _finish(plan, plan.checkpoint.store, work / _ARTIFACT, out)
+        shutil.rmtree(work)
+    return RunResult(out, time.monotonic() - started, plan.read_bytes - resumed, resumed, _peak_rss())
+
+
+def _taken(plan: Plan, out: Path) -> bool:
+    """Whether `out` holds this very artifact already. Raises UsageError when it holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    sizes = {path.name: path.stat().st_size for path in out.iterdir()} if out.is_dir() else {}
+    same = all(sizes.get(name) == size for name, size in plan.files.items())
+    if same and (out / CONFIG_NAME).read_bytes() == plan.config_json:
+        head = plan.manifest.to_json({}).partition(b'"tensors"')[0]
+        if (out / MANIFEST_NAME).read_bytes().startswith(head):
+            return True
+    raise UsageError(f"{out} exists and is not this artifact", hint="choose another --out, or remove it yourself")
+
+
+def _work(
+    plan: Plan,
+    store: Store,
+    work: Path,
+    quantize: Quantizer,
+    advance: Callable[[int], None] | None,
+    stop: threading.Event,
+) -> int:
+    """Write all shards and the manifest; returns the source bytes that an earlier run was done with."""
+    folder = work / _ARTIFACT
+    folder.mkdir(exist_ok=True)
+    journal = Journal(work / _JOURNAL, plan.digest())
+    try:
+        _check_disk(plan, folder)
+        writer = ShardWriter(folder, plan.shards, plan.places)
+        try:
+            with Reader(plan.checkpoint.entries, store.path) as reader:
+                executor = Executor(plan.recipe, reader, writer, plan.checkpoint.float_names, quantize)
+                job = Job(plan, store, journal, reader, writer, executor, advance, stop)
+                job.run()
+                writer.sync()
+        finally:
+            writer.close()
+        write_atomic(folder / MANIFEST_NAME, plan.manifest.to_json(journal.digests))
+        return job.resumed_bytes
+    finally:
+        journal.close()
+
+
+def _check_disk(plan: Plan, folder: Path) -> None:
+    written = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+    needed, free = plan.disk_bytes - written, shutil.disk_usage(folder).free
+    if needed > free:
+        raise BudgetError(
+            f"{folder.parent} needs {human_bytes(needed)} more disk, {human_bytes(free)} are free",
+            hint="free some space, or choose another --out",
+        )
+
+
+def _finish(plan: Plan, store: Store, folder: Path, out: Path) -> None:
+    """Add the other files, config.json last, and let the artifact appear under its name."""
+    for file in plan.checkpoint.companions:
+        write_atomic(folder / file, store.path(file).read_bytes())
+    if plan.index_json is not None:
+        write_atomic(folder / INDEX_NAME, plan.index_json)
+    write_atomic(folder / CONFIG_NAME, plan.config_json)
+    folder.replace(out)
+    sync_folder(out.parent)
+
+
+def _peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into a request to stop at a safe place; the second one acts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
