@@ -42,7 +42,6 @@ class Job:
         self._todo = [task for task in plan.tasks if task.key not in journal.finished]
         self._left_in_source = Counter(self._source_file(task) for task in self._todo)
         self._left_in_shard = Counter(file for task in self._todo for file in self._shard_files(task))
-        self._source_files = list(dict.fromkeys(self._source_file(task) for task in self._todo))
         self._hashing: list[Future[dict[str, str]]] = []
 
     @property
@@ -56,8 +55,7 @@ class Job:
         self._advance(self.resumed_bytes)
         with side, ThreadPoolExecutor(workers, "l4pack") as pool:
             self._hash_complete_shards(side)
-            self._prefetch(side, 0)
-            pending: set[Future[None]] = {pool.submit(self._do, task, side) for task in self._todo}
+            pending: set[Future[None]] = {pool.submit(self._do, task) for task in self._todo}
             while pending:
                 _, pending = wait(pending, timeout=SYNC_SECONDS)
                 self._settle(side)
@@ -67,11 +65,10 @@ class Job:
         if self._stop.is_set():
             raise StoppedError("stopped; what is finished is kept", hint="run the same command again to go on")
 
-    def _do(self, task: Task, side: ThreadPoolExecutor) -> None:
+    def _do(self, task: Task) -> None:
         if self._stop.is_set() or self._error is not None:
             return
         try:
-            self._prefetch(side, self._source_files.index(self._source_file(task)) + 1)
             self._executor.run(task)
         except Exception as error:
             with self._lock:
@@ -79,10 +76,6 @@ class Job:
             return
         with self._lock:
             self._finished.append(task)
-
-    def _prefetch(self, side: ThreadPoolExecutor, number: int) -> None:
-        if self._store.fetches and number < len(self._source_files):
-            side.submit(self._store.path, self._source_files[number])
 
     def _settle(self, side: ThreadPoolExecutor) -> None:
         """Journal what the workers finished, let go of used-up source files, hash complete shards."""

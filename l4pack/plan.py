@@ -106,13 +106,16 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Disk a run needs at its peak, the artifact included; a source fetched as the run goes adds two shards."""
+        """Disk a run needs at its peak, the artifact included.
+
+        A source fetched as the run goes adds three shards: workers may be in two at once, and one is fetched ahead.
+        """
         fetched = 0
         if self.checkpoint.store is not None and self.checkpoint.store.fetches:
             sizes: dict[str, int] = defaultdict(int)
             for entry in self.checkpoint.entries.values():
                 sizes[entry.file] += entry.nbytes
-            fetched = sum(sorted(sizes.values())[-2:])
+            fetched = sum(sorted(sizes.values())[-3:])
         return self.artifact_bytes + fetched
 
     @property

@@ -99,7 +99,7 @@ class Checkpoint:
 
     @cached_property
     def float_names(self) -> dict[str, FloatName]:
-        """The dtype of every tensor, each one of WEIGHT_DTYPES. Raises SourceError where the layout is not Llama 4's."""
+        """The dtype of every tensor, one of WEIGHT_DTYPES. Raises SourceError where the layout is not Llama 4's."""
         assert self.layout
         return {name: cast(FloatName, entry.dtype) for name, entry in self.entries.items()}
 

@@ -8,6 +8,10 @@ import typer
 
 from l4pack import __version__
 from l4pack.cli import console
+from l4pack.cli.inspect import inspect
+from l4pack.cli.plan import plan
+from l4pack.cli.quantize import quantize
+from l4pack.cli.recipes import formats, recipes
 
 app = typer.Typer(
     name="l4pack",
@@ -33,3 +37,7 @@ def _root(
     ] = False,
 ) -> None:
     del version
+
+
+for command in (inspect, plan, quantize, recipes, formats):
+    app.command()(command)

@@ -39,10 +39,17 @@ def show_json(value: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def say(message: str) -> None:
-    """Talk: a line on stderr, only when a person watches."""
+def show_text(text: str) -> None:
+    """Print a text on stdout just as it is."""
+    sys.stdout.write(text)
+
+
+def talk(*items: RenderableType) -> None:
+    """Print on stderr, only when a person watches."""
     if sys.stderr.isatty():
-        _console(stderr=True).print(message)
+        console = _console(stderr=True)
+        for item in items:
+            console.print(item)
 
 
 def error(message: str, hint: str = "") -> None:

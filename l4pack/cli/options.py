@@ -11,7 +11,7 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="Checkpoint folder, ORG/NAME[@REVISION] on the Hub, a config.json, or llama-4-scout / llama-4-maverick.",
+        help="Checkpoint folder, ORG/NAME[@REVISION] on the Hub, a config.json, llama-4-scout, llama-4-maverick, or demo.",
         show_default=False,
     ),
 ]
@@ -29,6 +29,10 @@ MaxRam = Annotated[
     typer.Option(
         "--max-ram", metavar="SIZE", help="Most memory the job may take, for example 4GB.", show_default=False
     ),
+]
+ShardSize = Annotated[
+    str | None,
+    typer.Option("--shard-size", metavar="SIZE", help="Largest shard; 5GB unless given.", show_default=False),
 ]
 Against = Annotated[
     str | None,

@@ -1,0 +1,51 @@
+"""`l4pack inspect`."""
+
+from __future__ import annotations
+
+from l4pack.checkpoint.open import open_source
+from l4pack.checkpoint.source import Checkpoint
+from l4pack.cli import console
+from l4pack.cli.options import AsJson, Source
+from l4pack.summary import checkpoint_record, checkpoint_roles, licence_files
+from l4pack.units import human_bytes
+
+
+def inspect(source: Source, as_json: AsJson = False) -> None:
+    """Say what a checkpoint is, from its headers alone.
+
+    Example: `l4pack inspect meta-llama/Llama-4-Scout-17B-16E-Instruct`
+    """
+    checkpoint = open_source(source)
+    if as_json:
+        console.show_json(checkpoint_record(checkpoint))
+        return
+    console.show(*_lines(checkpoint))
+    table = console.table("Role", ">Tensors", ">Parameters", ">Bytes", ">Share")
+    total = checkpoint.layout.parameters
+    for row in checkpoint_roles(checkpoint):
+        share = f"{100 * row.parameters / total:.2f} %"
+        table.add_row(row.role.value, f"{row.tensors:,}", f"{row.parameters:,}", human_bytes(row.nbytes), share)
+    console.show("", table)
+
+
+def _lines(checkpoint: Checkpoint) -> list[str]:
+    record = checkpoint_record(checkpoint)
+    text = checkpoint.config.text
+    dtypes = (
+        ", ".join(f"{dtype} x {count}" for dtype, count in record["dtypes"].items()) or "no weights, configuration only"
+    )
+    kinds = (
+        f"{record['moe_layers']} with {text.num_local_experts} experts, {len(text.rope_layers)} with chunked attention"
+    )
+    licences = ", ".join(licence_files(checkpoint)) or "no licence file found"
+    lines = [
+        f"[bold]{console.plain(checkpoint.name)}[/bold]",
+        f"{console.plain(record['architecture'])}: {record['parameters']:,} parameters in {record['tensors']:,} tensors, "
+        f"{human_bytes(record['weight_bytes'])} in {record['shards']} shards ({dtypes})",
+        f"{text.num_hidden_layers} layers: {kinds}; experts {'fused' if record['fused_experts'] else 'one by one'}; "
+        f"{'with' if record['vision'] else 'without'} vision",
+        f"licence: {console.plain(licences)}",
+    ]
+    if checkpoint.revision:
+        lines.append(f"revision: {console.plain(checkpoint.revision)}")
+    return lines

@@ -1,0 +1,59 @@
+"""`l4pack plan`."""
+
+from __future__ import annotations
+
+from rich.console import RenderableType
+
+from l4pack.checkpoint.open import open_source
+from l4pack.cli import console
+from l4pack.cli.options import AsJson, MaxRam, RecipeName, ShardSize, Source
+from l4pack.plan import Limits, Plan, make_plan
+from l4pack.recipe import load_recipe
+from l4pack.summary import plan_classes, plan_record
+from l4pack.units import human_bytes, parse_size
+
+
+def plan(
+    source: Source,
+    recipe: RecipeName = "int4",
+    max_ram: MaxRam = None,
+    shard_size: ShardSize = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what an artifact will weigh and what making it will take, from headers or a bare config.json.
+
+    Example: `l4pack plan llama-4-scout --recipe scout-int4-1xh100`
+    """
+    made = make_plan(open_source(source), load_recipe(recipe), limits(max_ram, shard_size))
+    if as_json:
+        console.show_json(plan_record(made))
+    else:
+        console.show(*plan_view(made))
+
+
+def limits(max_ram: str | None, shard_size: str | None) -> Limits:
+    """Limits from what the user typed. Raises UsageError."""
+    ram = None if max_ram is None else parse_size(max_ram)
+    return Limits(max_ram=ram) if shard_size is None else Limits(max_ram=ram, shard_bytes=parse_size(shard_size))
+
+
+def plan_view(plan: Plan) -> list[RenderableType]:
+    """A plan for people: one table and what the job takes."""
+    table = console.table("Role", "Scheme", ">Matrices", ">Before", ">After")
+    for row in plan_classes(plan):
+        sizes = human_bytes(row.source_bytes), human_bytes(row.artifact_bytes)
+        table.add_row(row.role.value, row.scheme, f"{row.matrices:,}", *sizes)
+    ratio = plan.source_weight_bytes / plan.weight_bytes
+    lines = [
+        "",
+        f"artifact  {plan.artifact_bytes:,} bytes ({human_bytes(plan.artifact_bytes)}) in {len(plan.shards)} "
+        f"{'shard' if len(plan.shards) == 1 else 'shards'}, {ratio:.2f} times smaller; "
+        f"{plan.bits_per_weight:.3f} bits a quantized weight",
+        f"the job   peak memory {human_bytes(plan.peak_ram_bytes)} with {plan.workers} workers, "
+        f"disk {human_bytes(plan.disk_bytes)}, reads {human_bytes(plan.read_bytes)}",
+    ]
+    lines += [f"[yellow]note[/yellow]      {console.plain(warning)}" for warning in plan.warnings()]
+    title = (
+        f"[bold]{console.plain(plan.checkpoint.name)}[/bold] with recipe [bold]{console.plain(plan.recipe.name)}[/bold]"
+    )
+    return [title, "", table, *lines]

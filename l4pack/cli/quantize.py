@@ -1,0 +1,85 @@
+"""`l4pack quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from l4pack.accelerator import AUTO, quantizer
+from l4pack.checkpoint.open import open_source
+from l4pack.cli import console
+from l4pack.cli.options import AsJson, MaxRam, Out, RecipeName, ShardSize, Source
+from l4pack.cli.plan import limits, plan_view
+from l4pack.plan import Plan, make_plan
+from l4pack.recipe import load_recipe
+from l4pack.run import RunResult, run_plan
+from l4pack.summary import plan_record
+from l4pack.units import human_bytes, human_seconds
+
+
+def quantize(
+    source: Source,
+    out: Out,
+    recipe: RecipeName = "int4",
+    max_ram: MaxRam = None,
+    shard_size: ShardSize = None,
+    compute: Annotated[str, typer.Option(metavar="WHERE", help="cpu, cuda, cuda:N, or auto.")] = AUTO,
+    fetch_as_you_go: Annotated[
+        bool, typer.Option("--fetch-as-you-go", help="Download a Hub source shard by shard and drop each after use.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin again instead of going on with earlier work.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the quantized artifact; the same command goes on after any interruption.
+
+    Example: `l4pack quantize demo --recipe int4-rtn --out demo-int4`
+    """
+    fetch_folder = out.with_name(f"{out.name}.partial") / "fetched" if fetch_as_you_go else None
+    made = make_plan(open_source(source, fetch_folder=fetch_folder), load_recipe(recipe), limits(max_ram, shard_size))
+    if dry_run:
+        console.show_json(plan_record(made)) if as_json else console.show(*plan_view(made))
+        return
+    if not as_json:
+        console.talk(*plan_view(made))
+    result = _run(made, out, compute, restart)
+    if as_json:
+        console.show_json({**plan_record(made), **run_record(result)})
+    else:
+        console.show(*result_view(made, result))
+
+
+def _run(made: Plan, out: Path, compute: str, restart: bool) -> RunResult:
+    with console.progress("quantizing", made.read_bytes) as bar:
+        return run_plan(made, out, restart=restart, quantize=quantizer(compute), advance=bar.advance)
+
+
+def run_record(result: RunResult) -> dict[str, object]:
+    """What a run did, as JSON."""
+    return {
+        "out": str(result.out),
+        "seconds": result.seconds,
+        "bytes_read": result.read_bytes,
+        "bytes_resumed": result.resumed_bytes,
+        "peak_rss_bytes": result.peak_rss_bytes,
+        "already_done": result.already_done,
+    }
+
+
+def result_view(plan: Plan, result: RunResult) -> list[str]:
+    """What a run did, for people."""
+    where = f"[bold]{console.plain(result.out)}[/bold]"
+    if result.already_done:
+        return [f"{where} holds this artifact already; nothing was done"]
+    rate = human_bytes(result.read_bytes / max(result.seconds, 1e-9))
+    lines = [
+        f"{where}  {human_bytes(plan.artifact_bytes)} from {human_bytes(plan.source_weight_bytes)} "
+        f"in {human_seconds(result.seconds)} ({rate}/s), peak memory {human_bytes(result.peak_rss_bytes)}"
+    ]
+    if result.resumed_bytes:
+        lines.append(f"went on after {human_bytes(result.resumed_bytes)} of the source that were done before")
+    return [*lines, f"next: l4pack verify {console.plain(result.out)} --against {console.plain(plan.checkpoint.name)}"]

@@ -1,0 +1,74 @@
+"""`l4pack recipes` and `l4pack formats`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from l4pack.cli import console
+from l4pack.cli.options import AsJson
+from l4pack.formats import FormatSpec, format_names, load_format
+from l4pack.recipe import Recipe, RecipeScheme, load_recipe, recipe_names
+
+Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Explain one; without it, list all.")]
+
+
+def recipes(name: Name = None, as_json: AsJson = False) -> None:
+    """List the recipes, or explain one (a shipped name or a YAML file).
+
+    Example: `l4pack recipes int4`
+    """
+    chosen = [load_recipe(each) for each in ([name] if name else recipe_names())]
+    if as_json:
+        console.show_json({"recipes": [recipe.model_dump(mode="json") for recipe in chosen]})
+    elif name:
+        _explain(chosen[0].model_dump(mode="json", exclude_none=True), chosen[0].title)
+    else:
+        _list_recipes(chosen)
+
+
+def _list_recipes(chosen: list[Recipe]) -> None:
+    table = console.table("Recipe", "Schemes", "Promise", "What it is")
+    for recipe in chosen:
+        promise = recipe.promise
+        made_for = f"{promise.device}, {promise.context:,} tokens" if promise else ""
+        table.add_row(
+            recipe.name, ", ".join(_scheme_text(each) for each in recipe.schemes.values()), made_for, recipe.title
+        )
+    console.show(table)
+
+
+def _scheme_text(scheme: RecipeScheme) -> str:
+    group = f" g{scheme.group_size}" if scheme.group_size else f" {scheme.strategy.value}"
+    kind = "int" if scheme.type.value == "int" else "fp"
+    return f"{kind}{scheme.num_bits}{group} {scheme.method.value}"
+
+
+def formats(name: Name = None, as_json: AsJson = False) -> None:
+    """List the on-disk formats, or explain one: its tensors, and which runtimes read it.
+
+    Example: `l4pack formats pack-quantized`
+    """
+    chosen = [load_format(each) for each in ([name] if name else format_names())]
+    if as_json:
+        console.show_json({"formats": [spec.model_dump(mode="json") for spec in chosen]})
+    elif name:
+        _explain(chosen[0].model_dump(mode="json", exclude_none=True), chosen[0].title)
+    else:
+        _list_formats(chosen)
+
+
+def _list_formats(chosen: list[FormatSpec]) -> None:
+    table = console.table("Format", "Bits", "Strategies", "Read by", "What it is")
+    for spec in chosen:
+        readers = ", ".join(f"{reader.runtime} {reader.version}" for reader in spec.readers)
+        strategies = ", ".join(strategy.value for strategy in spec.accepts.strategies)
+        table.add_row(spec.name, ", ".join(map(str, spec.accepts.num_bits)), strategies, readers, spec.title)
+    console.show(table)
+
+
+def _explain(value: dict[str, Any], title: str) -> None:
+    console.show(f"[bold]{console.plain(title)}[/bold]", "")
+    console.show_text(yaml.safe_dump(value, sort_keys=False, default_flow_style=None, width=110))

@@ -1,0 +1,155 @@
+"""What the Hub's answers mean to a person: every failure of the network or the Hub as one line and a hint.
+
+The client's own messages are not passed on: they hold addresses with signatures in them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from logging import ERROR
+from typing import TypeVar
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    XetDownloadError,
+)
+from huggingface_hub.utils import logging
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from l4pack import __version__
+from l4pack.errors import HubError, L4packError
+
+_Result = TypeVar("_Result")
+
+# httpx's base error, or httpx2's, whichever this huggingface_hub stands on.
+_HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
+    base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception) and base is not OSError
+)
+_FAILURES: tuple[type[Exception], ...] = (OSError, *_HTTP_ERRORS)
+_REPEATED: tuple[type[Exception], ...] = (HfHubHTTPError, *_HTTP_ERRORS)
+_TRANSIENT = (408, 429, 500, 502, 503, 504)
+ATTEMPTS = 5
+LONGEST_WAIT = 60.0
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def hub_api(endpoint: str | None, token: str | None) -> HfApi:
+    """The client for an endpoint (None: the one huggingface_hub is set to) and a token (None: the one it finds).
+
+    It is told to be quiet: the terminal has one place, and its log lines hold signed addresses. `HF_HUB_VERBOSITY` and
+    `HF_DEBUG` bring them back.
+    """
+    disable_progress_bars()
+    if not {"HF_HUB_VERBOSITY", "HF_DEBUG"} & set(os.environ):
+        logging.set_verbosity(ERROR)
+    return HfApi(endpoint=endpoint, token=token, library_name="l4pack", library_version=__version__)
+
+
+@contextmanager
+def hub_errors(api: HfApi, repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Turn what huggingface_hub raises inside the block into a HubError about `repo_id`."""
+    try:
+        yield
+    except L4packError:
+        raise
+    except HFValidationError as error:
+        raise HubError(f"'{repo_id}' is not a repository's name", hint="write ORGANISATION/NAME") from error
+    except Exception as error:
+        explained = _explained(_cause(error), api, repo_id, revision)
+        if explained is None:
+            raise
+        raise explained from None
+
+
+def patiently(call: Callable[[], _Result]) -> _Result:
+    """The result of a call that may be repeated, tried again while the Hub is busy, failing or out of reach."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return call()
+        except _REPEATED as error:
+            if _status(error) not in (None, *_TRANSIENT):
+                raise
+            time.sleep(min(retry_after(error) or 2.0 ** (attempt - 1), LONGEST_WAIT))
+    return call()
+
+
+def retry_after(error: BaseException) -> float | None:
+    """Seconds that the Hub asks to wait for, if it does."""
+    text = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return float(text) if text.isdigit() else None
+
+
+def _cause(error: Exception) -> BaseException:
+    """What is behind a RuntimeError of the client's upload threads."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, _FAILURES):
+        cause = cause.__cause__
+    return cause or error
+
+
+def _status(error: BaseException) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def _explained(error: BaseException, api: HfApi, repo_id: str, revision: str | None) -> HubError | None:
+    where = f"{api.endpoint}/{repo_id}"
+    known = (api.token if isinstance(api.token, str) else None) or get_token()
+    match error:
+        case GatedRepoError():
+            hint = f"accept the licence at {where}" + ("" if known else f", then {LOG_IN}")
+            return HubError(f"{repo_id}: access is gated, and this account was not let in", hint=hint)
+        case RevisionNotFoundError():
+            return HubError(f"{repo_id} has no revision '{revision or 'main'}'", hint=f"look at {where}/tree/main")
+        case RepositoryNotFoundError():
+            hint = "check the name" + ("" if known else f"; if it is private, {LOG_IN}")
+            return HubError(f"{repo_id}: no such repository, or not one this account may see", hint=hint)
+        case HfHubHTTPError():
+            return _by_status(error, api, repo_id)
+        case OfflineModeIsEnabled() | LocalEntryNotFoundError() if is_offline_mode():
+            return HubError(f"{repo_id}: HF_HUB_OFFLINE is set, and the cache does not hold it", hint="unset it")
+        case LocalEntryNotFoundError():
+            return HubError(f"{repo_id}: no connection to {api.endpoint}", hint="check the network and HF_ENDPOINT")
+        case EntryNotFoundError():
+            return HubError(f"{repo_id}: a file is missing", hint=f"look at {where}/tree/{revision or 'main'}")
+        case XetDownloadError():
+            return HubError(f"{repo_id}: a download broke off", hint="run the same command again")
+    return _by_transport(error, api, repo_id)
+
+
+def _by_status(error: HfHubHTTPError, api: HfApi, repo_id: str) -> HubError:
+    status = error.response.status_code
+    wait = retry_after(error)
+    again = f"try again in {wait:.0f} s" if wait else "try again in some minutes"
+    messages = {
+        401: ("the token is not accepted", LOG_IN),
+        403: ("the token has no right to do this", "use a token that may write to this organisation and repository"),
+        404: ("a file or page is missing", f"look at {api.endpoint}/{repo_id}"),
+        409: ("somebody else changed the repository meanwhile", "run the same command again"),
+        412: ("somebody else changed the repository meanwhile", "run the same command again"),
+        429: ("too many requests for now", again),
+    }
+    what, hint = messages.get(status, (f"the Hub answered {status}", again))
+    return HubError(f"{repo_id}: {what}", hint=hint)
+
+
+def _by_transport(error: BaseException, api: HfApi, repo_id: str) -> HubError | None:
+    """A broken connection; None for what is not the network's fault, such as a full disk."""
+    if isinstance(error, OSError) and error.errno is None:
+        return HubError(f"{repo_id}: a transfer came out incomplete", hint="run the same command again")
+    if isinstance(error, _HTTP_ERRORS):
+        return HubError(
+            f"{repo_id}: the connection to {api.endpoint} failed", hint="check the network, then run the command again"
+        )
+    return None

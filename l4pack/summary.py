@@ -1,0 +1,129 @@
+"""A plan and a checkpoint, summed up by class of tensor for tables and JSON."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from l4pack.checkpoint.source import Checkpoint
+from l4pack.model.tensors import Role
+from l4pack.plan import Plan
+from l4pack.recipe import KEEP
+
+
+@dataclass(frozen=True, slots=True)
+class ClassRow:
+    """All tensors of one role that got one scheme."""
+
+    role: Role
+    scheme: str
+    matrices: int
+    source_bytes: int
+    artifact_bytes: int
+
+
+def plan_classes(plan: Plan) -> list[ClassRow]:
+    """One row for each role and scheme, in model order."""
+    artifact: Counter[tuple[Role, str]] = Counter()
+    for tensor in plan.tensors:
+        artifact[tensor.role, tensor.scheme] += tensor.nbytes
+    source: Counter[tuple[Role, str]] = Counter()
+    count: Counter[tuple[Role, str]] = Counter()
+    for task in plan.tasks:
+        key = (task.copied.role, KEEP) if task.copied else (task.targets[0].linear.role, task.targets[0].scheme)
+        source[key] += task.read_bytes
+        count[key] += len(task.targets) * (task.rows[0] == 0) if task.targets else 1
+    order = list(Role)
+    keys = sorted(artifact, key=lambda key: (order.index(key[0]), key[1]))
+    return [
+        ClassRow(role, scheme, count[role, scheme], source[role, scheme], artifact[role, scheme])
+        for role, scheme in keys
+    ]
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON: bytes as plain numbers, stable keys."""
+    return {
+        "source": plan.checkpoint.name,
+        "recipe": plan.recipe.name,
+        "artifact_bytes": plan.artifact_bytes,
+        "weight_bytes": plan.weight_bytes,
+        "source_bytes": plan.source_weight_bytes,
+        "peak_ram_bytes": plan.peak_ram_bytes,
+        "peak_vram_bytes": 0,
+        "disk_bytes": plan.disk_bytes,
+        "read_bytes": plan.read_bytes,
+        "write_bytes": plan.artifact_bytes,
+        "bits_per_weight": plan.bits_per_weight,
+        "workers": plan.workers,
+        "files": plan.files,
+        "classes": [
+            {
+                "role": row.role.value,
+                "scheme": row.scheme,
+                "matrices": row.matrices,
+                "source_bytes": row.source_bytes,
+                "artifact_bytes": row.artifact_bytes,
+            }
+            for row in plan_classes(plan)
+        ],
+        "warnings": plan.warnings(),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class RoleRow:
+    """All tensors of one role in a checkpoint."""
+
+    role: Role
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+def checkpoint_roles(checkpoint: Checkpoint) -> list[RoleRow]:
+    """One row for each role, in model order; a bare configuration counts as BF16."""
+    found: dict[Role, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for spec in checkpoint.layout.tensors:
+        entry = checkpoint.entries.get(spec.name)
+        totals = found[spec.role]
+        totals[0] += 1
+        totals[1] += spec.numel
+        totals[2] += entry.nbytes if entry else 2 * spec.numel
+    return [RoleRow(role, *found[role]) for role in Role if role in found]
+
+
+LICENCE_NAMES = ("LICENSE", "LICENCE", "USE_POLICY", "NOTICE")
+
+
+def licence_files(checkpoint: Checkpoint) -> list[str]:
+    """Files of a checkpoint that state its licence."""
+    return [name for name in checkpoint.companions if name.upper().startswith(LICENCE_NAMES)]
+
+
+def checkpoint_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint as JSON."""
+    text = checkpoint.config.text
+    return {
+        "source": checkpoint.name,
+        "revision": checkpoint.revision,
+        "architecture": (checkpoint.config.raw.get("architectures") or [None])[0],
+        "parameters": checkpoint.layout.parameters,
+        "tensors": len(checkpoint.layout.tensors),
+        "weight_bytes": checkpoint.weight_bytes or 2 * checkpoint.layout.parameters,
+        "shards": len(checkpoint.shards),
+        "dtypes": dict(Counter(entry.dtype for entry in checkpoint.entries.values())),
+        "layers": text.num_hidden_layers,
+        "moe_layers": len(text.moe_layers),
+        "experts": text.num_local_experts,
+        "fused_experts": checkpoint.layout.fused,
+        "vision": checkpoint.config.vision is not None,
+        "max_context": text.max_position_embeddings,
+        "licence_files": licence_files(checkpoint),
+        "other_files": dict(checkpoint.companions),
+        "roles": [
+            {"role": row.role.value, "tensors": row.tensors, "parameters": row.parameters, "bytes": row.nbytes}
+            for row in checkpoint_roles(checkpoint)
+        ],
+    }
