@@ -1,0 +1,269 @@
+"""A checkpoint in a Hub repository: opened by range requests alone, fetched shard by shard when it is read.
+
+The headers fetched are judged by the same code as a local file's. A shard that was fetched is held against the size and
+digest the Hub gives for it, and against the header that was read from it before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    HfApi,
+    get_session,
+    hf_hub_url,
+    hf_raise_for_status,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.utils._headers import build_hf_headers
+
+from l4pack.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES, TensorEntry, parse_header, read_header
+from l4pack.checkpoint.source import (
+    INDEX_NAME,
+    MAX_INDEX_BYTES,
+    SINGLE_NAME,
+    Checkpoint,
+    is_companion,
+    merge_headers,
+    open_folder,
+    parse_index,
+)
+from l4pack.errors import HubError, SourceError
+from l4pack.hubclient import hub_api, hub_errors, patiently
+from l4pack.model.config import MAX_CONFIG_BYTES, parse_config
+
+HEADER_THREADS = 8
+TIMEOUT = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file as the Hub lists it: bytes, and SHA-256 (large files) or git's name of the content (others)."""
+
+    name: str
+    size: int
+    sha256: str | None
+    blob_id: str | None
+
+    @property
+    def identity(self) -> str:
+        """Changes when the content does."""
+        return self.sha256 or self.blob_id or str(self.size)
+
+
+def open_hub(
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    endpoint: str | None = None,
+    token: str | None = None,
+    fetch_as_you_go: bool = False,
+    folder: Path | None = None,
+) -> Checkpoint:
+    """Open a Hub repository's checkpoint; no byte of a weight is fetched yet.
+
+    Shards are fetched into the client's cache as they are asked for. With `fetch_as_you_go` they are fetched into
+    `folder` instead, and deleted there when they are released.
+    Raises HubError, or SourceError for what the repository holds.
+    """
+    api = hub_api(endpoint, token)
+    if is_offline_mode():
+        return _open_cached(api, repo_id, revision)
+    with hub_errors(api, repo_id, revision):
+        info = patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
+        remote = Remote(api, repo_id, str(info.sha), _listing(info.siblings or []))
+        config = parse_config(_json(remote.small("config.json", MAX_CONFIG_BYTES)), f"{repo_id}: config.json")
+        headers, weight_map = _headers(remote)
+    companions = {name: file.size for name, file in sorted(remote.files.items()) if is_companion(name)}
+    store = HubStore(remote, headers, folder if fetch_as_you_go else None)
+    entries = merge_headers(headers, weight_map)
+    return Checkpoint(repo_id, config, entries, companions, store, remote.revision)
+
+
+def _open_cached(api: HfApi, repo_id: str, revision: str | None) -> Checkpoint:
+    """What the client's cache holds of a repository, when the network is not to be used."""
+    with hub_errors(api, repo_id, revision):
+        return open_folder(Path(snapshot_download(repo_id, revision=revision, local_files_only=True)))
+
+
+def _listing(siblings: Sequence[Any]) -> dict[str, RemoteFile]:
+    """The files at the repository's root; a checkpoint has none deeper."""
+    found = {}
+    for file in siblings:
+        if "/" not in file.rfilename and "\\" not in file.rfilename and file.size is not None:
+            sha256 = file.lfs.sha256 if file.lfs else None
+            found[file.rfilename] = RemoteFile(file.rfilename, file.size, sha256, None if sha256 else file.blob_id)
+    return found
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A repository at one commit."""
+
+    api: HfApi = field(repr=False)
+    repo_id: str
+    revision: str
+    files: Mapping[str, RemoteFile]
+
+    def small(self, name: str, limit: int) -> bytes:
+        """The whole content of a file that must not be larger than `limit` bytes, checked. Raises SourceError."""
+        file = self.files.get(name)
+        if file is None:
+            raise SourceError(f"{self.repo_id} has no {name}", hint="name a repository that holds a whole checkpoint")
+        if file.size > limit:
+            raise SourceError(f"{self.repo_id}: {name} is implausibly large", hint="is this a Llama 4 checkpoint?")
+        content = self.part(name, 0, file.size)
+        if not matches(file, content):
+            raise HubError(f"{self.repo_id}: {name} arrived damaged", hint="run the same command again")
+        return content
+
+    def part(self, name: str, start: int, nbytes: int) -> bytes:
+        """Bytes `start` to `start + nbytes` of a file, and not one more, whatever the server sends."""
+        if nbytes == 0:
+            return b""
+        return patiently(lambda: self._part(name, start, nbytes))
+
+    def _part(self, name: str, start: int, nbytes: int) -> bytes:
+        url = hf_hub_url(self.repo_id, name, revision=self.revision, endpoint=self.api.endpoint)
+        span = {"Range": f"bytes={start}-{start + nbytes - 1}", "Accept-Encoding": "identity"}
+        headers = build_hf_headers(token=self.api.token, headers=span)
+        content = bytearray()
+        with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT) as response:
+            hf_raise_for_status(response)
+            if response.status_code != 206 and (start, nbytes) != (0, self.files[name].size):
+                raise HubError(f"{self.repo_id}: the server does not serve parts of files", hint="download it first")
+            for chunk in response.iter_bytes():
+                content += chunk
+                if len(content) > nbytes:
+                    break
+        if len(content) != nbytes:
+            raise HubError(f"{self.repo_id}: a part of {name} arrived wrong", hint="run the same command again")
+        return bytes(content)
+
+
+def _json(raw: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"config.json: not JSON ({error})", hint="is this a Llama 4 checkpoint?") from error
+    if not isinstance(value, dict):
+        raise SourceError("config.json: not an object", hint="is this a Llama 4 checkpoint?")
+    return value
+
+
+def _headers(remote: Remote) -> tuple[dict[str, dict[str, TensorEntry]], dict[str, str] | None]:
+    weight_map = parse_index(remote.small(INDEX_NAME, MAX_INDEX_BYTES)) if INDEX_NAME in remote.files else None
+    shards = sorted(set(weight_map.values())) if weight_map else _single(remote)
+    missing = [file for file in shards if file not in remote.files]
+    if missing:
+        raise SourceError(
+            f"{remote.repo_id}: {len(missing)} of {len(shards)} shards are missing, the first is {missing[0]}",
+            hint="the upload was not finished: ask its owner, or choose another revision",
+        )
+    with ThreadPoolExecutor(HEADER_THREADS) as threads:
+        return dict(zip(shards, threads.map(lambda file: _header(remote, file), shards), strict=True)), weight_map
+
+
+def _single(remote: Remote) -> list[str]:
+    found = sorted(name for name in remote.files if name.endswith(".safetensors"))
+    if found == [SINGLE_NAME] or len(found) == 1:
+        return found
+    what = f"has {len(found)} shards but no {INDEX_NAME}" if found else "holds no safetensors files"
+    raise SourceError(f"{remote.repo_id} {what}", hint="name a repository that holds a whole checkpoint")
+
+
+def _header(remote: Remote, file: str) -> dict[str, TensorEntry]:
+    """One shard's header: its length first, then exactly its bytes."""
+    size = remote.files[file].size
+    length = int.from_bytes(remote.part(file, 0, min(LENGTH_BYTES, size)), "little")
+    if size < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+        raise SourceError(
+            f"{file} claims a header of {length:,} bytes in a file of {size:,}",
+            hint="the file is damaged in the repository",
+        )
+    return parse_header(remote.part(file, LENGTH_BYTES, length), size - LENGTH_BYTES - length, file)
+
+
+def matches(file: RemoteFile, content: bytes) -> bool:
+    """Whether bytes are the content the Hub lists."""
+    if file.sha256:
+        return hashlib.sha256(content).hexdigest() == file.sha256
+    return file.blob_id is None or hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file.blob_id
+
+
+@dataclass
+class HubStore:
+    """The files of a Hub repository, fetched when asked for. Safe to use from several threads.
+
+    `folder` is None to keep files in the client's cache, or a private folder that `release` deletes from.
+    """
+
+    remote: Remote
+    headers: Mapping[str, Mapping[str, TensorEntry]] = field(repr=False)
+    folder: Path | None = None
+    _checked: dict[str, Path] = field(default_factory=dict, repr=False)
+    _locks: defaultdict[str, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock), repr=False)
+
+    @property
+    def fetches(self) -> bool:
+        """Whether shards are dropped when they are released."""
+        return self.folder is not None
+
+    def path(self, file: str) -> Path:
+        """The file on this machine, fetched and checked first if need be. Raises HubError."""
+        with self._locks[file]:
+            if file not in self._checked:
+                self._checked[file] = self._fetch(file)
+            return self._checked[file]
+
+    def release(self, file: str) -> None:
+        """Delete a shard from the private folder; the client's cache is left as it is."""
+        with self._locks[file]:
+            path = self._checked.pop(file, None) if self.folder else None
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+    def identity(self, file: str) -> str:
+        """The digest the Hub lists for the file."""
+        return self.remote.files[file].identity
+
+    def _fetch(self, file: str) -> Path:
+        api, repo_id, revision = self.remote.api, self.remote.repo_id, self.remote.revision
+        if file not in self.remote.files:
+            raise SourceError(f"{repo_id} has no {file}", hint="is the repository complete?")
+        cached = self.folder is None and isinstance(try_to_load_from_cache(repo_id, file, revision=revision), str)
+        with hub_errors(api, repo_id, revision):
+            path = Path(patiently(lambda: api.hf_hub_download(repo_id, file, revision=revision, local_dir=self.folder)))
+        self._check(file, path, digest=not cached)
+        return path
+
+    def _check(self, file: str, path: Path, *, digest: bool) -> None:
+        """Compare with the Hub's listing and with the header read before; a wrong file is not kept."""
+        listed = self.remote.files[file]
+        good = path.stat().st_size == listed.size and (not digest or _digest_agrees(listed, path))
+        if good and file in self.headers:
+            good = read_header(path, file) == self.headers[file]
+        if not good:
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise HubError(
+                f"{self.remote.repo_id}: {file} arrived damaged (size or digest is not the Hub's)",
+                hint="run the same command again",
+            )
+
+
+def _digest_agrees(file: RemoteFile, path: Path) -> bool:
+    if file.sha256 is None:
+        return matches(file, path.read_bytes())
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == file.sha256
