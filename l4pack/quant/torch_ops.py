@@ -133,7 +133,7 @@ def pack_levels(levels: Tensor, num_bits: int) -> Tensor:
     """Signed levels [rows, columns] of any dtype as int32 words, like `packing.pack_levels`."""
     columns = levels.shape[1]
     per_word = 32 // num_bits
-    codes = (levels + 2 ** (num_bits - 1)).to(torch.int32)
+    codes = levels.to(torch.int32) + 2 ** (num_bits - 1)
     padding = packed_columns(columns, num_bits) * per_word - columns
     codes = torch.nn.functional.pad(codes, (0, padding)).reshape(len(codes), -1, per_word)
     words = codes[..., 0].clone()

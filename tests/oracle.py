@@ -1,0 +1,144 @@
+"""Slow, plain references for the numeric core: one number at a time, and no code shared with it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from l4pack.quant.scheme import NumberType, ScaleDtype, ScaleRule, Scheme, Strategy
+
+
+def float_table(exponent_bits: int, mantissa_bits: int, bias: int, largest: float) -> list[float]:
+    """Every non-negative value of a small float format, in order, so that an even index is an even mantissa."""
+    values = []
+    for exponent in range(2**exponent_bits):
+        for mantissa in range(2**mantissa_bits):
+            fraction = mantissa / 2**mantissa_bits
+            power = (1 if exponent == 0 else exponent) - bias
+            values.append(math.ldexp(fraction if exponent == 0 else 1 + fraction, power))
+    return [value for value in values if value <= largest]
+
+
+E4M3 = float_table(4, 3, 7, 448.0)
+TABLES = {
+    "BF16": float_table(8, 7, 127, 3.3895313892515355e38),
+    "F16": float_table(5, 10, 15, 65504.0),
+}
+SMALLEST_NORMAL = {"BF16": 2.0**-126, "F16": 2.0**-14, "F32": 2.0**-126}
+
+
+def nearest(value: float, table: list[float]) -> int:
+    """Index of the table entry nearest to a non-negative value, half to even, saturated at the largest."""
+    low, high = 0, len(table) - 1
+    if value >= table[high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if table[middle] <= value else (low, middle)
+    below, above = value - table[low], table[high] - value
+    if below == above:
+        return low if low % 2 == 0 else high
+    return low if below < above else high
+
+
+def stored_scale(scale: np.float32, name: str) -> np.float32:
+    """A scale as it is after storing: rounded to bfloat16, float16 or float32, normal and finite."""
+    scale = np.float32(min(max(float(scale), SMALLEST_NORMAL[name]), 3.4028234663852886e38))
+    return scale if name == "F32" else np.float32(TABLES[name][nearest(float(scale), TABLES[name])])
+
+
+def scale_name(scheme: Scheme, source: str) -> str:
+    names = {ScaleDtype.BFLOAT16: "BF16", ScaleDtype.FLOAT16: "F16", ScaleDtype.FLOAT32: "F32"}
+    return names.get(scheme.scale_dtype, source)
+
+
+def range_qparams(low: np.float32, high: np.float32, scheme: Scheme, name: str) -> tuple[np.float32, int]:
+    """Scale and zero point of the range [low, high], zero included."""
+    low, high = np.float32(min(low, 0)), np.float32(max(high, 0))
+    if scheme.symmetric:
+        amax = np.float32(max(abs(low), abs(high)))
+        divisor = 448.0 if scheme.type is NumberType.FLOAT else (2**scheme.num_bits - 1) / 2
+        if scheme.scale_rule is ScaleRule.META:
+            divisor = 2.0 ** (scheme.num_bits - 1)
+        return stored_scale(np.float32(amax / np.float32(divisor)), name), 0
+    lowest = -(2 ** (scheme.num_bits - 1))
+    width = np.float32(high - low)
+    scale = stored_scale(np.float32(width / np.float32(2**scheme.num_bits - 1)), name)
+    zero_point = round(float(np.float32(np.float32(lowest) - np.float32(low / scale))))
+    return scale, min(max(zero_point, lowest), -lowest - 1)
+
+
+def code_of(weight: np.float32, scale: np.float32, zero_point: int, scheme: Scheme) -> int:
+    """Stored code of one weight: E4M3FN bits, or level + 2^(bits-1)."""
+    ratio = float(np.float32(weight / scale))
+    if scheme.type is NumberType.FLOAT:
+        return nearest(abs(ratio), E4M3) + (128 if math.copysign(1, ratio) < 0 else 0)
+    half = 2 ** (scheme.num_bits - 1)
+    level = round(min(max(ratio, -1e6), 1e6)) + zero_point
+    return min(max(level, -half), half - 1) + half
+
+
+def value_of(code: int, scale: np.float32, zero_point: int, scheme: Scheme) -> float:
+    """The real number a stored code stands for."""
+    if scheme.type is NumberType.FLOAT:
+        return (-1 if code >= 128 else 1) * E4M3[code & 127] * float(scale)
+    return (code - 2 ** (scheme.num_bits - 1) - zero_point) * float(scale)
+
+
+@dataclass
+class Reference:
+    """codes [out, in], scales and zero points in the shape of the stored scales, dequantized weights [out, in]."""
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero_point: np.ndarray
+    dequantized: np.ndarray
+
+
+def regions(shape: tuple[int, int], scheme: Scheme) -> list[list[tuple[slice, slice]]]:
+    """The rows and columns that share each scale, arranged as the stored scales are."""
+    out_features, in_features = shape
+    height, width = 1, in_features
+    if scheme.strategy is Strategy.TENSOR:
+        height = out_features
+    elif scheme.strategy is Strategy.BLOCK:
+        height, width = scheme.block_structure
+    elif scheme.strategy is Strategy.GROUP:
+        width = scheme.group_size
+    return [
+        [(slice(o, o + height), slice(i, i + width)) for i in range(0, in_features, width)]
+        for o in range(0, out_features, height)
+    ]
+
+
+def quantize(weight: np.ndarray, scheme: Scheme, source: str, shrink: np.ndarray | None = None) -> Reference:
+    """Quantize float32 weights [out, in]; `shrink` is the fraction of each range kept, in the shape of the scales."""
+    arranged = regions(weight.shape, scheme)
+    scale = np.zeros((len(arranged), len(arranged[0])), np.float32)
+    zero_point = np.zeros(scale.shape, int)
+    codes, dequantized = np.zeros(weight.shape, np.uint8), np.zeros(weight.shape)
+    for a, b in np.ndindex(scale.shape):
+        region = arranged[a][b]
+        fraction = np.float32(1) if shrink is None else np.float32(shrink[a, b])
+        low, high = min(weight[region].min(), np.float32(0)), max(weight[region].max(), np.float32(0))
+        s, z = range_qparams(low * fraction, high * fraction, scheme, scale_name(scheme, source))
+        scale[a, b], zero_point[a, b] = s, z
+        part = weight[region]
+        code = [code_of(w, s, z, scheme) for w in part.flat]
+        codes[region] = np.reshape(code, part.shape)
+        dequantized[region] = np.reshape([value_of(c, s, z, scheme) for c in code], part.shape)
+    return Reference(codes, scale, zero_point, dequantized)
+
+
+def pack(codes: np.ndarray, num_bits: int) -> np.ndarray:
+    """Stored codes [rows, columns] as int32 words, lowest bits first, zero bits at the end."""
+    per_word = 32 // num_bits
+    words = []
+    for row in codes:
+        padded = [int(code) for code in row] + [0] * (-len(row) % per_word)
+        for start in range(0, len(padded), per_word):
+            word = sum(code << (num_bits * k) for k, code in enumerate(padded[start : start + per_word]))
+            words.append(word - 2**32 if word >= 2**31 else word)
+    return np.reshape(np.array(words, np.int64).astype(np.int32), (len(codes), -1))
