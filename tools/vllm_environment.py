@@ -8,6 +8,7 @@ Call `prepare()` before the first import of anything below `vllm`.
 
 import atexit
 import importlib.metadata
+import logging
 import os
 import shutil
 import sys
@@ -88,10 +89,10 @@ def prepare() -> None:
     os.environ |= {
         "VLLM_TARGET_DEVICE": "cpu",
         "VLLM_CACHE_ROOT": _temporary_folder(),
-        "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    logging.disable(logging.WARNING)  # what is missing here is missing on purpose
     _settle_torchvision()
     sys.meta_path.append(_StandInFinder())
     _pretend_installed()

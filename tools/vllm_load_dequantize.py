@@ -108,7 +108,12 @@ def _dequantize(
 
 
 def unpack(words: torch.Tensor, num_bits: int) -> torch.Tensor:
-    """Split int32 words `[rows, columns]` into `32 / num_bits` unsigned levels each, low bits first, as float32."""
+    """Split int32 words `[rows, columns]` into `32 / num_bits` unsigned levels each, low bits first, as float32.
+
+    Raises NotImplementedError for other than 4 and 8 bits.
+    """
+    if num_bits not in (4, 8):
+        raise NotImplementedError(f"values of {num_bits} bits are not compared, only of 4 and 8")
     shifts = torch.arange(0, 32, num_bits, dtype=torch.int32)
     levels = (words.unsqueeze(-1) >> shifts) & (2**num_bits - 1)
     return levels.flatten(-2).float()

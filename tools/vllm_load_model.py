@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 FLOAT8_NAN = 0x7F
-KV_SCALES = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point", ".q_zero_point")
+KV_SCALES = (".k_scale", ".v_scale")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,10 @@ class Loaded:
 
 
 def load(folder: Path) -> Loaded:
-    """Run vLLM's loader on `folder` (config.json, safetensors); its errors become findings."""
+    """Run vLLM's loader on `folder` (config.json, safetensors); its errors become findings.
+
+    Needs `start_single_rank` first.
+    """
     result = Loaded()
     try:
         config = _vllm_config(folder)
@@ -100,7 +103,7 @@ def _vllm_config(folder: Path) -> Any:
     return VllmConfig(
         model_config=model_config,
         device_config=DeviceConfig("cpu"),
-        load_config=LoadConfig(use_tqdm_on_load=False),
+        load_config=LoadConfig(load_format="safetensors", use_tqdm_on_load=False),  # never a pickle
     )
 
 
@@ -151,8 +154,8 @@ def _load_weights(model: Any, config: Any, result: Loaded) -> set[str] | None:
 
 def _check_kv_scales(names: list[str], written: set[str], result: Loaded) -> None:
     """A KV cache scale nobody has a place for is dropped without a word; everything else is an error in vLLM."""
-    offered = [name for name in names if name.endswith((".k_scale", ".v_scale"))]
-    result.kv_scales = sum(name.endswith((".k_scale", ".v_scale")) for name in written)
+    offered = [name for name in names if name.endswith(KV_SCALES)]
+    result.kv_scales = sum(name.endswith(KV_SCALES) for name in written)
     if len(offered) != result.kv_scales:
         result.find("ignored", offered[0], f"{len(offered)} KV cache scales in the files, {result.kv_scales} loaded")
 
