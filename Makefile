@@ -22,6 +22,10 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: venv
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/real_size.py scout
+
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
