@@ -1,0 +1,1 @@
+"""Memory budgets: what a GPU must hold, line by line, and whether it can."""

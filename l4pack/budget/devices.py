@@ -1,0 +1,98 @@
+"""Accelerators and hosts, from `devices.yaml` and from files people add.
+
+A host is N of a device, written `8xh100`; one device needs no number.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from l4pack.datafile import read_yaml, validate
+from l4pack.errors import UsageError
+from l4pack.units import parse_size
+
+DATA = Path(__file__).parent
+MAX_GPUS = 1024
+
+
+class DeviceData(BaseModel):
+    """One device as a file describes it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str
+    memory: str
+    source: str
+    aliases: list[str] = []
+    small_batches: bool = False
+
+
+class DeviceFile(BaseModel):
+    """A file of devices."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    devices: dict[str, DeviceData] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator; `memory_bytes` is what the driver hands out, not the label."""
+
+    name: str
+    title: str
+    memory_bytes: int
+    source: str
+    aliases: tuple[str, ...] = ()
+    small_batches: bool = False
+
+
+@dataclass(frozen=True)
+class Host:
+    """`count` of one device."""
+
+    device: Device
+    count: int
+
+    @property
+    def name(self) -> str:
+        """`h100` or `8xh100`."""
+        return self.device.name if self.count == 1 else f"{self.count}x{self.device.name}"
+
+
+def load_devices(extra: Path | None = None) -> dict[str, Device]:
+    """Devices by name: the shipped ones, and over them those of `extra`. Raises UsageError naming file and key."""
+    return _read(DATA / "devices.yaml") | (_read(extra) if extra else {})
+
+
+def find_host(text: str, devices: dict[str, Device]) -> Host:
+    """The host meant by `h100` or `8xh100`. Raises UsageError with the nearest names."""
+    match = re.fullmatch(r"(?:(\d{1,4})\s*[x×*]\s*)?([a-z0-9][a-z0-9._-]*)", text.strip().lower())
+    if match is None:
+        raise UsageError(f"'{text}' is not a device", hint="write a device or a host, for example h100 or 8xh100")
+    count = int(match[1] or 1)
+    if not 1 <= count <= MAX_GPUS:
+        raise UsageError(f"'{text}': a host has 1 to {MAX_GPUS} devices", hint="for example 8xh100")
+    names = {alias: device for device in devices.values() for alias in (device.name, *device.aliases)}
+    if match[2] not in names:
+        close = get_close_matches(match[2], names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(devices)}; or --devices FILE"
+        raise UsageError(f"no device is named '{match[2]}'", hint=hint)
+    return Host(names[match[2]], count)
+
+
+def _read(path: Path) -> dict[str, Device]:
+    data = validate(DeviceFile, read_yaml(path), str(path) if path.parent != DATA else path.name)
+    return {name.lower(): _device(name.lower(), entry, path) for name, entry in data.devices.items()}
+
+
+def _device(name: str, entry: DeviceData, path: Path) -> Device:
+    memory = parse_size(entry.memory)
+    if memory <= 0:
+        raise UsageError(f"{path}: devices.{name}.memory is zero", hint="give the bytes the driver reports")
+    return Device(name, entry.title, memory, entry.source, tuple(entry.aliases), entry.small_batches)

@@ -1,0 +1,183 @@
+"""The budget: every line of a GPU's memory, and whether the lines fit.
+
+Pure arithmetic over a subject's tensors, a host, a runtime and a load. Lines that nobody can know exactly are ranges, so a
+budget has two ends; it fits only when it fits at the dear one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+from l4pack.budget.activations import phases, request_tables, rope_table
+from l4pack.budget.devices import Host
+from l4pack.budget.kv import kv_cache
+from l4pack.budget.load import Load, Setting, resolve
+from l4pack.budget.runtimes import Runtime, load_runtime
+from l4pack.budget.subject import Subject
+from l4pack.budget.weights import stage_layers, weights_by_role
+from l4pack.model.tensors import Role
+
+
+class Group(StrEnum):
+    """What a line is about."""
+
+    WEIGHTS = "weights"
+    KV_CACHE = "kv_cache"
+    ACTIVATIONS = "activations"
+    RUNTIME = "runtime"
+
+
+class Verdict(StrEnum):
+    """Whether the lines fit: at both ends of the ranges, at the cheap end only, or not at all."""
+
+    FITS = "fits"
+    UNSURE = "unsure"
+    TOO_LARGE = "does_not_fit"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of memory on one GPU, in bytes; `formula` says how it was made, in words of the memory model."""
+
+    name: str
+    group: Group
+    low: int
+    high: int
+    formula: str
+    outside: bool = False  # taken from what the runtime's own fraction leaves over
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage's GPU: its lines, the bytes the runtime plans with, and the bytes it leaves over."""
+
+    index: int
+    lines: tuple[Line, ...]
+    planned_bytes: int
+    rest_bytes: int
+
+    def headroom(self, *, high: bool) -> int:
+        """Bytes to spare at one end of the ranges; negative when the lines are too large."""
+        inside = sum(line.high if high else line.low for line in self.lines if not line.outside)
+        outside = sum(line.high if high else line.low for line in self.lines if line.outside)
+        return min(self.planned_bytes - inside, self.rest_bytes - outside) if outside else self.planned_bytes - inside
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A subject's memory on a host under a load."""
+
+    subject: Subject
+    host: Host
+    runtime: Runtime
+    setting: Setting
+    stages: tuple[Stage, ...]
+
+    @cached_property
+    def tightest(self) -> Stage:
+        """The GPU that decides."""
+        return min(self.stages, key=lambda stage: stage.headroom(high=True))
+
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        """The lines of the GPU that decides."""
+        return self.tightest.lines
+
+    @property
+    def headroom_bytes(self) -> int:
+        """Bytes to spare per GPU when every range is at its high end."""
+        return self.tightest.headroom(high=True)
+
+    @property
+    def headroom_high_bytes(self) -> int:
+        """Bytes to spare per GPU when every range is at its low end."""
+        return min(stage.headroom(high=False) for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits at both ends."""
+        return self.headroom_bytes >= 0
+
+    @property
+    def verdict(self) -> Verdict:
+        """Fits, unsure, or does not fit."""
+        if self.fits:
+            return Verdict.FITS
+        return Verdict.UNSURE if self.headroom_high_bytes >= 0 else Verdict.TOO_LARGE
+
+
+def budget(subject: Subject, host: Host, load: Load, runtime: str = "vllm") -> Budget:
+    """The budget of a subject on a host. Raises UsageError for a load that the model or the runtime can't take."""
+    profile = load_runtime(runtime)
+    return evaluate(subject, host, profile, resolve(subject, host, profile, load))
+
+
+def evaluate(subject: Subject, host: Host, runtime: Runtime, setting: Setting) -> Budget:
+    """The budget for a setting with every choice made."""
+    weights = weights_by_role(subject, setting, runtime)
+    memory = host.device.memory_bytes
+    planned = -int(-memory * setting.utilization // 1)  # rounded up, as vLLM does
+    fixed = _fixed_lines(subject, setting, runtime)
+    layers = stage_layers(subject.config.text.num_hidden_layers, setting.pp)
+    stages = tuple(
+        Stage(
+            index,
+            (*_weight_lines(roles), _kv_line(subject, setting, runtime, layers[index]), *fixed),
+            planned,
+            memory - planned,
+        )
+        for index, roles in enumerate(weights)
+    )
+    return Budget(subject, host, runtime, setting, stages)
+
+
+WEIGHT_LINES: tuple[tuple[str, tuple[Role, ...], str], ...] = (
+    ("routed experts", (Role.ROUTED_EXPERT,), "stored bytes / tp, or whole experts under expert parallelism"),
+    ("shared experts", (Role.SHARED_EXPERT,), "stored bytes / tp"),
+    ("dense MLP", (Role.DENSE_MLP,), "stored bytes / tp"),
+    ("attention", (Role.ATTENTION,), "q, o / tp; k, v / min(tp, kv heads)"),
+    ("embedding, head", (Role.EMBEDDING, Role.LM_HEAD), "vocabulary padded to 64, / tp"),
+    ("vision, projector", (Role.VISION, Role.PROJECTOR), "matrices / tp, norms and positions whole"),
+    ("router, norms", (Role.ROUTER, Role.NORM), "whole on every GPU"),
+)
+
+
+def _weight_lines(roles: dict[Role, int]) -> list[Line]:
+    sums = ((name, sum(roles.get(role, 0) for role in members), formula) for name, members, formula in WEIGHT_LINES)
+    return [Line(name, Group.WEIGHTS, size, size, formula) for name, size, formula in sums if size]
+
+
+def _kv_line(subject: Subject, setting: Setting, runtime: Runtime, layers: range) -> Line:
+    size = kv_cache(subject.config.text, setting, runtime, layers).total(setting.sequences)
+    return Line("KV cache", Group.KV_CACHE, size, size, _KV_FORMULAS[runtime.kv])
+
+
+_KV_FORMULAS = {
+    "blocks": "blocks of 16 tokens x layers of a group; chunked layers hold 8192 + in flight",
+    "pools": "context x (full layers + 0.8 x chunked layers) x token bytes",
+    "dynamic": "context x full layers + chunk x chunked layers, and one layer's copy",
+    "full": "context x all layers x token bytes",
+}
+
+
+def _fixed_lines(subject: Subject, setting: Setting, runtime: Runtime) -> list[Line]:
+    """Lines that are the same on every stage, as far as a budget can know."""
+    text = subject.config.text
+    found = phases(subject.config, setting, runtime, subject.quantized)
+    low, high = max(phase.low for phase in found), max(phase.high for phase in found)
+    widest = max(found, key=lambda phase: phase.high).name
+    outside = bool(runtime.reserve)
+    links = runtime.communication if setting.gpus > 1 and not runtime.pipeline else (0, 0)
+    lines = [
+        Line("position table", Group.RUNTIME, *rope_table(text, setting, runtime), "positions x head_dim x bytes"),
+        Line(
+            "request tables", Group.RUNTIME, *request_tables(text, setting, runtime), "requests x blocks x groups x 4"
+        ),
+        Line("activations", Group.ACTIVATIONS, low, high, f"widest phase: {widest}", outside),
+        Line("CUDA graphs", Group.RUNTIME, *runtime.graphs, "range", outside),
+        Line("device context", Group.RUNTIME, *runtime.context, "range"),
+        Line("communication", Group.RUNTIME, *links, "range, more than one GPU"),
+    ]
+    return [line for line in lines if line.high]

@@ -1,0 +1,115 @@
+"""What a budget is made for: the tensors of one model, on disk or to come, with its configuration."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from l4pack.checkpoint.header import DTYPE_BITS, TensorEntry
+from l4pack.model.config import Llama4Config
+from l4pack.model.names import classify, split_suffix
+from l4pack.model.tensors import Role, catalogue
+
+FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
+
+
+class StoredTensor(Protocol):
+    """A tensor of an artifact: written, or planned."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def role(self) -> Role: ...
+    @property
+    def layer(self) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor, placed."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: Role
+    layer: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Tensors that a runtime treats alike: same role, layer, place in the module, dtype and shape."""
+
+    role: Role
+    layer: int | None
+    projection: str
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+    fp8: bool  # whether the tensor belongs to a matrix stored in FP8
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one such tensor in its file."""
+        count = DTYPE_BITS[self.dtype] // 8
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model to budget for. Compared by identity, so that sums over its tensors are made once."""
+
+    name: str
+    config: Llama4Config
+    tensors: tuple[StoredTensor, ...]
+    recipe: str | None = None
+
+    @cached_property
+    def kinds(self) -> dict[Kind, int]:
+        """How many tensors there are of each kind."""
+        fp8 = {split_suffix(tensor.name)[0] for tensor in self.tensors if tensor.dtype in FP8_DTYPES}
+        return Counter(_kind(tensor, fp8) for tensor in self.tensors)
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors on disk, without headers."""
+        return sum(kind.nbytes * count for kind, count in self.kinds.items())
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any matrix is stored in fewer bits than the model's dtype."""
+        return any(kind.fp8 or kind.suffix == "weight_packed" for kind in self.kinds)
+
+    @property
+    def kv_dtype(self) -> str:
+        """What a runtime's `auto` makes of the KV cache: FP8 when the artifact holds KV scales."""
+        stanza = self.config.raw.get("quantization_config")
+        scheme = stanza.get("kv_cache_scheme") if isinstance(stanza, dict) else None
+        return "fp8" if scheme else "bfloat16"
+
+
+def from_entries(name: str, config: Llama4Config, entries: Iterable[TensorEntry]) -> Subject:
+    """A subject from the headers of an artifact or checkpoint. Raises SourceError for a tensor that is not Llama 4's."""
+    weights = [(entry, classify(entry.name)) for entry in entries]
+    tensors = tuple(Weight(entry.name, entry.dtype, entry.shape, place.role, place.layer) for entry, place in weights)
+    return Subject(name, config, tensors)
+
+
+def from_config(name: str, config: Llama4Config, *, fused: bool = True) -> Subject:
+    """The BF16 checkpoint that a configuration describes."""
+    specs = catalogue(config, fused=fused).tensors
+    return Subject(name, config, tuple(Weight(spec.name, "BF16", spec.shape, spec.role, spec.layer) for spec in specs))
+
+
+def _kind(tensor: StoredTensor, fp8: set[str]) -> Kind:
+    module, suffix = split_suffix(tensor.name)
+    projection = module.rpartition(".")[2]
+    return Kind(tensor.role, tensor.layer, projection, suffix, tensor.dtype, tensor.shape, module in fp8)
