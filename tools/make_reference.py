@@ -1,0 +1,164 @@
+"""Write docs/reference from what the program itself says: commands from the CLI, keys from the schemas.
+
+python tools/make_reference.py           # rewrite the pages
+python tools/make_reference.py --check   # exit 1 when a page is out of date
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from l4pack.formats import FormatSpec, format_names, load_format
+from l4pack.model.tensors import QUANTIZABLE, Role
+from l4pack.quant.scheme import Scheme
+from l4pack.recipe import Gates, Promise, Recipe, RecipeScheme, Rule, load_recipe, recipe_names
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "docs" / "reference"
+
+MEANINGS = {
+    "name": "How the recipe is called: lower-case letters, digits, `.`, `_`, `-`.",
+    "title": "One line that says what it is.",
+    "schemes": "Named schemes; rules refer to them.",
+    "rules": "The first rule that matches a tensor decides. A rule that matches nothing is an error.",
+    "promise": "What the recipe was made for.",
+    "num_bits": "Width of a level.",
+    "type": "`int` levels or FP8 E4M3 `float`.",
+    "strategy": "Which weights share a scale.",
+    "group_size": "Input features in a group; must divide every matrix.",
+    "block_structure": "Rows and columns of a block.",
+    "symmetric": "Whether zero is a level in the middle, with no zero point stored.",
+    "observer": "`minmax` takes a group's extremes, `mse` the clip with the least squared error.",
+    "scale_rule": "`full_range` is compressed-tensors' scale, `meta` is Meta's (positive maxima clip).",
+    "scale_dtype": "The dtype scales are stored in; `source` is the dtype of the weights.",
+    "format": "The on-disk format that holds it; see [formats](formats.md).",
+    "method": "How levels are found.",
+    "activations": "What a runtime does to the inputs of a matrix.",
+    "roles": "Roles of tensors, or `all`.",
+    "layers": "Layers, counted from 0; negative numbers from the last.",
+    "scheme": "The name of a scheme, or `keep` to leave tensors as they are.",
+    "model": "`llama-4-scout` or `llama-4-maverick`.",
+    "device": "A device or host by name, as `8xh100`.",
+    "context": "Tokens of one sequence.",
+    "sequences": "Sequences at once.",
+    "kv_dtype": "Dtype of the KV cache.",
+    "gates": "The least accuracy to keep.",
+    "max_kl": "Largest mean KL divergence (reference || artifact).",
+    "min_agreement": "Smallest share of tokens with the same most likely next token.",
+    "max_perplexity_ratio": "Largest ratio of perplexities, artifact over reference.",
+}
+
+
+def main() -> None:
+    """Write or check every page."""
+    pages = {"cli.md": cli_page(), "recipes.md": recipes_page(), "formats.md": formats_page()}
+    stale = [name for name, text in pages.items() if not (OUT / name).exists() or (OUT / name).read_text() != text]
+    if "--check" in sys.argv:
+        sys.exit(f"out of date: {', '.join(stale)}; run python tools/make_reference.py" if stale else 0)
+    OUT.mkdir(parents=True, exist_ok=True)
+    for name in stale:
+        (OUT / name).write_text(pages[name])
+        print(f"wrote docs/reference/{name}")
+
+
+def cli_page() -> str:
+    """Every command's help, as Typer writes it."""
+    command = [sys.executable, "-m", "typer", "l4pack.cli.app", "utils", "docs", "--name", "l4pack"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return text.rstrip() + "\n"
+
+
+def recipes_page() -> str:
+    """The recipe schema and every shipped recipe."""
+    parts = [
+        "# Recipes\n",
+        "A recipe is a YAML file. Unknown keys, repeated keys and aliases are refused. `extends: NAME` starts from a "
+        "shipped recipe and replaces the keys given.\n",
+        f"Roles: {', '.join(f'`{role.value}`' for role in Role)}. "
+        f"Only {', '.join(f'`{role.value}`' for role in QUANTIZABLE)} may get a scheme.\n",
+        keys("A recipe", Recipe),
+        keys("A scheme, under `schemes`", RecipeScheme, order=[*Scheme.model_fields]),
+        keys("A rule, under `rules`", Rule),
+        keys("`promise`", Promise),
+        keys("`promise.gates`", Gates),
+        "## The shipped recipes\n",
+    ]
+    for name in recipe_names():
+        text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+        parts.append(f"### {name}\n\n{load_recipe(name).title}.\n\n```yaml\n{text}```\n")
+    return "\n".join(parts)
+
+
+def keys(title: str, kind: type[BaseModel], order: Iterable[str] = ()) -> str:
+    """A table of a schema's keys."""
+    rows = [f"## {title}\n", "| key | default | values | meaning |", "|---|---|---|---|"]
+    properties: dict[str, Any] = kind.model_json_schema(mode="validation")["properties"]
+    for name in dict.fromkeys([*order, *kind.model_fields]):
+        field = kind.model_fields[name]
+        default = "required" if field.is_required() else f"`{shown(field.default)}`"
+        rows.append(f"| `{name}` | {default} | {allowed(field.annotation, properties[name])} | {MEANINGS[name]} |")
+    return "\n".join(rows) + "\n"
+
+
+def shown(value: object) -> str:
+    """A default as YAML writes it."""
+    match value:
+        case Enum():
+            return str(value.value)
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case BaseModel():
+            return "{}"
+    return str(value)
+
+
+def allowed(annotation: Any, schema: dict[str, Any]) -> str:
+    """The values a key takes, where they can be listed."""
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return ", ".join(f"`{member.value}`" for member in annotation)
+    for option in (schema, *schema.get("anyOf", ())):
+        if "enum" in option:
+            return ", ".join(f"`{value}`" for value in option["enum"])
+    types = [
+        option["type"] for option in (schema, *schema.get("anyOf", ())) if option.get("type") not in (None, "null")
+    ]
+    return " or ".join(types)
+
+
+def formats_page() -> str:
+    """Every shipped format: its tensors and its readers."""
+    parts = ["# Formats\n", "The planner, the writer and the verifier read the same files, `formats/*.yaml`.\n"]
+    for spec in map(load_format, format_names()):
+        parts += [f"## {spec.name}\n\n{spec.title}.\n", tensors(spec), readers(spec)]
+    return "\n".join(parts)
+
+
+def tensors(spec: FormatSpec) -> str:
+    """A table of the tensors that stand for one matrix `[out, in]`."""
+    rows = ["| tensor | dtype | shape by strategy | when |", "|---|---|---|---|"]
+    for rule in spec.tensors:
+        shapes = "; ".join(f"{strategy.value}: `[{', '.join(shape)}]`" for strategy, shape in rule.shape.items())
+        rows.append(f"| `{rule.suffix}` | {rule.dtype} | {shapes} | {rule.when or 'always'} |")
+    return "\n".join(rows) + "\n"
+
+
+def readers(spec: FormatSpec) -> str:
+    """What each runtime does with the format."""
+    rows = []
+    for reader in spec.readers:
+        limits = "; ".join(limit.says for limit in reader.limits) or "no known limits"
+        rows.append(f"- {reader.runtime} {reader.version}: {limits}")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    main()
