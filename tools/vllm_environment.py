@@ -61,8 +61,6 @@ class _Placeholder(metaclass=_AnyAttribute):
 
 
 class _StandInModule(ModuleType):
-    __path__: list[str] = []
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -71,7 +69,7 @@ class _StandInModule(ModuleType):
 
 class _StandInFinder(MetaPathFinder, Loader):
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self, fullname: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname.partition(".")[0] not in STAND_INS:
             return None
@@ -80,7 +78,7 @@ class _StandInFinder(MetaPathFinder, Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return _StandInModule(spec.name)
 
-    def exec_module(self, module: ModuleType) -> None:
+    def exec_module(self, _module: ModuleType) -> None:
         return
 
 
@@ -92,7 +90,7 @@ def prepare() -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    logging.disable(logging.WARNING)  # what is missing here is missing on purpose
+    logging.disable(logging.ERROR)  # what is missing here is missing on purpose
     _settle_torchvision()
     sys.meta_path.append(_StandInFinder())
     _pretend_installed()
