@@ -9,6 +9,10 @@ import sys
 from l4pack.errors import L4packError
 
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+HINTS = {
+    **dict.fromkeys(OUT_OF_SPACE, "free some space, then run the same command again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder you may write to"),
+}
 
 
 def main() -> None:
@@ -26,12 +30,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        full = error.errno in OUT_OF_SPACE
         where = f"{error.filename}: " if error.filename else ""
-        console.error(
-            f"{where}{error.strerror or error}", "free some space, then run the same command again" if full else ""
-        )
-        sys.exit(3 if full else 1)
+        console.error(f"{where}{error.strerror or error}", HINTS.get(error.errno or 0, ""))
+        sys.exit(3 if error.errno in OUT_OF_SPACE else 1)
     except KeyboardInterrupt:
         console.error("interrupted")
         sys.exit(130)

@@ -55,7 +55,7 @@ class Executor:
         for target, block in zip(task.targets, self._blocks(task), strict=True):
             if task.action is Action.UNFUSE:
                 _refuse_non_finite(block, self._dtypes[task.tensor], target.module)
-                self._write_rows(target.tensors[0], task, np.ascontiguousarray(block.T))
+                self._write_from(target.tensors[0], task.rows[0], np.ascontiguousarray(block.T))
             else:
                 self._quantize_block(task, target, block)
 
@@ -87,29 +87,25 @@ class Executor:
         except NonFiniteError as error:
             where = f"output {task.rows[0] + error.row}, input {error.column}"
             raise _non_finite(f"{task.tensor} ({target.module}, {where})") from error
-        arrays = {
-            "weight_packed": quantized.values,
-            "weight": quantized.values,
-            "weight_scale": quantized.scale,
-            "weight_zero_point": quantized.zero_point,
+        self._write_quantized(target, task.rows[0], quantized)
+
+    def _write_quantized(self, target: Target, row: int, quantized: Quantized) -> None:
+        """Place a slice whose first output row is `row`; slices are cut at whole blocks and whole words."""
+        scheme, linear = self._recipe.schemes[target.scheme], target.linear
+        parts = {
+            "weight_packed": (quantized.values, 1),
+            "weight": (quantized.values, 1),
+            "weight_scale": (quantized.scale, scheme.block_structure[0] if scheme.block_structure else 1),
+            "weight_zero_point": (quantized.zero_point, scheme.pack_factor),
+            "weight_shape": (np.array([linear.out_features, linear.in_features], np.int64), None),
         }
         for tensor in target.tensors:
-            suffix = tensor.name.removeprefix(f"{target.module}.")
-            if suffix == "weight_shape":
-                if task.rows[0] == 0:
-                    shape = np.array([target.linear.out_features, target.linear.in_features], np.int64)
-                    self._writer.write(tensor.name, 0, shape)
-                continue
-            array = arrays[suffix]
+            array, rows_in_one = parts[tensor.name.removeprefix(f"{target.module}.")]
             assert array is not None
-            self._write_rows(tensor, task, array)
+            self._write_from(tensor, row // rows_in_one if rows_in_one else 0, array)
 
-    def _write_rows(self, tensor: PlannedTensor, task: Task, array: NDArray[Any]) -> None:
-        """Place a slice's bytes by the share of output rows before it (slices are cut at whole blocks and words)."""
-        out_features = task.targets[0].linear.out_features
-        whole_rows = tensor.shape[0]
-        first = -(-task.rows[0] * whole_rows // out_features) if task.rows[0] else 0
-        self._writer.write(tensor.name, first * (tensor.nbytes // whole_rows), array)
+    def _write_from(self, tensor: PlannedTensor, row: int, array: NDArray[Any]) -> None:
+        self._writer.write(tensor.name, row * (tensor.nbytes // tensor.shape[0]), array)
 
 
 def _refuse_non_finite(block: NDArray[Any], dtype: FloatName, name: str) -> None:

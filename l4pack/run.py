@@ -102,6 +102,7 @@ def _work(
     folder.mkdir(exist_ok=True)
     journal = Journal(work / _JOURNAL, plan.digest())
     try:
+        _check_begun(plan, journal, folder)
         _check_disk(plan, folder)
         writer = ShardWriter(folder, plan.shards, plan.places)
         try:
@@ -116,6 +117,13 @@ def _work(
         return job.resumed_bytes
     finally:
         journal.close()
+
+
+def _check_begun(plan: Plan, journal: Journal, folder: Path) -> None:
+    """Refuse to go on with shards that somebody removed or changed."""
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    if journal.finished and any(sizes.get(shard.file) != shard.nbytes for shard in plan.shards):
+        raise UsageError(f"{folder} was changed since the job stopped", hint="add --restart to begin again")
 
 
 def _check_disk(plan: Plan, folder: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from l4pack.checkpoint.source import Checkpoint
-from l4pack.model.tensors import Role
+from l4pack.model.names import classify
+from l4pack.model.tensors import Catalogue, Role, catalogue
 from l4pack.plan import Plan
 from l4pack.recipe import KEEP
 
@@ -84,14 +85,22 @@ class RoleRow:
 
 def checkpoint_roles(checkpoint: Checkpoint) -> list[RoleRow]:
     """One row for each role, in model order; a bare configuration counts as BF16."""
-    found: dict[Role, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for spec in checkpoint.layout.tensors:
-        entry = checkpoint.entries.get(spec.name)
-        totals = found[spec.role]
-        totals[0] += 1
-        totals[1] += spec.numel
-        totals[2] += entry.nbytes if entry else 2 * spec.numel
-    return [RoleRow(role, *found[role]) for role in Role if role in found]
+    layout = structure(checkpoint)
+    parameters: Counter[Role] = Counter()
+    for spec in layout.tensors:
+        parameters[spec.role] += spec.numel
+    held = [(classify(name).role, entry.nbytes) for name, entry in checkpoint.entries.items()]
+    held = held or [(spec.role, 2 * spec.numel) for spec in layout.tensors]
+    tensors = Counter(role for role, _ in held)
+    nbytes: Counter[Role] = Counter()
+    for role, size in held:
+        nbytes[role] += size
+    return [RoleRow(role, tensors[role], parameters[role], nbytes[role]) for role in Role if tensors[role]]
+
+
+def structure(checkpoint: Checkpoint) -> Catalogue:
+    """What the configuration says the model holds; of an unquantized checkpoint, held against its headers."""
+    return catalogue(checkpoint.config) if checkpoint.config.quantized else checkpoint.layout
 
 
 LICENCE_NAMES = ("LICENSE", "LICENCE", "USE_POLICY", "NOTICE")
@@ -104,20 +113,22 @@ def licence_files(checkpoint: Checkpoint) -> list[str]:
 
 def checkpoint_record(checkpoint: Checkpoint) -> dict[str, Any]:
     """A checkpoint as JSON."""
-    text = checkpoint.config.text
+    text, layout = checkpoint.config.text, structure(checkpoint)
+    stanza = checkpoint.config.raw.get("quantization_config") or {}
     return {
         "source": checkpoint.name,
         "revision": checkpoint.revision,
         "architecture": (checkpoint.config.raw.get("architectures") or [None])[0],
-        "parameters": checkpoint.layout.parameters,
-        "tensors": len(checkpoint.layout.tensors),
-        "weight_bytes": checkpoint.weight_bytes or 2 * checkpoint.layout.parameters,
+        "quantization": stanza.get("format") or stanza.get("quant_method"),
+        "parameters": layout.parameters,
+        "tensors": len(checkpoint.entries) or len(layout.tensors),
+        "weight_bytes": checkpoint.weight_bytes or 2 * layout.parameters,
         "shards": len(checkpoint.shards),
         "dtypes": dict(Counter(entry.dtype for entry in checkpoint.entries.values())),
         "layers": text.num_hidden_layers,
         "moe_layers": len(text.moe_layers),
         "experts": text.num_local_experts,
-        "fused_experts": checkpoint.layout.fused,
+        "fused_experts": layout.fused and not checkpoint.config.quantized,
         "vision": checkpoint.config.vision is not None,
         "max_context": text.max_position_embeddings,
         "licence_files": licence_files(checkpoint),

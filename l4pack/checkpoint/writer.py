@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from l4pack.checkpoint.journal import sync_folder
 from l4pack.checkpoint.shards import Place, Shard
 from l4pack.units import MIB
 
@@ -31,6 +32,7 @@ class ShardWriter:
             os.ftruncate(descriptor, shard.nbytes)
             _write_all(descriptor, memoryview(shard.prefix), 0)
             self._dirty.add(shard.file)
+        sync_folder(folder)
 
     def write(self, name: str, offset: int, data: NDArray[np.generic]) -> None:
         """Put bytes at `offset` of a tensor."""

@@ -20,10 +20,11 @@ def inspect(source: Source, as_json: AsJson = False) -> None:
         console.show_json(checkpoint_record(checkpoint))
         return
     console.show(*_lines(checkpoint))
-    table = console.table("Role", ">Tensors", ">Parameters", ">Bytes", ">Share")
-    total = checkpoint.layout.parameters
-    for row in checkpoint_roles(checkpoint):
-        share = f"{100 * row.parameters / total:.2f} %"
+    table = console.table("Role", ">Tensors", ">Parameters", ">Bytes", ">Share of bytes")
+    rows = checkpoint_roles(checkpoint)
+    total = sum(row.nbytes for row in rows)
+    for row in rows:
+        share = f"{100 * row.nbytes / total:.2f} %"
         table.add_row(row.role.value, f"{row.tensors:,}", f"{row.parameters:,}", human_bytes(row.nbytes), share)
     console.show("", table)
 
@@ -31,21 +32,26 @@ def inspect(source: Source, as_json: AsJson = False) -> None:
 def _lines(checkpoint: Checkpoint) -> list[str]:
     record = checkpoint_record(checkpoint)
     text = checkpoint.config.text
-    dtypes = (
-        ", ".join(f"{dtype} x {count}" for dtype, count in record["dtypes"].items()) or "no weights, configuration only"
-    )
-    kinds = (
-        f"{record['moe_layers']} with {text.num_local_experts} experts, {len(text.rope_layers)} with chunked attention"
+    dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in record["dtypes"].items())
+    where = (
+        f"in {_count(record['shards'], 'shard')} ({dtypes})" if dtypes else "as BF16; a configuration without weights"
     )
     licences = ", ".join(licence_files(checkpoint)) or "no licence file found"
     lines = [
         f"[bold]{console.plain(checkpoint.name)}[/bold]",
         f"{console.plain(record['architecture'])}: {record['parameters']:,} parameters in {record['tensors']:,} tensors, "
-        f"{human_bytes(record['weight_bytes'])} in {record['shards']} shards ({dtypes})",
-        f"{text.num_hidden_layers} layers: {kinds}; experts {'fused' if record['fused_experts'] else 'one by one'}; "
-        f"{'with' if record['vision'] else 'without'} vision",
+        f"{human_bytes(record['weight_bytes'])} {where}",
+        f"{_count(text.num_hidden_layers, 'layer')}: {record['moe_layers']} with {text.num_local_experts} experts "
+        f"({'fused' if record['fused_experts'] else 'one by one'}), {len(text.rope_layers)} with chunked attention; "
+        f"{'with' if record['vision'] else 'without'} vision; context {text.max_position_embeddings:,}",
         f"licence: {console.plain(licences)}",
     ]
+    if record["quantization"]:
+        lines.append(f"quantized: {console.plain(record['quantization'])}")
     if checkpoint.revision:
         lines.append(f"revision: {console.plain(checkpoint.revision)}")
     return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
