@@ -9,6 +9,7 @@ import typer
 from l4pack import __version__
 from l4pack.cli import console
 from l4pack.cli.inspect import inspect
+from l4pack.cli.licence import licence
 from l4pack.cli.plan import plan
 from l4pack.cli.quantize import quantize
 from l4pack.cli.recipes import formats, recipes
@@ -39,5 +40,5 @@ def _root(
     del version
 
 
-for command in (inspect, plan, quantize, recipes, formats):
+for command in (inspect, plan, quantize, licence, recipes, formats):
     app.command()(command)

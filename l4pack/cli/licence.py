@@ -1,0 +1,46 @@
+"""`l4pack licence`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import RenderableType
+
+from l4pack.artifact.licence import Audit, audit
+from l4pack.cli import console
+from l4pack.cli.options import AsJson
+from l4pack.errors import LicenceError
+
+ModelName = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="The name it is to be published under.", show_default=False),
+]
+
+
+def licence(
+    target: Annotated[
+        str, typer.Argument(metavar="DIR|ORG/NAME", help="A folder, or a repository on the Hub.", show_default=False)
+    ],
+    name: ModelName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which duties of the model's licence a folder or repository does not meet; exit 7 if there are any.
+
+    Example: `l4pack licence Llama-4-Scout-17B-16E-Instruct-W4A16-g128`
+    """
+    result = audit(target, name=name)
+    console.show_json(result.record()) if as_json else console.show(*audit_view(result))
+    if not result.ok:
+        raise typer.Exit(LicenceError.exit_code)
+
+
+def audit_view(result: Audit) -> list[RenderableType]:
+    """An audit for people."""
+    who = f"[bold]{console.plain(result.name)}[/bold]: {result.policy.title}, {result.duties} duties"
+    if result.ok:
+        return [f"{who}, all met"]
+    table = console.table("Rule", "Where", "What is wrong")
+    for finding in result.findings:
+        table.add_row(finding.rule, console.plain(finding.where), console.plain(finding.message))
+    return [f"{who}, [red]{len(result.findings)} findings[/red]", "", table]
