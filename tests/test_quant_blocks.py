@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from l4pack.quant import cpu
 from l4pack.quant import quantize as quantize_module
 from l4pack.quant.dequantize import dequantize
 from l4pack.quant.floats import round_to_bfloat16, widen
@@ -120,7 +121,7 @@ def test_cutting_rows_changes_no_byte(name, layout, observer, monkeypatch):
     source = stored(normal((300, 256)), "BF16")
     amax = absmax(source, Layout.OUT_IN, "BF16") if scheme.strategy is Strategy.TENSOR else None
     whole = quantize_block(laid_out(source, layout), layout, "BF16", scheme, amax=amax)
-    monkeypatch.setattr(quantize_module, "PIECE_BYTES", 1)
+    monkeypatch.setattr(quantize_module, "PIECE_BYTES", dict.fromkeys(Layout, 1))
     cuts = [0, 128, 256, 300] if scheme.strategy is Strategy.BLOCK else [0, 8, 88, 296, 300]
     parts = [
         quantize_block(laid_out(source[a:b], layout), layout, "BF16", scheme, amax=amax)
@@ -129,6 +130,12 @@ def test_cutting_rows_changes_no_byte(name, layout, observer, monkeypatch):
     scale = whole.scale if amax is not None else np.concatenate([part.scale for part in parts])
     zero_point = None if whole.zero_point is None else np.concatenate([part.zero_point for part in parts])
     assert_same(whole, Quantized(np.concatenate([part.values for part in parts]), scale, zero_point))
+
+
+@pytest.mark.parametrize("name", ["int4-g32-asym", "fp8-channel"])
+def test_several_tiles_are_as_one(name):
+    source = stored(normal((2 * cpu.TILE + 5, 160)), "BF16")
+    assert_same(*(run(source, "BF16", SCHEMES[name], layout) for layout in Layout))
 
 
 def test_threads_change_no_byte():
@@ -164,7 +171,7 @@ def test_awkward_memory_changes_no_byte(layout):
 @pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_non_finite_weight_is_refused_with_its_place(dtype, layout, bad, monkeypatch):
-    monkeypatch.setattr(quantize_module, "PIECE_BYTES", 1)
+    monkeypatch.setattr(quantize_module, "PIECE_BYTES", dict.fromkeys(Layout, 1))
     weight = normal((300, 64))
     weight[271, 13] = bad
     source = stored(np.nan_to_num(weight, nan=0, posinf=0, neginf=0), dtype)

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 P = ParamSpec("P")
 R = TypeVar("R")
 
-TILE = 256  # output features of a tile: 128 rows of 256 codes fill the L1 cache
-CHUNK = 128  # input features coded before their words are written; a multiple of every pack factor
+TILE = 2048  # output features of a tile: 4 KB of each source row, a page; shorter runs starve the prefetcher
+CHUNK = 64  # input features coded before their words are written: with TILE, 128 KB of codes stay in the L2 cache
 
 ERROR_TILE = 32  # output features transposed at once: one cache line of bfloat16
 

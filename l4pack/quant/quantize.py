@@ -21,7 +21,8 @@ from l4pack.quant.packing import pack_zero_points, packed_columns
 from l4pack.quant.qparams import QParams, candidates, halving_sum, least_error, qparams_of_range
 from l4pack.quant.scheme import NumberType, Observer, Scheme, Strategy
 
-PIECE_BYTES = 4 << 20  # a piece is read twice: it has to fit the last-level cache of one core
+# A piece is read twice. Out x in it stays in the last-level cache; in x out, long runs of each row matter more.
+PIECE_BYTES = {Layout.OUT_IN: 4 << 20, Layout.IN_OUT: 20 << 20}
 PIECE_ROWS = 128  # pieces are multiples of this, and so of every block height and pack factor
 
 
@@ -125,7 +126,7 @@ def _pieces(source: NDArray[Any], layout: Layout, dtype: FloatName) -> Iterator[
     if source.dtype != expected:
         raise ValueError(f"{dtype} weights must be an array of {np.dtype(expected)}, not {source.dtype}")
     out_features, in_features = _shape(source, layout)
-    fitting = PIECE_BYTES // max(1, in_features * source.itemsize)
+    fitting = PIECE_BYTES[layout] // max(1, in_features * source.itemsize)
     rows = max(PIECE_ROWS, fitting // PIECE_ROWS * PIECE_ROWS)
     for start in range(0, out_features, rows):
         end = min(out_features, start + rows)
