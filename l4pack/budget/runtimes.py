@@ -14,7 +14,15 @@ from l4pack.errors import UsageError
 from l4pack.model.config import VisionConfig
 from l4pack.units import GIB, parse_size
 
-Bytes = Annotated[int, BeforeValidator(lambda value: parse_size(str(value)))]
+
+def _size(value: object) -> int:
+    try:
+        return parse_size(str(value))
+    except UsageError as error:
+        raise ValueError(error.message) from None
+
+
+Bytes = Annotated[int, BeforeValidator(_size)]
 Range = tuple[Bytes, Bytes]
 
 

@@ -1,0 +1,162 @@
+"""Budgets as code: `l4pack-budget.yaml` declares checks, and all of them are run.
+
+checks:
+  - name: scout-int4-1xh100
+    artifact: out/scout-int4          # or `source:` with `recipe:`
+    device: h100
+    context: 131072
+    sequences: 1
+    min_headroom: 0.5GiB
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from l4pack.budget.devices import Device, find_host, load_devices
+from l4pack.budget.load import Load
+from l4pack.budget.model import Budget, budget
+from l4pack.budget.record import budget_record
+from l4pack.budget.runtimes import Bytes
+from l4pack.budget.solve import Limits, limits
+from l4pack.budget.subject import Subject
+from l4pack.datafile import read_yaml, validate
+from l4pack.errors import L4packError, UsageError
+
+DEFAULT_FILE = "l4pack-budget.yaml"
+OpenSubject = Callable[[str, str | None], Subject]
+Count = Annotated[int, Field(gt=0)]
+
+
+class Check(BaseModel):
+    """One promise about memory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    artifact: str | None = None
+    source: str | None = None
+    recipe: str | None = None
+    device: str
+    context: Count
+    sequences: Count = 1
+    kv_dtype: Literal["auto", "bfloat16", "bf16", "fp8"] = "auto"
+    runtime: str = "vllm"
+    tp: Count | None = None
+    pp: Count | None = None
+    expert_parallel: bool = False
+    hybrid: bool | None = None
+    batched_tokens: Count | None = None
+    max_num_seqs: Count | None = None
+    max_positions: Count | None = None
+    images: Annotated[int, Field(ge=0)] | None = None
+    utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_headroom: Bytes = 0
+
+    @model_validator(mode="after")
+    def _one_subject(self) -> Check:
+        if (self.artifact is None) == (self.source is None):
+            raise ValueError("give either 'artifact' or 'source'")
+        if self.artifact is not None and self.recipe is not None:
+            raise ValueError("'recipe' goes with 'source'; an artifact is quantized already")
+        return self
+
+    def load(self) -> Load:
+        """The load in the memory model's terms."""
+        return Load(**{name: getattr(self, name) for name in Load.__dataclass_fields__})
+
+
+class CheckFile(BaseModel):
+    """A checks file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    devices: str | None = None
+    checks: list[Check]
+
+    @model_validator(mode="after")
+    def _unlike_names(self) -> CheckFile:
+        names = [check.name for check in self.checks]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"checks: two are named '{repeated[0]}'")
+        return self
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one check: a budget, or the error that kept it from being made."""
+
+    check: Check
+    found: Budget | None = None
+    limits: Limits | None = None
+    error: L4packError | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether it fits at both ends with the headroom asked for."""
+        return self.found is not None and self.found.headroom_bytes >= self.check.min_headroom
+
+    @property
+    def missing_headroom(self) -> bool:
+        """Whether it fits, but not with the headroom asked for."""
+        return self.found is not None and self.found.fits and not self.passed
+
+    def record(self) -> dict[str, Any]:
+        """Plain data, stable keys."""
+        head = {"name": self.check.name, "passed": self.passed, "min_headroom_bytes": self.check.min_headroom}
+        if self.found is None or self.limits is None:
+            message = self.error.message if self.error else ""
+            return head | {"error": message, "hint": self.error.hint if self.error else ""}
+        return head | budget_record(self.found, self.limits)
+
+
+def load_checks(path: Path) -> CheckFile:
+    """Read a checks file. Raises UsageError naming file and key, and for a file without checks: that proves nothing."""
+    if not path.is_file():
+        raise UsageError(f"{path} is not there", hint=f"write {DEFAULT_FILE}; see docs/how-to/budget-in-ci.md")
+    file = validate(CheckFile, read_yaml(path), str(path))
+    if not file.checks:
+        raise UsageError(f"{path} has no checks", hint="a file that checks nothing is no success: add a check")
+    return file
+
+
+def run_checks(file: CheckFile, folder: Path, open_subject: OpenSubject) -> list[Result]:
+    """Run every check; paths in the file are relative to its `folder`. Raises UsageError for a bad devices file."""
+    devices = load_devices(folder / file.devices if file.devices else None)
+    opened: dict[tuple[str, str | None], Subject] = {}
+
+    def opening(source: str, recipe: str | None) -> Subject:
+        key = (source, recipe)
+        if key not in opened:
+            opened[key] = open_subject(source, recipe)
+        return opened[key]
+
+    return [_run(check, folder, devices, opening) for check in file.checks]
+
+
+def exit_code(results: Iterable[Result]) -> int:
+    """0 when all hold; 3 when one does not fit; otherwise the code of the first error."""
+    failed = [result for result in results if not result.passed]
+    errors = [result.error.exit_code for result in failed if result.error]
+    return 0 if not failed else errors[0] if len(errors) == len(failed) else 3
+
+
+def _run(check: Check, folder: Path, devices: dict[str, Device], opening: OpenSubject) -> Result:
+    try:
+        subject = opening(_place(check, folder), check.recipe)
+        found = budget(subject, find_host(check.device, devices), check.load(), check.runtime)
+    except L4packError as error:
+        return Result(check, error=error)
+    return Result(check, found, limits(found))
+
+
+def _place(check: Check, folder: Path) -> str:
+    named = check.artifact or check.source or ""
+    beside = folder / named
+    return str(beside) if beside.exists() else named

@@ -1,0 +1,225 @@
+"""A budget for people: the verdict first, then the lines, a bar of the device, and what would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from l4pack.budget.devices import Device
+from l4pack.budget.load import Load
+from l4pack.budget.matrix import Row
+from l4pack.budget.measure import Measured
+from l4pack.budget.model import Budget, Group, Line, Verdict
+from l4pack.budget.runtimes import load_runtime
+from l4pack.budget.solve import Change, Limits
+from l4pack.units import GIB, human_gib
+
+BAR_WIDTH = 72
+STYLES = {Group.WEIGHTS: "blue", Group.KV_CACHE: "green", Group.ACTIVATIONS: "magenta", Group.RUNTIME: "cyan"}
+GLYPHS = {Group.WEIGHTS: "█", Group.KV_CACHE: "▓", Group.ACTIVATIONS: "▒", Group.RUNTIME: "░"}
+TITLES = {
+    Group.WEIGHTS: "weights",
+    Group.KV_CACHE: "KV cache",
+    Group.ACTIVATIONS: "activations",
+    Group.RUNTIME: "runtime",
+}
+VERDICTS = {
+    Verdict.FITS: ("bold green", "fits"),
+    Verdict.UNSURE: ("bold yellow", "may not fit"),
+    Verdict.TOO_LARGE: ("bold red", "does not fit"),
+}
+SPARE, MAYBE = "·", "?"
+
+
+def budget_view(found: Budget, limits: Limits, changes: Sequence[Change] = ()) -> list[RenderableType]:
+    """All that `l4pack budget` shows."""
+    shown: list[RenderableType] = [
+        verdict_line(found),
+        "",
+        _table(found),
+        "",
+        *_bar(found),
+        "",
+        *_limits(found, limits),
+    ]
+    if changes:
+        shown += ["", "[bold]nearest changes that fit[/bold]", _changes(changes)]
+    elif not found.fits:
+        shown += ["", "no single change tried makes it fit"]
+    return shown
+
+
+def verdict_line(found: Budget) -> Text:
+    """One line: the verdict, what was asked, and by how much."""
+    style, word = VERDICTS[found.verdict]
+    return Text.assemble((word, style), f": {question(found)}; {spare(found)}")
+
+
+def question(found: Budget) -> str:
+    """What was asked, in one phrase."""
+    subject, setting = found.subject, found.setting
+    recipe = f" {subject.recipe}" if subject.recipe else ""
+    sequences = "1 sequence" if setting.sequences == 1 else f"{setting.sequences:,} sequences"
+    return (
+        f"{subject.name}{recipe} on {found.host.name}, {sequences} of {setting.context:,} tokens, "
+        f"{'FP8' if setting.kv_dtype == 'fp8' else 'BF16'} KV, {found.runtime.title}"
+    )
+
+
+def spare(found: Budget) -> str:
+    """Headroom per GPU as a range."""
+    low, high = found.headroom_bytes, found.headroom_high_bytes
+    match found.verdict:
+        case Verdict.FITS:
+            return f"{_span(low, high)} to spare"
+        case Verdict.UNSURE:
+            return f"between {human_gib(-low)} short and {human_gib(high)} to spare, by overheads nobody publishes"
+        case Verdict.TOO_LARGE:
+            return f"{_span(-high, -low)} short"
+
+
+def _span(low: int, high: int) -> str:
+    first, last = f"{low / GIB:.2f}", f"{high / GIB:.2f}"
+    return f"{first} GiB" if first == last else f"{first} to {last} GiB"
+
+
+def _table(found: Budget) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    parts = " x ".join(
+        f"{name} {size}" for name, size in (("tp", found.setting.tp), ("pp", found.setting.pp)) if size > 1
+    )
+    table.add_column(f"Per GPU{f' ({parts})' if parts else ''}")
+    table.add_column("GiB", justify="right")
+    table.add_column("How")
+    for line in found.lines:
+        table.add_row(Text(line.name, STYLES[line.group]), _amount(line), Text(line.formula, "dim"))
+    table.add_section()
+    low, high = sum(line.low for line in found.lines), sum(line.high for line in found.lines)
+    table.add_row("sum", Text(_range(low, high), "bold"), "")
+    stage = found.tightest
+    share = f"{100 * found.setting.utilization:.3g} % of {human_gib(found.host.device.memory_bytes)}"
+    table.add_row("the runtime plans with", f"{stage.planned_bytes / GIB:.2f}", Text(share, "dim"))
+    return table
+
+
+def _amount(line: Line) -> str:
+    return _range(line.low, line.high)
+
+
+def _range(low: int, high: int) -> str:
+    first, last = f"{low / GIB:.2f}", f"{high / GIB:.2f}"
+    return first if first == last else f"{first} – {last}"
+
+
+def _bar(found: Budget) -> list[Text]:
+    """The device as a bar: each group at its low end, what the ranges may add, what is left, and where the limit is."""
+    device, planned = found.host.device.memory_bytes, found.tightest.planned_bytes
+    low, high = sum(line.low for line in found.lines), sum(line.high for line in found.lines)
+    scale = max(device, high) / BAR_WIDTH
+    bar, used = Text(), 0
+    for group in Group:
+        before = round(used / scale)
+        used += sum(line.low for line in found.lines if line.group is group)
+        bar.append(GLYPHS[group] * (round(used / scale) - before), STYLES[group])
+    bar.append(MAYBE * (round(high / scale) - round(low / scale)), "yellow")
+    bar.append(SPARE * (BAR_WIDTH - len(bar)), "dim")
+    limit = min(round(planned / scale), BAR_WIDTH - 1)
+    legend = Text()
+    for group in Group:
+        legend.append(f"{GLYPHS[group]} {TITLES[group]}  ", STYLES[group])
+    legend.append(f"{MAYBE} not known  ", "yellow").append(f"{SPARE} free", "dim")
+    return [bar, Text(" " * limit + "^ " + human_gib(planned), "dim"), legend]
+
+
+def _limits(found: Budget, limits: Limits) -> list[RenderableType]:
+    longest = found.subject.config.text.max_position_embeddings
+    whole = " (the model's whole context)" if limits.max_context == longest else ""
+    sequences = "sequence" if found.setting.sequences == 1 else f"{found.setting.sequences} sequences"
+    rows = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    rows.add_row(
+        f"largest context for {sequences if sequences != 'sequence' else '1 sequence'}",
+        _counts(limits.max_context, limits.max_context_high, "tokens") + whole,
+    )
+    rows.add_row(
+        f"most sequences of {found.setting.context:,} tokens",
+        _counts(limits.max_sequences, limits.max_sequences_high, ""),
+    )
+    return [rows]
+
+
+def _counts(low: int, high: int, unit: str) -> Text:
+    text = Text(f"{low:,} {unit}".strip(), "bold")
+    return text if low == high else text.append(f", {high:,} at best", "not bold dim")
+
+
+def _changes(changes: Sequence[Change]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for change in changes:
+        table.add_row(
+            f"  {escape(change.what)}",
+            Text(change.option, "bold"),
+            Text(f"{human_gib(change.headroom_bytes)} to spare, up to {change.max_context:,} tokens", "dim"),
+        )
+    return table
+
+
+def matrix_view(rows: Sequence[Row], load: Load, runtime: str) -> list[RenderableType]:
+    """Largest contexts in a table: one row a model and recipe, one column a host."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("Model")
+    table.add_column("Recipe")
+    table.add_column("GB", justify="right")
+    for cell in rows[0].cells:
+        table.add_column(cell.host, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [_cell(cell.max_context, cell.max_context_high, row.longest) for cell in row.cells]
+        table.add_row(escape(row.model), row.recipe or "BF16", f"{row.weight_bytes / 1e9:.1f}", *cells)
+    sequences = "one sequence" if load.sequences == 1 else f"{load.sequences} sequences"
+    kv = "FP8" if load.kv_dtype == "fp8" else "BF16"
+    head = Text.assemble(("largest context", "bold"), f" of {sequences}, {kv} KV, {load_runtime(runtime).title}")
+    foot = Text(
+        "K is 1024 tokens; all: the model's whole context; a: only with the lowest overheads; -: weights don't fit",
+        "dim",
+    )
+    return [head, "", table, "", foot]
+
+
+def _cell(low: int, high: int, longest: int) -> Text:
+    if low == longest:
+        return Text("all", "bold green")
+    if low:
+        return Text(_short(low), "green")
+    return Text(f"{_short(high)}a", "yellow") if high else Text("-", "dim")
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens / 1024**2:.1f}M" if tokens >= 1024**2 else f"{tokens // 1024}K" if tokens >= 1024 else str(tokens)
+
+
+def measured_view(lines: Sequence[Measured], device: str) -> Table:
+    """Predicted against measured, line by line."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column(f"On {escape(device)}")
+    for heading in ("Predicted, GiB", "Measured, GiB"):
+        table.add_column(heading, justify="right")
+    for line in lines:
+        measured = Text("not on one GPU alone", "dim") if line.measured is None else Text(f"{line.measured / GIB:.2f}")
+        table.add_row(line.name, _range(line.low, line.high), measured)
+    return table
+
+
+def devices_view(devices: Iterable[Device]) -> Table:
+    """All devices by memory."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("Name", no_wrap=True)
+    table.add_column("GiB", justify="right")
+    table.add_column("Device", no_wrap=True)
+    table.add_column("Figure from")
+    for device in sorted(devices, key=lambda device: (device.memory_bytes, device.name)):
+        source = Text(device.source, "dim")
+        table.add_row(device.name, f"{device.memory_bytes / GIB:.2f}", escape(device.title), source)
+    return table
