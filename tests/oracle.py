@@ -142,3 +142,34 @@ def pack(codes: np.ndarray, num_bits: int) -> np.ndarray:
             word = sum(code << (num_bits * k) for k, code in enumerate(padded[start : start + per_word]))
             words.append(word - 2**32 if word >= 2**31 else word)
     return np.reshape(np.array(words, np.int64).astype(np.int32), (len(codes), -1))
+
+
+def gptq(
+    weight: np.ndarray,
+    hessian: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+    num_bits: int,
+    order: np.ndarray,
+) -> np.ndarray:
+    """Optimal brain quantization of all rows at once, one column at a time, in float64: int levels [out, in].
+
+    The textbook form: invert the (damped) Hessian, round a column, move its error onto the others, and eliminate the
+    column from the inverse. `scale` and `zero_point` are given for every weight.
+    """
+    weight, inverse = weight.astype(np.float64), np.linalg.inv(hessian.astype(np.float64))
+    half = 2 ** (num_bits - 1)
+    levels = np.zeros(weight.shape, int)
+    for j in order:
+        step, zero = scale[:, j], zero_point[:, j]
+        levels[:, j] = np.clip(np.rint(weight[:, j] / step) + zero, -half, half - 1)
+        error = (weight[:, j] - (levels[:, j] - zero) * step) / inverse[j, j]
+        weight = weight - np.outer(error, inverse[j])
+        inverse = inverse - np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return levels
+
+
+def row_losses(weight: np.ndarray, quantized: np.ndarray, hessian: np.ndarray) -> np.ndarray:
+    """(w - q) H (w - q)^T of each row, in float64."""
+    residual = weight.astype(np.float64) - quantized
+    return np.einsum("oi,ij,oj->o", residual, hessian.astype(np.float64), residual)

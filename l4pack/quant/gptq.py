@@ -1,0 +1,347 @@
+"""GPTQ: round a matrix column by column, each column's error absorbed by those still to come.
+
+Frantar et al. 2022 (https://arxiv.org/abs/2210.17323), in its notation: H the Hessian of the layer's inputs, W the
+weights, Q their quantized values. Here groups are static: scales come from the original weights before the first
+column is rounded, so that columns may be visited in order of importance (`act_order`) and still be stored in their own
+order with no index (compressed-tensors' activation ordering `static`).
+
+The upper factor U of H^-1 = U^T U needs no inverse of H: with J the reversal of indices and L the lower factor of
+J H J, it is U = J L^-1 J. It also gives the loss for nothing: the errors E that the solver records satisfy
+W - Q = E U, hence (W - Q) H (W - Q)^T = E E^T.
+
+With asymmetric calibration the goal is not W x but W x', x' the input before anything was quantized. The weights that
+would meet it best, W + W C H^-1 with C the covariance of x' - x with x, become the target, and the rest stays as it is
+(GPTAQ, Li et al. 2025, https://arxiv.org/abs/2504.02692; QEP, Arai and Ichikawa 2025).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from l4pack.quant import torch_ops
+from l4pack.quant.cpu import kernel
+from l4pack.quant.floats import FloatName
+from l4pack.quant.layout import Layout
+from l4pack.quant.quantize import quantize_block
+from l4pack.quant.scheme import NumberType, ScaleDtype, Scheme
+
+DAMPENING_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Fractions of the mean diagonal tried in turn, from the one asked for, until H can be factored."""
+
+_SCALE_DTYPES: dict[FloatName, ScaleDtype] = {
+    "BF16": ScaleDtype.BFLOAT16,
+    "F16": ScaleDtype.FLOAT16,
+    "F32": ScaleDtype.FLOAT32,
+}
+
+
+class Method(StrEnum):
+    """How a matrix was rounded."""
+
+    GPTQ = "gptq"
+    RTN = "rtn"
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solved matrix, in the column order of its weights.
+
+    `levels` int8 [out, in]; `scale` [out, groups] in its stored dtype; `zero_point` int8 [out, groups] or None.
+    `error` is the loss trace((W - Q) H (W - Q)^T) with the Hessian undamped and W the asymmetric target if there is one;
+    `rtn_error` the same for rounding to nearest (both NaN if the Hessian is not finite). `dampening` is what was used,
+    as a fraction of the mean diagonal. `rtn_rows` counts output rows where rounding to nearest was better and was kept.
+    `method` is RTN if all rows are, with the `reason`.
+    """
+
+    levels: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    error: float
+    rtn_error: float
+    dampening: float
+    method: Method
+    reason: str
+    rtn_rows: int
+    dead_columns: int
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Levels [out, in] with the scales and zero points [out, groups] (float32) that give them meaning."""
+
+    levels: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def values(self) -> Tensor:
+        """float32 [out, in]."""
+        shape = (*self.scale.shape, -1)
+        levels = self.levels.float().reshape(shape) - self.zero_point[..., None]
+        return (levels * self.scale.float()[..., None]).reshape(self.levels.shape)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """U of the damped Hessian, visiting columns in `order`; `added` [in] is what dampening added to its diagonal."""
+
+    upper: Tensor
+    order: Tensor
+    added: Tensor
+    dampening: float
+
+
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    scheme: Scheme,
+    *,
+    act_order: bool = True,
+    dampening: float = 0.01,
+    block_size: int = 128,
+    cross: Tensor | None = None,
+    source_dtype: FloatName = "BF16",
+) -> Solution:
+    """Quantize `weight` (float32 [out, in]) for inputs with second moments `hessian` (float32 [in, in], any factor).
+
+    `cross` [in, in] is the sum over tokens of (x' - x) x^T, with the factor of `hessian`: x' is the original model's
+    input, x the quantized one's. `source_dtype` is that of the checkpoint's weights, for scale_dtype `source`. With
+    observer `mse`, scales minimise the squared error weighted with the diagonal of the Hessian. No output row ends with
+    a higher loss than rounding to nearest gives it. Raises ValueError for an FP8 scheme or shapes that don't match,
+    NonFiniteError for a weight that is not finite.
+    """
+    if scheme.type is NumberType.FLOAT:
+        raise ValueError("GPTQ solves integer schemes")
+    if hessian.shape != (weight.shape[1], weight.shape[1]):
+        raise ValueError(f"a Hessian of shape {tuple(hessian.shape)} does not fit weights {tuple(weight.shape)}")
+    if scheme.scale_dtype is ScaleDtype.SOURCE:
+        scheme = scheme.model_copy(update={"scale_dtype": _SCALE_DTYPES[source_dtype]})
+    if not bool(hessian.isfinite().all()):
+        nearest = round_to_nearest(weight, scheme, None)
+        return _rtn(nearest, scheme, float("nan"), "the Hessian is not finite", 0)
+    diagonal = hessian.diagonal().clamp(min=0)
+    nearest = round_to_nearest(weight, scheme, diagonal)
+    dead = int((diagonal == 0).sum())
+    factor = factorize(hessian, act_order=act_order, dampening=dampening)
+    if factor is None:
+        residual = weight - nearest.values()
+        loss = float(((residual @ hessian) * residual).sum())
+        return _rtn(nearest, scheme, loss, "no dampening up to 1.0 made the Hessian positive definite", dead)
+    target = weight if cross is None else _asymmetric_target(weight, cross, factor)
+    start = nearest if cross is None else round_to_nearest(target, scheme, diagonal)
+    solved, errors = solve_columns(target, factor, start, scheme, block_size)
+    return _better_rows(target, factor, solved, errors, nearest, scheme, dead)
+
+
+def factorize(hessian: Tensor, *, act_order: bool, dampening: float) -> Factor | None:
+    """The upper factor of the inverse of the damped Hessian, or None if no dampening of the ladder is enough.
+
+    A dead column (zero diagonal: its input was never seen) gets the mean diagonal, which rounds it to nearest and
+    touches no other column.
+    """
+    diagonal = hessian.diagonal()
+    alive = diagonal > 0
+    mean = diagonal[alive].mean() if bool(alive.any()) else diagonal.new_tensor(1.0)
+    order = torch.arange(len(diagonal), device=hessian.device)
+    if act_order:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+    backwards = order.flip(0)
+    reversed_hessian = hessian[backwards][:, backwards]
+    for fraction in (dampening, *(step for step in DAMPENING_LADDER if step > dampening)):
+        added = torch.where(alive, fraction * mean, mean - diagonal)
+        damped = reversed_hessian + torch.diag(added[backwards])
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed) == 0:
+            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
+            if bool(upper.isfinite().all()):
+                return Factor(upper, order, added, fraction)
+    return None
+
+
+def _asymmetric_target(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
+    """W + W C H^-1, in the original column order."""
+    shift = (weight @ cross)[:, factor.order] @ factor.upper.T @ factor.upper
+    target = weight.clone()
+    target[:, factor.order] += shift
+    return target
+
+
+def round_to_nearest(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> Rounded:
+    """Scales by the scheme's observer and the nearest levels, by the kernels of the weight's device."""
+    if weight.device.type == "cpu":
+        column_weight = None if importance is None else importance.float().numpy()
+        quantized = quantize_block(weight.float().numpy(), Layout.OUT_IN, "F32", scheme, column_weight=column_weight)
+        stored: NDArray[Any] = quantized.scale
+        scale = torch.from_numpy(stored)
+        zero_words = None if quantized.zero_point is None else torch.from_numpy(quantized.zero_point)
+        tensors = torch_ops.QuantizedTensors(
+            torch.from_numpy(quantized.values),
+            scale.view(torch.bfloat16) if stored.dtype == np.uint16 else scale,
+            zero_words,
+        )
+    else:
+        tensors = torch_ops.quantize(weight.float(), scheme, column_weight=importance)
+    levels = torch_ops.unpack_levels(tensors.values, scheme.num_bits, weight.shape[1]).to(torch.int8)
+    zero_point = torch.zeros(tensors.scale.shape, device=weight.device)
+    if tensors.zero_point is not None:
+        zero_point = torch_ops.unpack_levels(tensors.zero_point.T, scheme.num_bits, len(weight)).T.contiguous()
+    return Rounded(levels, tensors.scale, zero_point)
+
+
+def solve_columns(
+    target: Tensor, factor: Factor, start: Rounded, scheme: Scheme, block_size: int
+) -> tuple[Rounded, Tensor]:
+    """GPTQ's blocked loop; also the loss of each row under the damped Hessian, float64 [out]."""
+    order, upper = factor.order, factor.upper
+    remaining = target[:, order].to(upper.dtype)
+    levels = torch.empty(target.shape, dtype=torch.int8, device=target.device)
+    loss = torch.zeros(len(target), dtype=torch.float64, device=target.device)
+    columns = target.shape[1] // start.scale.shape[1]
+    for first in range(0, target.shape[1], block_size):
+        last = min(first + block_size, target.shape[1])
+        group = order[first:last] // columns
+        scale, zero_point = (values[:, group].to(upper.dtype) for values in (start.scale, start.zero_point))
+        block = remaining[:, first:last].contiguous()
+        part = upper[first:last, first:last].contiguous()
+        block_levels, errors = solve_block(block, part, scale, zero_point, scheme.num_bits)
+        levels[:, order[first:last]] = block_levels
+        loss += errors.double().square().sum(1)
+        remaining[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
+    return Rounded(levels, start.scale, start.zero_point), loss
+
+
+def solve_block(
+    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
+) -> tuple[Tensor, Tensor]:
+    """Round the columns of a block [out, n] in turn: int8 levels, and errors divided by the factor's diagonal.
+
+    `upper` [n, n] is the block's part of U; `scale` and `zero_point` are given for every weight [out, n].
+    """
+    if block.device.type == "cpu":
+        return _solve_block_cpu(block, upper, scale, zero_point, num_bits)
+    return solve_block_torch(block, upper, scale, zero_point, num_bits)
+
+
+def solve_block_torch(
+    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
+) -> tuple[Tensor, Tensor]:
+    """`solve_block` in torch operations, for any device."""
+    lowest, highest = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
+    block = block.clone()
+    levels, errors = torch.empty_like(block), torch.empty_like(block)
+    for i in range(block.shape[1]):
+        w, s, z = block[:, i], scale[:, i], zero_point[:, i]
+        level = ((w / s).round() + z).clamp(lowest, highest)
+        error = (w - (level - z) * s) / upper[i, i]
+        levels[:, i], errors[:, i] = level, error
+        block[:, i + 1 :].addr_(error, upper[i, i + 1 :], alpha=-1)
+    return levels.to(torch.int8), errors
+
+
+@kernel
+def _solve_rows(
+    block: NDArray[Any],
+    upper: NDArray[Any],
+    scale: NDArray[Any],
+    zero_point: NDArray[Any],
+    num_bits: int,
+    levels: NDArray[np.int8],
+    errors: NDArray[Any],
+) -> None:
+    """`solve_block` for some rows, in the dtype of `block`, which is overwritten; the factor stays in cache."""
+    lowest = block.dtype.type(-(1 << (num_bits - 1)))
+    highest = block.dtype.type((1 << (num_bits - 1)) - 1)
+    columns = block.shape[1]
+    for o in range(block.shape[0]):
+        row = block[o]
+        for i in range(columns):
+            w = row[i]
+            s = scale[o, i]
+            z = zero_point[o, i]
+            level = min(max(np.rint(w / s) + z, lowest), highest)
+            error = (w - (level - z) * s) / upper[i, i]
+            levels[o, i] = np.int8(level)
+            errors[o, i] = error
+            rest = row[i + 1 :]
+            factors = upper[i, i + 1 :]
+            for k in range(rest.size):
+                rest[k] -= error * factors[k]
+
+
+def _solve_block_cpu(
+    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
+) -> tuple[Tensor, Tensor]:
+    """`solve_block` by the Numba kernel, rows shared between as many threads as torch uses."""
+    arrays = [tensor.contiguous().numpy() for tensor in (block, scale, zero_point)]
+    factor = upper.numpy()
+    levels, errors = np.empty(block.shape, np.int8), np.empty_like(arrays[0])
+    threads = torch.get_num_threads()
+    bounds = np.linspace(0, len(block), threads + 1).astype(int)
+
+    def rows(thread: int) -> None:
+        part = slice(bounds[thread], bounds[thread + 1])
+        weights, scales, zeros = (array[part] for array in arrays)
+        _solve_rows(weights, factor, scales, zeros, num_bits, levels[part], errors[part])
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(rows, range(threads)))
+    return torch.from_numpy(levels), torch.from_numpy(errors)
+
+
+def _better_rows(
+    target: Tensor,
+    factor: Factor,
+    solved: Rounded,
+    damped_loss: Tensor,
+    nearest: Rounded,
+    scheme: Scheme,
+    dead: int,
+) -> Solution:
+    """Keep, row by row, whichever of the solved and the nearest levels has the lower undamped loss."""
+    added = factor.added.double()
+    loss = damped_loss - ((target - solved.values()).double().square() @ added)
+    residual = target - nearest.values()
+    through = torch.linalg.solve_triangular(factor.upper, residual[:, factor.order], upper=True, left=False)
+    rtn_loss = through.double().square().sum(1) - (residual.double().square() @ added)
+    keep = rtn_loss < loss
+    kept = int(keep.sum())
+    rtn_error = float(rtn_loss.sum())
+    if kept == len(target):
+        reason = "rounding to nearest has the lower loss in every output row"
+        return _rtn(nearest, scheme, rtn_error, reason, dead, factor.dampening)
+    mixed = Rounded(*(torch.where(keep[:, None], a, b) for a, b in zip(_parts(nearest), _parts(solved), strict=True)))
+    error = float(torch.where(keep, rtn_loss, loss).sum())
+    return Solution(
+        mixed.levels,
+        mixed.scale,
+        _stored_zero_point(mixed, scheme),
+        error,
+        rtn_error,
+        factor.dampening,
+        Method.GPTQ,
+        "",
+        kept,
+        dead,
+    )
+
+
+def _parts(rounded: Rounded) -> tuple[Tensor, Tensor, Tensor]:
+    return rounded.levels, rounded.scale, rounded.zero_point
+
+
+def _stored_zero_point(rounded: Rounded, scheme: Scheme) -> Tensor | None:
+    return None if scheme.symmetric else rounded.zero_point.to(torch.int8)
+
+
+def _rtn(nearest: Rounded, scheme: Scheme, error: float, reason: str, dead: int, dampening: float = 0.0) -> Solution:
+    zero_point = _stored_zero_point(nearest, scheme)
+    rows = len(nearest.levels)
+    return Solution(nearest.levels, nearest.scale, zero_point, error, error, dampening, Method.RTN, reason, rows, dead)

@@ -1,0 +1,224 @@
+"""GPTQ against the column-at-a-time oracle, its promises, and its fallbacks."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from l4pack.quant import gptq, packing
+from l4pack.quant.dequantize import dequantize
+from l4pack.quant.quantize import NonFiniteError, Quantized
+from l4pack.quant.scheme import Scheme
+
+OUT, IN = 48, 192
+SCHEMES = {
+    name: Scheme(scale_dtype="bfloat16", **numbers)
+    for name, numbers in {
+        "int4-g32": {"num_bits": 4, "group_size": 32},
+        "int4-g64-asym-mse": {"num_bits": 4, "group_size": 64, "symmetric": False, "observer": "mse"},
+        "int4-channel": {"num_bits": 4, "strategy": "channel"},
+        "int8-g32": {"num_bits": 8, "group_size": 32},
+    }.items()
+}
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """The same sums everywhere, and rows shared between threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(tokens: int = 1000) -> torch.Tensor:
+    """Correlated inputs with a few loud channels, [tokens, in]."""
+    mixed = random(tokens, IN, seed=1) @ (random(IN, IN, seed=2) / IN**0.5 + 0.3 * torch.eye(IN))
+    return mixed * (1 + 5 * (torch.arange(IN) % 37 == 0))
+
+
+def hessian(x: torch.Tensor | None = None) -> torch.Tensor:
+    x = inputs() if x is None else x
+    return x.T @ x / len(x)
+
+
+def weight() -> torch.Tensor:
+    return random(OUT, IN, seed=3) * 0.02
+
+
+def spread(values: torch.Tensor) -> np.ndarray:
+    return values.double().repeat_interleave(IN // values.shape[1], 1).numpy()
+
+
+def values(solution: gptq.Solution) -> np.ndarray:
+    zero_point = 0 if solution.zero_point is None else spread(solution.zero_point)
+    return (solution.levels.double().numpy() - zero_point) * spread(solution.scale)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_levels_are_those_of_optimal_brain_quantization(name, act_order):
+    scheme, h = SCHEMES[name], hessian().double()
+    factor = gptq.factorize(h, act_order=act_order, dampening=0.03)
+    start = gptq.round_to_nearest(weight(), scheme, h.diagonal().float())
+    damped = h.numpy() + 0.03 * h.diagonal().mean().item() * np.eye(IN)
+    order = np.argsort(-h.diagonal().numpy(), kind="stable") if act_order else np.arange(IN)
+    expected = oracle.gptq(
+        weight().numpy(), damped, spread(start.scale), spread(start.zero_point), scheme.num_bits, order
+    )
+    for block_size in (1, 48, 128, IN):
+        solved, losses = gptq.solve_columns(weight(), factor, start, scheme, block_size)
+        np.testing.assert_array_equal(solved.levels.numpy(), expected)
+        quantized = (expected - spread(start.zero_point)) * spread(start.scale)
+        np.testing.assert_allclose(losses.numpy(), oracle.row_losses(weight().numpy(), quantized, damped), rtol=1e-9)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_loss_is_what_it_says_and_no_row_is_worse_than_rounding(name, act_order):
+    scheme, h = SCHEMES[name], hessian()
+    solution = gptq.solve(weight(), h, scheme, act_order=act_order)
+    nearest = gptq.round_to_nearest(weight(), scheme, h.diagonal())
+    losses = oracle.row_losses(weight().numpy(), values(solution), h.numpy())
+    rtn = oracle.row_losses(weight().numpy(), nearest.values().double().numpy(), h.numpy())
+    assert solution.error == pytest.approx(losses.sum(), rel=1e-4)
+    assert solution.rtn_error == pytest.approx(rtn.sum(), rel=1e-4)
+    assert (losses <= rtn * (1 + 1e-4)).all()
+    assert solution.error < 0.7 * solution.rtn_error
+    assert (solution.method, solution.reason, solution.dampening) == (gptq.Method.GPTQ, "", 0.01)
+
+
+def test_float32_loses_next_to_nothing():
+    scheme, h = SCHEMES["int4-g32"], hessian()
+    exact = gptq.solve(weight(), h.double(), scheme)
+    solution = gptq.solve(weight(), h, scheme)
+    assert solution.error == pytest.approx(exact.error, rel=0.01)
+    assert (solution.levels == exact.levels).float().mean() > 0.97
+
+
+def test_the_stored_form_needs_no_index():
+    scheme = SCHEMES["int4-g64-asym-mse"]
+    solution = gptq.solve(weight(), hessian(), scheme, act_order=True)
+    stored = Quantized(
+        packing.pack_levels(solution.levels.numpy(), 4),
+        solution.scale.view(torch.uint16).numpy(),
+        packing.pack_zero_points(solution.zero_point.numpy(), 4),
+    )
+    np.testing.assert_array_equal(dequantize(stored, scheme, OUT, IN), values(solution).astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torch_block_is_the_kernel(dtype):
+    factor = gptq.factorize(hessian().to(dtype), act_order=False, dampening=0.01)
+    start = gptq.round_to_nearest(weight(), SCHEMES["int4-g64-asym-mse"], None)
+    scale, zero_point = (torch.from_numpy(spread(part)).to(dtype) for part in (start.scale, start.zero_point))
+    ours = gptq.solve_block(weight().to(dtype), factor.upper, scale, zero_point, 4)
+    theirs = gptq.solve_block_torch(weight().to(dtype), factor.upper, scale, zero_point, 4)
+    agreement = (ours[0] == theirs[0]).double().mean().item()
+    assert agreement == 1.0 if dtype is torch.float64 else agreement > 0.97
+    if dtype is torch.float64:
+        torch.testing.assert_close(*[part[1] for part in (ours, theirs)], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_dead_columns_are_rounded_and_touch_nothing(act_order):
+    x = inputs()
+    dead = torch.tensor([5, 70, 71])
+    x[:, dead] = 0
+    loud = weight()
+    loud[:, dead] = 0.015
+    scheme = SCHEMES["int4-g32"]
+    solution = gptq.solve(loud, hessian(x), scheme, act_order=act_order)
+    assert solution.dead_columns == 3
+    nearest = gptq.round_to_nearest(loud, scheme, None)
+    assert torch.equal(solution.levels[:, dead], nearest.levels[:, dead])
+    alive = np.delete(np.arange(IN), dead)
+    assert (solution.levels[:, dead] != 0).all()
+    quiet = loud.clone()
+    quiet[:, dead] = 0.013  # the group's scale does not depend on it
+    again = gptq.solve(quiet, hessian(x), scheme, act_order=act_order)
+    assert torch.equal(again.levels[:, alive], solution.levels[:, alive])
+
+
+def test_all_columns_dead_is_rounding():
+    solution = gptq.solve(weight(), torch.zeros(IN, IN), SCHEMES["int4-g32"])
+    assert torch.equal(solution.levels, gptq.round_to_nearest(weight(), SCHEMES["int4-g32"], None).levels)
+    assert solution.error == pytest.approx(0, abs=1e-12)
+    assert solution.dead_columns == IN
+
+
+def test_fewer_tokens_than_inputs_still_solve():
+    solution = gptq.solve(weight(), hessian(inputs(20)), SCHEMES["int4-g32"])
+    assert solution.method is gptq.Method.GPTQ
+    assert solution.error < 0.5 * solution.rtn_error
+
+
+@pytest.mark.parametrize(("lowest", "expected"), [(-0.05, 0.1), (-0.2, 0.3), (-0.9, 1.0)])
+def test_dampening_climbs_until_the_hessian_can_be_factored(lowest, expected):
+    h = torch.eye(IN)
+    direction = torch.ones(IN) / IN**0.5
+    h += (lowest - 1) * torch.outer(direction, direction)
+    h /= h.diagonal().mean()
+    solution = gptq.solve(weight(), h, SCHEMES["int4-g32"])
+    assert solution.dampening == expected
+
+
+def test_rounding_is_the_recorded_fallback():
+    scheme = SCHEMES["int4-g32"]
+    nearest = gptq.round_to_nearest(weight(), scheme, None).levels
+    indefinite = torch.ones(IN, IN) * 5 - 4 * torch.eye(IN)
+    indefinite[0, 1] = indefinite[1, 0] = 400
+    broken = hessian()
+    broken[3, 3] = torch.inf
+    for h, reason in ((indefinite, "positive definite"), (broken, "not finite")):
+        solution = gptq.solve(weight(), h, scheme)
+        assert solution.method is gptq.Method.RTN
+        assert reason in solution.reason
+        assert solution.rtn_rows == OUT
+        assert torch.equal(solution.levels, nearest)
+
+
+def test_asymmetric_calibration_meets_the_original_outputs_better():
+    x = inputs()
+    original = x + 0.3 * random(*x.shape, seed=9) @ (random(IN, IN, seed=10) / IN**0.5) + 0.1 * x.roll(1, 1)
+    cross = (original - x).T @ x / len(x)
+    scheme, h = SCHEMES["int4-g32"], hessian(x)
+
+    def output_error(solution: gptq.Solution) -> float:
+        quantized = torch.from_numpy(values(solution)).float()
+        return float((x @ quantized.T - original @ weight().T).square().sum())
+
+    plain = gptq.solve(weight(), h, scheme)
+    same = gptq.solve(weight(), h, scheme, cross=torch.zeros(IN, IN))
+    asymmetric = gptq.solve(weight(), h, scheme, cross=cross)
+    assert torch.equal(same.levels, plain.levels)
+    assert output_error(asymmetric) < 0.9 * output_error(plain)
+    target = weight().double() + weight().double() @ cross.double() @ torch.linalg.inv(
+        h.double() + 0.01 * h.diagonal().mean() * torch.eye(IN)
+    )
+    losses = oracle.row_losses(target.numpy(), values(asymmetric), h.numpy())
+    assert asymmetric.error == pytest.approx(losses.sum(), rel=1e-3)
+
+
+def test_wrong_requests_are_refused():
+    fp8 = Scheme(num_bits=8, type="float", strategy="channel")
+    with pytest.raises(ValueError, match="integer"):
+        gptq.solve(weight(), hessian(), fp8)
+    with pytest.raises(ValueError, match="does not fit"):
+        gptq.solve(weight(), torch.eye(4), SCHEMES["int4-g32"])
+    bad = weight()
+    bad[7, 9] = torch.nan
+    with pytest.raises(NonFiniteError, match="output 7, input 9"):
+        gptq.solve(bad, hessian(), SCHEMES["int4-g32"])
+
+
+@pytest.mark.parametrize(("source", "dtype"), [("BF16", torch.bfloat16), ("F16", torch.float16)])
+def test_scales_are_stored_in_the_sources_dtype(source, dtype):
+    solution = gptq.solve(weight(), hessian(), Scheme(num_bits=4, group_size=32), source_dtype=source)
+    assert solution.scale.dtype is dtype
