@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi
 
-from l4pack.artifact.finding import Finding
 from l4pack.artifact.names import name_findings
-from l4pack.artifact.policy import Duty, Policy, agrees, plain, policies
+from l4pack.artifact.policy import Breach, Duty, Policy, agrees, plain, policies
 from l4pack.checkpoint.source import HUB_ID
 from l4pack.errors import HubError, LicenceError, SourceError
 from l4pack.hubclient import hub_api, hub_errors, patiently
@@ -121,7 +120,7 @@ class Audit:
     name: str
     policy: Policy
     duties: int
-    findings: tuple[Finding, ...]
+    findings: tuple[Breach, ...]
 
     @property
     def ok(self) -> bool:
@@ -132,7 +131,7 @@ class Audit:
         """As JSON."""
         return {
             "ok": self.ok,
-            "findings": [finding.record() for finding in self.findings],
+            "findings": [asdict(finding) for finding in self.findings],
             "where": self.where,
             "name": self.name,
             "licence": self.policy.title,
@@ -247,23 +246,23 @@ def _dimensions(config: dict[str, Any]) -> tuple[Any, Any]:
     return section.get("hidden_size"), section.get("vocab_size")
 
 
-def _check(duty: Duty, materials: Materials) -> list[Finding]:
+def _check(duty: Duty, materials: Materials) -> list[Breach]:
     if duty.files is not None:
         return _check_file(duty, duty.files, materials)
     where = CARD_NAME
     if CARD_NAME not in materials.files:
-        return [Finding(duty.rule, where, f"there is no card: {duty.cited}")]
+        return [Breach(duty.rule, where, f"there is no card: {duty.cited}")]
     if duty.card is not None:
         good = materials.card.says(duty.card, duty.within_lines)
     else:
         good = any(agrees(choice, materials.card.metadata) for choice in duty.metadata or [])
-    return [] if good else [Finding(duty.rule, where, duty.cited)]
+    return [] if good else [Breach(duty.rule, where, duty.cited)]
 
 
-def _check_file(duty: Duty, names: list[str], materials: Materials) -> list[Finding]:
+def _check_file(duty: Duty, names: list[str], materials: Materials) -> list[Breach]:
     file = materials.find(names)
     if file is None:
-        return [Finding(duty.rule, names[0], f"the file is missing: {duty.cited}")]
+        return [Breach(duty.rule, names[0], f"the file is missing: {duty.cited}")]
     text = plain(materials.text(file) or "")
     lacking = [sentence for sentence in duty.contains if plain(sentence) not in text]
-    return [Finding(duty.rule, file, f'"{plain(lacking[0])}" is not in it: {duty.cited}')] if lacking else []
+    return [Breach(duty.rule, file, f'"{plain(lacking[0])}" is not in it: {duty.cited}')] if lacking else []

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from l4pack.artifact.finding import Finding
-from l4pack.artifact.policy import NameRule
+from l4pack.artifact.policy import Breach, NameRule
 from l4pack.errors import LicenceError
 from l4pack.quant.scheme import Strategy
 from l4pack.recipe import Activations, Recipe, RecipeScheme
@@ -43,28 +42,28 @@ def check_name(name: str, rule: NameRule | None) -> None:
         )
 
 
-def name_findings(name: str, rule: NameRule) -> list[Finding]:
+def name_findings(name: str, rule: NameRule) -> list[Breach]:
     """What the licence has against a name."""
     where = _printable(name)
     if not name.isascii():
         odd = next(char for char in name if not char.isascii())
         shown = unicodedata.name(odd, f"U+{ord(odd):04X}")
         what = f"it holds {shown}, which only looks like a letter of '{rule.begins_with}' or hides in it"
-        return [Finding("name", where, f"{what} ({rule.clause})")]
+        return [Breach("name", where, f"{what} ({rule.clause})")]
     if not re.match(rf"{rule.begins_with}(?![A-Za-z])", name):
-        return [Finding("name", where, f"a model's name must begin with '{rule.begins_with}' ({rule.clause})")]
+        return [Breach("name", where, f"a model's name must begin with '{rule.begins_with}' ({rule.clause})")]
     marks = [mark for mark in rule.foreign_marks if mark.lower() in (word.lower() for word in _WORD.findall(name))]
     if marks:
-        return [Finding("name", where, f"no right is granted to the mark '{marks[0]}' ({rule.marks_clause})")]
+        return [Breach("name", where, f"no right is granted to the mark '{marks[0]}' ({rule.marks_clause})")]
     return []
 
 
-def hub_name_findings(name: str) -> list[Finding]:
+def hub_name_findings(name: str) -> list[Breach]:
     """What the Hub has against a name."""
     if len(name) <= MAX_NAME and name.isascii() and _HUB_NAME.fullmatch(name) and not name.endswith(".git"):
         return []
     what = f"a repository's name has at most {MAX_NAME} letters, digits, '-', '_' and '.', no '--', '..' or '.git' end"
-    return [Finding("name", _printable(name), f"{what} (Hub)")]
+    return [Breach("name", _printable(name), f"{what} (Hub)")]
 
 
 def suggestion(name: str, rule: NameRule | None) -> str:

@@ -6,6 +6,7 @@ The next licence is a file in `policies/`, not code.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,15 @@ from l4pack.datafile import read_yaml, validate
 POLICIES = Path(__file__).parent / "policies"
 _EMPHASIS = re.compile(r"[*_`]+|^[ \t]*[>#]+[ \t]?", re.MULTILINE)
 _QUOTES = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "\xa0": " "})
+
+
+@dataclass(frozen=True, slots=True)
+class Breach:
+    """One rule that is not met: its name, the file or value where, and what is wrong with the clause cited."""
+
+    rule: str
+    where: str
+    message: str
 
 
 class _Data(BaseModel):
@@ -81,6 +91,8 @@ class Policy(_Data):
     name: NameRule | None = None
     duties: Annotated[list[Duty], Field(min_length=1)]
     block: str
+    gating: dict[str, Any] = {}
+    tags: list[str] = []
 
     @property
     def text_duty(self) -> Duty:

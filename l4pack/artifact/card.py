@@ -1,0 +1,249 @@
+"""The model card: metadata and text from what the artifact itself says, with the licence block always in it.
+
+What was not measured is called so. A user's own template (Jinja, sandboxed) may replace the text; metadata and licence
+block stay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from l4pack.artifact.names import scheme_tag
+from l4pack.artifact.policy import Policy, plain
+from l4pack.errors import UsageError
+from l4pack.model.tensors import Role
+from l4pack.recipe import KEEP, Recipe
+from l4pack.resources import data_text
+from l4pack.units import human_bytes
+
+NOT_RECORDED = "not recorded"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The largest context that fits on a device; 0 when the weights don't."""
+
+    device: str
+    gpus: int
+    max_context: int
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """All a card is made from."""
+
+    name: str
+    policy: Policy
+    manifest: Mapping[str, Any]
+    config: Mapping[str, Any]
+    files: Mapping[str, int]
+    base_model: str | None = None
+    languages: Sequence[str] = ()
+    accuracy: Mapping[str, Any] | None = None
+    fits: Sequence[Fit] = field(default_factory=list)
+    gated: bool = False
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe the artifact was made with."""
+        return Recipe.model_validate(self.manifest["recipe"])
+
+    @property
+    def multimodal(self) -> bool:
+        """Whether the model sees images."""
+        return self.config.get("vision_config") is not None
+
+
+def render_card(facts: CardFacts, template: Path | None = None) -> str:
+    """The whole README.md. Raises UsageError when the user's template can't be rendered."""
+    text = data_text("artifact", "templates", "card.md.jinja") if template is None else _read(template)
+    body = _render(text, template.name if template else "card", _values(facts)).strip()
+    if plain(facts.policy.block) not in plain(body):
+        body = f"{facts.policy.block.strip()}\n\n{body}"
+    card = ModelCard(f"---\n{card_metadata(facts).to_yaml()}\n---\n\n{body}\n")
+    return str(card)
+
+
+def card_metadata(facts: CardFacts) -> ModelCardData:
+    """The card's Hub metadata, through huggingface_hub's own class."""
+    recipe = facts.recipe
+    formats = sorted({scheme_tag(scheme).lower() for scheme in recipe.schemes.values()})
+    values: dict[str, Any] = {**facts.policy.metadata}
+    if facts.base_model:
+        values |= {"base_model": [facts.base_model], "base_model_relation": "quantized"}
+    if facts.languages:
+        values["language"] = list(facts.languages)
+    if facts.gated:
+        values |= facts.policy.gating
+    return ModelCardData(
+        **values,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text" if facts.multimodal else "text-generation",
+        tags=[*facts.policy.tags, "compressed-tensors", *formats, "vllm", "l4pack"],
+    )
+
+
+def _read(template: Path) -> str:
+    try:
+        return template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{template}: can't be read as text", hint="give a Jinja template file") from error
+
+
+def _render(text: str, where: str, values: Mapping[str, Any]) -> str:
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=False, autoescape=False)
+    environment.filters["code"] = code
+    try:
+        return environment.from_string(text).render(values)
+    except TemplateError as error:
+        hint = f"a template may use: {', '.join(sorted(values))}"
+        raise UsageError(f"{where}: {error.message or type(error).__name__}", hint=hint) from error
+
+
+def code(text: object) -> str:
+    """Text from outside as inline code, so that it can be nothing but text."""
+    return f"`{_word(text)}`"
+
+
+def _word(text: object) -> str:
+    return " ".join("".join(char if char.isprintable() and char not in "`|<>" else " " for char in str(text)).split())
+
+
+def _values(facts: CardFacts) -> dict[str, Any]:
+    manifest, recipe = facts.manifest, facts.recipe
+    source = manifest["source"]
+    weights = sum(size for name, size in facts.files.items() if name.endswith(".safetensors"))
+    return {
+        "name": _word(facts.name),
+        "licence_block": facts.policy.block.strip(),
+        "base": facts.base_model,
+        "source": source,
+        "recipe": {"name": _word(recipe.name), "title": _word(recipe.title)},
+        "l4pack_version": _word(manifest.get("l4pack_version", "")),
+        "size": human_bytes(sum(facts.files.values())),
+        "source_size": human_bytes(source["weight_bytes"]),
+        "dense_size": human_bytes(2 * source["parameters"]),
+        "ratio": f"{source['weight_bytes'] / weights:.2f}" if weights and source["weight_bytes"] else None,
+        "shards": sum(name.endswith(".safetensors") for name in facts.files),
+        "schemes": _schemes(recipe),
+        "accuracy": _accuracy(facts.accuracy),
+        "tasks": _tasks(facts.accuracy),
+        "fits": [{"device": fit.device, "tokens": _tokens(fit.max_context)} for fit in facts.fits],
+        "sglang_reads": _attention_kept(recipe),
+        "calibration": _calibration(manifest, recipe),
+        "fallbacks": _fallbacks(manifest),
+        "commands": _commands(facts),
+    }
+
+
+def _schemes(recipe: Recipe) -> list[dict[str, str]]:
+    """What each role got; roles that got the same stand together."""
+    got: dict[str, list[str]] = {}
+    for role in Role:
+        got.setdefault(_given(recipe, role), []).append(role.value.replace("_", " "))
+    return [{"what": what, "roles": ", ".join(roles)} for what, roles in got.items()]
+
+
+def _given(recipe: Recipe, role: Role) -> str:
+    rules = [rule for rule in recipe.rules if rule.roles == "all" or role in rule.roles]
+    whole = next((rule.scheme for rule in rules if rule.layers is None), KEEP)
+    before = [rule.scheme for rule in rules if rule.layers is not None and rule.scheme != whole]
+    other = f" ({', '.join(dict.fromkeys(_short(recipe, name) for name in before))} in some layers)" if before else ""
+    return _short(recipe, whole) + other
+
+
+def _short(recipe: Recipe, scheme: str) -> str:
+    return "as in the original" if scheme == KEEP else scheme_tag(recipe.schemes[scheme])
+
+
+def _attention_kept(recipe: Recipe) -> bool:
+    first = next((rule for rule in recipe.rules if rule.roles == "all" or Role.ATTENTION in rule.roles), None)
+    return first is None or first.scheme == KEEP
+
+
+def _accuracy(measured: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """The paired numbers with their error bars; None unless every one of them is there."""
+    if measured is None:
+        return None
+    try:
+        setting = measured.get("setting")
+        return {
+            "tokens": f"{measured['tokens']:,}",
+            "setting": f" ({_word(json.dumps(setting, sort_keys=True))})" if setting else "",
+            "perplexity_reference": f"{measured['perplexity_reference']:.4f}",
+            "perplexity_artifact": f"{measured['perplexity_artifact']:.4f}",
+            "kl": f"{measured['kl_mean']:.5f} ± {measured['kl_standard_error']:.5f}",
+            "agreement": f"{100 * measured['top1_agreement']:.2f} %",
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"accuracy.json: {error} is missing or no number", hint="run l4pack evaluate again") from error
+
+
+def _tasks(measured: Mapping[str, Any] | None) -> str:
+    tasks = (measured or {}).get("tasks")
+    return "see accuracy.json" if tasks else "not measured"
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} tokens" if count else "does not fit"
+
+
+def _calibration(manifest: Mapping[str, Any], recipe: Recipe) -> str:
+    recorded = manifest.get("calibration")
+    if isinstance(recorded, Mapping):
+        return ", ".join(f"{_word(key)} {_word(value)}" for key, value in sorted(recorded.items()))
+    rounding = all(scheme.method.value == "rtn" for scheme in recipe.schemes.values())
+    return "none: every weight is rounded by itself" if rounding else NOT_RECORDED
+
+
+def _fallbacks(manifest: Mapping[str, Any]) -> str:
+    recorded = manifest.get("fallbacks")
+    if recorded is None:
+        return NOT_RECORDED
+    return f"{len(recorded)}, listed in l4pack-manifest.json" if recorded else "none"
+
+
+def _commands(facts: CardFacts) -> dict[str, str]:
+    """Commands to serve and to make the artifact; sized for the smallest device that holds it."""
+    where = f"ORG/{_word(facts.name)}"
+    fit = next((fit for fit in facts.fits if fit.max_context), None)
+    promise = facts.recipe.promise
+    kv = promise is not None and promise.kv_dtype == "fp8"
+    vllm, sglang = ["vllm serve", where], ["python -m sglang.launch_server --model-path", where]
+    if fit is not None:
+        vllm.append(f"--tensor-parallel-size {fit.gpus} --max-model-len {fit.max_context}")
+        sglang.append(f"--tp {fit.gpus} --context-length {fit.max_context}")
+    if kv:
+        vllm.append("--kv-cache-dtype fp8")
+        sglang.append("--kv-cache-dtype fp8_e4m3")
+    return {
+        "vllm": " ".join(vllm),
+        "sglang": " ".join(sglang),
+        "transformers": _transformers(where, multimodal=facts.multimodal),
+        "make": _make(facts),
+    }
+
+
+def _transformers(where: str, *, multimodal: bool) -> str:
+    model = "AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM"
+    reader = "AutoProcessor" if multimodal else "AutoTokenizer"
+    return (
+        f"from transformers import {model}, {reader}\n\n"
+        f'model = {model}.from_pretrained("{where}", dtype="auto", device_map="auto")\n'
+        f'{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained("{where}")'
+    )
+
+
+def _make(facts: CardFacts) -> str:
+    source = facts.manifest["source"]
+    revision = f"@{_word(source['revision'])}" if source.get("revision") else ""
+    name = facts.base_model or _word(source["name"])
+    return f"l4pack quantize {name}{revision} --recipe {_word(facts.recipe.name)} --out {_word(facts.name)}"

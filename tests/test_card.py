@@ -1,0 +1,191 @@
+"""The model card: what it says, what it must never leave out, and that the Hub's own classes read it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from licence_texts import scout_files
+from test_licence import write
+
+from l4pack.artifact.card import CardFacts, Fit, render_card
+from l4pack.artifact.licence import Card, audit
+from l4pack.artifact.manifest import Manifest
+from l4pack.artifact.policy import policy_named
+from l4pack.checkpoint.open import open_source
+from l4pack.errors import UsageError
+from l4pack.recipe import load_recipe
+
+BASE = "meta-llama/Llama-4-Scout-17B-16E-Instruct"
+NAME = "Llama-4-Scout-17B-16E-Instruct-W4A16-g128"
+ACCURACY = {
+    "tokens": 65536, "setting": {"text": "wikitext", "sequence_length": 2048}, "perplexity_reference": 6.1234,
+    "perplexity_artifact": 6.2001, "kl_mean": 0.0123, "kl_standard_error": 0.0004, "top1_agreement": 0.9612,
+}  # fmt: skip
+
+
+def facts(recipe: str = "scout-int4-1xh100", **changes: Any) -> CardFacts:
+    source = open_source("llama-4-scout")
+    manifest = json.loads(Manifest.of(source, load_recipe(recipe)).to_json({}))
+    files = {f"model-{i:05}-of-00014.safetensors": 4_633_000_000 for i in range(1, 15)} | {"config.json": 3000}
+    made = CardFacts(NAME, policy_named("llama4"), manifest, source.config.raw, files, base_model=BASE)
+    return replace(made, **changes)
+
+
+def body(text: str) -> str:
+    return " ".join(Card.parse(text).visible.split())
+
+
+def test_the_card_meets_every_licence_duty(tmp_path):
+    files = {**scout_files(), "README.md": render_card(facts()).encode()}
+    result = audit(str(write(tmp_path / "out", files)))
+    assert result.findings == ()
+    assert result.name == NAME
+
+
+def test_metadata_are_read_by_the_hubs_own_class():
+    data = ModelCard(render_card(facts(languages=["en", "fr"]))).data
+    assert (data.license, data.license_name) == ("other", "llama4")
+    assert data.license_link.startswith("https://www.llama.com/llama4/")
+    assert (data.base_model, data.base_model_relation) == ([BASE], "quantized")
+    assert (data.library_name, data.pipeline_tag, data.language) == ("transformers", "image-text-to-text", ["en", "fr"])
+    assert {"llama4", "compressed-tensors", "w4a16-g128"} <= set(data.tags)
+    assert "extra_gated_prompt" not in data.to_dict()
+
+
+def test_a_text_only_model_says_so():
+    config = {key: value for key, value in facts().config.items() if key != "vision_config"}
+    text = render_card(facts(config=config))
+    assert ModelCard(text).data.pipeline_tag == "text-generation"
+    assert "AutoModelForCausalLM" in text
+    assert "AutoTokenizer" in text
+
+
+def test_gating_fields_are_set_when_asked():
+    data = ModelCard(render_card(facts(gated=True))).data.to_dict()
+    assert data["extra_gated_eu_disallowed"] is True
+    assert "Llama 4 Community License" in data["extra_gated_prompt"]
+    assert data["extra_gated_fields"]["geo"] == "ip_location"
+
+
+def test_what_was_not_measured_is_called_so():
+    text = body(render_card(facts()))
+    assert "**Not measured.**" in text
+    assert "**Not computed.**" in text
+    assert "benchmark tasks: not measured" in text
+    assert "Fallbacks | not recorded" in text
+
+
+def test_measurements_stand_with_setting_and_error_bar():
+    text = body(render_card(facts(accuracy=ACCURACY)))
+    assert "same 65,536 tokens" in text
+    assert '"sequence_length": 2048' in text
+    assert "0.01230 ± 0.00040" in text
+    assert "| Perplexity | 6.1234 | 6.2001 |" in text
+    assert "96.12 %" in text
+    assert "Not measured.**" not in text
+
+
+@pytest.mark.parametrize("key", ["tokens", "kl_standard_error", "perplexity_reference", "top1_agreement"])
+def test_a_number_without_its_pair_or_error_bar_is_refused(key):
+    with pytest.raises(UsageError, match=key):
+        render_card(facts(accuracy={name: value for name, value in ACCURACY.items() if name != key}))
+
+
+def commands(text: str) -> list[list[str]]:
+    return [
+        shlex.split(line) for line in text.splitlines() if line.startswith(("vllm", "python -m", "l4pack quantize"))
+    ]
+
+
+def test_commands_fit_the_artifact():
+    rows = [Fit("1 x RTX 5090", 1, 0), Fit("H100", 1, 131072), Fit("8 x H100", 8, 1000000)]
+    text = render_card(facts(fits=rows))
+    vllm, sglang, make = commands(text)
+    assert vllm[:3] == ["vllm", "serve", f"ORG/{NAME}"]
+    assert vllm[3:] == ["--tensor-parallel-size", "1", "--max-model-len", "131072", "--kv-cache-dtype", "fp8"]
+    assert sglang[3:] == [
+        "--model-path", f"ORG/{NAME}", "--tp", "1", "--context-length", "131072", "--kv-cache-dtype", "fp8_e4m3",
+    ]  # fmt: skip
+    assert make == ["l4pack", "quantize", BASE, "--recipe", "scout-int4-1xh100", "--out", NAME]
+    assert "| 1 x RTX 5090 | does not fit |" in text
+    assert "| H100 | 131,072 tokens |" in text
+    assert "does not read" not in text
+    snippet = text.split("```python\n")[1].split("```")[0]
+    compile(snippet, "card", "exec")
+
+
+def test_without_a_promise_and_a_budget_the_commands_promise_nothing():
+    vllm, sglang, _ = commands(render_card(facts("int4")))
+    assert vllm == ["vllm", "serve", f"ORG/{NAME}"]
+    assert sglang[-1] == f"ORG/{NAME}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rows"),
+    [
+        ("int4", ["routed expert, shared expert, dense mlp | W4A16-g128", "attention, router, norm"]),
+        ("meta-fp8", ["routed expert | FP8-dynamic (as in the original in some layers)"]),
+    ],
+)
+def test_every_role_is_accounted_for(recipe, rows):
+    text = body(render_card(facts(recipe)))
+    assert all(row in text for row in rows)
+    assert "vision" in text
+
+
+OWN = "# {{ name }}\n\nMine.\n"
+
+
+def test_a_users_template_replaces_the_text_and_never_the_licence(tmp_path):
+    own = tmp_path / "card.jinja"
+    own.write_text(OWN)
+    text = render_card(facts(), own)
+    assert "Mine." in text
+    assert "Serving" not in text
+    files = {**scout_files(), "README.md": text.encode()}
+    assert audit(str(write(tmp_path / "out", files)), name=NAME).findings == ()
+    own.write_text("# {{ name }}\n\n{{ licence_block }}\n\nMine.\n")
+    assert render_card(facts(), own).count("**Built with Llama**") == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ nonsense }}", "nonsense"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ source.update({}) }}", "unsafe|not safely callable"),
+    ],
+)
+def test_a_template_that_cannot_be_rendered_is_a_usage_error(tmp_path, template, message):
+    own = tmp_path / "card.jinja"
+    own.write_text(template)
+    with pytest.raises(UsageError, match=message):
+        render_card(facts(), own)
+    with pytest.raises(UsageError, match="can't be read"):
+        render_card(facts(), tmp_path / "absent")
+
+
+def test_text_from_outside_is_nothing_but_text():
+    made = facts(base_model=None)
+    source = {**made.manifest["source"], "name": "x`\n\n# Not a heading <script>|", "revision": "a`b"}
+    text = render_card(replace(made, manifest={**made.manifest, "source": source}))
+    assert "\n# Not" not in text
+    assert "<script>" not in text
+    assert "x # Not a heading script" in text
+
+
+def test_the_same_facts_give_the_same_bytes():
+    assert render_card(facts(accuracy=ACCURACY)) == render_card(facts(accuracy=ACCURACY))
+
+
+def test_another_licence_brings_its_own_block():
+    text = render_card(facts(policy=policy_named("apache-2.0"), base_model=None))
+    assert ModelCard(text).data.license == "apache-2.0"
+    assert policy_named("apache-2.0").block.strip() in text
+    assert "Built with Llama" not in text
