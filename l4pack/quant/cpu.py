@@ -25,6 +25,7 @@ TILE = 2048  # output features of a tile: 4 KB of each source row, a page; short
 CHUNK = 64  # input features coded before their words are written: with TILE, 128 KB of codes stay in the L2 cache
 
 ERROR_TILE = 32  # output features transposed at once: one cache line of bfloat16
+TAIL = 16  # terms of a sum: fewer are one vector or less
 
 MAGIC = np.float32(1.5 * 2**23)  # float32 spacing here is 1: adding it rounds half to even, the integer in the low bits
 E4M3_LIMIT = np.float32(448.0)
@@ -315,24 +316,46 @@ def _e4m3_value(ratio: Any) -> Any:
 
 
 @kernel
-def _halving_sum(terms: Any) -> Any:
-    """Sum by adding the upper half onto the lower until one is left (in place): an order every device can follow."""
-    count = terms.size
-    while count > 1:
+def _halve(terms: Any, count: int, least: int) -> Any:
+    """Add the upper half of `count` terms (or rows of terms) onto the lower, until no more than `least` are left.
+
+    An order of summing that every device can follow.
+    """
+    while count > least:
         half = count // 2
         lower = terms[:half]
         upper = terms[count - half : count]
         for i in range(half):
             lower[i] += upper[i]
         count -= half
-    return terms[0]
+    return count
 
 
 @kernel
-def _group_errors(values: Any, weight: Any, scale: Any, zero: Any, bits: int, fp8: bool, terms: Any, out: Any) -> None:
-    """Weighted squared error of one group under each candidate scale and zero point, into out[candidate]."""
+def _halve_rows(rows: Any, count: int) -> None:
+    """Go on halving to one, for every column of `rows` at once."""
+    while count > 1:
+        half = count // 2
+        for i in range(half):
+            lower = rows[i]
+            upper = rows[count - half + i]
+            for k in range(lower.size):
+                lower[k] += upper[k]
+        count -= half
+
+
+@kernel
+def _group_errors(
+    values: Any, weight: Any, scale: Any, zero: Any, bits: int, fp8: bool, terms: Any, tails: Any, out: Any
+) -> None:
+    """Weighted squared error of one group under each candidate scale and zero point, into out[candidate].
+
+    The last steps of each sum are dependent additions: they wait in `tails` [TAIL, candidates] to be made for all at
+    once.
+    """
     lowest = np.float32(-(1 << (bits - 1)))
     highest = np.float32((1 << (bits - 1)) - 1)
+    count = 0
     for k in range(scale.size):
         s = scale[k]
         z = zero[k]
@@ -346,7 +369,11 @@ def _group_errors(values: Any, weight: Any, scale: Any, zero: Any, bits: int, fp
                 level = min(max(np.rint(values[i] * inverse) + z, lowest), highest)
                 error = (level - z) * s - values[i]
                 terms[i] = (error * error) * weight[i]
-        out[k] = _halving_sum(terms)
+        count = _halve(terms, values.size, TAIL)
+        for i in range(count):
+            tails[i, k] = terms[i]
+    _halve_rows(tails, count)
+    out[:] = tails[0]
 
 
 @kernel
@@ -369,6 +396,7 @@ def errors_in_out(
     shift = np.uint32(32 - 8 * flat.itemsize)
     tile = np.zeros((ERROR_TILE, group), np.float32)
     terms = np.empty(group, np.float32)
+    tails = np.empty((TAIL, errors.shape[2]), np.float32)
     for first in range(0, errors.shape[0], ERROR_TILE):
         width = min(ERROR_TILE, errors.shape[0] - first)
         for g in range(errors.shape[1]):
@@ -382,7 +410,7 @@ def errors_in_out(
             part = weight[g * group : (g + 1) * group]
             for c in range(width):
                 o = first + c
-                _group_errors(tile[c], part, scale[o, g], zero[o, g], bits, fp8, terms, errors[o, g])
+                _group_errors(tile[c], part, scale[o, g], zero[o, g], bits, fp8, terms, tails, errors[o, g])
 
 
 @kernel
@@ -402,6 +430,7 @@ def errors_out_in(
     shift = np.uint32(32 - 8 * flat.itemsize)
     values = np.zeros(group, np.float32)
     terms = np.empty(group, np.float32)
+    tails = np.empty((TAIL, errors.shape[2]), np.float32)
     for o in range(errors.shape[0]):
         row = flat[o * stride : o * stride + in_features]
         for g in range(errors.shape[1]):
@@ -410,4 +439,4 @@ def errors_out_in(
                 values[i] = _value(segment[i], shift)
             values[segment.size :] = 0
             part = weight[g * group : (g + 1) * group]
-            _group_errors(values, part, scale[o, g], zero[o, g], bits, fp8, terms, errors[o, g])
+            _group_errors(values, part, scale[o, g], zero[o, g], bits, fp8, terms, tails, errors[o, g])

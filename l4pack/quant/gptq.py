@@ -306,11 +306,11 @@ def _better_rows(
     dead: int,
 ) -> Solution:
     """Keep, row by row, whichever of the solved and the nearest levels has the lower undamped loss."""
-    added = factor.added.double()
-    loss = damped_loss - ((target - solved.values()).double().square() @ added)
+    loss = damped_loss - _weighted_squares(target - solved.values(), factor.added)
     residual = target - nearest.values()
+    rtn_loss = -_weighted_squares(residual, factor.added)
     through = torch.linalg.solve_triangular(factor.upper, residual[:, factor.order], upper=True, left=False)
-    rtn_loss = through.double().square().sum(1) - (residual.double().square() @ added)
+    rtn_loss += _weighted_squares(through, torch.ones_like(factor.added))
     keep = rtn_loss < loss
     kept = int(keep.sum())
     rtn_error = float(rtn_loss.sum())
@@ -331,6 +331,11 @@ def _better_rows(
         kept,
         dead,
     )
+
+
+def _weighted_squares(matrix: Tensor, weight: Tensor) -> Tensor:
+    """Sum of weight * matrix^2 of each row in float64, a few rows at a time: [rows]."""
+    return torch.cat([rows.double().square() @ weight.double() for rows in matrix.split(256)])
 
 
 def _parts(rounded: Rounded) -> tuple[Tensor, Tensor, Tensor]:
