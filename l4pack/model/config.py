@@ -18,7 +18,11 @@ from l4pack.resources import data_text
 
 MULTIMODAL, TEXT_ONLY = "llama4", "llama4_text"
 MAX_CONFIG_BYTES = 4 * 1024**2
+MAX_EXPERTS = 100_000  # in all layers; Maverick has 6,144
 SectionT = TypeVar("SectionT", bound=BaseModel)
+
+# A null here says something; elsewhere it stands for the default.
+_NULLABLE = ("attention_chunk_size",)
 
 # Bounds that any real model keeps, so that a hostile config can't ask for a billion names.
 Count = Annotated[int, Field(gt=0, le=65536)]
@@ -88,7 +92,6 @@ class VisionConfig(_Section):
     pixel_shuffle_ratio: float = 0.5
     projector_input_dim: Size = 4096
     projector_output_dim: Size = 4096
-    multi_modal_projector_bias: bool = False
 
     @property
     def patches(self) -> int:
@@ -120,13 +123,11 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> Llama4Co
             f"{where}: model_type is {kind!r}, not a Llama 4 model",
             hint=f"l4pack reads model_type '{MULTIMODAL}' or '{TEXT_ONLY}'",
         )
-    text = _mapping(raw.get("text_config") or {}, where, "text_config") if kind == MULTIMODAL else raw
-    vision = raw.get("vision_config") if kind == MULTIMODAL else None
+    text = _section(raw, where, "text_config") if kind == MULTIMODAL else raw
+    vision = _section(raw, where, "vision_config") if kind == MULTIMODAL else None
     config = Llama4Config(
-        text=_validated(TextConfig, _with_tie(text, raw), f"{where}: text_config" if kind == MULTIMODAL else where),
-        vision=_validated(VisionConfig, _mapping(vision, where, "vision_config"), f"{where}: vision_config")
-        if vision is not None
-        else None,
+        text=_validated(TextConfig, text, f"{where}: text_config" if kind == MULTIMODAL else where),
+        vision=None if vision is None else _validated(VisionConfig, vision, f"{where}: vision_config"),
         dtype=_dtype(raw, text),
         raw=dict(raw),
     )
@@ -155,14 +156,15 @@ def known_config(name: str) -> Llama4Config:
     return parse_config(json.loads(data_text("model", "configs", f"{name}.json")), name)
 
 
+def _section(raw: Mapping[str, Any], where: str, key: str) -> Mapping[str, Any]:
+    """A section of the configuration; transformers fills one that is absent with its defaults."""
+    return _mapping({} if raw.get(key) is None else raw[key], where, key)
+
+
 def _mapping(value: Any, where: str, key: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise SourceError(f"{where}: {key} is not an object", hint="download config.json again")
     return value
-
-
-def _with_tie(text: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
-    return {"tie_word_embeddings": raw.get("tie_word_embeddings", False), **text}
 
 
 def _dtype(raw: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:
@@ -175,7 +177,9 @@ def _dtype(raw: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:
 
 def _validated(kind: type[SectionT], values: Mapping[str, Any], where: str) -> SectionT:
     try:
-        return kind.model_validate({key: value for key, value in values.items() if value is not None})
+        return kind.model_validate(
+            {key: value for key, value in values.items() if value is not None or key in _NULLABLE}
+        )
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -186,6 +190,11 @@ def _validated(kind: type[SectionT], values: Mapping[str, Any], where: str) -> S
 
 def _check(config: Llama4Config, where: str) -> None:
     text = config.text
+    if text.num_hidden_layers * text.num_local_experts > MAX_EXPERTS:
+        raise SourceError(
+            f"{where}: {text.num_hidden_layers} layers of {text.num_local_experts} experts are no real model",
+            hint="compare with the model's original config.json",
+        )
     layers = text.moe_layers_listed or []
     if any(not 0 <= layer < text.num_hidden_layers for layer in layers):
         raise SourceError(

@@ -262,7 +262,7 @@ def _vision_tensors(vision: VisionConfig, prefix: str) -> Iterator[TensorSpec]:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes |= _with_bias(f"{block}{norm}", (hidden,))
     shapes["vision_adapter.mlp.fc1.weight"] = (vision.projector_input_dim, size)
-    shapes["vision_adapter.mlp.fc2.weight"] = (vision.projector_output_dim, vision.projector_input_dim)
+    shapes["vision_adapter.mlp.fc2.weight"] = (vision.projector_output_dim, vision.projector_output_dim)
     for name, shape in shapes.items():
         yield TensorSpec(f"{prefix}{name}", Role.VISION, None, shape)
 
@@ -272,7 +272,6 @@ def _with_bias(module: str, weight_shape: tuple[int, ...]) -> dict[str, tuple[in
 
 
 def _projector_tensors(vision: VisionConfig, text: TextConfig, prefix: str) -> Iterator[TensorSpec]:
-    module = f"{prefix}linear_1"
-    yield TensorSpec(f"{module}.weight", Role.PROJECTOR, None, (text.hidden_size, vision.vision_output_dim))
-    if vision.multi_modal_projector_bias:
-        yield TensorSpec(f"{module}.bias", Role.PROJECTOR, None, (text.hidden_size,))
+    """The projector has no bias, whatever `multi_modal_projector_bias` says: transformers doesn't read that key."""
+    shape = (text.hidden_size, vision.vision_output_dim)
+    yield TensorSpec(f"{prefix}linear_1.weight", Role.PROJECTOR, None, shape)

@@ -1,0 +1,67 @@
+"""What many tests need: a terminal that says the same everywhere, tiny checkpoints made once, and the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from l4pack.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No colours, one width, whatever terminal the tests are started from."""
+    for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "CLICOLOR_FORCE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "dumb")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`models.build`, each kind of checkpoint made once. Tests that change files copy the folder first."""
+    made: dict[str, Path] = {}
+
+    def build_once(kind: str = "scout", **options: Any) -> Path:
+        from models import build
+
+        key = json.dumps([kind, options], sort_keys=True)
+        if key not in made:
+            made[key] = build(tmp_path_factory.mktemp("sources") / f"tiny-{kind}", kind, **options)
+        return made[key]
+
+    return build_once
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def l4pack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Run `l4pack ARGUMENTS` in this process, as the installed command does."""
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["l4pack", *map(str, arguments)])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        written = capsys.readouterr()
+        return Ended(code, written.out, written.err)
+
+    return run
