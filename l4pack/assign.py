@@ -125,24 +125,25 @@ def source_dtype(checkpoint: Checkpoint, name: str) -> str:
 
 
 def _scheme_for(recipe: Recipe, spec: TensorSpec, num_layers: int) -> str:
-    scheme = recipe.scheme_name(spec.role, spec.layer, num_layers)
-    if scheme is None:
+    number = recipe.rule_for(spec.role, spec.layer, num_layers)
+    if number is None:
         raise RecipeError(
             f"recipe {recipe.name}: no rule speaks of {spec.name} (role {spec.role})",
             hint="end the rules with {roles: all, scheme: keep}",
         )
-    return scheme
+    return recipe.rules[number].scheme
 
 
 def _check_rules(recipe: Recipe, tensors: Sequence[TensorSpec], num_layers: int) -> None:
-    places = {(spec.role, spec.layer) for spec in tensors}
-    for number, rule in enumerate(recipe.rules):
-        if not any(rule.matches(role, layer, num_layers) for role, layer in places):
+    """Refuse a rule that decides nothing, because nothing matches or earlier rules take it all, and empty work."""
+    deciding = {recipe.rule_for(spec.role, spec.layer, num_layers) for spec in tensors}
+    for number in range(len(recipe.rules)):
+        if number not in deciding:
             raise RecipeError(
-                f"recipe {recipe.name}: rules.{number} matches no tensor of this model",
+                f"recipe {recipe.name}: rules.{number} matches no tensor of this model that earlier rules leave",
                 hint="mend its roles or layers, or remove the rule",
             )
-    if not any(recipe.scheme_name(role, layer, num_layers) not in (KEEP, None) for role, layer in places):
+    if all(rule.scheme == KEEP for rule in recipe.rules):
         raise RecipeError(f"recipe {recipe.name} quantizes nothing of this model", hint="give some role a scheme")
 
 

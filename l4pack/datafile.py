@@ -45,7 +45,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}, line {line}: {error.problem}", hint="mend the YAML") from error
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, LookupError, AttributeError) as error:
+        # PyYAML lets these through for tags that don't fit their value, such as `!!bool maybe`.
         raise RecipeError(f"{path}: not readable as YAML", hint="mend the YAML") from error
     if not isinstance(value, dict):
         raise RecipeError(f"{path} does not hold keys and values", hint="start from a shipped file")

@@ -184,7 +184,7 @@ def _fit(
     checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, limits: Limits
 ) -> tuple[int, tuple[Task, ...]]:
     """As many workers as there are cores and one to wait for the disk, with the largest slabs that memory takes."""
-    room = limits.max_ram or psutil.virtual_memory().available // 2
+    room = psutil.virtual_memory().available // 2 if limits.max_ram is None else limits.max_ram
     wanted = limits.workers or len(os.sched_getaffinity(0)) + 1
     tasks: tuple[Task, ...] = ()
     for slab in SLAB_LIMITS:

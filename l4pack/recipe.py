@@ -15,7 +15,7 @@ from l4pack.datafile import read_yaml, validate
 from l4pack.errors import RecipeError
 from l4pack.formats import check_accepts, load_format
 from l4pack.model.tensors import QUANTIZABLE, Role
-from l4pack.quant.scheme import Scheme
+from l4pack.quant.scheme import Observer, Scheme, Strategy
 from l4pack.resources import data_folder
 
 KEEP = "keep"
@@ -47,6 +47,14 @@ class RecipeScheme(Scheme):
     method: Method = Method.RTN
     activations: Activations = Activations.NONE
 
+    @model_validator(mode="after")
+    def _observable(self) -> RecipeScheme:
+        if self.strategy is Strategy.TENSOR and self.observer is Observer.MSE:
+            raise ValueError(
+                "observer 'mse' can't choose the scale of a whole tensor; take 'minmax' or a finer strategy"
+            )
+        return self
+
 
 class Rule(_Data):
     """Tensors by role, and by layer if need be, and the scheme they get."""
@@ -59,7 +67,9 @@ class Rule(_Data):
         """Whether the rule speaks of a tensor; negative layers count from the last one."""
         if self.roles != "all" and role not in self.roles:
             return False
-        return self.layers is None or layer in {number % num_layers for number in self.layers if number < num_layers}
+        if self.layers is None:
+            return True
+        return layer in {number % num_layers for number in self.layers if -num_layers <= number < num_layers}
 
 
 class Gates(_Data):
@@ -114,11 +124,11 @@ class Recipe(_Data):
         if fixed:
             raise ValueError(f"{where}.roles: no runtime reads a quantized {fixed[0]}; give it scheme '{KEEP}'")
 
-    def scheme_name(self, role: Role, layer: int | None, num_layers: int) -> str | None:
-        """The scheme's name for a tensor (`keep` included), or None when no rule speaks of it; the first match wins."""
-        for rule in self.rules:
+    def rule_for(self, role: Role, layer: int | None, num_layers: int) -> int | None:
+        """Index of the rule that decides a tensor, or None when no rule speaks of it; the first match wins."""
+        for number, rule in enumerate(self.rules):
             if rule.matches(role, layer, num_layers):
-                return rule.scheme
+                return number
         return None
 
     def digest(self) -> str:

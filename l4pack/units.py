@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from l4pack.errors import UsageError
 
@@ -23,11 +24,11 @@ _SUFFIXES = {
 
 def parse_size(text: str) -> int:
     """Bytes meant by `1500000`, `4GB` or `3.5GiB`. Raises UsageError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", text)
     factor = _SUFFIXES.get(match[2].upper()) if match else None
     if match is None or factor is None:
         raise UsageError(f"'{text}' is not a size", hint="write a number and a unit, for example 4GB or 1.5GiB")
-    return int(float(match[1]) * factor)
+    return int(Decimal(match[1]) * factor)
 
 
 def human_bytes(count: float) -> str:
