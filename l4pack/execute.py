@@ -72,7 +72,7 @@ class Executor:
         start, stop = task.rows
         if first.layout is Layout.OUT_IN:
             return [self._reader.matrix(task.tensor, None, slice(start, stop))]
-        if stop - start == first.out_features and len(task.targets) == 2:
+        if stop - start == first.out_features:
             slab = self._reader.matrix(task.tensor, first.expert)
             return [slab[:, target.linear.column :][:, : first.out_features] for target in task.targets]
         places = [target.linear.column for target in task.targets]

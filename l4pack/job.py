@@ -56,9 +56,13 @@ class Job:
         with side, ThreadPoolExecutor(workers, "l4pack") as pool:
             self._hash_complete_shards(side)
             pending: set[Future[None]] = {pool.submit(self._do, task) for task in self._todo}
-            while pending:
-                _, pending = wait(pending, timeout=SYNC_SECONDS)
-                self._settle(side)
+            try:
+                while pending:
+                    _, pending = wait(pending, timeout=SYNC_SECONDS)
+                    self._settle(side)
+            except BaseException:
+                self._stop.set()  # leaving the block waits for the workers: let them find nothing to do
+                raise
         self._collect_digests()
         if self._error is not None:
             raise self._error

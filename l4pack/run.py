@@ -61,7 +61,7 @@ def run_plan(
             f"{plan.checkpoint.name} is a configuration without weights", hint="give the checkpoint itself"
         )
     started = time.monotonic()
-    work = out.with_name(f"{out.name}.partial")
+    work = work_folder(out)
     if _taken(plan, out):
         shutil.rmtree(work, ignore_errors=True)
         return RunResult(out, 0.0, 0, plan.read_bytes, _peak_rss(), already_done=True)
@@ -74,6 +74,13 @@ def run_plan(
         _finish(plan, plan.checkpoint.store, work / _ARTIFACT, out)
         shutil.rmtree(work)
     return RunResult(out, time.monotonic() - started, plan.read_bytes - resumed, resumed, _peak_rss())
+
+
+def work_folder(out: Path) -> Path:
+    """The folder beside `out` where work lies until it is complete. Raises UsageError."""
+    if out.is_symlink() or out.name in ("", "..") or out.is_mount():
+        raise UsageError(f"{out} can't be made in one step", hint="give --out a new folder's name")
+    return out.with_name(f"{out.name}.partial")
 
 
 def _taken(plan: Plan, out: Path) -> bool:

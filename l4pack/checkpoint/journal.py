@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -44,7 +45,9 @@ class Journal:
             entry["digests"] = digests
             self.digests.update(digests)
         if entry:
-            os.write(self._descriptor, _line(entry).encode())
+            raw = _line(entry).encode()
+            if os.write(self._descriptor, raw) < len(raw):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             os.fdatasync(self._descriptor)
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ class ShardWriter:
             os.ftruncate(descriptor, shard.nbytes)
             _write_all(descriptor, memoryview(shard.prefix), 0)
             self._dirty.add(shard.file)
-        sync_folder(folder)
+        sync_folder(folder)  # a journalled task must not outlive the name of its file
 
     def write(self, name: str, offset: int, data: NDArray[np.generic]) -> None:
         """Put bytes at `offset` of a tensor."""

@@ -14,7 +14,7 @@ from l4pack.cli.options import AsJson, MaxRam, Out, RecipeName, ShardSize, Sourc
 from l4pack.cli.plan import limits, plan_view
 from l4pack.plan import Plan, make_plan
 from l4pack.recipe import load_recipe
-from l4pack.run import RunResult, run_plan
+from l4pack.run import RunResult, run_plan, work_folder
 from l4pack.summary import plan_record
 from l4pack.units import human_bytes, human_seconds
 
@@ -39,7 +39,7 @@ def quantize(
 
     Example: `l4pack quantize demo --recipe int4-rtn --out demo-int4`
     """
-    fetch_folder = out.with_name(f"{out.name}.partial") / "fetched" if fetch_as_you_go else None
+    fetch_folder = work_folder(out) / "fetched" if fetch_as_you_go else None
     made = make_plan(open_source(source, fetch_folder=fetch_folder), load_recipe(recipe), limits(max_ram, shard_size))
     if dry_run:
         console.show_json(plan_record(made)) if as_json else console.show(*plan_view(made))
