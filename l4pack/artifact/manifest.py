@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 from l4pack import __version__
@@ -53,7 +53,7 @@ def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
     for entry in sorted(checkpoint.entries.values(), key=lambda entry: entry.name):
         headers.update(f"{entry.name} {entry.dtype} {entry.shape}\n".encode())
     return {
-        "name": repo.rpartition("/")[2] if repo else PurePath(checkpoint.name).name,
+        "name": repo.rpartition("/")[2] if repo else Path(checkpoint.name).absolute().name,
         "repository": repo,
         "revision": revision,
         "parameters": checkpoint.layout.parameters,

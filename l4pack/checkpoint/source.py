@@ -217,8 +217,17 @@ def merge_headers(
 
 
 def _companions(folder: Path) -> dict[str, int]:
-    files = (path for path in sorted(folder.iterdir()) if path.is_file())
-    return {path.name: path.stat().st_size for path in files if is_companion(path.name)}
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and is_companion(path.name)]
+    home = folder.resolve()
+    if home.parent.name == "snapshots":  # a Hub cache keeps the contents in a folder beside the snapshots
+        home = home.parent.parent
+    for path in files:
+        if not path.resolve().is_relative_to(home):
+            raise SourceError(
+                f"{path.name} is a link that leaves {folder}, and would be published with the artifact",
+                hint="put the file itself there, or remove the link",
+            )
+    return {path.name: path.stat().st_size for path in files}
 
 
 def is_companion(name: str) -> bool:
