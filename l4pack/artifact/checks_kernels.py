@@ -1,0 +1,137 @@
+"""Numba kernels of the value checks: one pass over the bits each, no temporary arrays, the GIL released."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l4pack.quant.cpu import kernel
+
+SLACK = 1.06
+"""How much further than half a step a weight may lie: scales and ratios rounded to bfloat16 by other writers."""
+
+STATISTICS = 5  # columns of `compare`'s result: too far, squared error, squared RTN error, squares, products
+_TRANSPOSE_TILE = 32
+
+
+@kernel
+def scan(bits: NDArray[Any], exponent: int, magnitude: int) -> tuple[int, bool]:
+    """How many values have all `exponent` bits set (infinite or NaN), and whether any value is not zero."""
+    bad = 0
+    seen = np.uint32(0)
+    for i in range(bits.size):
+        value = np.uint32(bits[i])
+        bad += np.uint32(value & exponent) == np.uint32(exponent)
+        seen |= np.uint32(value & magnitude)
+    return bad, seen != 0
+
+
+@kernel
+def widen_transposed(block: NDArray[Any], out: NDArray[np.float32]) -> None:
+    """float32 [columns, rows] of a block [rows, columns] of bfloat16 (uint16) or float32 (uint32) bit patterns."""
+    shift = np.uint32(32 - 8 * block.itemsize)
+    rows, columns = block.shape
+    for first in range(0, rows, _TRANSPOSE_TILE):
+        last = min(first + _TRANSPOSE_TILE, rows)
+        for column in range(columns):
+            target = out[column]
+            for row in range(first, last):
+                target[row] = np.uint32(np.uint32(block[row, column]) << shift).view(np.float32)
+
+
+@kernel
+def group_ranges(weight: NDArray[np.float32], group: int, low: NDArray[np.float32], high: NDArray[np.float32]) -> None:
+    """Smallest and largest value of each group of columns, zero included, into [rows, groups]."""
+    for row in range(weight.shape[0]):
+        for g in range(low.shape[1]):
+            smallest = np.float32(0)
+            largest = np.float32(0)
+            for value in weight[row, g * group : (g + 1) * group]:
+                smallest = min(smallest, value)
+                largest = max(largest, value)
+            low[row, g] = smallest
+            high[row, g] = largest
+
+
+@kernel
+def compare(
+    weight: NDArray[np.float32],
+    stored: NDArray[np.float32],
+    group: int,
+    bits: int,
+    fp8: bool,
+    scale: NDArray[np.float32],
+    zero: NDArray[np.float32],
+    rtn_scale: NDArray[np.float32],
+    rtn_zero: NDArray[np.float32],
+    statistics: NDArray[np.float64],
+) -> None:
+    """Statistics of `stored` (dequantized) against `weight`, both float32 [rows, in], into [rows, STATISTICS].
+
+    A weight within the range of its group may lie half a step from its stored value; one beyond must be stored as the
+    range's end. `rtn_scale` and `rtn_zero` are those of min-max rounding, for the error that rounding would make.
+    """
+    lowest = np.float32(-(1 << (bits - 1)))
+    highest = np.float32((1 << (bits - 1)) - 1)
+    for row in range(weight.shape[0]):
+        far, square_error, square_rtn, squares, products = 0, 0.0, 0.0, 0.0, 0.0
+        for g in range(scale.shape[1]):
+            start, stop = g * group, min((g + 1) * group, weight.shape[1])
+            w, d = weight[row, start:stop], stored[row, start:stop]
+            s, z, rs, rz = scale[row, g], zero[row, g], rtn_scale[row, g], rtn_zero[row, g]
+            low, high = (lowest - z) * s, (highest - z) * s
+            if fp8:
+                low, high = np.float32(-448) * s, np.float32(448) * s
+            far += _too_far(w, d, low, high, s, fp8)
+            error, rtn, square, product = _sums(w, d, lowest, highest, rs, rz, fp8)
+            square_error += error
+            square_rtn += rtn
+            squares += square
+            products += product
+        statistics[row, 0] = far
+        statistics[row, 1] = square_error
+        statistics[row, 2] = square_rtn
+        statistics[row, 3] = squares
+        statistics[row, 4] = products
+
+
+@kernel
+def _power(value: Any) -> Any:
+    """The power of two at or below a magnitude."""
+    return np.uint32(np.uint32(np.float32(value).view(np.uint32)) & np.uint32(0x7F800000)).view(np.float32)
+
+
+@kernel
+def _too_far(w: Any, d: Any, low: Any, high: Any, scale: Any, fp8: bool) -> int:
+    far = 0
+    half = np.float32(0.5 * SLACK) * scale
+    subnormal = np.float32(SLACK / 1024) * scale
+    for i in range(w.size):
+        nearest = min(max(w[i], low), high)
+        allowed = max(abs(nearest) * np.float32(SLACK / 16), subnormal) if fp8 else half
+        # Written so that a NaN counts as too far.
+        far += not abs(d[i] - nearest) <= allowed
+    return far
+
+
+@kernel
+def _sums(w: Any, d: Any, lowest: Any, highest: Any, scale: Any, zero: Any, fp8: bool) -> tuple[Any, Any, Any, Any]:
+    """Squared error, squared error of rounding to nearest, squares and products, in float64 over one group."""
+    error, rtn, squares, products = 0.0, 0.0, 0.0, 0.0
+    subnormal = np.float32(2.0**-6) * scale
+    inverse = np.float32(1) / scale
+    for i in range(w.size):
+        difference = d[i] - w[i]
+        error += difference * difference
+        squares += w[i] * w[i]
+        products += d[i] * w[i]
+        if fp8:
+            step = max(_power(w[i]), subnormal) * np.float32(0.125)
+            rtn += step * step * np.float32(1 / 12)
+        else:
+            level = min(max(np.rint(w[i] * inverse) + zero, lowest), highest)
+            miss = (level - zero) * scale - w[i]
+            rtn += miss * miss
+    return error, rtn, squares, products

@@ -1,0 +1,210 @@
+"""Checks against the source checkpoint: kept tensors bit for bit, dequantized weights within the scheme's error.
+
+A matrix that was rounded to nearest lies within half a step of the source wherever the source lies in the range of the
+scales. One that was calibrated (GPTQ and its kind) does not, so there the whole matrix, and every output row of it, may
+be `MAX_RATIO` times as far away as rounding to nearest would be. That still tells a matrix that is transposed, from
+another expert, from the wrong half of a fused tensor, or permuted: those are 1.4 times their own length away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l4pack.artifact.checks_kernels import STATISTICS, compare, group_ranges, widen_transposed
+from l4pack.artifact.checks_tensors import Matrix
+from l4pack.artifact.checks_values import Arrays, Result
+from l4pack.checkpoint.reader import Reader
+from l4pack.checkpoint.source import Checkpoint
+from l4pack.errors import SourceError
+from l4pack.model.tensors import Linear
+from l4pack.quant.dequantize import dequantize
+from l4pack.quant.floats import Float32Array, FloatName, widen
+from l4pack.quant.layout import Layout
+from l4pack.quant.packing import unpack_zero_points
+from l4pack.quant.qparams import QParams, qparams_of_range
+from l4pack.quant.quantize import NonFiniteError, Quantized, absmax, spread
+from l4pack.quant.scheme import NumberType, Scheme, Strategy
+
+MAX_RATIO = 3.0
+MIN_COSINE = 0.9
+MIN_ROW_COSINE = 0.5
+_ROUNDING = 2.0**-8  # a source that quantizes without error may still be rounded to bfloat16
+_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Slab:
+    """The source's numbers of one matrix, as they are stored there."""
+
+    block: NDArray[Any]
+    layout: Layout
+    dtype: FloatName
+
+    def rows(self, start: int, stop: int) -> Float32Array:
+        """Output rows as float32 [rows, in]."""
+        if self.layout is Layout.OUT_IN:
+            return np.ascontiguousarray(widen(self.block[start:stop]))
+        part = self.block[:, start:stop]
+        if self.dtype == "F16":
+            return np.ascontiguousarray(part.T).astype(np.float32)
+        out = np.empty((part.shape[1], part.shape[0]), np.float32)
+        widen_transposed(part.view(f"u{part.itemsize}"), out)
+        return out
+
+
+class SourceChecks:
+    """Holds an artifact's matrices against the source; one instance serves all threads."""
+
+    def __init__(self, source: Checkpoint, reader: Reader, *, strict: bool) -> None:
+        self._source, self._reader = source, reader
+        self._strict = strict  # the manifest says that all weights were rounded to nearest
+
+    def slabs(self, linears: list[Linear]) -> list[Slab]:
+        """The numbers of matrices that lie in one source tensor, and there in one expert, read once."""
+        first = linears[0]
+        dtype: FloatName = self._source.float_names[first.tensor]
+        if first.layout is Layout.OUT_IN:
+            return [Slab(self._reader.matrix(first.tensor, None), first.layout, dtype)]
+        whole = self._reader.matrix(first.tensor, first.expert)
+        parts = [whole[:, linear.column : linear.column + linear.out_features] for linear in linears]
+        return [Slab(part, first.layout, dtype) for part in parts]
+
+    def plain(self, name: str, mine: NDArray[Any], dtype: str, slab: Slab, result: Result) -> None:
+        """An expert that was taken out of a fused tensor and not quantized: the same numbers, turned."""
+        result.tally.kept_compared += 1
+        theirs = slab.block if slab.layout is Layout.OUT_IN else slab.block.T
+        if dtype != slab.dtype:
+            result.found.error("kept", name, f"is {dtype}, the source is {slab.dtype}")
+        elif not np.array_equal(mine.view(np.uint8), np.ascontiguousarray(theirs).view(np.uint8)):
+            result.found.error("kept", name, "its values differ from the source's")
+
+    def matrix(self, matrix: Matrix, arrays: Arrays, slab: Slab, result: Result) -> None:
+        """Hold a quantized matrix against its source."""
+        with np.errstate(all="ignore"):
+            statistics = self._statistics(matrix, arrays, slab)
+            verdict = _verdict(statistics, matrix, strict=self._strict)
+        tally = result.tally
+        tally.matrices_compared += 1
+        tally.weights_compared += matrix.linear.numel
+        tally.within_half_step += not statistics[:, 0].any()
+        if verdict.message:
+            result.found.error("weights", matrix.linear.module, verdict.message)
+        else:
+            tally.largest_error_ratio = max(tally.largest_error_ratio, verdict.ratio)
+
+    def _statistics(self, matrix: Matrix, arrays: Arrays, slab: Slab) -> NDArray[np.float64]:
+        linear, scheme = matrix.linear, matrix.scheme
+        statistics = np.empty((linear.out_features, STATISTICS), np.float64)
+        try:
+            amax = absmax(slab.block, slab.layout, slab.dtype) if scheme.strategy is Strategy.TENSOR else None
+        except NonFiniteError as error:
+            raise SourceError(f"the source of {linear.module}: {error}", hint="the source is damaged") from error
+        step = math.lcm(_ROWS, scheme.row_multiple())
+        for start in range(0, linear.out_features, step):
+            stop = min(start + step, linear.out_features)
+            part = _rows(arrays, scheme, start, stop)
+            _compare(slab.rows(start, stop), part, scheme, slab.dtype, amax, statistics[start:stop])
+        return statistics
+
+
+def _rows(arrays: Arrays, scheme: Scheme, start: int, stop: int) -> Quantized:
+    """Some output rows of a stored matrix."""
+    scale, zero_point = arrays["weight_scale"], arrays.get("weight_zero_point")
+    if scheme.strategy is not Strategy.TENSOR:
+        height = scheme.block_structure[0] if scheme.block_structure else 1
+        scale = scale[start // height : -(-stop // height)]
+    if zero_point is not None:
+        zero_point = zero_point[start // scheme.pack_factor : -(-stop // scheme.pack_factor)]
+    values = arrays["weight_packed" if "weight_packed" in arrays else "weight"]
+    return Quantized(values[start:stop], scale, zero_point)
+
+
+def _compare(
+    weight: Float32Array,
+    part: Quantized,
+    scheme: Scheme,
+    dtype: FloatName,
+    amax: float | None,
+    statistics: NDArray[np.float64],
+) -> None:
+    rows, columns = weight.shape
+    group = scheme.group_columns(columns)
+    shape = (rows, -(-columns // group))
+    rtn = _rounding(weight, scheme, dtype, amax, group, shape)
+    scale = spread(widen(part.scale), scheme, shape)
+    zero = np.zeros(shape, np.float32)
+    if part.zero_point is not None:
+        zero = unpack_zero_points(part.zero_point, scheme.num_bits, rows).astype(np.float32)
+    fp8 = scheme.type is NumberType.FLOAT
+    stored = dequantize(part, scheme, rows, columns)
+    rtn_scale, rtn_zero = (spread(values, scheme, shape) for values in (rtn.scale, rtn.zero_point))
+    compare(weight, stored, group, scheme.num_bits, fp8, scale, zero, rtn_scale, rtn_zero, statistics)
+
+
+def _rounding(
+    weight: Float32Array, scheme: Scheme, dtype: FloatName, amax: float | None, group: int, shape: tuple[int, int]
+) -> QParams:
+    """Scales and zero points of min-max rounding to nearest."""
+    if amax is not None:
+        return qparams_of_range(np.zeros(1, np.float32), np.full(1, amax, np.float32), scheme, dtype)
+    low, high = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    group_ranges(weight, group, low, high)
+    if scheme.block_structure is not None:
+        starts = np.arange(0, shape[0], scheme.block_structure[0])
+        low, high = np.minimum.reduceat(low, starts, axis=0), np.maximum.reduceat(high, starts, axis=0)
+    return qparams_of_range(low, high, scheme, dtype)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    ratio: float  # error over that of rounding to nearest
+    message: str = ""
+
+
+def _verdict(statistics: NDArray[np.float64], matrix: Matrix, *, strict: bool) -> _Verdict:
+    far, error, rtn, squares, products = statistics.sum(axis=0)
+    if squares == 0:
+        return _Verdict(0.0, "" if error == 0 else "the source is all zeros, the artifact is not")
+    size, rounding = math.sqrt(error / squares), math.sqrt(rtn / squares)
+    stored = error - squares + 2 * products  # |d|^2 = |d - w|^2 - |w|^2 + 2 d w
+    cosine = products / math.sqrt(squares * max(stored, 1e-300))
+    ratio = size / max(rounding, 1e-12)
+    told = f"relative error {size:.3g} (rounding to nearest: {rounding:.3g}), cosine {cosine:.3f}"
+    if not math.isfinite(size) or size > MAX_RATIO * rounding + _ROUNDING:
+        return _Verdict(ratio, f"{told}: not this matrix of the source, or its scales are wrong")
+    if not far:
+        return _Verdict(ratio if rounding else 0.0)
+    if strict:
+        count = f"{int(far):,} of {matrix.linear.numel:,} weights"
+        return _Verdict(ratio, f"{count} are more than half a step from the source; {told}")
+    if cosine < MIN_COSINE and size > 1.5 * rounding:
+        return _Verdict(ratio, f"{told}: not this matrix of the source, or its scales are wrong")
+    return _Verdict(ratio, _lost_rows(statistics))
+
+
+def _lost_rows(statistics: NDArray[np.float64]) -> str:
+    """Output rows that are not those of the source, in a matrix that is right as a whole."""
+    _, error, rtn, squares, products = statistics.T
+    stored = np.maximum(error - squares + 2 * products, 1e-300)
+    cosine = products / np.sqrt(np.maximum(squares, 1e-300) * stored)
+    lost = np.flatnonzero((cosine < MIN_ROW_COSINE) & (error > MAX_RATIO**2 * rtn) & (squares > 0))
+    if not lost.size:
+        return ""
+    return f"{lost.size:,} of {len(statistics):,} output rows are not the source's, the first is row {lost[0]}"
+
+
+def source_linears(source: Checkpoint, runtime: tuple[Linear, ...]) -> Mapping[str, Linear] | None:
+    """Where the source has each of the artifact's matrices, by module; None when the models differ in shape."""
+    old = source.layout.linears
+    if len(old) != len(runtime):
+        return None
+    pairs = list(zip(old, runtime, strict=True))
+    if any((a.out_features, a.in_features) != (b.out_features, b.in_features) for a, b in pairs):
+        return None
+    return {b.module: a for a, b in pairs}

@@ -1,0 +1,133 @@
+"""Opening an artifact to be checked: as far as it can be read, everything else becomes a finding."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from l4pack.artifact.findings import Findings
+from l4pack.checkpoint.header import TensorEntry, read_header
+from l4pack.checkpoint.source import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, detect_layout, parse_index
+from l4pack.errors import SourceError
+from l4pack.model.config import MULTIMODAL, Llama4Config, load_config
+from l4pack.model.tensors import MULTIMODAL_NAMING, TEXT_ONLY_NAMING, Catalogue, Naming, catalogue
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact's configuration, every tensor that can be found, and the names of all its files."""
+
+    folder: Path
+    config: Llama4Config
+    entries: Mapping[str, TensorEntry]
+    files: Mapping[str, int]  # file name -> bytes
+    unreadable: frozenset[str]  # shards whose header can't be believed
+
+    @property
+    def stanza(self) -> Mapping[str, Any]:
+        """The quantization_config, empty when there is none."""
+        value = self.config.raw.get("quantization_config")
+        return value if isinstance(value, Mapping) else {}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    @cached_property
+    def canonical(self) -> Naming:
+        """The prefixes runtimes expect of this architecture."""
+        return MULTIMODAL_NAMING if self.config.raw.get("model_type") == MULTIMODAL else TEXT_ONLY_NAMING
+
+    @cached_property
+    def layout(self) -> Catalogue:
+        """What the model holds when nothing is quantized, experts unfused, under the prefixes found."""
+        try:
+            naming = detect_layout(self.config, self.entries).naming
+        except SourceError:
+            naming = self.canonical
+        return catalogue(self.config, naming, fused=False)
+
+
+def open_artifact(folder: Path, found: Findings) -> Artifact:
+    """Read config.json, the index and every header.
+
+    Raises SourceError when there is no folder, no Llama 4 config.json or no weight file at all; damage within becomes
+    findings of rules `shard` and `index`.
+    """
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is not a folder", hint="give the folder of an artifact")
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{folder} has no config.json", hint="give the folder that holds config.json and the weights")
+    config = load_config(folder / "config.json")
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    shards = [name for name in files if name.endswith(".safetensors")]
+    if not shards:
+        raise SourceError(f"{folder} holds no safetensors files", hint="l4pack verifies safetensors artifacts only")
+    headers: dict[str, dict[str, TensorEntry]] = {}
+    for file in shards:
+        try:
+            headers[file] = read_header(folder / file, file)
+        except SourceError as error:
+            found.error("shard", file, error.message)
+    entries = _merge(headers, found)
+    _check_index(folder, shards, headers, found)
+    return Artifact(folder, config, entries, files, frozenset(shards) - frozenset(headers))
+
+
+def _merge(headers: Mapping[str, Mapping[str, TensorEntry]], found: Findings) -> dict[str, TensorEntry]:
+    entries: dict[str, TensorEntry] = {}
+    for file, header in headers.items():
+        for name, entry in header.items():
+            if name in entries:
+                found.error("index", name, f"is both in {entries[name].file} and in {file}")
+            else:
+                entries[name] = entry
+    return entries
+
+
+def _check_index(
+    folder: Path, shards: list[str], headers: Mapping[str, Mapping[str, TensorEntry]], found: Findings
+) -> None:
+    index = _read_index(folder, shards, found)
+    if index is None:
+        return
+    weight_map, total_size = index
+    for file in sorted(set(weight_map.values()) - set(shards)):
+        found.error("shard", file, f"is missing, {INDEX_NAME} names it")
+    for file in sorted(set(shards) - set(weight_map.values())):
+        found.error("shard", file, f"is not named by {INDEX_NAME}: runtimes that load every file get other tensors")
+    for name, file in weight_map.items():
+        if file in headers and name not in headers[file]:
+            found.error("index", name, f"is not in {file}, where {INDEX_NAME} places it")
+    for file, header in headers.items():
+        for name in header:
+            if file in weight_map.values() and name not in weight_map:
+                found.error("index", name, f"is in {file}, but {INDEX_NAME} does not name it")
+    real = sum(entry.nbytes for header in headers.values() for entry in header.values())
+    if len(headers) == len(shards) and total_size != real:
+        found.error("index", INDEX_NAME, f"total_size is {total_size}, the tensors have {real} bytes")
+
+
+def _read_index(folder: Path, shards: list[str], found: Findings) -> tuple[dict[str, str], Any] | None:
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        if len(shards) > 1:
+            found.error("index", INDEX_NAME, f"is missing, and there are {len(shards)} weight files")
+        elif shards != [SINGLE_NAME]:
+            found.error("index", shards[0], f"without an index, transformers looks for {SINGLE_NAME} only")
+        return None
+    try:
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            raise SourceError(f"{INDEX_NAME} is implausibly large")
+        raw = path.read_bytes()
+        weight_map = parse_index(raw)
+    except SourceError as error:
+        found.error("index", INDEX_NAME, error.message)
+        return None
+    metadata = json.loads(raw).get("metadata")
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
