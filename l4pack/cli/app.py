@@ -8,6 +8,7 @@ import typer
 
 from l4pack import __version__
 from l4pack.cli import console
+from l4pack.cli.budget import budget_app, devices
 from l4pack.cli.inspect import inspect
 from l4pack.cli.licence import licence
 from l4pack.cli.plan import plan
@@ -40,5 +41,6 @@ def _root(
     del version
 
 
-for command in (inspect, plan, quantize, licence, recipes, formats):
+for command in (inspect, plan, quantize, licence, recipes, formats, devices):
     app.command()(command)
+app.add_typer(budget_app, name="budget")
