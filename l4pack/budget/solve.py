@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 
 from l4pack.budget.devices import Device, Host
 from l4pack.budget.load import Load, Setting, divides
@@ -15,6 +15,7 @@ from l4pack.errors import UsageError
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 MAX_CHANGES = 6
 FEW_REQUESTS = 16
+LARGER = 1.1  # a device counts as larger from here on
 
 
 @dataclass(frozen=True)
@@ -126,25 +127,45 @@ class _Trial:
             yield from self._try(", ".join(whats), " ".join(flags), together)
 
     def other_weights(self, others: Mapping[str, Callable[[], Subject]]) -> Iterator[Change]:
-        """Another recipe, the largest artifact that fits."""
+        """Another recipe, the largest artifact that fits: at this load, or at the context it leaves room for."""
         subjects = [make() for name, make in others.items() if name != self.found.subject.recipe]
-        for subject in sorted(subjects, key=lambda subject: -subject.weight_bytes):
-            name = subject.recipe
-            fitting = list(self._try(f"recipe {name}", f"--recipe {name}", self.load, subject=subject))
-            if fitting:
-                yield fitting[0]
-                return
+        subjects.sort(key=lambda subject: -subject.weight_bytes)
+        same = (change for subject in subjects for change in self._recipe(subject, self.load))
+        less = (change for subject in subjects for change in self._shortened(subject))
+        yield from islice(chain(same, less), 1)
+
+    def _recipe(self, subject: Subject, load: Load) -> Iterator[Change]:
+        name = subject.recipe
+        yield from self._try(f"recipe {name}", f"--recipe {name}", load, subject=subject)
+
+    def _shortened(self, subject: Subject) -> Iterator[Change]:
+        found = evaluate(subject, self.found.host, self.found.runtime, self.found.setting)
+        context = max_context(found)
+        if context > 0:
+            what, option = (
+                f"recipe {subject.recipe}, {context:,} tokens",
+                f"--recipe {subject.recipe} --context {context}",
+            )
+            yield from self._try(what, option, replace(self.load, context=context), subject=subject)
 
     def more_hardware(self, devices: Mapping[str, Device]) -> Iterator[Change]:
-        """More of the same device; then the smallest larger device, as many of it."""
+        """More of the same device; larger devices, as many of them; failing both, more and larger ones."""
         host = self.found.host
-        more = (Host(host.device, count) for count in GPU_COUNTS if count > host.count)
-        yield from islice((change for candidate in more for change in self._on(candidate)), 1)
-        larger = sorted(
-            (device for device in devices.values() if device.memory_bytes > host.device.memory_bytes),
-            key=lambda device: device.memory_bytes,
+        counts = [count for count in GPU_COUNTS if count > host.count]
+        larger = [device for device in devices.values() if device.memory_bytes > LARGER * host.device.memory_bytes]
+        larger.sort(key=lambda device: device.memory_bytes)
+        more = self._first(Host(host.device, count) for count in counts)
+        bigger = self._first(Host(device, host.count) for device in larger)
+        both = sorted(
+            (Host(device, count) for device in larger for count in counts),
+            key=lambda host: (host.count, host.device.memory_bytes),
         )
-        yield from islice((change for device in larger for change in self._on(Host(device, host.count))), 1)
+        yield from (*more, *bigger)
+        if not more and not bigger:
+            yield from self._first(both)
+
+    def _first(self, hosts: Iterable[Host]) -> list[Change]:
+        return list(islice((change for host in hosts for change in self._on(host)), 1))
 
     def _on(self, host: Host) -> Iterator[Change]:
         if self.found.runtime.pipeline or divides(self.found.subject.config.text, host.count):

@@ -37,15 +37,9 @@ SPARE, MAYBE = "·", "?"
 
 def budget_view(found: Budget, limits: Limits, changes: Sequence[Change] = ()) -> list[RenderableType]:
     """All that `l4pack budget` shows."""
-    shown: list[RenderableType] = [
-        verdict_line(found),
-        "",
-        _table(found),
-        "",
-        *_bar(found),
-        "",
-        *_limits(found, limits),
-    ]
+    asked = Text(question(found), "dim")
+    shown: list[RenderableType] = [verdict_line(found, limits), asked, "", _table(found), "", *_bar(found), ""]
+    shown.append(_limits(found, limits))
     if changes:
         shown += ["", "[bold]nearest changes that fit[/bold]", _changes(changes)]
     elif not found.fits:
@@ -53,21 +47,27 @@ def budget_view(found: Budget, limits: Limits, changes: Sequence[Change] = ()) -
     return shown
 
 
-def verdict_line(found: Budget) -> Text:
-    """One line: the verdict, what was asked, and by how much."""
+def verdict_line(found: Budget, limits: Limits) -> Text:
+    """One line: the verdict, by how much, and when the context is what is too much, the one that fits."""
     style, word = VERDICTS[found.verdict]
-    return Text.assemble((word, style), f": {question(found)}; {spare(found)}")
+    line = Text.assemble((f"{word} on {found.host.name}", style), f": {spare(found)}")
+    if not found.fits and limits.max_context:
+        line.append(f"; {limits.max_context:,} tokens would fit")
+    return line
 
 
 def question(found: Budget) -> str:
     """What was asked, in one phrase."""
     subject, setting = found.subject, found.setting
     recipe = f" {subject.recipe}" if subject.recipe else ""
-    sequences = "1 sequence" if setting.sequences == 1 else f"{setting.sequences:,} sequences"
     return (
-        f"{subject.name}{recipe} on {found.host.name}, {sequences} of {setting.context:,} tokens, "
+        f"{subject.name}{recipe}, {_sequences(setting.sequences)} of {setting.context:,} tokens, "
         f"{'FP8' if setting.kv_dtype == 'fp8' else 'BF16'} KV, {found.runtime.title}"
     )
+
+
+def _sequences(count: int) -> str:
+    return "1 sequence" if count == 1 else f"{count:,} sequences"
 
 
 def spare(found: Budget) -> str:
@@ -77,7 +77,7 @@ def spare(found: Budget) -> str:
         case Verdict.FITS:
             return f"{_span(low, high)} to spare"
         case Verdict.UNSURE:
-            return f"between {human_gib(-low)} short and {human_gib(high)} to spare, by overheads nobody publishes"
+            return f"{human_gib(-low)} short to {human_gib(high)} to spare"
         case Verdict.TOO_LARGE:
             return f"{_span(-high, -low)} short"
 
@@ -135,25 +135,20 @@ def _bar(found: Budget) -> list[Text]:
     return [bar, Text(" " * limit + "^ " + human_gib(planned), "dim"), legend]
 
 
-def _limits(found: Budget, limits: Limits) -> list[RenderableType]:
+def _limits(found: Budget, limits: Limits) -> Table:
     longest = found.subject.config.text.max_position_embeddings
     whole = " (the model's whole context)" if limits.max_context == longest else ""
-    sequences = "sequence" if found.setting.sequences == 1 else f"{found.setting.sequences} sequences"
     rows = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    rows.add_row(
-        f"largest context for {sequences if sequences != 'sequence' else '1 sequence'}",
-        _counts(limits.max_context, limits.max_context_high, "tokens") + whole,
-    )
-    rows.add_row(
-        f"most sequences of {found.setting.context:,} tokens",
-        _counts(limits.max_sequences, limits.max_sequences_high, ""),
-    )
-    return [rows]
+    context = _counts(limits.max_context, limits.max_context_high, "tokens")
+    rows.add_row(f"largest context for {_sequences(found.setting.sequences)}", context.append(whole))
+    sequences = _counts(limits.max_sequences, limits.max_sequences_high, "")
+    rows.add_row(f"most sequences of {found.setting.context:,} tokens", sequences)
+    return rows
 
 
 def _counts(low: int, high: int, unit: str) -> Text:
-    text = Text(f"{low:,} {unit}".strip(), "bold")
-    return text if low == high else text.append(f", {high:,} at best", "not bold dim")
+    text = Text.assemble((f"{low:,} {unit}".strip(), "bold"))
+    return text if low == high else text.append(f", {high:,} at best", "dim")
 
 
 def _changes(changes: Sequence[Change]) -> Table:
@@ -162,7 +157,7 @@ def _changes(changes: Sequence[Change]) -> Table:
         table.add_row(
             f"  {escape(change.what)}",
             Text(change.option, "bold"),
-            Text(f"{human_gib(change.headroom_bytes)} to spare, up to {change.max_context:,} tokens", "dim"),
+            Text(f"{human_gib(change.headroom_bytes)} to spare, {change.max_context:,} tokens", "dim"),
         )
     return table
 
@@ -172,7 +167,7 @@ def matrix_view(rows: Sequence[Row], load: Load, runtime: str) -> list[Renderabl
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("Model")
     table.add_column("Recipe")
-    table.add_column("GB", justify="right")
+    table.add_column("Weights, GB", justify="right")
     for cell in rows[0].cells:
         table.add_column(cell.host, justify="right", no_wrap=True)
     for row in rows:

@@ -197,7 +197,7 @@ def _measure(
     if as_json:
         console.show_json({"device": reader.name(), "lines": [line.record() for line in lines]})
     else:
-        console.show(verdict_line(found), "", measured_view(lines, reader.name()))
+        console.show(verdict_line(found, limits(found)), "", measured_view(lines, reader.name()))
 
 
 @budget_app.command()
