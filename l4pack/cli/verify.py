@@ -1,0 +1,147 @@
+"""`l4pack verify`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import RenderableType
+
+from l4pack.artifact.findings import RULES, Area, Finding
+from l4pack.artifact.verify import SAMPLE_SEED, Verification, verify_artifact
+from l4pack.checkpoint.open import open_source
+from l4pack.cli import console
+from l4pack.cli.options import Against, Artifact, AsJson
+from l4pack.units import human_bytes
+
+_SHOWN_PLACES = 3
+
+
+def verify(
+    folder: Artifact,
+    against: Against = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            "--sample", metavar="N", min=1, help="Compare N matrices with the source, not all.", show_default=False
+        ),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings fail too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check an artifact: what runtimes would read, whether it is right, and with --against whether it is this model.
+
+    Exit code 0: nothing wrong. 1: something is. 4: the artifact or the source can't be opened.
+
+    Example: `l4pack verify demo-int4 --against demo`
+    """
+    if sample is not None and against is None:
+        raise typer.BadParameter("needs --against", param_hint="--sample")
+    source = open_source(against) if against is not None else None
+    with console.progress("verifying", _weight_bytes(folder)) as bar:
+        result = verify_artifact(folder, source, sample, bar.advance)
+    passed = result.ok and not (strict and result.findings)
+    if as_json:
+        console.show_json(verification_record(result, passed=passed))
+    else:
+        console.show(*verification_view(folder, result, passed=passed))
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+
+
+def verification_record(result: Verification, *, passed: bool) -> dict[str, object]:
+    """A verification as JSON."""
+    checked = result.checked
+    return {
+        "ok": passed,
+        "findings": [asdict(finding) for finding in result.findings],
+        "errors": result.errors,
+        "warnings": len(result.findings) - result.errors,
+        "against": result.against,
+        "checked": {
+            "files": checked.files,
+            "modules": checked.modules,
+            "compared_sample_of": checked.sampled_of,
+            **asdict(checked.tally),
+        },
+    }
+
+
+def verification_view(folder: Path, result: Verification, *, passed: bool) -> list[RenderableType]:
+    """A verification for people: the verdict, what was checked, and the findings grouped by rule."""
+    warnings = len(result.findings) - result.errors
+    name = f"[bold]{console.plain(folder)}[/bold]"
+    verdict = "[green]verified[/green]" if passed else "[red]not verified[/red]"
+    notes = [f"{count} {word}{'s' * (count != 1)}" for count, word in ((result.errors, "error"), (warnings, "warning"))]
+    told = ", ".join(note for note in notes if not note.startswith("0 ")) or "nothing found"
+    if not passed and not result.findings:
+        told = "nothing could be checked"
+    lines: list[RenderableType] = [f"{name}: {verdict}, {told}", "", _checked_table(result)]
+    for level, title in (("error", "[red]Errors[/red]"), ("warning", "[yellow]Warnings[/yellow]")):
+        found = [finding for finding in result.findings if finding.level == level]
+        if found:
+            lines += ["", title, *_grouped(found)]
+    return lines
+
+
+def _checked_table(result: Verification) -> RenderableType:
+    errors = Counter(finding.area for finding in result.findings if finding.level == "error")
+    warnings = Counter(finding.area for finding in result.findings if finding.level == "warning")
+    table = console.table("Checked", "What", ">Errors", ">Warnings")
+    for area, what in _looked_at(result).items():
+        table.add_row(area.value, what, _count(errors[area]), _count(warnings[area]))
+    return table
+
+
+def _looked_at(result: Verification) -> dict[Area, str]:
+    checked, tally = result.checked, result.checked.tally
+    rows = {
+        Area.FILES: f"{checked.files:,} files",
+        Area.CONFIGURATION: "config.json and its quantization_config",
+        Area.TENSORS: f"{tally.tensors:,} tensors: names, dtypes, shapes",
+        Area.IGNORE: f"{checked.modules:,} modules, as transformers, vLLM and SGLang match them",
+        Area.VALUES: f"{tally.matrices:,} quantized matrices, {human_bytes(tally.bytes)} in all",
+        Area.DIGESTS: f"{tally.digests:,} SHA-256 of the manifest" if tally.digests else "no manifest",
+        Area.SOURCE: "not asked for (--against SOURCE)",
+    }
+    if result.against is not None:
+        rows[Area.SOURCE] = _compared(result)
+    return rows
+
+
+def _compared(result: Verification) -> str:
+    checked, tally = result.checked, result.checked.tally
+    sample = f" of {checked.sampled_of:,} (seed {SAMPLE_SEED})" if checked.sampled_of is not None else ""
+    told = (
+        f"{tally.kept_compared:,} kept tensors bit for bit, {tally.matrices_compared:,}{sample} matrices "
+        f"({tally.weights_compared:,} weights); {tally.within_half_step:,} within half a step"
+    )
+    if tally.largest_error_ratio:
+        told += f"; error at most {tally.largest_error_ratio:.2f} x that of rounding to nearest"
+    return told
+
+
+def _count(count: int) -> str:
+    return f"{count:,}" if count else "-"
+
+
+def _grouped(findings: list[Finding]) -> list[RenderableType]:
+    """One block a rule: what it means, how often, and the first places."""
+    lines: list[RenderableType] = []
+    for rule in dict.fromkeys(finding.rule for finding in findings):
+        same = [finding for finding in findings if finding.rule == rule]
+        count = f" x {len(same):,}" if len(same) > 1 else ""
+        lines.append(f"  [bold]{rule}[/bold]{count}: {RULES[rule][1]}")
+        lines += [
+            f"    {console.plain(finding.where)}: {console.plain(finding.message)}" for finding in same[:_SHOWN_PLACES]
+        ]
+        if len(same) > _SHOWN_PLACES:
+            lines.append(f"    and {len(same) - _SHOWN_PLACES:,} more (--json lists all)")
+    return lines
