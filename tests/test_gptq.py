@@ -72,7 +72,7 @@ def test_levels_are_those_of_optimal_brain_quantization(name, act_order):
     expected = oracle.gptq(
         weight().numpy(), damped, spread(start.scale), spread(start.zero_point), scheme.num_bits, order
     )
-    for block_size in (1, 48, 128, IN):
+    for block_size in (7, 128, IN):
         solved, losses = gptq.solve_columns(weight(), factor, start, scheme, block_size)
         np.testing.assert_array_equal(solved.levels.numpy(), expected)
         quantized = (expected - spread(start.zero_point)) * spread(start.scale)

@@ -335,7 +335,8 @@ def _better_rows(
 
 def _weighted_squares(matrix: Tensor, weight: Tensor) -> Tensor:
     """Sum of weight * matrix^2 of each row in float64, a few rows at a time: [rows]."""
-    return torch.cat([rows.double().square() @ weight.double() for rows in matrix.split(256)])
+    pieces = [matrix[first : first + 256] for first in range(0, len(matrix), 256)]
+    return torch.cat([rows.double().square() @ weight.double() for rows in pieces])
 
 
 def _parts(rounded: Rounded) -> tuple[Tensor, Tensor, Tensor]:
