@@ -182,6 +182,7 @@ def test_rounding_is_the_recorded_fallback():
         assert reason in solution.reason
         assert solution.rtn_rows == OUT
         assert torch.equal(solution.levels, nearest)
+    assert gptq.solve(weight(), hessian(), scheme, cross=broken).method is gptq.Method.RTN
 
 
 def test_asymmetric_calibration_meets_the_original_outputs_better():

@@ -291,3 +291,16 @@ def test_the_cpu_path_does_not_import_torch():
     code = "import sys, l4pack.quant.quantize, l4pack.quant.dequantize; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_kernels_compile_where_no_cache_can_be_written(monkeypatch):
+    compiled = []
+
+    def njit(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: compiled.append(function) or function
+
+    monkeypatch.setattr(cpu.numba, "njit", njit)
+    assert cpu.kernel(len) is len
+    assert compiled == [len]

@@ -20,11 +20,13 @@ Float32Array = NDArray[np.float32]
 
 E4M3_MAX = 448.0
 
-_STORED: dict[ScaleDtype, FloatName] = {
+STORED: dict[ScaleDtype, FloatName] = {
     ScaleDtype.BFLOAT16: "BF16",
     ScaleDtype.FLOAT16: "F16",
     ScaleDtype.FLOAT32: "F32",
 }
+"""The safetensors name of every scale dtype but `source`."""
+
 _BF16_LARGEST = float(np.uint32(0x7F7F0000).view(np.float32))
 _FLOAT32_SMALLEST = float(np.finfo(np.float32).smallest_normal)
 
@@ -38,7 +40,7 @@ SCALE_LIMITS: dict[FloatName, tuple[float, float]] = {
 
 def scale_float(scheme: Scheme, source: FloatName) -> FloatName:
     """The dtype that `scheme` stores its scales in, for a matrix whose weights are `source`."""
-    return source if scheme.scale_dtype is ScaleDtype.SOURCE else _STORED[scheme.scale_dtype]
+    return source if scheme.scale_dtype is ScaleDtype.SOURCE else STORED[scheme.scale_dtype]
 
 
 def round_to_bfloat16(values: Float32Array) -> NDArray[np.uint16]:

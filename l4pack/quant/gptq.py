@@ -28,19 +28,13 @@ from torch import Tensor
 
 from l4pack.quant import torch_ops
 from l4pack.quant.cpu import kernel
-from l4pack.quant.floats import FloatName
+from l4pack.quant.floats import STORED, FloatName
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import quantize_block
 from l4pack.quant.scheme import NumberType, ScaleDtype, Scheme
 
 DAMPENING_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Fractions of the mean diagonal tried in turn, from the one asked for, until H can be factored."""
-
-_SCALE_DTYPES: dict[FloatName, ScaleDtype] = {
-    "BF16": ScaleDtype.BFLOAT16,
-    "F16": ScaleDtype.FLOAT16,
-    "F32": ScaleDtype.FLOAT32,
-}
 
 
 class Method(StrEnum):
@@ -122,8 +116,9 @@ def solve(
     if hessian.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"a Hessian of shape {tuple(hessian.shape)} does not fit weights {tuple(weight.shape)}")
     if scheme.scale_dtype is ScaleDtype.SOURCE:
-        scheme = scheme.model_copy(update={"scale_dtype": _SCALE_DTYPES[source_dtype]})
-    if not bool(hessian.isfinite().all()):
+        dtypes = {name: dtype for dtype, name in STORED.items()}
+        scheme = scheme.model_copy(update={"scale_dtype": dtypes[source_dtype]})
+    if not all(bool(matrix.isfinite().all()) for matrix in (hessian, cross) if matrix is not None):
         nearest = round_to_nearest(weight, scheme, None)
         return _rtn(nearest, scheme, float("nan"), "the Hessian is not finite", 0)
     diagonal = hessian.diagonal().clamp(min=0)

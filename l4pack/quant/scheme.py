@@ -84,6 +84,9 @@ class Scheme(BaseModel):
             self.strategy is not Strategy.BLOCK and self.block_structure is not None,
             "block_structure is for 'block'",
         )
+        _refuse(
+            self.strategy is Strategy.TENSOR and self.observer is Observer.MSE, "observer 'mse' is for finer strategies"
+        )
         if self.type is NumberType.FLOAT:
             _refuse(self.num_bits != 8, "type 'float' means FP8: num_bits must be 8")
             _refuse(not self.symmetric, "FP8 is symmetric")
