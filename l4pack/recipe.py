@@ -15,7 +15,7 @@ from l4pack.datafile import read_yaml, validate
 from l4pack.errors import RecipeError
 from l4pack.formats import check_accepts, load_format
 from l4pack.model.tensors import QUANTIZABLE, Role
-from l4pack.quant.scheme import Observer, Scheme, Strategy
+from l4pack.quant.scheme import Scheme
 from l4pack.resources import data_folder
 
 KEEP = "keep"
@@ -46,14 +46,6 @@ class RecipeScheme(Scheme):
     format: str
     method: Method = Method.RTN
     activations: Activations = Activations.NONE
-
-    @model_validator(mode="after")
-    def _observable(self) -> RecipeScheme:
-        if self.strategy is Strategy.TENSOR and self.observer is Observer.MSE:
-            raise ValueError(
-                "observer 'mse' can't choose the scale of a whole tensor; take 'minmax' or a finer strategy"
-            )
-        return self
 
 
 class Rule(_Data):
