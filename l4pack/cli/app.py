@@ -14,6 +14,7 @@ from l4pack.cli.licence import licence
 from l4pack.cli.plan import plan
 from l4pack.cli.quantize import quantize
 from l4pack.cli.recipes import formats, recipes
+from l4pack.cli.verify import verify
 
 app = typer.Typer(
     name="l4pack",
@@ -41,6 +42,6 @@ def _root(
     del version
 
 
-for command in (inspect, plan, quantize, licence, recipes, formats, devices):
+for command in (inspect, plan, quantize, verify, licence, recipes, formats, devices):
     app.command()(command)
 app.add_typer(budget_app, name="budget")
