@@ -1,8 +1,11 @@
 """Run by the interpreter of .venv-vllm: many checks in one process, because importing vLLM takes most of the time.
 
-Reads one JSON object from stdin, `{"checks": [{artifact, against, exact}], "specs_of": folder}`, and prints one.
+Reads one JSON object from stdin, `{"command_line": [...], "checks": [{artifact, against, exact}], "specs_of": folder}`,
+and prints one. The command line is that of tools/vllm_load.py.
 """
 
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -11,7 +14,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 from vllm_kv_blocks import Setting, _vllm_config, layer_specs
-from vllm_load import check, start
+from vllm_load import check
+from vllm_load import main as vllm_load
 
 
 def specs_agree(folder: Path) -> bool:
@@ -32,12 +36,15 @@ def specs_agree(folder: Path) -> bool:
 
 def main() -> None:
     jobs = json.load(sys.stdin)
-    start()
+    sys.argv[1:] = jobs["command_line"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = vllm_load()  # also makes this process able to build models
     reports = [
         check(Path(job["artifact"]), Path(job["against"]) if job["against"] else None, job["exact"])
         for job in jobs["checks"]
     ]
-    print(json.dumps({"reports": reports, "specs_agree": specs_agree(Path(jobs["specs_of"]))}))
+    answer = {"reports": reports, "specs_agree": specs_agree(Path(jobs["specs_of"]))}
+    print(json.dumps(answer | {"printed": printed.getvalue(), "status": status}))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,6 @@ def _measure(matrix: Matrix, expected: torch.Tensor, report: ClassReport, exact:
 
 def start() -> None:
     """Make this process able to build vLLM models."""
-    torch.set_num_threads(2)
     prepare()
     skip_kernel_selection()
     start_single_rank()
