@@ -1,0 +1,1 @@
+"""How well an artifact answers like its original: paired numbers, error bars, gates and reports."""

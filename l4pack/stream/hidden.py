@@ -1,0 +1,119 @@
+"""Sequences packed row after row, and their hidden states in files.
+
+A file's pages stay in memory while there is some and go to disk when there is not; the same file is what a run goes on
+from after a kill.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from l4pack.errors import BudgetError
+from l4pack.units import human_bytes
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One sequence to run: token ids, the first position whose token is scored, and images for its image tokens."""
+
+    tokens: tuple[int, ...]
+    score_from: int = 1
+    pixel_values: Tensor | None = field(default=None, compare=False)  # float [tiles, channels, height, width]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive rows that attend to one another only, and the position of the first in its sequence."""
+
+    start: int
+    length: int
+    position: int
+
+
+class Packed:
+    """Where every sequence's rows lie; sequences keep their order."""
+
+    def __init__(self, sequences: Sequence[TokenSequence]) -> None:
+        self.sequences = tuple(sequences)
+        self.starts = tuple(itertools.accumulate((len(item.tokens) for item in sequences), initial=0))
+
+    @property
+    def rows(self) -> int:
+        """Rows of all sequences."""
+        return self.starts[-1]
+
+    def pieces(self, chunk: int | None) -> list[Piece]:
+        """Whole sequences, or with `chunk` their non-overlapping chunks of that many tokens."""
+        pieces = []
+        for start, item in zip(self.starts, self.sequences, strict=False):
+            step = chunk or len(item.tokens)
+            for first in range(0, len(item.tokens), step):
+                pieces.append(Piece(start + first, min(step, len(item.tokens) - first), first))
+        return pieces
+
+    def scored_rows(self) -> Tensor:
+        """Rows whose NEXT token is scored, int64, in order."""
+        spans = [
+            torch.arange(start + item.score_from - 1, start + len(item.tokens) - 1)
+            for start, item in zip(self.starts, self.sequences, strict=False)
+        ]
+        return torch.cat(spans)
+
+    def targets(self) -> Tensor:
+        """The token that follows each of `scored_rows`, int64."""
+        spans = [torch.tensor(item.tokens[item.score_from :], dtype=torch.long) for item in self.sequences]
+        return torch.cat(spans)
+
+
+def batches(pieces: Sequence[Piece], most: int) -> Iterator[list[Piece]]:
+    """Neighbouring pieces that, padded to the longest, hold at most `most` tokens (a longer piece comes alone)."""
+    waiting: list[Piece] = []
+    for piece in pieces:
+        longest = max([piece.length, *(other.length for other in waiting)])
+        if waiting and longest * (len(waiting) + 1) > most:
+            yield waiting
+            waiting = []
+        waiting.append(piece)
+    if waiting:
+        yield waiting
+
+
+class Buffer:
+    """A file-backed matrix [rows, width]."""
+
+    def __init__(self, path: Path, rows: int, width: int, dtype: torch.dtype) -> None:
+        """Open or make the file with its space reserved. Raises BudgetError when the disk is too full."""
+        nbytes = max(1, rows * width * dtype.itemsize)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.posix_fallocate(self._file, 0, nbytes)
+        except OSError as error:
+            os.close(self._file)
+            raise BudgetError(
+                f"{path.parent} has no room for {human_bytes(nbytes)} of hidden states",
+                hint="free some space, take fewer --samples, or choose another --work",
+            ) from error
+        self._map = mmap.mmap(self._file, nbytes)
+        self.data: Tensor = torch.frombuffer(self._map, dtype=dtype, count=rows * width).view(rows, width)
+
+    def flush(self) -> None:
+        """Wait until the file's bytes are on disk."""
+        self._map.flush()
+        os.fsync(self._file)
+
+    def release(self) -> None:
+        """Let the pages go from this process; their bytes stay in the file."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Close the file; `data` must not be used any more."""
+        del self.data
+        os.close(self._file)

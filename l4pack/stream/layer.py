@@ -1,0 +1,224 @@
+"""One decoder layer over all rows of one stream: attention by sequences, then one MLP at a time by gathered rows.
+
+    middle    = input + attention(norm(input))
+    following = shared(norm(middle)) + sum over experts of expert(score * norm(middle)[rows of the expert])
+    following = middle + following
+
+which is transformers' `Llama4TextDecoderLayer` in its own order of operations. The input stays as it is until the
+layer is complete, so a run that is killed goes on from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from l4pack.errors import L4packError
+from l4pack.stream.hidden import Buffer, Packed, Piece, batches
+from l4pack.stream.kv import BlockCache, causal_mask
+from l4pack.stream.modules import Skeleton
+from l4pack.stream.units import Part, Unit, UnitWeights, place
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How many tokens are computed at once."""
+
+    attention: int = 2048
+    rows: int = 2048
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the router sends every row: float32 logits [rows, experts], chosen experts and scores [rows, per token]."""
+
+    logits: Tensor
+    experts: Tensor
+    scores: Tensor
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Rows given to an expert, in order, and the score [rows, 1] their inputs are multiplied with."""
+        rows, choice = (self.experts == expert).nonzero(as_tuple=True)
+        return rows, self.scores[rows, choice, None]
+
+    def counts(self) -> list[int]:
+        """Rows given to each expert."""
+        return torch.bincount(self.experts.reshape(-1), minlength=self.logits.shape[1]).tolist()
+
+
+class Stream:
+    """The hidden states of one model on the way through its layers."""
+
+    def __init__(self, folder: Path, name: str, rows: int, width: int, dtype: torch.dtype) -> None:
+        self.name = name
+        self._sides = [Buffer(folder / f"{name}-{side}.hidden", rows, width, dtype) for side in (0, 1)]
+        self.middle = Buffer(folder / f"{name}-middle.hidden", rows, width, dtype)
+        self.side = 0
+
+    @property
+    def current(self) -> Buffer:
+        """Inputs of the layer."""
+        return self._sides[self.side]
+
+    @property
+    def following(self) -> Buffer:
+        """Outputs of the layer."""
+        return self._sides[1 - self.side]
+
+    def advance(self) -> None:
+        """Take the outputs as the next layer's inputs."""
+        self.side = 1 - self.side
+
+    def release(self) -> None:
+        """Let all pages go."""
+        for buffer in (*self._sides, self.middle):
+            buffer.release()
+
+    def close(self) -> None:
+        """Close the files."""
+        for buffer in (*self._sides, self.middle):
+            buffer.close()
+
+
+class LayerPass:
+    """Runs one layer of one stream, unit by unit."""
+
+    def __init__(self, skeleton: Skeleton, index: int, packed: Packed, stream: Stream, blocks: Blocks) -> None:
+        self.index = index
+        self._skeleton, self._packed, self._stream, self._blocks = skeleton, packed, stream, blocks
+        self._layer = skeleton.layer(index)
+        self.moe = index in skeleton.config.text.moe_layers
+        self.routing: Routing | None = None
+
+    @torch.inference_mode()
+    def attention(self, weights: UnitWeights) -> None:
+        """Write input + attention to the middle. Raises L4packError when it is not finite."""
+        place(self._layer, weights)
+        text = self._skeleton.config.text
+        chunk = text.attention_chunk_size if self.index in text.rope_layers else None
+        for batch in batches(self._packed.pieces(chunk), self._blocks.attention):
+            if batch[0].length > self._blocks.attention:
+                self._attend_in_blocks(batch[0])
+            else:
+                self._attend(batch)
+
+    def attention_of(self, inputs: Tensor, positions: Tensor) -> Tensor:
+        """What attention adds to inputs [batch, length, hidden] that stand at `positions` [batch, length]."""
+        added, _ = self._layer.self_attn(
+            hidden_states=self._layer.input_layernorm(inputs),
+            position_embeddings=self._skeleton.rotary(positions),
+            attention_mask=None,
+        )
+        return added
+
+    @torch.inference_mode()
+    def route(self) -> Routing | None:
+        """Ask the router about every row; a dense layer has none."""
+        if not self.moe:
+            return None
+        per_token = self._skeleton.config.text.num_experts_per_tok
+        parts = []
+        for rows in self._row_blocks(None):
+            scores, logits = self._layer.feed_forward.router(self.normed(rows))
+            experts = logits.topk(per_token, dim=1).indices
+            parts.append((logits.float().cpu(), experts.cpu(), scores.gather(1, experts).cpu()))
+        logits, experts, scores = (torch.cat(part) for part in zip(*parts, strict=True))
+        self.routing = Routing(logits, experts, scores)
+        return self.routing
+
+    @torch.inference_mode()
+    def normed(self, rows: Tensor | slice) -> Tensor:
+        """Inputs of the feed-forward block [rows, hidden], before any router's score."""
+        return self._layer.post_attention_layernorm(self._to_device(self._stream.middle.data[rows]))
+
+    def mlp(self, unit: Unit, weights: UnitWeights) -> nn.Module:
+        """A unit's MLP with its weights."""
+        module = self._skeleton.mlp(unit.part is Part.DENSE)
+        place(module, weights)
+        return module
+
+    def rows_of(self, unit: Unit) -> tuple[Tensor | None, Tensor | None]:
+        """Rows that go through a unit (None: all) and their scores."""
+        if unit.part is not Part.EXPERT or unit.expert is None:
+            return None, None
+        assert self.routing is not None
+        return self.routing.of(unit.expert)
+
+    def inputs(self, unit: Unit, most: int | None = None) -> Iterator[tuple[Tensor | slice, Tensor]]:
+        """Blocks of rows that go through a unit and its inputs for them, scaled by the router; `most` rows at most."""
+        rows, scores = self.rows_of(unit)
+        for block in self._row_blocks(rows, most):
+            if rows is None or scores is None:
+                yield block, self.normed(block)
+            else:
+                chosen = rows[block]
+                yield chosen, self.normed(chosen) * self._to_device(scores[block])
+
+    @torch.inference_mode()
+    def feed_forward(self, unit: Unit, module: nn.Module) -> None:
+        """Add a unit's outputs to what the block gives. Raises L4packError when they are not finite."""
+        target = self._stream.following.data
+        for rows, inputs in self.inputs(unit):
+            outputs = module(inputs).cpu()
+            _check_finite(outputs, f"{self._stream.name}: {unit}")
+            if unit.part is Part.EXPERT:
+                target[rows] += outputs
+            else:
+                target[rows] = outputs
+
+    @torch.inference_mode()
+    def finish(self) -> None:
+        """Add the middle to what the block gave."""
+        for rows in self._row_blocks(None):
+            self._stream.following.data[rows] += self._stream.middle.data[rows]
+
+    def _attend(self, batch: list[Piece]) -> None:
+        source, target = self._stream.current.data, self._stream.middle.data
+        inputs = [source[piece.start : piece.start + piece.length] for piece in batch]
+        padded = self._to_device(pad_sequence(inputs, batch_first=True))
+        first = torch.tensor([[piece.position] for piece in batch])
+        outputs = (padded + self.attention_of(padded, first + torch.arange(padded.shape[1]))).cpu()
+        for piece, output in zip(batch, outputs, strict=True):
+            self._store_attention(piece.start, output[: piece.length], target)
+
+    def _attend_in_blocks(self, piece: Piece) -> None:
+        """A piece too long to attend at once: queries by blocks, keys and values of the whole piece kept."""
+        source, target = self._stream.current.data, self._stream.middle.data
+        cache = BlockCache(piece.length)
+        for start in range(0, piece.length, self._blocks.attention):
+            stop = min(start + self._blocks.attention, piece.length)
+            inputs = self._to_device(source[piece.start + start : piece.start + stop])[None]
+            positions = torch.arange(piece.position + start, piece.position + stop)[None]
+            added, _ = self._layer.self_attn(
+                hidden_states=self._layer.input_layernorm(inputs),
+                position_embeddings=self._skeleton.rotary(positions),
+                attention_mask=causal_mask(start, stop, inputs.device),
+                past_key_values=cache,
+            )
+            self._store_attention(piece.start + start, (inputs + added)[0].cpu(), target)
+
+    def _store_attention(self, start: int, output: Tensor, target: Tensor) -> None:
+        _check_finite(output, f"{self._stream.name}: {Unit(self.index, Part.ATTENTION)}")
+        target[start : start + len(output)] = output
+
+    def _row_blocks(self, rows: Tensor | None, most: int | None = None) -> Iterator[slice]:
+        count = self._packed.rows if rows is None else len(rows)
+        count = count if most is None else min(count, most)
+        for start in range(0, count, self._blocks.rows):
+            yield slice(start, min(start + self._blocks.rows, count))
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._skeleton.device, self._skeleton.dtype)
+
+
+def _check_finite(values: Tensor, where: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise L4packError(
+            f"{where}: the output is infinite or not a number",
+            hint="a weight or scale there is damaged; `l4pack verify` looks for it",
+        )

@@ -1,0 +1,50 @@
+"""Getting the next units ready in a thread while this one computes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+KeyT = TypeVar("KeyT", bound=Hashable)
+ValueT = TypeVar("ValueT")
+
+
+class Prefetch(Generic[KeyT, ValueT]):
+    """Loads what is planned, in order; at most `ahead` loaded things wait beside the one in use."""
+
+    def __init__(self, load: Callable[[KeyT], ValueT], ahead: int = 1) -> None:
+        self._load = load
+        self._ahead = ahead
+        self._planned: deque[KeyT] = deque()
+        self._started: deque[tuple[KeyT, Future[ValueT]]] = deque()
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._planned.clear()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def plan(self, keys: Iterable[KeyT]) -> None:
+        """Say what will be taken next, after what was planned before."""
+        self._planned.extend(keys)
+        self._start()
+
+    def take(self, key: KeyT) -> ValueT:
+        """The next planned thing, which must be `key`; raises what loading it raised."""
+        self._start(at_least=1)
+        expected, future = self._started.popleft()
+        if expected != key:
+            raise RuntimeError(f"{key} was asked for, but {expected} is next")
+        value = future.result()
+        self._start()
+        return value
+
+    def _start(self, at_least: int = 0) -> None:
+        while self._planned and len(self._started) < max(self._ahead, at_least):
+            key = self._planned.popleft()
+            self._started.append((key, self._threads.submit(self._load, key)))

@@ -1,0 +1,120 @@
+"""The parts a decoder layer is run in: attention with the small tensors, then one MLP at a time.
+
+A unit is what is read, computed with and dropped at once: never a layer, and of routed experts one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor, nn
+
+from l4pack.model.config import Llama4Config
+from l4pack.model.tensors import canonical_naming
+from l4pack.stream.weights import LinearWeight, Weights
+
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class Part(StrEnum):
+    """What a unit is in its layer."""
+
+    ATTENTION = "attention"
+    DENSE = "dense_mlp"
+    SHARED = "shared_expert"
+    EXPERT = "routed_expert"
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One unit of one layer."""
+
+    layer: int
+    part: Part
+    expert: int | None = None
+
+    def __str__(self) -> str:
+        number = "" if self.expert is None else f" {self.expert}"
+        return f"layer {self.layer}, {self.part.value.replace('_', ' ')}{number}"
+
+
+@dataclass(frozen=True)
+class UnitWeights:
+    """A unit's matrices and small tensors, by their names below the layer (attention) or the MLP."""
+
+    linears: Mapping[str, LinearWeight]
+    tensors: Mapping[str, Tensor]
+
+
+def feed_forward_unit(config: Llama4Config, layer: int) -> Unit:
+    """The MLP every token of a layer goes through: the dense one, or the shared expert."""
+    return Unit(layer, Part.SHARED if layer in config.text.moe_layers else Part.DENSE)
+
+
+def expert_unit(layer: int, expert: int) -> Unit:
+    """One routed expert."""
+    return Unit(layer, Part.EXPERT, expert)
+
+
+def layer_units(config: Llama4Config, layer: int) -> list[Unit]:
+    """All units of a layer in the order they run."""
+    experts = range(config.text.num_local_experts if layer in config.text.moe_layers else 0)
+    units = [Unit(layer, Part.ATTENTION), feed_forward_unit(config, layer)]
+    return units + [expert_unit(layer, expert) for expert in experts]
+
+
+def module_names(config: Llama4Config, unit: Unit) -> dict[str, str]:
+    """The unit's matrices: name below the layer or MLP, and runtime module."""
+    prefix = f"{canonical_naming(config).text}layers.{unit.layer}."
+    if unit.part is Part.ATTENTION:
+        return {f"self_attn.{name}": f"{prefix}self_attn.{name}" for name in ATTENTION_PROJECTIONS}
+    middle = {
+        Part.DENSE: "feed_forward.",
+        Part.SHARED: "feed_forward.shared_expert.",
+        Part.EXPERT: f"feed_forward.experts.{unit.expert}.",
+    }[unit.part]
+    return {name: f"{prefix}{middle}{name}" for name in MLP_PROJECTIONS}
+
+
+def load_unit(weights: Weights, unit: Unit) -> UnitWeights:
+    """Read a unit. Raises SourceError or L4packError naming what can't be read."""
+    config = weights.checkpoint.config
+    names = module_names(config, unit)
+    by_module = weights.linears(names.values())
+    return UnitWeights(
+        {local: by_module[module] for local, module in names.items()},
+        {local: weights.tensor(name) for local, name in _small_tensors(weights, unit).items()},
+    )
+
+
+def unit_bytes(weights: Weights, unit: Unit) -> int:
+    """Bytes of a unit's matrices in the checkpoint's files."""
+    return weights.nbytes(module_names(weights.checkpoint.config, unit).values())
+
+
+def _small_tensors(weights: Weights, unit: Unit) -> dict[str, str]:
+    if unit.part is not Part.ATTENTION:
+        return {}
+    config = weights.checkpoint.config
+    prefix = f"{canonical_naming(config).text}layers.{unit.layer}."
+    local = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    if unit.layer in config.text.moe_layers:
+        local.append("feed_forward.router.weight")
+    if config.text.attention_bias:
+        local += [f"self_attn.{name}.bias" for name in ATTENTION_PROJECTIONS]
+    return {name: f"{prefix}{name}" for name in local}
+
+
+def place(module: nn.Module, unit: UnitWeights) -> None:
+    """Put a unit's weights into a module built without any; its matrices round their inputs as the scheme says."""
+    for name, linear in unit.linears.items():
+        target = module.get_submodule(name)
+        target.weight = nn.Parameter(linear.weight, requires_grad=False)
+        if (rounded := linear.activations) is not None:
+            target.register_forward_pre_hook(lambda _, inputs, rounded=rounded: (rounded(inputs[0]),))
+    for name, tensor in unit.tensors.items():
+        owner, _, last = name.rpartition(".")
+        setattr(module.get_submodule(owner), last, nn.Parameter(tensor, requires_grad=False))

@@ -1,0 +1,167 @@
+"""Weights of one checkpoint, plain or quantized, by the names runtimes use, as tensors ready to compute with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from l4pack.artifact.quantized import (
+    MODULE_SUFFIXES,
+    SCALE_SUFFIXES,
+    Quantization,
+    decompressed,
+    dequantized,
+    own_scheme,
+)
+from l4pack.checkpoint.reader import Reader
+from l4pack.checkpoint.source import Checkpoint, detect_layout
+from l4pack.errors import SourceError
+from l4pack.model.tensors import Linear, canonical_naming, catalogue, rename
+from l4pack.quant.layout import Layout
+from l4pack.stream.activations import Activations, activations_of
+
+_VIEWS = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """One matrix [out_features, in_features] in the compute dtype, and what is done to its inputs."""
+
+    weight: Tensor
+    activations: Activations | None = None
+
+
+class Weights:
+    """Reads tensors and matrices of a checkpoint; safe to use from several threads.
+
+    Weight-only schemes give weights rounded to the model's dtype, as runtimes multiply them; where inputs are rounded
+    too, kernels multiply the codes and scale the product, so the weights are the exact product of code and scale.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, round_activations: bool = True
+    ) -> None:
+        """Raises SourceError when the checkpoint has no weights or names that are not Llama 4's."""
+        if checkpoint.bare or checkpoint.store is None:
+            raise SourceError(f"{checkpoint.name} is a configuration without weights", hint="give a checkpoint folder")
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self._round_activations = round_activations
+        self._quantization = Quantization(checkpoint.config.raw)
+        self._model_dtype = _DTYPES.get(checkpoint.config.dtype or "bfloat16", torch.bfloat16)
+        self._reader = Reader(checkpoint.entries, checkpoint.store.path)
+        self._naming = canonical_naming(checkpoint.config)
+        source = detect_layout(checkpoint.config, checkpoint.entries)
+        runtime = catalogue(checkpoint.config, self._naming, fused=False)
+        self._source_naming = source.naming
+        self._linears = {new.module: old for old, new in zip(source.linears, runtime.linears, strict=True)}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._reader.close()
+
+    def linears(self, modules: Iterable[str]) -> dict[str, LinearWeight]:
+        """Matrices by module; matrices of one fused tensor are read with one read and share its memory."""
+        slabs: dict[tuple[str, int | None], Tensor] = {}
+        result = {}
+        for module in modules:
+            linear = self._linears[module]
+            if linear.layout is Layout.IN_OUT:
+                result[module] = LinearWeight(self._from_fused(linear, slabs))
+            elif self.is_quantized(module):
+                result[module] = self._quantized(module, linear)
+            else:
+                result[module] = LinearWeight(self._torch(linear.tensor, self._read(linear.tensor)))
+        return result
+
+    def is_quantized(self, module: str) -> bool:
+        """Whether the checkpoint holds scales for the module."""
+        own = self._linears[module].module
+        return any(f"{own}.{suffix}" in self.checkpoint.entries for suffix in SCALE_SUFFIXES)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor that is not quantized, by its runtime name, in the compute dtype."""
+        own = self._own(name)
+        return self._torch(own, self._read(own))
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of a tensor that is not quantized."""
+        own = self._own(name)
+        return self._torch(own, self._reader.matrix(own, None, rows))
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor of this runtime name is there."""
+        return self._own(name) in self.checkpoint.entries
+
+    def nbytes(self, modules: Iterable[str]) -> int:
+        """Bytes in the files of the given matrices."""
+        total = 0
+        for module in modules:
+            linear = self._linears[module]
+            if linear.layout is Layout.IN_OUT:
+                entry = self.checkpoint.entries[linear.tensor]
+                total += entry.nbytes * linear.numel // max(1, _count(entry.shape))
+            else:
+                total += sum(self.checkpoint.entries[name].nbytes for name in self._names(linear).values())
+        return total
+
+    def _own(self, name: str) -> str:
+        return rename(name, self._naming, self._source_naming)
+
+    def _names(self, linear: Linear) -> dict[str, str]:
+        names = {suffix: f"{linear.module}.{suffix}" for suffix in MODULE_SUFFIXES}
+        return {suffix: name for suffix, name in names.items() if name in self.checkpoint.entries}
+
+    def _read(self, name: str) -> NDArray[Any]:
+        if name not in self.checkpoint.entries:
+            raise SourceError(f"{name} is missing from {self.checkpoint.name}", hint="is the checkpoint complete?")
+        return self._reader.tensor(name)
+
+    def _torch(self, name: str, array: NDArray[Any]) -> Tensor:
+        return self._stored(name, array).to(self.device, self.dtype)
+
+    def _stored(self, name: str, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        kind = _VIEWS.get(self.checkpoint.entries[name].dtype)
+        return tensor if kind is None else tensor.view(kind)
+
+    def _from_fused(self, linear: Linear, slabs: dict[tuple[str, int | None], Tensor]) -> Tensor:
+        key = (linear.tensor, linear.expert)
+        if key not in slabs:
+            slabs[key] = self._torch(linear.tensor, self._reader.matrix(linear.tensor, linear.expert))
+        return slabs[key][:, linear.column : linear.column + linear.out_features].T
+
+    def _quantized(self, module: str, linear: Linear) -> LinearWeight:
+        scheme = self._quantization.scheme(module)
+        form = self._quantization.format_of(scheme)
+        arrays = {suffix: self._read(name) for suffix, name in self._names(linear).items()}
+        own = own_scheme(scheme, form) if "weight_g_idx" not in arrays else None
+        if own is not None:
+            values = dequantized(arrays, own, linear.out_features, linear.in_features, module)
+            weight = torch.from_numpy(values)
+        else:
+            stored = {suffix: self._stored(f"{linear.module}.{suffix}", array) for suffix, array in arrays.items()}
+            weight = decompressed(stored, scheme, form, module)
+        if scheme.input_activations is None:
+            weight = weight.to(self._model_dtype)
+        activations = None
+        if self._round_activations:
+            scale = arrays.get("input_scale")
+            stored_scale = None if scale is None else self._torch(f"{linear.module}.input_scale", scale)
+            activations = activations_of(scheme, stored_scale, module)
+        return LinearWeight(weight.to(self.device, self.dtype), activations)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
