@@ -97,7 +97,7 @@ def check_config(artifact: Artifact, found: Findings) -> None:
     raw = artifact.config.raw
     architectures = raw.get("architectures") or []
     multimodal = raw.get("model_type") == MULTIMODAL
-    if multimodal and artifact.config.vision is None:
+    if multimodal and raw.get("vision_config") is None:
         found.error("config", "vision_config", "is missing: transformers would build a vision tower of another size")
     wanted = "Llama4ForConditionalGeneration" if multimodal else "Llama4ForCausalLM"
     if architectures != [wanted]:

@@ -99,24 +99,28 @@ class _Examiner:
         if group is None or group.format is None or group.scheme is None:
             return
         scheme = group.scheme
-        scale = parts.get("weight_scale")
-        float_dtype = scale.dtype if scale is not None and scale.dtype in WEIGHT_DTYPES else "BF16"
         size = linear.out_features, linear.in_features
-        expected = stored_tensors(group.format, scheme, *size, float_dtype, static=group.static)
-        good = not self.unexpected(
-            parts[suffix].name for suffix in parts if suffix not in {tensor.suffix for tensor in expected}
-        )
+        expected = stored_tensors(group.format, scheme, *size, "BF16", static=group.static)
+        floats = {rule.suffix for rule in group.format.tensors if rule.dtype == "scale"}
+        suffixes = {tensor.suffix for tensor in expected}
+        good = not self.unexpected(entry.name for suffix, entry in parts.items() if suffix not in suffixes)
         for tensor in expected:
-            entry = parts.get(tensor.suffix)
-            if entry is None:
-                good = False
-                if not self.artifact.unreadable:
-                    self.found.error("missing", f"{linear.module}.{tensor.suffix}", f"{group.format.name} needs it")
-            else:
-                note = f" ({_told(group)})"
-                good &= self.right(entry, (tensor.dtype,), tensor.shape, note)
+            dtypes = WEIGHT_DTYPES if tensor.suffix in floats else (tensor.dtype,)
+            good &= self._stored(
+                f"{linear.module}.{tensor.suffix}", parts.get(tensor.suffix), dtypes, tensor.shape, group
+            )
         if good:
             self.matrices.append(Matrix(linear, scheme, parts))
+
+    def _stored(
+        self, name: str, entry: TensorEntry | None, dtypes: tuple[str, ...], shape: tuple[int, ...], group: Group
+    ) -> bool:
+        """Whether a tensor of a quantized matrix is there and right."""
+        if entry is not None:
+            return self.right(entry, dtypes, shape, f" ({_told(group)})")
+        if not self.artifact.unreadable:
+            self.found.error("missing", name, f"config_groups.{group.name} needs it")
+        return False
 
     def _group(self, module: str, kind: str) -> Group | None:
         """The group to check a quantized module by: what its runtimes take, else any that writes such tensors."""

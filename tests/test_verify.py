@@ -1,0 +1,330 @@
+"""Good artifacts verify clean, ours and compressed-tensors' own; every kind of damage is found by its rule."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import broken_artifacts as broken
+import pytest
+import vllm_artifacts as foreign
+
+from l4pack.artifact.manifest import MANIFEST_NAME
+from l4pack.artifact.verify import Verification, verify_artifact
+from l4pack.checkpoint.source import open_folder
+from l4pack.errors import SourceError
+from l4pack.plan import Limits, make_plan
+from l4pack.recipe import load_recipe, recipe_names
+from l4pack.run import run_plan
+
+ASYMMETRIC = """
+name: asymmetric
+title: Asymmetric int4 for a test
+schemes:
+  int4: {format: pack-quantized, num_bits: 4, strategy: group, group_size: 32, symmetric: false}
+rules:
+  - {roles: [routed_expert, shared_expert, dense_mlp], scheme: int4}
+  - {roles: all, scheme: keep}
+"""
+ODD = """
+name: odd
+title: Int4 with one scale a channel, in widths that leave the last word half empty
+schemes:
+  int4: {format: pack-quantized, num_bits: 4, strategy: channel, scale_dtype: float32}
+  tensor: {format: float-quantized, num_bits: 8, type: float, strategy: tensor, activations: dynamic_token}
+rules:
+  - {roles: [routed_expert], scheme: int4}
+  - {roles: [attention], scheme: tensor}
+  - {roles: all, scheme: keep}
+"""
+OWN_RECIPES = {"asymmetric": ASYMMETRIC, "odd": ODD}
+
+Make = Callable[..., Path]
+
+
+def complete(folder: Path) -> Path:
+    """Add the files a published Llama 4 has beside its weights."""
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Llama4ImageProcessorFast"}')
+    (folder / "processor_config.json").write_text('{"processor_class": "Llama4Processor"}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "LICENSE").write_text("LLAMA 4 COMMUNITY LICENSE AGREEMENT")
+    for name, text in (("tokenizer.json", '{"model": {}}'), ("tokenizer_config.json", "{}")):
+        if not (folder / name).exists():
+            (folder / name).write_text(text)
+    if not (folder / "generation_config.json").exists():
+        (folder / "generation_config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def source(checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """A tiny checkpoint with all its files, each kind made once."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str = "scout", **options: object) -> Path:
+        key = json.dumps([kind, options])
+        if key not in made:
+            folder = tmp_path_factory.mktemp("verify") / f"source-{kind}"
+            made[key] = complete(Path(shutil.copytree(checkpoint(kind, **options), folder)))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def artifact(source: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """An artifact of a tiny checkpoint, each made once."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(kind: str = "scout", recipe: str = "int4-rtn", shard_bytes: int = 10**9, **options: object) -> Path:
+        key = (kind, recipe, shard_bytes, json.dumps(options))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("verify")
+            name = recipe
+            if recipe in OWN_RECIPES:
+                (folder / f"{recipe}.yaml").write_text(OWN_RECIPES[recipe])
+                name = str(folder / f"{recipe}.yaml")
+            plan = make_plan(open_folder(source(kind, **options)), load_recipe(name), Limits(shard_bytes=shard_bytes))
+            run_plan(plan, folder / "artifact")
+            made[key] = folder / "artifact"
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def copy(artifact: Make, tmp_path: Path) -> Make:
+    """A copy of an artifact to break."""
+
+    def make(*arguments: object, **options: object) -> Path:
+        return Path(shutil.copytree(artifact(*arguments, **options), tmp_path / "artifact"))
+
+    return make
+
+
+def rules(result: Verification, level: str = "error") -> set[str]:
+    return {finding.rule for finding in result.findings if finding.level == level}
+
+
+def rounded_recipes() -> list[str]:
+    """Recipes that need no calibration text."""
+    recipes = [load_recipe(name) for name in recipe_names()]
+    return [recipe.name for recipe in recipes if {scheme.method for scheme in recipe.schemes.values()} == {"rtn"}]
+
+
+@pytest.mark.parametrize("kind", ["scout", "maverick", "text"])
+@pytest.mark.parametrize("recipe", [*rounded_recipes(), *OWN_RECIPES])
+def test_our_artifacts_verify_clean(kind: str, recipe: str, source: Make, artifact: Make) -> None:
+    folder = artifact(kind, recipe)
+    assert verify_artifact(folder).ok
+    result = verify_artifact(folder, open_folder(source(kind)))
+    assert result.ok
+    assert {finding.rule for finding in result.findings} <= {"runtime"}
+    plan = make_plan(open_folder(source(kind)), load_recipe(recipe)) if recipe not in OWN_RECIPES else None
+    tally = result.checked.tally
+    assert tally.matrices == tally.matrices_compared == tally.within_half_step > 0
+    assert tally.tensors == tally.digests
+    if plan is not None:
+        assert tally.tensors == len(plan.tensors)
+        assert tally.bytes == plan.weight_bytes
+        assert tally.matrices == sum(name is not None for _, name in plan.assigned)
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [("unfused", "bfloat16"), ("fused", "float16"), ("fused", "float32"), ("unfused", "float32")]
+)
+def test_sources_of_other_layouts_and_dtypes(layout: str, dtype: str, source: Make, artifact: Make) -> None:
+    options = {"layout": layout, "dtype": dtype}
+    for recipe in ("int4-rtn", "meta-fp8"):
+        folder = artifact("scout", recipe, **options)
+        result = verify_artifact(folder, open_folder(source("scout", **options)))
+        assert result.ok, result.findings
+
+
+MLP = "feed_forward"
+FOREIGN = {
+    "int4 symmetric": ({MLP: foreign.int_scheme()}, set()),
+    "int4 asymmetric": ({MLP: foreign.int_scheme(symmetric=False)}, {"runtime"}),
+    "int4 by channel": ({MLP: foreign.int_scheme(strategy="channel", group_size=None)}, set()),
+    "int8": ({MLP: foreign.int_scheme(num_bits=8)}, set()),
+    "fp8 by channel": ({MLP: foreign.fp8_scheme()}, set()),
+    "fp8 by block": ({MLP: foreign.fp8_scheme("block", foreign.GROUP_FP8)}, set()),
+    "fp8 static": ({MLP: foreign.fp8_scheme("tensor", foreign.TENSOR_FP8)}, set()),
+    "everything": ({"": foreign.int_scheme()}, {"runtime"}),
+    "attention in another scheme": ({"self_attn": foreign.fp8_scheme(), MLP: foreign.int_scheme()}, {"runtime"}),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("multimodal", [True, False])
+def test_artifacts_of_compressed_tensors_own_compressors_verify_clean(
+    name: str, multimodal: bool, tmp_path: Path
+) -> None:
+    schemes, warnings = FOREIGN[name]
+    origin = complete(
+        foreign.write_source(tmp_path / "source", foreign.model_config(interleave=2, multimodal=multimodal))
+    )
+    folder = foreign.write_artifact(origin, tmp_path / "artifact", schemes)
+    for file in origin.glob("*"):
+        if file.name not in ("config.json", "model.safetensors"):
+            shutil.copy(file, folder)
+    checkpoint = open_folder(origin)
+    for against in (None, checkpoint):
+        result = verify_artifact(folder, against)
+        assert result.ok, result.findings
+        assert rules(result, "warning") == warnings
+    assert result.checked.tally.matrices_compared == result.checked.tally.matrices > 0
+
+
+@pytest.mark.parametrize("name", broken.BROKEN)
+def test_damage_is_found_by_its_rule(name: str, source: Make, copy: Make) -> None:
+    item = broken.BROKEN[name]
+    folder = copy("scout", item.recipe)
+    item.damage(folder)
+    if item.source:
+        keep_manifest_honest(folder)
+    else:
+        broken.unsigned(folder)
+    result = verify_artifact(folder, open_folder(source()) if item.source else None)
+    assert not result.ok
+    assert rules(result) == item.rules, result.findings
+    assert any(item.places in finding.where for finding in result.findings if finding.level == "error")
+
+
+def keep_manifest_honest(folder: Path) -> None:
+    """Damage done before the digests were taken: they agree with the files, and the recipe still says RTN."""
+    from hashlib import sha256
+
+    from l4pack.checkpoint.reader import Reader
+
+    entries = open_entries(folder)
+    with Reader(entries, lambda file: folder / file) as reader:
+        digests = {name: {"sha256": sha256(reader.tensor(name).tobytes()).hexdigest()} for name in entries}
+    broken.edit_json(folder, lambda manifest: manifest.update(tensors=digests), MANIFEST_NAME)
+
+
+def open_entries(folder: Path) -> dict:
+    from l4pack.checkpoint.header import read_header
+
+    return read_header(folder / "model.safetensors", "model.safetensors")
+
+
+@pytest.mark.parametrize("name", broken.BROKEN_SHARDS)
+def test_damage_of_shards_and_index(name: str, copy: Make) -> None:
+    item = broken.BROKEN_SHARDS[name]
+    folder = copy("scout", "int4-rtn", shard_bytes=500_000)
+    assert verify_artifact(folder).ok
+    item.damage(broken.unsigned(folder))
+    result = verify_artifact(folder)
+    assert not result.ok
+    assert rules(result) == item.rules, result.findings
+    assert any(item.places in finding.where for finding in result.findings)
+
+
+def test_any_changed_byte_differs_from_the_manifest(copy: Make) -> None:
+    folder = copy("scout", "fp8")
+    names = [f"{broken.GATE}.weight", "language_model.lm_head.weight", f"{broken.GATE}.weight_scale"]
+    broken.edit(folder, lambda tensors: [flip(tensors[name]) for name in names] and tensors)
+    result = verify_artifact(folder)
+    assert sorted(finding.where for finding in result.findings if finding.rule == "digest") == sorted(names)
+    assert rules(result) == {"digest"}
+
+
+def flip(tensor: broken.torch.Tensor) -> None:
+    tensor.view(broken.torch.uint8).view(-1)[0] ^= 1
+
+
+def test_manifest_that_lists_other_tensors_or_is_no_json(copy: Make) -> None:
+    folder = copy()
+    broken.edit_json(folder, lambda manifest: manifest["tensors"].popitem(), MANIFEST_NAME)
+    assert rules(verify_artifact(folder)) == {"digest"}
+    (folder / MANIFEST_NAME).write_text("{")
+    assert rules(verify_artifact(folder)) == {"digest"}
+
+
+def test_words_filled_up_with_other_than_zeros(source: Make, artifact: Make, copy: Make) -> None:
+    options = {"intermediate_size": 132}
+    assert verify_artifact(artifact("scout", "odd", **options), open_folder(source("scout", **options))).ok
+    folder = broken.unsigned(copy("scout", "odd", **options))
+    name = f"{broken.DOWN}.weight_packed"
+
+    def fill(words: broken.torch.Tensor) -> broken.torch.Tensor:
+        words[7, -1] |= 1 << 20
+        return words
+
+    broken.put(name, fill)(folder)
+    result = verify_artifact(folder)
+    assert [(finding.rule, finding.where) for finding in result.findings if finding.level == "error"] == [
+        ("packing", name)
+    ]
+
+
+def test_dead_weights_are_no_damage_when_nothing_else_is_asked(copy: Make) -> None:
+    """Biases may be all zeros."""
+    folder = broken.unsigned(copy())
+    name = "vision_model.layernorm_pre.bias"
+    broken.put(name, broken.torch.zeros_like)(folder)
+    assert verify_artifact(folder).ok
+
+
+def test_a_sample_compares_as_many_matrices_as_it_says(source: Make, artifact: Make) -> None:
+    against = open_folder(source())
+    first, again = (verify_artifact(artifact(), against, sample=7) for _ in range(2))
+    assert first == again
+    assert first.ok
+    assert first.checked.tally.matrices_compared == 7
+    assert first.checked.sampled_of == first.checked.tally.matrices > 7
+    assert verify_artifact(artifact(), against, sample=10**6).checked.sampled_of is None
+
+
+def test_a_model_of_another_shape_is_not_compared(source: Make, artifact: Make) -> None:
+    result = verify_artifact(artifact("scout"), open_folder(source("maverick")))
+    assert not result.ok
+    assert "config" in rules(result)
+    assert result.checked.tally.matrices_compared == 0
+
+
+def test_another_seed_of_the_same_model_is_another_model(source: Make, artifact: Make) -> None:
+    result = verify_artifact(artifact(), open_folder(source("scout", seed=1)))
+    assert {"weights", "kept"} <= rules(result)
+    assert sum(finding.rule == "weights" for finding in result.findings) == result.checked.tally.matrices
+
+
+def test_an_unquantized_checkpoint_is_not_an_artifact(source: Make) -> None:
+    result = verify_artifact(source())
+    assert not result.ok
+    assert {"stanza", "fused"} <= rules(result)
+
+
+def test_progress_counts_every_tensor_byte(source: Make, artifact: Make) -> None:
+    seen: list[int] = []
+    result = verify_artifact(artifact(), open_folder(source()), advance=seen.append)
+    assert sum(seen) == result.checked.tally.bytes
+
+
+@pytest.mark.parametrize("damage", ["gone", "no config", "no weights", "other model"])
+def test_what_can_not_be_opened(damage: str, copy: Make) -> None:
+    folder = copy()
+    if damage == "gone":
+        shutil.rmtree(folder)
+    elif damage == "no config":
+        (folder / "config.json").unlink()
+    elif damage == "no weights":
+        (folder / "model.safetensors").unlink()
+    else:
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(SourceError):
+        verify_artifact(folder)
+
+
+def test_attention_that_vllm_can_not_permute_is_a_warning(tmp_path: Path) -> None:
+    schemes = {
+        "self_attn": foreign.fp8_scheme("block", foreign.GROUP_FP8),
+        "feed_forward": foreign.int_scheme(symmetric=False),
+    }
+    origin = complete(foreign.write_source(tmp_path / "source", foreign.model_config(head_dim=128)))
+    folder = foreign.write_artifact(origin, tmp_path / "artifact", schemes)
+    messages = [finding.message for finding in verify_artifact(folder).findings if finding.rule == "runtime"]
+    assert any(message.startswith("vllm") and "block scales of q_proj and k_proj" in message for message in messages)
