@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -65,3 +66,28 @@ def l4pack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return Ended(code, written.out, written.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def artifact(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """An artifact made from `checkpoint(kind, ...)` by a recipe's name, each made once and not to be changed."""
+    from l4pack.checkpoint.open import open_source
+    from l4pack.plan import make_plan
+    from l4pack.recipe import load_recipe
+    from l4pack.run import run_plan
+
+    made: dict[str, Path] = {}
+
+    def make_once(recipe: str, kind: str = "scout", **options: Any) -> Path:
+        key = json.dumps([recipe, kind, options], sort_keys=True)
+        if key not in made:
+            plan = make_plan(open_source(str(checkpoint(kind, **options))), load_recipe(recipe))
+            made[key] = run_plan(plan, tmp_path_factory.mktemp("artifacts") / f"{kind}-{recipe}").out
+        return made[key]
+
+    return make_once
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Hex SHA-256 of every file of a folder, by name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}

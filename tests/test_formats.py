@@ -1,0 +1,94 @@
+"""Formats: the tensors a format file declares are those that compressed-tensors itself writes and reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+from l4pack.errors import RecipeError
+from l4pack.formats import FormatSpec, check_accepts, format_names, load_format, stored_tensors
+from l4pack.quant.scheme import Scheme
+
+NAMES = {torch.int32: "I32", torch.int64: "I64", torch.bfloat16: "BF16", torch.float32: "F32",
+         torch.float8_e4m3fn: "F8_E4M3"}  # fmt: skip
+
+INT = [
+    {"num_bits": bits, "strategy": "group", "group_size": size, "symmetric": symmetric}
+    for bits in (4, 8) for size in (32, 64, 128) for symmetric in (True, False)
+]  # fmt: skip
+INT += [{"num_bits": 4, "strategy": "channel", "symmetric": symmetric} for symmetric in (True, False)]
+FLOAT = [{"num_bits": 8, "type": "float", "strategy": strategy} for strategy in ("channel", "tensor")]
+FLOAT.append({"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]})
+
+
+def test_shipped_formats():
+    assert format_names() == ["float-quantized", "pack-quantized"]
+    for name in format_names():
+        spec = load_format(name)
+        assert spec.name == name
+        assert {reader.runtime for reader in spec.readers} >= {"vllm", "transformers", "sglang"}
+
+
+@pytest.mark.parametrize("numbers", [*INT, *FLOAT], ids=str)
+@pytest.mark.parametrize("shape", [(256, 128), (384, 256)])
+def test_the_declared_tensors_are_compressed_tensors_own(numbers, shape):
+    name = "float-quantized" if numbers.get("type") == "float" else "pack-quantized"
+    out_features, in_features = shape
+    scheme = Scheme.model_validate(numbers)
+    check_accepts(load_format(name), scheme, "none", "test")
+    ours = {
+        each.suffix: (each.dtype, each.shape)
+        for each in stored_tensors(load_format(name), scheme, out_features, in_features, "BF16")
+    }
+    theirs = _compressed(name, numbers, ours["weight_scale"][1], out_features, in_features)
+    assert ours == {key: (NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in theirs.items()}
+
+
+def _compressed(name, numbers, scale_shape, out_features, in_features):
+    """What compressed-tensors makes of a module with this scheme."""
+    weights = QuantizationArgs(**numbers)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, format=name)
+    state = {
+        "weight": torch.randn(out_features, in_features, dtype=torch.bfloat16),
+        "weight_scale": torch.ones(scale_shape, dtype=torch.bfloat16),
+    }
+    if not weights.symmetric:
+        state["weight_zero_point"] = torch.zeros(scale_shape, dtype=torch.int8)
+    compressor = BaseCompressor.get_value_from_registry(CompressionFormat(name).value)
+    return compressor.compress(state, scheme)
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "activations", "key"),
+    [
+        ("pack-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}, "none", "type"),
+        ("float-quantized", INT[0], "none", "type"),
+        ("pack-quantized", {**INT[0], "group_size": 16}, "none", "group_size"),
+        ("pack-quantized", INT[0], "dynamic_token", "activations"),
+    ],
+)
+def test_schemes_a_format_cannot_hold(name, numbers, activations, key):
+    with pytest.raises(RecipeError, match=rf"here\.{key}: format {name} can't hold") as caught:
+        check_accepts(load_format(name), Scheme.model_validate(numbers), activations, "here")
+    assert caught.value.hint.startswith("it takes [")
+
+
+def test_unknown_formats_and_keys():
+    with pytest.raises(RecipeError, match="no format is named 'gguf'"):
+        load_format("gguf")
+    spec = load_format("pack-quantized").model_dump(mode="json")
+    for change in ({"extra": 1}, {"tensors": [{**spec["tensors"][0], "dtype": "I31"}]}):
+        with pytest.raises(ValueError, match=r"Extra inputs|not a safetensors dtype"):
+            FormatSpec.model_validate({**spec, **change})
+
+
+def test_ragged_shapes_round_up():
+    scheme = Scheme.model_validate({**FLOAT[2]})
+    stored = stored_tensors(load_format("float-quantized"), scheme, 200, 130, "F32")
+    assert [(each.suffix, each.dtype, each.shape) for each in stored] == [
+        ("weight", "F8_E4M3", (200, 130)),
+        ("weight_scale", "F32", (2, 2)),
+    ]
