@@ -53,6 +53,7 @@ GOOD = {
     "maverick-int4": ("maverick", {MLP: int_scheme()}),
     "maverick-fp8": ("maverick", {EVERYTHING: fp8_scheme()}),
     "maverick-int4-fp8": ("maverick", {EXPERTS: int_scheme(), SHARED: fp8_scheme()}),
+    "maverick-one-layer": ("maverick", {r"layers\.1\.feed_forward": fp8_scheme()}),
     "text-int4": ("text", {MLP: int_scheme()}),
     "text-fp8": ("text", {EVERYTHING: fp8_scheme()}),
 }

@@ -32,7 +32,7 @@ class ClassReport:
     """The worst over all matrices of one kind, such as `self_attn.q_proj`."""
 
     matrices: int = 0
-    num_bits: int | None = None
+    num_bits: int | None = None  # the fewest of any layer, None where no layer is quantized
     max_relative_error: float = 0.0  # largest |difference| over largest |source|
     max_rms_error: float = 0.0  # ||difference|| over ||source||
     exact: bool = True
@@ -65,7 +65,8 @@ def _measure(matrix: Matrix, expected: torch.Tensor, report: ClassReport, exact:
     rms = float(difference.norm() / expected.norm().clamp_min(1e-30))
     relative = float(difference.abs().max() / expected.abs().max().clamp_min(1e-30))
     report.matrices += 1
-    report.num_bits = matrix.num_bits
+    if matrix.num_bits is not None:
+        report.num_bits = min(matrix.num_bits, report.num_bits or matrix.num_bits)
     report.exact &= same
     report.max_relative_error = max(report.max_relative_error, relative)
     if rms >= report.max_rms_error:
