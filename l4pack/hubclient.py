@@ -38,7 +38,6 @@ _HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
     base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception) and base is not OSError
 )
 _FAILURES: tuple[type[Exception], ...] = (OSError, *_HTTP_ERRORS)
-_REPEATED: tuple[type[Exception], ...] = (HfHubHTTPError, *_HTTP_ERRORS)
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 ATTEMPTS = 5
 LONGEST_WAIT = 60.0
@@ -73,16 +72,28 @@ def hub_errors(api: HfApi, repo_id: str, revision: str | None = None) -> Iterato
         raise explained from None
 
 
-def patiently(call: Callable[[], _Result]) -> _Result:
-    """The result of a call that may be repeated, tried again while the Hub is busy, failing or out of reach."""
+def patiently(call: Callable[[], _Result], *, signed: str | None = None) -> _Result:
+    """The result of a call that may be repeated, tried again while the Hub is busy, failing or out of reach.
+
+    With `signed`, the endpoint, refusals by another host are tried again too: the call asks for fresh addresses, and
+    the old ones may have expired, or what arrived there may have been damaged on its way.
+    """
     for attempt in range(1, ATTEMPTS):
         try:
             return call()
-        except _REPEATED as error:
-            if _status(error) not in (None, *_TRANSIENT):
+        except Exception as error:
+            cause = _cause(error)
+            if not _repeatable(cause, signed):
                 raise
-            time.sleep(min(retry_after(error) or 2.0 ** (attempt - 1), LONGEST_WAIT))
+            time.sleep(min(retry_after(cause) or 2.0 ** (attempt - 1), LONGEST_WAIT))
     return call()
+
+
+def _repeatable(error: BaseException, signed: str | None) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        elsewhere = signed is not None and not str(error.response.url).startswith(f"{signed}/")
+        return error.response.status_code in _TRANSIENT or elsewhere
+    return isinstance(error, _HTTP_ERRORS)
 
 
 def retry_after(error: BaseException) -> float | None:
@@ -97,10 +108,6 @@ def _cause(error: Exception) -> BaseException:
     while cause is not None and not isinstance(cause, _FAILURES):
         cause = cause.__cause__
     return cause or error
-
-
-def _status(error: BaseException) -> int | None:
-    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
 def _explained(error: BaseException, api: HfApi, repo_id: str, revision: str | None) -> HubError | None:

@@ -180,13 +180,13 @@ class HubHandler(Handler):
         if not request:
             self.need_write(name)
         files = dict(repo.commits[self.at(repo, revision)])
-        title = ""
+        header: dict[str, str] = {}
         for line in body.splitlines():
             item = json.loads(line)
-            title = item["value"]["summary"] if item["key"] == "header" else title
+            header = item["value"] if item["key"] == "header" else header
             self._apply(item["key"], item["value"], files, repo.resolve(revision))
         number = sum(ref.startswith("refs/pr/") for ref in repo.refs) + 1
-        sha = repo.commit(files, f"refs/pr/{number}" if request else revision, title)
+        sha = repo.commit(files, f"refs/pr/{number}" if request else revision, header["summary"], header["description"])
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.endpoint}/{name}/commit/{sha}"}
         return Reply(
             200, answer | ({"pullRequestUrl": f"{self.hub.endpoint}/{name}/discussions/{number}"} if request else {})
@@ -206,6 +206,17 @@ class HubHandler(Handler):
             files[value["path"]] = Blob(content + b"\n" if wrong else content, True)
         elif key == "deletedFile":
             del files[value["path"]]
+
+    def commits(self, _: bytes, name: str, revision: str) -> Reply:
+        repo = self.repo(name)
+        self.at(repo, revision)
+        return Reply(
+            200,
+            [
+                {"id": sha, "title": title, "message": text, "authors": [], "date": "2026-01-01T00:00:00.000Z"}
+                for sha, title, text in reversed(repo.log)
+            ],
+        )
 
     def tag(self, body: bytes, name: str, revision: str) -> Reply:
         self.need_write(name)
@@ -268,6 +279,7 @@ ROUTES = [
     (rf"GET {_MODEL}/revision/(.+)", HubHandler.info),
     (rf"GET {_MODEL}/tree/([^?]+)", HubHandler.tree),
     (rf"GET {_MODEL}/refs", HubHandler.refs),
+    (rf"GET {_MODEL}/commits/(.+)", HubHandler.commits),
     (rf"POST {_MODEL}/paths-info/(.+)", HubHandler.paths_info),
     (rf"(?:GET|HEAD) /{_ID}/resolve/((?:refs/pr/)?[^/]+)/(.+)", HubHandler.resolve),
     (r"POST /api/repos/create", HubHandler.create),

@@ -58,16 +58,16 @@ class Repo:
     private: bool = False
     gated: bool = False
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
-    titles: list[str] = field(default_factory=list)
+    log: list[tuple[str, str, str]] = field(default_factory=list)  # commit, title, description
     refs: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, files: Mapping[str, Blob], ref: str = "main", title: str = "commit") -> str:
+    def commit(self, files: Mapping[str, Blob], ref: str = "main", title: str = "commit", text: str = "") -> str:
         facts = f"{self.name} {len(self.commits)} {title} " + " ".join(sorted(f"{p}:{b.oid}" for p, b in files.items()))
         sha = hashlib.sha1(facts.encode()).hexdigest()
         self.commits[sha] = dict(files)
         self.refs[ref] = sha
-        self.titles.append(title)
+        self.log.append((sha, title, text))
         return sha
 
     def resolve(self, revision: str) -> str | None:

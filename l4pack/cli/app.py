@@ -11,7 +11,9 @@ from l4pack.cli import console
 from l4pack.cli.budget import budget_app, devices
 from l4pack.cli.inspect import inspect
 from l4pack.cli.licence import licence
+from l4pack.cli.package import package
 from l4pack.cli.plan import plan
+from l4pack.cli.push import push
 from l4pack.cli.quantize import quantize
 from l4pack.cli.recipes import formats, recipes
 from l4pack.cli.verify import verify
@@ -42,6 +44,6 @@ def _root(
     del version
 
 
-for command in (inspect, plan, quantize, verify, licence, recipes, formats, devices):
+for command in (inspect, plan, quantize, verify, licence, package, push, recipes, formats, devices):
     app.command()(command)
 app.add_typer(budget_app, name="budget")

@@ -1,0 +1,67 @@
+"""`l4pack package`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from l4pack.checkpoint.open import open_source
+from l4pack.cli import console
+from l4pack.cli.options import Artifact, AsJson
+from l4pack.publish import Packaged, Wishes, package_artifact
+
+
+def package(
+    folder: Artifact,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="Its name; derived from source and recipe unless given."),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--source", metavar="SOURCE", help="The original, where the folder lacks its licence.", show_default=False
+        ),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            "--base-model", metavar="ORG/NAME", help="The original's repository, for the card.", show_default=False
+        ),
+    ] = None,
+    template: Annotated[
+        Path | None,
+        typer.Option("--template", metavar="FILE", help="Your own card (Jinja); the licence block stays."),
+    ] = None,
+    gated: Annotated[bool, typer.Option("--gated", help="Put the fields of a gated repository on the card.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Complete an artifact's folder for publication: licence, notice, model card and name, all checked.
+
+    Example: `l4pack package scout-int4 --base-model meta-llama/Llama-4-Scout-17B-16E-Instruct`
+    """
+    original = None if source is None else open_source(source)
+    wishes = Wishes(name=name, base_model=base_model, template=template, gated=gated)
+    result = package_artifact(folder, original, wishes)
+    if as_json:
+        console.show_json(package_record(result))
+    else:
+        console.show(*package_view(folder, result))
+
+
+def package_record(result: Packaged) -> dict[str, object]:
+    """What packaging did, as JSON."""
+    return {"name": result.name, "written": list(result.written), "licence": result.audit.record()}
+
+
+def package_view(folder: Path, result: Packaged) -> list[str]:
+    """What packaging did, for people."""
+    wrote = ", ".join(result.written) or "nothing: all of it was there"
+    return [
+        f"[bold]{console.plain(result.name)}[/bold]",
+        f"wrote    {console.plain(wrote)}",
+        f"licence  {result.audit.policy.title}, {result.audit.duties} duties met",
+        f"next: l4pack push {console.plain(folder)} ORGANISATION/{console.plain(result.name)} --dry-run",
+    ]

@@ -1,0 +1,105 @@
+"""`l4pack push`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import RenderableType
+
+from l4pack.artifact.upload import MAIN, Action, Target, Uploaded, UploadPlan
+from l4pack.checkpoint.source import HUB_ID
+from l4pack.cli import console
+from l4pack.cli.options import Artifact, AsJson
+from l4pack.errors import UsageError
+from l4pack.publish import check_ready, plan_push, push_artifact
+from l4pack.units import human_bytes
+
+
+def push(
+    folder: Artifact,
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public; private unless said.")] = False,
+    revision: Annotated[str, typer.Option("--revision", metavar="BRANCH", help="The branch to put it on.")] = MAIN,
+    pull_request: Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")] = False,
+    tag: Annotated[str | None, typer.Option("--tag", metavar="TAG", help="Tag the commit.", show_default=False)] = None,
+    collection: Annotated[
+        str | None, typer.Option("--collection", metavar="SLUG", help="Add it to a collection.", show_default=False)
+    ] = None,
+    gated: Annotated[bool, typer.Option("--gated", help="Let readers in by request only.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that l4pack did not put there.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would happen and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload an artifact to the Hub, once verify, licence, gates and budget pass; then compare every digest.
+
+    The same command goes on after any interruption. The token is the one `hf auth login` or HF_TOKEN gives.
+
+    Example: `l4pack push scout-int4 my-org/Llama-4-Scout-17B-16E-Instruct-W4A16-g128 --dry-run`
+    """
+    if HUB_ID.fullmatch(repository) is None or "@" in repository:
+        raise UsageError(f"'{repository}' is not a repository's name", hint="write ORGANISATION/NAME")
+    target = Target(repository, revision, public, pull_request, overwrite, gated, tag, collection)
+    ready = _check(folder, target)
+    plan = plan_push(folder, target)
+    if not as_json:
+        (console.show if dry_run else console.talk)(*plan_view(plan, ready))
+    done = None if dry_run else _upload(plan)
+    if as_json:
+        console.show_json(push_record(plan, done))
+    elif done is not None:
+        console.show(*done_view(plan, done))
+
+
+def _check(folder: Path, target: Target) -> list[str]:
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    with console.progress("verifying", total) as bar:
+        return check_ready(folder, target.repo_id.rpartition("/")[2], gated=target.gated, advance=bar.advance)
+
+
+def _upload(plan: UploadPlan) -> Uploaded:
+    with console.progress("uploading", plan.send_bytes) as bar:
+        return push_artifact(plan, advance=bar.advance)
+
+
+def push_record(plan: UploadPlan, done: Uploaded | None) -> dict[str, Any]:
+    """A push as JSON; `commit` is null for a dry run."""
+    return {
+        "repository": plan.target.repo_id,
+        "revision": plan.target.revision,
+        "private": plan.private,
+        "creates_repository": not plan.exists,
+        "send_bytes": plan.send_bytes,
+        "files": [{"name": step.name, "bytes": step.size, "action": step.action.value} for step in plan.steps],
+        "commit": done.commit if done else None,
+        "url": done.url if done else None,
+        "pull_request": done.pull_request if done else None,
+    }
+
+
+def plan_view(plan: UploadPlan, ready: list[str]) -> list[RenderableType]:
+    """What a push will do, for people."""
+    target = plan.target
+    table = console.table("File", ">Size", "What happens")
+    for step in plan.steps:
+        table.add_row(console.plain(step.name), human_bytes(step.size), step.action.value)
+    repository = "a pull request to" if target.pull_request else "branch" if plan.exists else "a new repository, branch"
+    visible = "private" if plan.private else "[yellow]public[/yellow]"
+    where = f"{repository} {console.plain(target.revision)} of [bold]{console.plain(target.repo_id)}[/bold], {visible}"
+    replaced = len(plan.names(Action.REPLACE)) + len(plan.names(Action.DELETE))
+    counts = f"{human_bytes(plan.send_bytes)} to send, {replaced} files replaced or deleted"
+    return [*(console.plain(line) for line in ready), "", where, "", table, "", counts]
+
+
+def done_view(plan: UploadPlan, done: Uploaded) -> list[str]:
+    """What a push did, for people."""
+    kept = len(plan.names(Action.KEEP))
+    lines = [
+        f"[bold]{console.plain(done.pull_request or done.url)}[/bold] at commit {done.commit}",
+        f"{done.files} files sent, {kept} were there already; every digest agrees",
+    ]
+    reader = f"l4pack licence {plan.target.repo_id}"
+    return [*lines, f"next: {console.plain(reader)}"]

@@ -1,0 +1,336 @@
+"""Packaging and publishing an artifact: everything that must go with it, and everything that must be true first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from l4pack.artifact.card import CardFacts, Fit, render_card
+from l4pack.artifact.licence import (
+    CARD_NAME,
+    Audit,
+    Card,
+    Materials,
+    audit_materials,
+    folder_materials,
+    governing_policy,
+)
+from l4pack.artifact.manifest import MANIFEST_NAME
+from l4pack.artifact.names import check_name, derive_name
+from l4pack.artifact.policy import Duty, Policy
+from l4pack.artifact.upload import Target, Uploaded, UploadPlan, local_files, plan_upload, upload
+from l4pack.artifact.verify import verify_artifact
+from l4pack.budget.devices import find_host, load_devices
+from l4pack.budget.load import Load
+from l4pack.budget.matrix import HOSTS, matrix
+from l4pack.budget.model import budget
+from l4pack.checkpoint.source import HUB_ID, Checkpoint
+from l4pack.errors import BudgetError, L4packError, LicenceError, QualityError, SourceError, UsageError
+from l4pack.hubclient import hub_api, hub_errors, patiently
+from l4pack.model.config import parse_config
+from l4pack.recipe import Gates, Promise, Recipe
+from l4pack.subject import open_subject
+from l4pack.units import human_gib
+
+ACCURACY_NAME = "accuracy.json"
+MAX_SMALL_FILE = 2_000_000
+GATED_KEY = "extra_gated_prompt"
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a user may say about a package; None means what follows from the artifact."""
+
+    name: str | None = None
+    base_model: str | None = None
+    template: Path | None = None
+    gated: bool = False
+    endpoint: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A packaged artifact."""
+
+    name: str
+    written: tuple[str, ...]
+    audit: Audit
+
+
+def package_artifact(folder: Path, source: Checkpoint | None = None, wishes: Wishes | None = None) -> Packaged:
+    """Put licence, notice and card into an artifact's folder, under a name that may be used.
+
+    Licence files come from `source`, or from the repository and revision in the manifest; they are never made up.
+    The same artifact gives the same bytes. Raises LicenceError, UsageError, SourceError, HubError.
+    """
+    wishes = wishes or Wishes()
+    manifest = read_manifest(folder)
+    recipe = Recipe.model_validate(manifest["recipe"])
+    base = _base_model(manifest, wishes)
+    policy = governing_policy(_without_card(folder, base))
+    name = wishes.name or derive_name(str(manifest["source"]["name"]), recipe)
+    check_name(name, policy.name)
+    written = [*_duty_files(folder, policy, manifest, source, wishes.endpoint)]
+    card = render_card(_facts(folder, name, policy, manifest, source, base, wishes), wishes.template)
+    written += _write(folder, CARD_NAME, card)
+    result = audit_materials(folder_materials(folder, name))
+    if not result.ok:
+        raise _licence_error(result)
+    return Packaged(name, tuple(written), result)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """An artifact's manifest. Raises UsageError when there is none that can be read."""
+    path = folder / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_bytes())
+        if not isinstance(manifest["source"], dict) or not isinstance(manifest["recipe"], dict):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        hint = "package a folder that l4pack quantize made"
+        raise UsageError(f"{folder} has no readable {MANIFEST_NAME}", hint=hint) from error
+    return dict(manifest)
+
+
+def check_ready(
+    folder: Path, name: str, *, gated: bool = False, advance: Callable[[int], None] | None = None
+) -> list[str]:
+    """Everything that must be true before an artifact leaves; what was checked, in words.
+
+    Raises LicenceError (a duty or the name), BudgetError (the recipe's promise), QualityError (its gates), or
+    L4packError (what `verify` found).
+    """
+    result = audit_materials(folder_materials(folder, name))
+    if not result.ok:
+        raise _licence_error(result)
+    done = [f"licence: {result.policy.title}, {result.duties} duties met"]
+    _check_gating(folder, gated=gated)
+    promise = Recipe.model_validate(read_manifest(folder)["recipe"]).promise
+    if promise is None:
+        done.append("budget and gates: the recipe promises none")
+    else:
+        done += [_check_budget(folder, promise), _check_gates(folder, promise.gates)]
+    verification = verify_artifact(folder, advance=advance)
+    if not verification.ok:
+        first = next((found for found in verification.findings if found.level == "error"), None)
+        what = f"{first.where}: {first.message}" if first else "nothing could be checked"
+        raise L4packError(f"{folder} does not verify: {what}", hint=f"l4pack verify {folder} lists all findings")
+    return [*done, f"verify: {verification.checked.tally.matrices} quantized matrices and every other tensor in order"]
+
+
+def plan_push(folder: Path, target: Target, *, endpoint: str | None = None) -> UploadPlan:
+    """What a push would do; changes nothing. Raises HubError."""
+    return plan_upload(hub_api(endpoint, None), target, local_files(folder))
+
+
+def push_artifact(
+    plan: UploadPlan, *, endpoint: str | None = None, advance: Callable[[int], None] = lambda _: None
+) -> Uploaded:
+    """Upload as planned and compare digests. Raises HubError."""
+    name = plan.target.repo_id.rpartition("/")[2]
+    return upload(hub_api(endpoint, None), plan, f"Upload {name} with l4pack", advance)
+
+
+def _licence_error(result: Audit) -> LicenceError:
+    first = result.findings[0]
+    more = f", and {len(result.findings) - 1} more" if len(result.findings) > 1 else ""
+    return LicenceError(
+        f"{first.where}: {first.message}{more}", hint=f"l4pack licence {result.where} --name {result.name} lists all"
+    )
+
+
+def _check_gating(folder: Path, *, gated: bool) -> None:
+    card = Card.parse((folder / CARD_NAME).read_text(encoding="utf-8"))
+    if gated and GATED_KEY not in card.metadata:
+        raise UsageError(f"the card has no {GATED_KEY}", hint=f"run l4pack package {folder} --gated first")
+
+
+def _check_budget(folder: Path, promise: Promise) -> str:
+    load = Load(context=promise.context, sequences=promise.sequences, kv_dtype=promise.kv_dtype)
+    found = budget(open_subject(str(folder)), find_host(promise.device, load_devices()), load)
+    what = f"{promise.context:,} tokens on {promise.device}"
+    if not found.fits:
+        raise BudgetError(
+            f"the recipe promises {what}, which lacks {human_gib(-found.headroom_bytes)}",
+            hint=f"l4pack budget {folder} --device {promise.device} --context {promise.context} shows every line",
+        )
+    return f"budget: {what} fits, {human_gib(found.headroom_bytes)} to spare"
+
+
+def _check_gates(folder: Path, gates: Gates) -> str:
+    asked = {key: value for key, value in gates.model_dump().items() if value is not None}
+    if not asked:
+        return "gates: the recipe has none"
+    measured = read_accuracy(folder)
+    if measured is None:
+        raise QualityError("the recipe has gates, and accuracy was not measured", hint="run l4pack evaluate first")
+    missed = missed_gates(gates, measured)
+    if missed:
+        raise QualityError(f"gate missed: {missed[0]}", hint="a less aggressive recipe keeps more accuracy")
+    return f"gates: {', '.join(sorted(asked))} met"
+
+
+def missed_gates(gates: Gates, measured: Mapping[str, Any]) -> list[str]:
+    """Gates that the measured accuracy does not pass, in words. Raises UsageError when a number is absent."""
+    keys = ("perplexity_artifact", "perplexity_reference", "kl_mean", "top1_agreement")
+    numbers = {key: measured.get(key) for key in keys}
+    bad = next((key for key, value in numbers.items() if not isinstance(value, int | float) or not value >= 0), None)
+    if bad is not None or not numbers["perplexity_reference"]:
+        raise UsageError(f"{ACCURACY_NAME}: {bad or keys[1]} is no usable number", hint="run l4pack evaluate again")
+    checks = [
+        ("KL divergence", measured["kl_mean"], gates.max_kl, 1),
+        ("agreement", measured["top1_agreement"], gates.min_agreement, -1),
+        ("perplexity ratio", measured[keys[0]] / measured[keys[1]], gates.max_perplexity_ratio, 1),
+    ]
+    return [
+        f"{what} {value:.6g}, the limit is {limit:g}"
+        for what, value, limit, sign in checks
+        if limit is not None and sign * value > sign * limit
+    ]
+
+
+def read_accuracy(folder: Path) -> dict[str, Any] | None:
+    """The artifact's paired accuracy, None when it was not measured. Raises UsageError when it can't be read."""
+    path = folder / ACCURACY_NAME
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON ({error})", hint="run l4pack evaluate again") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} is not an object", hint="run l4pack evaluate again")
+    return value
+
+
+def _base_model(manifest: Mapping[str, Any], wishes: Wishes) -> str | None:
+    base = wishes.base_model or manifest["source"].get("repository")
+    if base is not None and (HUB_ID.fullmatch(base) is None or "@" in base):
+        raise UsageError(f"'{base}' is not a repository's name", hint="write --base-model ORGANISATION/NAME")
+    return str(base) if base else None
+
+
+def _without_card(folder: Path, base: str | None) -> Materials:
+    """The folder as its licence is decided by: with its lineage, and without a card of its own."""
+    there = folder_materials(folder)
+    card = f"---\nbase_model: {base}\n---\n".encode() if base else b""
+    return Materials(
+        there.where,
+        folder.resolve().name,
+        there.files | {CARD_NAME},
+        lambda file: card if file == CARD_NAME else there.load(file),
+    )
+
+
+def _duty_files(
+    folder: Path, policy: Policy, manifest: Mapping[str, Any], source: Checkpoint | None, endpoint: str | None
+) -> list[str]:
+    """Bring in every file the licence asks for that is not there yet."""
+    written = []
+    for duty in policy.duties:
+        there = folder_materials(folder).find(duty.files or ["."])
+        if duty.files is None or (there is not None and duty.origin == "source"):
+            continue
+        if duty.origin == "written":
+            written += _write(folder, there or duty.files[0], "\n\n".join(duty.contains) + "\n")
+        else:
+            written += _write(folder, *_from_source(duty, manifest, source, endpoint))
+    return written
+
+
+def _from_source(
+    duty: Duty, manifest: Mapping[str, Any], source: Checkpoint | None, endpoint: str | None
+) -> tuple[str, str]:
+    """Name and text of a file the source must have; what it holds is checked before it is taken."""
+    for name in duty.files or []:
+        text = source_text(source, name) if source else _repository_text(manifest, name, endpoint)
+        if text is not None and duty.satisfied_by(text):
+            return name, text
+    where = source.name if source else manifest["source"].get("repository") or "the source (no repository is known)"
+    raise LicenceError(
+        f"{duty.files[0] if duty.files else duty.rule} is missing, and {where} has none that serves: {duty.cited}",
+        hint="put the file that came with the original model into the folder, or say --source",
+    )
+
+
+def source_text(source: Checkpoint, name: str) -> str | None:
+    """A small text file of a source, None when it has none."""
+    if source.store is None:
+        return None
+    try:
+        path = source.store.path(name)
+    except SourceError:
+        return None
+    if not path.is_file() or path.stat().st_size > MAX_SMALL_FILE:
+        return None
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _repository_text(manifest: Mapping[str, Any], name: str, endpoint: str | None) -> str | None:
+    repository, revision = manifest["source"].get("repository"), manifest["source"].get("revision")
+    if not repository:
+        return None
+    api = hub_api(endpoint, None)
+    with hub_errors(api, repository, revision):
+        if not patiently(lambda: api.file_exists(repository, name, revision=revision)):
+            return None
+        path = Path(patiently(lambda: api.hf_hub_download(repository, name, revision=revision)))
+    return path.read_text(encoding="utf-8", errors="replace") if path.stat().st_size <= MAX_SMALL_FILE else None
+
+
+def _facts(
+    folder: Path,
+    name: str,
+    policy: Policy,
+    manifest: Mapping[str, Any],
+    source: Checkpoint | None,
+    base: str | None,
+    wishes: Wishes,
+) -> CardFacts:
+    config = folder_materials(folder).config
+    parse_config(config)
+    files = {file: local.size for file, local in local_files(folder).items() if file != CARD_NAME}
+    return CardFacts(
+        name=name,
+        policy=policy,
+        manifest=manifest,
+        config=config,
+        files=files,
+        base_model=base,
+        languages=_languages(source),
+        accuracy=read_accuracy(folder),
+        fits=_fits(folder, manifest),
+        gated=wishes.gated,
+    )
+
+
+def _languages(source: Checkpoint | None) -> list[str]:
+    card = Card.parse((source_text(source, CARD_NAME) if source else None) or "")
+    languages = card.metadata.get("language") or []
+    return [str(language) for language in (languages if isinstance(languages, list) else [languages])]
+
+
+def _fits(folder: Path, manifest: Mapping[str, Any]) -> list[Fit]:
+    """The largest context of one sequence by device, for devices from small to large."""
+    promise = Recipe.model_validate(manifest["recipe"]).promise
+    devices = load_devices()
+    hosts = [find_host(name, devices) for name in HOSTS]
+    load = Load(sequences=1, kv_dtype=promise.kv_dtype if promise else "auto")
+    (row,) = matrix([open_subject(str(folder))], hosts, load, "vllm")
+    titles = {host.name: f"{host.count} x {host.device.title}" for host in hosts}
+    counts = {host.name: host.count for host in hosts}
+    return [Fit(titles[cell.host], counts[cell.host], cell.max_context) for cell in row.cells]
+
+
+def _write(folder: Path, name: str, text: str) -> list[str]:
+    """Write a small file in one step; its name if that changed anything."""
+    path, content = folder / name, text.encode()
+    if path.is_file() and path.read_bytes() == content:
+        return []
+    partial = path.with_name(f".{name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+    return [name]
