@@ -66,7 +66,7 @@ def run_plan(
         shutil.rmtree(work, ignore_errors=True)
         return RunResult(out, 0.0, 0, plan.read_bytes, _peak_rss(), already_done=True)
     work.mkdir(parents=True, exist_ok=True)
-    with locked(work), _stop_signals() as stop:
+    with locked(work), stop_signals() as stop:
         if restart:
             shutil.rmtree(work / _ARTIFACT, ignore_errors=True)
             (work / _JOURNAL).unlink(missing_ok=True)
@@ -159,7 +159,7 @@ def _peak_rss() -> int:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
+def stop_signals() -> Iterator[threading.Event]:
     """Turn the first SIGINT or SIGTERM into a request to stop at a safe place; the second one acts as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
