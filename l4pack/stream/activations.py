@@ -35,7 +35,7 @@ class Activations:
         """Inputs [..., in_features] as the rounded values they are multiplied as, in their own dtype."""
         values = inputs.float()
         if self.strategy == "group":
-            values = values.unflatten(-1, (-1, self.group_size or values.shape[-1]))
+            values = values.reshape(*values.shape[:-1], -1, self.group_size or values.shape[-1])
         scale = self._scale(values)
         rounded = (_round_float if self.levels == "float" else _round_int)(values / scale) * scale
         return (rounded.flatten(-2) if self.strategy == "group" else rounded).to(inputs.dtype)

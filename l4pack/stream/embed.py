@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def _runs(numbers: Tensor) -> list[tuple[int, int]]:
     """Consecutive numbers as (first, past the last)."""
     breaks = (numbers.diff() != 1).nonzero().reshape(-1) + 1
     edges = [0, *breaks.tolist(), len(numbers)]
-    return [(int(numbers[a]), int(numbers[b - 1]) + 1) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(int(numbers[a]), int(numbers[b - 1]) + 1) for a, b in itertools.pairwise(edges)]
 
 
 def _embed_images(weights: Weights, skeleton: Skeleton, item: TokenSequence, rows: Tensor) -> None:

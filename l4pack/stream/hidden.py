@@ -55,8 +55,8 @@ class Packed:
         pieces = []
         for start, item in zip(self.starts, self.sequences, strict=False):
             step = chunk or len(item.tokens)
-            for first in range(0, len(item.tokens), step):
-                pieces.append(Piece(start + first, min(step, len(item.tokens) - first), first))
+            firsts = range(0, len(item.tokens), step)
+            pieces += [Piece(start + first, min(step, len(item.tokens) - first), first) for first in firsts]
         return pieces
 
     def scored_rows(self) -> Tensor:

@@ -10,9 +10,10 @@ layer is complete, so a run that is killed goes on from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from l4pack.stream.hidden import Buffer, Packed, Piece, batches
 from l4pack.stream.kv import BlockCache, causal_mask
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.units import Part, Unit, UnitWeights, place
+
+Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class LayerPass:
     def __init__(self, skeleton: Skeleton, index: int, packed: Packed, stream: Stream, blocks: Blocks) -> None:
         self.index = index
         self._skeleton, self._packed, self._stream, self._blocks = skeleton, packed, stream, blocks
-        self._layer = skeleton.layer(index)
+        self._layer: Any = skeleton.layer(index)
         self.moe = index in skeleton.config.text.moe_layers
         self.routing: Routing | None = None
 
@@ -114,7 +117,14 @@ class LayerPass:
             position_embeddings=self._skeleton.rotary(positions),
             attention_mask=None,
         )
-        return added
+        result: Tensor = added
+        return result
+
+    def attention_sample(self, most: int) -> Tensor:
+        """Inputs [1, length, hidden] from the start of the first sequence, short enough to lie in one chunk."""
+        chunk = self._skeleton.config.text.attention_chunk_size or most
+        length = min(len(self._packed.sequences[0].tokens), most, chunk, self._blocks.attention)
+        return self._to_device(self._stream.current.data[None, :length])
 
     @torch.inference_mode()
     def route(self) -> Routing | None:
@@ -134,11 +144,12 @@ class LayerPass:
     @torch.inference_mode()
     def normed(self, rows: Tensor | slice) -> Tensor:
         """Inputs of the feed-forward block [rows, hidden], before any router's score."""
-        return self._layer.post_attention_layernorm(self._to_device(self._stream.middle.data[rows]))
+        normed: Tensor = self._layer.post_attention_layernorm(self._to_device(self._stream.middle.data[rows]))
+        return normed
 
-    def mlp(self, unit: Unit, weights: UnitWeights) -> nn.Module:
+    def mlp(self, unit: Unit, weights: UnitWeights) -> Forward:
         """A unit's MLP with its weights."""
-        module = self._skeleton.mlp(unit.part is Part.DENSE)
+        module: nn.Module = self._skeleton.mlp(unit.part is Part.DENSE)
         place(module, weights)
         return module
 
@@ -160,7 +171,7 @@ class LayerPass:
                 yield chosen, self.normed(chosen) * self._to_device(scores[block])
 
     @torch.inference_mode()
-    def feed_forward(self, unit: Unit, module: nn.Module) -> None:
+    def feed_forward(self, unit: Unit, module: Forward) -> None:
         """Add a unit's outputs to what the block gives. Raises L4packError when they are not finite."""
         target = self._stream.following.data
         for rows, inputs in self.inputs(unit):

@@ -31,18 +31,18 @@ class Skeleton:
         self._upstream = modeling_llama4
         self._rotary = modeling_llama4.Llama4TextRotaryEmbedding(self.text).to(device)
 
-    def layer(self, index: int) -> nn.Module:
+    def layer(self, index: int) -> Any:
         """A decoder layer on the meta device."""
         with torch.device("meta"):
             return self._upstream.Llama4TextDecoderLayer(self.text, index).eval()
 
-    def mlp(self, dense: bool) -> nn.Module:
+    def mlp(self, dense: bool) -> Any:
         """A dense layer's MLP, or an expert's, on the meta device."""
         size = self.text.intermediate_size_mlp if dense else self.text.intermediate_size
         with torch.device("meta"):
             return self._upstream.Llama4TextMLP(self.text, intermediate_size=size).eval()
 
-    def norm(self, weight: Tensor) -> nn.Module:
+    def norm(self, weight: Tensor) -> Any:
         """The RMS norm before the head."""
         with torch.device("meta"):
             module = self._upstream.Llama4TextRMSNorm(self.text.hidden_size, eps=self.text.rms_norm_eps)
@@ -52,7 +52,8 @@ class Skeleton:
     def rotary(self, positions: Tensor) -> Tensor:
         """Complex rotary factors [batch, length, head_dim / 2] of integer positions [batch, length]."""
         example = torch.empty(0, dtype=self.dtype, device=self.device)
-        return self._rotary(example, positions.to(self.device))
+        factors: Tensor = self._rotary(example, positions.to(self.device))
+        return factors
 
 
 def upstream_config(config: Llama4Config) -> UpstreamConfig:
