@@ -13,22 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from l4pack.budget.devices import Device, find_host, load_devices
+from l4pack.budget.devices import Bytes, Device, find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.model import Budget, budget
 from l4pack.budget.record import budget_record
-from l4pack.budget.runtimes import Bytes
 from l4pack.budget.solve import Limits, limits
 from l4pack.budget.subject import Subject
 from l4pack.datafile import read_yaml, validate
-from l4pack.errors import L4packError, UsageError
+from l4pack.errors import L4packError, RecipeError, UsageError
 
 DEFAULT_FILE = "l4pack-budget.yaml"
+HELP = "see docs/how-to/budget-in-ci.md"
 OpenSubject = Callable[[str, str | None], Subject]
 Count = Annotated[int, Field(gt=0)]
 
@@ -119,11 +120,28 @@ class Result:
 def load_checks(path: Path) -> CheckFile:
     """Read a checks file. Raises UsageError naming file and key, and for a file without checks: that proves nothing."""
     if not path.is_file():
-        raise UsageError(f"{path} is not there", hint=f"write {DEFAULT_FILE}; see docs/how-to/budget-in-ci.md")
-    file = validate(CheckFile, read_yaml(path), str(path))
+        raise UsageError(f"{path} is not there", hint=f"write {DEFAULT_FILE}; {HELP}")
+    values = read_yaml(path)
+    _check_keys(values, path)
+    try:
+        file = validate(CheckFile, values, str(path))
+    except RecipeError as error:
+        raise UsageError(error.message, hint=HELP) from None
     if not file.checks:
         raise UsageError(f"{path} has no checks", hint="a file that checks nothing is no success: add a check")
     return file
+
+
+def _check_keys(values: dict[str, Any], path: Path) -> None:
+    """Name a misspelt key before the key it leaves missing is named."""
+    checks = values.get("checks")
+    for number, check in enumerate(checks if isinstance(checks, list) else []):
+        for key in check if isinstance(check, dict) else ():
+            if key not in Check.model_fields:
+                close = get_close_matches(str(key), Check.model_fields, n=2) or list(Check.model_fields)
+                raise UsageError(
+                    f"{path}: checks.{number}: no key is named '{key}'", hint=f"did you mean {' or '.join(close)}?"
+                )
 
 
 def run_checks(file: CheckFile, folder: Path, open_subject: OpenSubject) -> list[Result]:

@@ -9,15 +9,26 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from l4pack.datafile import read_yaml, validate
-from l4pack.errors import UsageError
+from l4pack.errors import RecipeError, UsageError
 from l4pack.units import parse_size
 
 DATA = Path(__file__).parent
 MAX_GPUS = 1024
+
+
+def _size(value: object) -> int:
+    try:
+        return parse_size(str(value))
+    except UsageError as error:
+        raise ValueError(error.message) from None
+
+
+Bytes = Annotated[int, BeforeValidator(_size)]  # as a file writes it: `80GiB`, or plain bytes
 
 
 class DeviceData(BaseModel):
@@ -26,7 +37,7 @@ class DeviceData(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     title: str
-    memory: str
+    memory: Annotated[Bytes, Field(gt=0)]
     source: str
     aliases: list[str] = []
     small_batches: bool = False
@@ -87,12 +98,12 @@ def find_host(text: str, devices: dict[str, Device]) -> Host:
 
 
 def _read(path: Path) -> dict[str, Device]:
-    data = validate(DeviceFile, read_yaml(path), str(path) if path.parent != DATA else path.name)
-    return {name.lower(): _device(name.lower(), entry, path) for name, entry in data.devices.items()}
+    try:
+        data = validate(DeviceFile, read_yaml(path), str(path))
+    except RecipeError as error:
+        raise UsageError(error.message, hint=f"keys of a device: {', '.join(DeviceData.model_fields)}") from None
+    return {name.lower(): _device(name.lower(), entry) for name, entry in data.devices.items()}
 
 
-def _device(name: str, entry: DeviceData, path: Path) -> Device:
-    memory = parse_size(entry.memory)
-    if memory <= 0:
-        raise UsageError(f"{path}: devices.{name}.memory is zero", hint="give the bytes the driver reports")
-    return Device(name, entry.title, memory, entry.source, tuple(entry.aliases), entry.small_batches)
+def _device(name: str, entry: DeviceData) -> Device:
+    return Device(name, entry.title, entry.memory, entry.source, tuple(entry.aliases), entry.small_batches)

@@ -46,11 +46,13 @@ def kv_cache(text: TextConfig, setting: Setting, runtime: Runtime, layers: range
 
 
 def layer_kinds(text: TextConfig, hybrid: bool) -> tuple[list[int], list[int]]:
-    """Layers that keep the whole context, and layers that keep a chunk; without hybrid management all keep everything."""
-    every = range(text.num_hidden_layers)
-    if not hybrid or text.attention_chunk_size is None:
-        return list(every), []
-    return [i for i in every if i not in text.rope_layers], [i for i in every if i in text.rope_layers]
+    """Layers that keep the whole context, and layers that keep a chunk; where both kinds are there, only hybrid
+    management tells them apart, and without it all keep everything."""
+    every = list(range(text.num_hidden_layers))
+    full = [layer for layer in every if layer not in text.rope_layers]
+    if text.attention_chunk_size is None or (full and not hybrid):
+        return every, []
+    return full, [layer for layer in every if layer in text.rope_layers]
 
 
 def groups(text: TextConfig, hybrid: bool) -> tuple[list[list[int]], list[list[int]]]:

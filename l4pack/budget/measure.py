@@ -10,13 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 from l4pack.budget.model import Budget, Group, Line
 from l4pack.errors import L4packError
-from l4pack.units import GIB
 
-CHUNK = GIB
 SAMPLED_PHASES = ("sampler",)
 
 
@@ -32,7 +28,7 @@ class Reader(Protocol):
         ...
 
     def allocate(self, nbytes: int) -> Any:
-        """Take bytes; they are held as long as the result lives."""
+        """Take bytes; they are held as long as the result lives. Raises MemoryError."""
         ...
 
     def allocated(self) -> int:
@@ -46,51 +42,6 @@ class Reader(Protocol):
     def sample(self, rows: int, vocabulary: int) -> None:
         """What a sampler does with `rows` rows of BF16 logits."""
         ...
-
-
-class TorchReader:
-    """A CUDA or ROCm device through torch. Raises L4packError where there is none."""
-
-    def __init__(self) -> None:
-        if not torch.cuda.is_available():
-            raise L4packError("there is no GPU to measure on", hint="run this where torch.cuda.is_available()")
-        self._device = torch.device("cuda", 0)
-        torch.zeros(1, device=self._device)  # makes the context, which is part of what is measured
-
-    def name(self) -> str:
-        """What the driver calls the device."""
-        return torch.cuda.get_device_name(self._device)
-
-    def memory(self) -> tuple[int, int]:
-        """Free and total bytes, as the driver reports them."""
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self._device)
-        return int(free), int(total)
-
-    def allocate(self, nbytes: int) -> Any:
-        """Take bytes in pieces of a GiB."""
-        sizes = [CHUNK] * (nbytes // CHUNK) + ([nbytes % CHUNK] if nbytes % CHUNK else [])
-        return [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
-
-    def allocated(self) -> int:
-        """Bytes that torch's allocator has handed out."""
-        return int(torch.cuda.memory_allocated(self._device))
-
-    def peak(self, work: Callable[[], None]) -> int:
-        """Most bytes held at once while `work` runs, over those held before."""
-        before = self.allocated()
-        torch.cuda.reset_peak_memory_stats(self._device)
-        work()
-        torch.cuda.synchronize(self._device)
-        return int(torch.cuda.max_memory_allocated(self._device)) - before
-
-    def sample(self, rows: int, vocabulary: int) -> None:
-        """Logits in BF16, their float32 copy, probabilities, and the noise a draw is made with."""
-        logits = torch.rand(rows, vocabulary, dtype=torch.bfloat16, device=self._device)
-        scores = logits.float().div_(0.5)
-        probabilities = scores.softmax(dim=-1)
-        noise = torch.empty_like(probabilities).exponential_()
-        probabilities.div_(noise).argmax(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -126,7 +77,7 @@ def _take(line: Line, reader: Reader, held: list[Any]) -> int:
     before = reader.allocated()
     try:
         held.append(reader.allocate(line.low))
-    except torch.OutOfMemoryError as error:
+    except MemoryError as error:
         raise L4packError(
             f"the device has no room for {line.name}", hint="measure a load that fits this device"
         ) from error

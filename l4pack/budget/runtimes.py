@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from functools import cache
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, ConfigDict
 
-from l4pack.budget.devices import DATA, Device
+from l4pack.budget.devices import DATA, Bytes, Device
 from l4pack.datafile import read_yaml, validate
 from l4pack.errors import UsageError
 from l4pack.model.config import VisionConfig
-from l4pack.units import GIB, parse_size
+from l4pack.units import GIB
 
-
-def _size(value: object) -> int:
-    try:
-        return parse_size(str(value))
-    except UsageError as error:
-        raise ValueError(error.message) from None
-
-
-Bytes = Annotated[int, BeforeValidator(_size)]
 Range = tuple[Bytes, Bytes]
 
 

@@ -165,9 +165,9 @@ def _changes(changes: Sequence[Change]) -> Table:
 def matrix_view(rows: Sequence[Row], load: Load, runtime: str) -> list[RenderableType]:
     """Largest contexts in a table: one row a model and recipe, one column a host."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("Model")
-    table.add_column("Recipe")
-    table.add_column("Weights, GB", justify="right")
+    table.add_column("Model", no_wrap=True)
+    table.add_column("Recipe", no_wrap=True)
+    table.add_column("GB", justify="right")
     for cell in rows[0].cells:
         table.add_column(cell.host, justify="right", no_wrap=True)
     for row in rows:
@@ -177,7 +177,7 @@ def matrix_view(rows: Sequence[Row], load: Load, runtime: str) -> list[Renderabl
     kv = "FP8" if load.kv_dtype == "fp8" else "BF16"
     head = Text.assemble(("largest context", "bold"), f" of {sequences}, {kv} KV, {load_runtime(runtime).title}")
     foot = Text(
-        "K is 1024 tokens; all: the model's whole context; a: only with the lowest overheads; -: weights don't fit",
+        "K is 1024 tokens; all: the model's whole context; a: at best; -: weights don't fit",
         "dim",
     )
     return [head, "", table, "", foot]

@@ -13,7 +13,6 @@ from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.matrix import HOSTS
 from l4pack.budget.matrix import matrix as make_matrix
-from l4pack.budget.measure import TorchReader
 from l4pack.budget.measure import measure as measure_lines
 from l4pack.budget.model import budget
 from l4pack.budget.record import budget_record
@@ -192,6 +191,8 @@ def _measure(
     source: str, recipe: str | None, device: str, load: Load, runtime: str, devices: Path | None, as_json: bool
 ) -> None:
     found = budget(open_subject(source, recipe), find_host(device, load_devices(devices)), load, runtime)
+    from l4pack.budget.torch_reader import TorchReader  # torch takes seconds to load, and only this needs it
+
     reader = TorchReader()
     lines = measure_lines(found, reader)
     if as_json:
