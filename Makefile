@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
 
-.PHONY: venv demo test lint format bench clean
+.PHONY: venv demo test lint format bench vllm-venv clean
 
 venv: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ bench: venv
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# vLLM's Python sources and a CPU torch, to check artifacts with vLLM's own loader.
+vllm-venv:
+	tools/make_vllm_venv.sh
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUT) dist build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,26 +18,35 @@ if TYPE_CHECKING:
     from l4pack.quant.floats import FloatName
     from l4pack.quant.scheme import Scheme
 
-CPU, AUTO = "cpu", "auto"
+CPU, CUDA, AUTO = "cpu", "cuda", "auto"
+_DRIVER_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
-def quantizer(compute: str) -> Quantizer:
-    """The quantizer for `cpu`, `cuda`, `cuda:N`, or `auto` (CUDA where there is one). Raises UsageError."""
-    if compute == CPU:
-        return quantize_block
+def chosen(compute: str) -> str:
+    """`cpu` or the torch device that `cpu`, `cuda`, `cuda:N` or `auto` (CUDA where there is one) means here.
+
+    Raises UsageError.
+    """
+    if compute == CPU or (compute == AUTO and not any(Path(file).exists() for file in _DRIVER_FILES)):
+        return CPU  # without importing torch, which takes a second and 250 MB
     import torch
 
     if compute == AUTO:
-        return torch_quantizer("cuda") if torch.cuda.is_available() else quantize_block
+        return CUDA if torch.cuda.is_available() else CPU
     try:
         device = torch.device(compute)
     except RuntimeError:
         device = None
-    if device is None or device.type != "cuda":
+    if device is None or device.type != CUDA:
         raise UsageError(f"'{compute}' is not a place to compute", hint="choose cpu, cuda, cuda:N or auto")
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"this machine has no {compute}", hint="choose cpu, or install a CUDA build of torch")
-    return torch_quantizer(compute)
+    return compute
+
+
+def quantizer(device: str) -> Quantizer:
+    """The quantizer for a device that `chosen` named."""
+    return quantize_block if device == CPU else torch_quantizer(device)
 
 
 def torch_quantizer(device: str) -> Quantizer:

@@ -22,7 +22,7 @@ _SCALE_DTYPES = {ScaleDtype.BFLOAT16: "BF16", ScaleDtype.FLOAT16: "F16", ScaleDt
 SizeText = Annotated[
     str, Field(pattern=r"^((in|out)(/(pack|group|rows|columns))?|[0-9]+)$", coerce_numbers_to_str=True)
 ]
-Condition = Literal["asymmetric", "attention", "block_attention", "static_activations"]
+Condition = Literal["asymmetric", "attention", "block_attention", "static_activations", "weight_only_experts"]
 
 
 class _Data(BaseModel):

@@ -7,28 +7,36 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from l4pack import __version__
 from l4pack.artifact.manifest import MANIFEST_NAME, Manifest
 from l4pack.artifact.stanza import quantization_config
-from l4pack.assign import Assignment, PlannedTensor, Task, assign, cut
+from l4pack.assign import Action, Assignment, PlannedTensor, Task, assign, cut
 from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES, INDEX_NAME, Place, Shard, index_json, lay_out
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import BudgetError, SourceError
 from l4pack.formats import Condition, load_format
 from l4pack.model.tensors import Linear, Role
 from l4pack.quant.scheme import Strategy
-from l4pack.recipe import KEEP, Recipe, RecipeScheme
+from l4pack.recipe import KEEP, Activations, Recipe, RecipeScheme
 from l4pack.units import MIB, human_bytes
+
+if TYPE_CHECKING:
+    from l4pack.stream.text import TokenText
 
 # Resident memory of the interpreter with numpy, Numba and the compiled kernels, before the first buffer; a benchmark
 # holds it against what the operating system measures.
 BASE_RAM = 400 * MIB
+# What torch and a CUDA context add to it; not measured yet on a device.
+TORCH_RAM = 2048 * MIB
+# Device memory a weight takes while it is quantized with torch: 27 bytes measured over the source with the CPU
+# allocator for observer mse, 20 for minmax; the source's own 2 to 4 come on top.
+VRAM_PER_WEIGHT = 32
 SLAB_LIMITS = tuple(size * MIB for size in (256, 128, 64, 32, 16, 8, 4))
 CONFIG_NAME = "config.json"
 
@@ -38,6 +46,8 @@ class Limits:
     """What a run may take; None means what the machine has."""
 
     max_ram: int | None = None
+    max_vram: int | None = None
+    accelerated: bool = False  # quantize with torch on a device
     workers: int | None = None
     shard_bytes: int = DEFAULT_SHARD_BYTES
 
@@ -55,7 +65,16 @@ class Plan:
     stanza: Mapping[str, Any]
     assigned: tuple[tuple[Linear, str | None], ...]
     workers: int
+    accelerated: bool
     manifest: Manifest = field(repr=False)
+    calibrated: tuple[Target, ...] = ()
+    needs: Needs | None = None  # of calibration
+    text: TokenText | None = field(default=None, repr=False)
+
+    def with_text(self, text: TokenText) -> Plan:
+        """The same plan with the tokens its calibration looks at, pinned in the manifest by their digest."""
+        pinned = {"text_sha256": text.record["sha256"], "tokens_sha256": text.record["tokens_sha256"]}
+        return replace(self, text=text, manifest=replace(self.manifest, calibration=pinned))
 
     @cached_property
     def config_json(self) -> bytes:
@@ -81,6 +100,8 @@ class Plan:
             sizes[INDEX_NAME] = len(self.index_json)
         sizes |= self.checkpoint.companions
         sizes[CONFIG_NAME] = len(self.config_json)
+        if self.calibrated:
+            sizes[RECORD_NAME] = record_bytes(self)
         sizes[MANIFEST_NAME] = len(self.manifest.to_json({tensor.name: "0" * 64 for tensor in self.tensors}))
         return sizes
 
@@ -102,7 +123,12 @@ class Plan:
     @property
     def peak_ram_bytes(self) -> int:
         """Most resident memory a run takes."""
-        return peak_ram(self.tasks, self.workers)
+        return peak_ram(self.tasks, self.workers, accelerated=self.accelerated)
+
+    @property
+    def peak_vram_bytes(self) -> int:
+        """Most device memory a run takes, the driver's context not counted; 0 on the CPU."""
+        return peak_vram(self.tasks, self.workers) if self.accelerated else 0
 
     @property
     def disk_bytes(self) -> int:
@@ -116,7 +142,7 @@ class Plan:
             for entry in self.checkpoint.entries.values():
                 sizes[entry.file] += entry.nbytes
             fetched = sum(sorted(sizes.values())[-3:])
-        return self.artifact_bytes + fetched
+        return self.artifact_bytes + fetched + (0 if self.needs is None else self.needs.disk_bytes)
 
     @property
     def bits_per_weight(self) -> float:
@@ -129,6 +155,7 @@ class Plan:
         """Hex SHA-256 of everything that decides the artifact's bytes; the journal of a job is bound to it."""
         parts = [__version__, self.checkpoint.fingerprint(), self.recipe.digest(), self.config_json.hex()]
         parts += [shard.prefix.hex() for shard in self.shards]
+        parts += [] if self.manifest.calibration is None else self.manifest.calibration.values()
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def warnings(self) -> list[str]:
@@ -142,7 +169,8 @@ class Plan:
         return list(dict.fromkeys(found))
 
     def _conditions(self, key: str, scheme: RecipeScheme) -> set[Condition]:
-        attention = any(linear.role is Role.ATTENTION and name == key for linear, name in self.assigned)
+        roles = {linear.role for linear, name in self.assigned if name == key}
+        attention = Role.ATTENTION in roles
         conditions: set[Condition] = set()
         if not scheme.symmetric:
             conditions.add("asymmetric")
@@ -150,6 +178,8 @@ class Plan:
             conditions.add("attention")
         if attention and scheme.strategy is Strategy.BLOCK:
             conditions.add("block_attention")
+        if scheme.activations is Activations.NONE and Role.ROUTED_EXPERT in roles:
+            conditions.add("weight_only_experts")
         return conditions
 
 
@@ -165,6 +195,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
     assignment = assign(checkpoint, recipe)
     shards, places = lay_out(assignment.groups, limits.shard_bytes)
     workers, tasks = _fit(checkpoint, recipe, assignment, limits)
+    calibrated = tuple(target for target in assignment.targets if is_calibrated(recipe, target))
+    needs = calibration_needs(checkpoint, recipe, calibrated) if calibrated else None
+    if needs is not None:
+        _check_room(needs.ram_bytes, _room(limits))
     vision = checkpoint.config.vision is not None
     return Plan(
         checkpoint=checkpoint,
@@ -176,7 +210,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
         stanza=quantization_config(recipe.schemes, assignment.schemes, vision=vision),
         assigned=assignment.schemes,
         workers=workers,
+        accelerated=limits.accelerated,
         manifest=Manifest.of(checkpoint, recipe),
+        calibrated=calibrated,
+        needs=needs,
     )
 
 
@@ -184,22 +221,44 @@ def _fit(
     checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, limits: Limits
 ) -> tuple[int, tuple[Task, ...]]:
     """As many workers as there are cores and one to wait for the disk, with the largest slabs that memory takes."""
-    room = psutil.virtual_memory().available // 2 if limits.max_ram is None else limits.max_ram
+    room = _room(limits)
     wanted = limits.workers or len(os.sched_getaffinity(0)) + 1
+    accelerated = limits.accelerated
+
+    def fits(tasks: Sequence[Task], workers: int) -> bool:
+        beyond = accelerated and limits.max_vram is not None and peak_vram(tasks, workers) > limits.max_vram
+        return not beyond and peak_ram(tasks, workers, accelerated=accelerated) <= room
+
     tasks: tuple[Task, ...] = ()
     for slab in SLAB_LIMITS:
         tasks = cut(checkpoint, recipe, assignment, slab)
-        if peak_ram(tasks, wanted) <= room:
+        if fits(tasks, wanted):
             return wanted, tasks
     for workers in range(wanted - 1, 0, -1):
-        if peak_ram(tasks, workers) <= room:
+        if fits(tasks, workers):
             return workers, tasks
+    least = peak_ram(tasks, 1, accelerated=accelerated)
+    if least > room:
+        what, needed, limit, option = "memory", least, room, "--max-ram"
+    else:
+        what, needed, limit, option = "device memory", peak_vram(tasks, 1), limits.max_vram or 0, "--max-vram"
     raise BudgetError(
-        f"the job needs {human_bytes(peak_ram(tasks, 1))} of memory, the limit is {human_bytes(room)}",
-        hint="raise --max-ram, or free memory",
+        f"the job needs {human_bytes(needed)} of {what}, the limit is {human_bytes(limit)}",
+        hint=f"raise {option}, or free memory",
     )
 
 
-def peak_ram(tasks: Sequence[Task], workers: int) -> int:
+def peak_ram(tasks: Sequence[Task], workers: int, *, accelerated: bool = False) -> int:
     """Most resident bytes of `workers` tasks at once, over the base."""
-    return BASE_RAM + sum(sorted((task.ram_bytes for task in tasks), reverse=True)[:workers])
+    base = BASE_RAM + TORCH_RAM if accelerated else BASE_RAM
+    return base + sum(sorted((task.ram_bytes for task in tasks), reverse=True)[:workers])
+
+
+def peak_vram(tasks: Sequence[Task], workers: int) -> int:
+    """Most device bytes of `workers` matrices at once."""
+    weights = [
+        (task.rows[1] - task.rows[0]) * task.targets[0].linear.in_features
+        for task in tasks
+        if task.action is Action.QUANTIZE
+    ]
+    return VRAM_PER_WEIGHT * sum(sorted(weights, reverse=True)[:workers])

@@ -52,7 +52,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "weight_bytes": plan.weight_bytes,
         "source_bytes": plan.source_weight_bytes,
         "peak_ram_bytes": plan.peak_ram_bytes,
-        "peak_vram_bytes": 0,
+        "peak_vram_bytes": plan.peak_vram_bytes,
         "disk_bytes": plan.disk_bytes,
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.artifact_bytes,

@@ -30,6 +30,11 @@ MaxRam = Annotated[
         "--max-ram", metavar="SIZE", help="Most memory the job may take, for example 4GB.", show_default=False
     ),
 ]
+MaxVram = Annotated[
+    str | None,
+    typer.Option("--max-vram", metavar="SIZE", help="Most device memory the job may take.", show_default=False),
+]
+Compute = Annotated[str, typer.Option("--compute", metavar="WHERE", help="cpu, cuda, cuda:N, or auto.")]
 ShardSize = Annotated[
     str | None,
     typer.Option("--shard-size", metavar="SIZE", help="Largest shard; 5GB unless given.", show_default=False),

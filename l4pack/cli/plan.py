@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from rich.console import RenderableType
 
+from l4pack.accelerator import AUTO, CPU, chosen
 from l4pack.checkpoint.open import open_source
+from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES
 from l4pack.cli import console
-from l4pack.cli.options import AsJson, MaxRam, RecipeName, ShardSize, Source
+from l4pack.cli.options import AsJson, Compute, MaxRam, MaxVram, RecipeName, ShardSize, Source
 from l4pack.plan import Limits, Plan, make_plan
 from l4pack.recipe import load_recipe
 from l4pack.summary import plan_classes, plan_record
@@ -17,24 +19,30 @@ def plan(
     source: Source,
     recipe: RecipeName = "int4",
     max_ram: MaxRam = None,
+    max_vram: MaxVram = None,
     shard_size: ShardSize = None,
+    compute: Compute = AUTO,
     as_json: AsJson = False,
 ) -> None:
     """Say what an artifact will weigh and what making it will take, from headers or a bare config.json.
 
     Example: `l4pack plan llama-4-scout --recipe scout-int4-1xh100`
     """
-    made = make_plan(open_source(source), load_recipe(recipe), limits(max_ram, shard_size))
+    made = make_plan(open_source(source), load_recipe(recipe), limits(max_ram, max_vram, shard_size, chosen(compute)))
     if as_json:
         console.show_json(plan_record(made))
     else:
         console.show(*plan_view(made))
 
 
-def limits(max_ram: str | None, shard_size: str | None) -> Limits:
+def limits(max_ram: str | None, max_vram: str | None, shard_size: str | None, device: str) -> Limits:
     """Limits from what the user typed. Raises UsageError."""
-    ram = None if max_ram is None else parse_size(max_ram)
-    return Limits(max_ram=ram) if shard_size is None else Limits(max_ram=ram, shard_bytes=parse_size(shard_size))
+    return Limits(
+        max_ram=None if max_ram is None else parse_size(max_ram),
+        max_vram=None if max_vram is None else parse_size(max_vram),
+        accelerated=device != CPU,
+        shard_bytes=DEFAULT_SHARD_BYTES if shard_size is None else parse_size(shard_size),
+    )
 
 
 def plan_view(plan: Plan) -> list[RenderableType]:
@@ -52,6 +60,8 @@ def plan_view(plan: Plan) -> list[RenderableType]:
         f"the job   peak memory {human_bytes(plan.peak_ram_bytes)} with {plan.workers} workers, "
         f"disk {human_bytes(plan.disk_bytes)}, reads {human_bytes(plan.read_bytes)}",
     ]
+    if plan.accelerated:
+        lines.append(f"          peak device memory {human_bytes(plan.peak_vram_bytes)}")
     lines += [f"[yellow]note[/yellow]      {console.plain(warning)}" for warning in plan.warnings()]
     title = (
         f"[bold]{console.plain(plan.checkpoint.name)}[/bold] with recipe [bold]{console.plain(plan.recipe.name)}[/bold]"

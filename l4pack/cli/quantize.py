@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from l4pack.accelerator import AUTO, quantizer
+from l4pack.accelerator import AUTO, chosen, quantizer
 from l4pack.checkpoint.open import open_source
 from l4pack.cli import console
-from l4pack.cli.options import AsJson, MaxRam, Out, RecipeName, ShardSize, Source
+from l4pack.cli.options import AsJson, Compute, MaxRam, MaxVram, Out, RecipeName, ShardSize, Source
 from l4pack.cli.plan import limits, plan_view
 from l4pack.plan import Plan, make_plan
 from l4pack.recipe import load_recipe
@@ -24,8 +24,9 @@ def quantize(
     out: Out,
     recipe: RecipeName = "int4",
     max_ram: MaxRam = None,
+    max_vram: MaxVram = None,
     shard_size: ShardSize = None,
-    compute: Annotated[str, typer.Option(metavar="WHERE", help="cpu, cuda, cuda:N, or auto.")] = AUTO,
+    compute: Compute = AUTO,
     fetch_as_you_go: Annotated[
         bool, typer.Option("--fetch-as-you-go", help="Download a Hub source shard by shard and drop each after use.")
     ] = False,
@@ -40,22 +41,24 @@ def quantize(
     Example: `l4pack quantize demo --recipe int4-rtn --out demo-int4`
     """
     fetch_folder = work_folder(out) / "fetched" if fetch_as_you_go else None
-    made = make_plan(open_source(source, fetch_folder=fetch_folder), load_recipe(recipe), limits(max_ram, shard_size))
+    device = chosen(compute)
+    allowed = limits(max_ram, max_vram, shard_size, device)
+    made = make_plan(open_source(source, fetch_folder=fetch_folder), load_recipe(recipe), allowed)
     if dry_run:
         console.show_json(plan_record(made)) if as_json else console.show(*plan_view(made))
         return
     if not as_json:
         console.talk(*plan_view(made))
-    result = _run(made, out, compute, restart)
+    result = _run(made, out, device, restart)
     if as_json:
         console.show_json({**plan_record(made), **run_record(result)})
     else:
         console.show(*result_view(made, result))
 
 
-def _run(made: Plan, out: Path, compute: str, restart: bool) -> RunResult:
+def _run(made: Plan, out: Path, device: str, restart: bool) -> RunResult:
     with console.progress("quantizing", made.read_bytes) as bar:
-        return run_plan(made, out, restart=restart, quantize=quantizer(compute), advance=bar.advance)
+        return run_plan(made, out, restart=restart, quantize=quantizer(device), advance=bar.advance)
 
 
 def run_record(result: RunResult) -> dict[str, object]:
