@@ -13,7 +13,7 @@ SLACK = 1.06
 """How much further than half a step a weight may lie: scales and ratios rounded to bfloat16 by other writers."""
 
 STATISTICS = 5  # columns of `compare`'s result: too far, squared error, squared RTN error, squares, products
-_TRANSPOSE_TILE = 32
+_TILE_ROWS, _TILE_COLUMNS = 32, 64
 
 
 @kernel
@@ -33,12 +33,20 @@ def widen_transposed(block: NDArray[Any], out: NDArray[np.float32]) -> None:
     """float32 [columns, rows] of a block [rows, columns] of bfloat16 (uint16) or float32 (uint32) bit patterns."""
     shift = np.uint32(32 - 8 * block.itemsize)
     rows, columns = block.shape
-    for first in range(0, rows, _TRANSPOSE_TILE):
-        last = min(first + _TRANSPOSE_TILE, rows)
-        for column in range(columns):
-            target = out[column]
-            for row in range(first, last):
-                target[row] = np.uint32(np.uint32(block[row, column]) << shift).view(np.float32)
+    # A row of the tile is a little longer than a power of two, or its columns would share a few cache sets.
+    tile = np.empty((_TILE_ROWS, _TILE_COLUMNS + 8), np.float32)
+    for left in range(0, columns, _TILE_COLUMNS):
+        width = min(_TILE_COLUMNS, columns - left)
+        for top in range(0, rows, _TILE_ROWS):
+            height = min(_TILE_ROWS, rows - top)
+            for row in range(height):
+                source, wide = block[top + row, left : left + width], tile[row]
+                for column in range(width):
+                    wide[column] = np.uint32(np.uint32(source[column]) << shift).view(np.float32)
+            for column in range(width):
+                target = out[left + column, top : top + height]
+                for row in range(height):
+                    target[row] = tile[row, column]
 
 
 @kernel

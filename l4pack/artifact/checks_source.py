@@ -23,8 +23,8 @@ from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError
 from l4pack.model.tensors import Linear
-from l4pack.quant.dequantize import dequantize
-from l4pack.quant.floats import Float32Array, FloatName, widen
+from l4pack.quant import cpu
+from l4pack.quant.floats import Float32Array, FloatName, e4m3_values, widen
 from l4pack.quant.layout import Layout
 from l4pack.quant.packing import unpack_zero_points
 from l4pack.quant.qparams import QParams, qparams_of_range
@@ -35,7 +35,7 @@ MAX_RATIO = 3.0
 MIN_COSINE = 0.9
 MIN_ROW_COSINE = 0.5
 _ROUNDING = 2.0**-8  # a source that quantizes without error may still be rounded to bfloat16
-_ROWS = 128
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,14 @@ class Slab:
     layout: Layout
     dtype: FloatName
 
-    def rows(self, start: int, stop: int) -> Float32Array:
-        """Output rows as float32 [rows, in]."""
+    def rows(self, start: int, stop: int, out: Float32Array) -> None:
+        """Output rows as float32 into `out` [rows, in]."""
         if self.layout is Layout.OUT_IN:
-            return np.ascontiguousarray(widen(self.block[start:stop]))
-        part = self.block[:, start:stop]
-        if self.dtype == "F16":
-            return np.ascontiguousarray(part.T).astype(np.float32)
-        out = np.empty((part.shape[1], part.shape[0]), np.float32)
-        widen_transposed(part.view(f"u{part.itemsize}"), out)
-        return out
+            out[:] = widen(self.block[start:stop])
+        elif self.dtype == "F16":
+            out[:] = self.block[:, start:stop].T
+        else:
+            widen_transposed(self.block[:, start:stop].view(f"u{self.block.itemsize}"), out)
 
 
 class SourceChecks:
@@ -106,10 +104,14 @@ class SourceChecks:
         except NonFiniteError as error:
             raise SourceError(f"the source of {linear.module}: {error}", hint="the source is damaged") from error
         step = math.lcm(_ROWS, scheme.row_multiple())
+        # Two buffers for the whole matrix: a fresh array a piece costs more in page faults than the comparison.
+        buffers = np.empty((2, min(step, linear.out_features), linear.in_features), np.float32)
         for start in range(0, linear.out_features, step):
             stop = min(start + step, linear.out_features)
-            part = _rows(arrays, scheme, start, stop)
-            _compare(slab.rows(start, stop), part, scheme, slab.dtype, amax, statistics[start:stop])
+            weight, stored = buffers[:, : stop - start]
+            slab.rows(start, stop, weight)
+            rtn = _rounding(weight, scheme, slab.dtype, amax)
+            _compare(weight, stored, _rows(arrays, scheme, start, stop), rtn, scheme, statistics[start:stop])
         return statistics
 
 
@@ -127,32 +129,36 @@ def _rows(arrays: Arrays, scheme: Scheme, start: int, stop: int) -> Quantized:
 
 def _compare(
     weight: Float32Array,
+    stored: Float32Array,
     part: Quantized,
+    rtn: QParams,
     scheme: Scheme,
-    dtype: FloatName,
-    amax: float | None,
     statistics: NDArray[np.float64],
 ) -> None:
+    """Statistics of some output rows; `stored` is filled with what they dequantize to."""
     rows, columns = weight.shape
     group = scheme.group_columns(columns)
     shape = (rows, -(-columns // group))
-    rtn = _rounding(weight, scheme, dtype, amax, group, shape)
     scale = spread(widen(part.scale), scheme, shape)
     zero = np.zeros(shape, np.float32)
     if part.zero_point is not None:
         zero = unpack_zero_points(part.zero_point, scheme.num_bits, rows).astype(np.float32)
+    codes = part.values.view(np.uint8)
     fp8 = scheme.type is NumberType.FLOAT
-    stored = dequantize(part, scheme, rows, columns)
+    if fp8:
+        cpu.dequantize_table(codes, e4m3_values(), group, scale, stored)
+    else:
+        cpu.dequantize_int(codes, scheme.num_bits, group, scale, zero, stored)
     rtn_scale, rtn_zero = (spread(values, scheme, shape) for values in (rtn.scale, rtn.zero_point))
     compare(weight, stored, group, scheme.num_bits, fp8, scale, zero, rtn_scale, rtn_zero, statistics)
 
 
-def _rounding(
-    weight: Float32Array, scheme: Scheme, dtype: FloatName, amax: float | None, group: int, shape: tuple[int, int]
-) -> QParams:
+def _rounding(weight: Float32Array, scheme: Scheme, dtype: FloatName, amax: float | None) -> QParams:
     """Scales and zero points of min-max rounding to nearest."""
     if amax is not None:
         return qparams_of_range(np.zeros(1, np.float32), np.full(1, amax, np.float32), scheme, dtype)
+    group = scheme.group_columns(weight.shape[1])
+    shape = (weight.shape[0], -(-weight.shape[1] // group))
     low, high = np.empty(shape, np.float32), np.empty(shape, np.float32)
     group_ranges(weight, group, low, high)
     if scheme.block_structure is not None:

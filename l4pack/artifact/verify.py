@@ -34,7 +34,7 @@ from l4pack.errors import SourceError
 from l4pack.model.tensors import Linear, rename
 from l4pack.quant.layout import Layout
 
-MAX_WORKERS = 4
+MAX_WORKERS = 8
 MAX_MANIFEST_BYTES = 256 * 1024**2
 SAMPLE_SEED = 0
 
