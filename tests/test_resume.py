@@ -1,0 +1,371 @@
+"""Interruptions of every kind: nothing that looks finished appears, and going on ends in the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import file_digests
+from dying_run import die_in
+
+from l4pack.checkpoint.journal import Journal, locked, write_atomic
+from l4pack.checkpoint.open import open_source
+from l4pack.errors import L4packError, StoppedError, UsageError
+from l4pack.execute import Executor
+from l4pack.plan import make_plan
+from l4pack.recipe import load_recipe
+from l4pack.run import run_plan
+
+SLOW_RUN = Path(__file__).parent / "slow_run.py"
+KILLS = 20
+
+
+@pytest.fixture
+def source(checkpoint):
+    return checkpoint("maverick", shards=3)
+
+
+@pytest.fixture
+def plan(source):
+    return make_plan(open_source(str(source)), load_recipe("int4-rtn"))
+
+
+@pytest.fixture
+def undisturbed(artifact):
+    return file_digests(artifact("int4-rtn", "maverick", shards=3))
+
+
+def start(source, out, *options, pause=0.01, recipe="int4-rtn"):
+    command = [sys.executable, str(SLOW_RUN), str(pause), "quantize", str(source), "--recipe", recipe]
+    return subprocess.Popen(
+        [*command, "--out", str(out), "--compute", "cpu", *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def journal_of(out):
+    return out.with_name(f"{out.name}.partial") / "journal.jsonl"
+
+
+def finished_tasks(out):
+    path = journal_of(out)
+    lines = path.read_text().splitlines() if path.exists() else []
+    return sum(len(json.loads(line).get("finished", ())) for line in lines if line.endswith("}"))
+
+
+def wait_until(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("seed", range(KILLS))
+def test_killed_at_random_and_gone_on_it_ends_in_the_same_bytes(source, plan, undisturbed, tmp_path, seed):
+    out = tmp_path / "maverick-int4-rtn"
+    dice = random.Random(seed)
+    for _ in range(dice.randint(1, 3)):
+        left = len(plan.tasks) - finished_tasks(out)
+        moment = dice.choice(["task, before", "task, after"])
+        assert die_in(moment, dice.randrange(left) if left else 0, source, "int4-rtn", out) in (-signal.SIGKILL, 0)
+        if out.exists():  # only when no task was left to die in
+            assert not left
+            break
+        if dice.random() < 0.5:  # a power cut tears the last line
+            written = journal_of(out).read_bytes()
+            journal_of(out).write_bytes(written[: max(len(written) - dice.randint(1, 30), 0)])
+    result = run_plan(plan, out)
+    assert file_digests(out) == undisturbed
+    assert result.already_done or result.read_bytes + result.resumed_bytes == plan.read_bytes
+    assert not journal_of(out).parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("point", "after", "appeared"),
+    [
+        ("task, before", 0, False),
+        ("small file, before", 0, False),
+        *(("small file, after", number, False) for number in range(5)),
+        ("appearance, before", 0, False),
+        ("appearance, before", 6, False),
+        ("tidying, before", 0, True),
+        ("tidying, after", 0, True),
+    ],
+)
+def test_killed_while_finishing(source, plan, undisturbed, tmp_path, point, after, appeared):
+    out = tmp_path / "maverick-int4-rtn"
+    assert die_in(point, after, source, "int4-rtn", out) == -signal.SIGKILL
+    assert out.exists() is appeared
+    result = run_plan(plan, out)
+    assert result.already_done is appeared
+    assert file_digests(out) == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_what_was_done_is_not_read_again(source, plan, tmp_path):
+    out = tmp_path / "out"
+    die_in("task, after", 30, source, "int4-rtn", out)
+    done = finished_tasks(out)
+    assert done > 5
+    result = run_plan(plan, out)
+    assert result.resumed_bytes > 0
+    assert result.read_bytes + result.resumed_bytes == plan.read_bytes
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_safely(source, plan, undisturbed, tmp_path, number):
+    out = tmp_path / "out"
+    process = start(source, out)
+    wait_until(lambda: finished_tasks(out) > 3, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert err == "error: stopped; what is finished is kept\nhint: run the same command again to go on\n"
+    assert not out.exists()
+    assert 3 < finished_tasks(out) < len(plan.tasks)
+    assert run_plan(plan, out).resumed_bytes
+    assert file_digests(out) == undisturbed
+
+
+def test_a_stop_inside_the_process_keeps_the_handlers(plan, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(_: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(StoppedError, match="what is finished is kept"):
+        run_plan(plan, tmp_path / "out", advance=ask)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_into_one_folder(source, plan, tmp_path, l4pack):
+    out = tmp_path / "out"
+    process = start(source, out)
+    wait_until(lambda: journal_of(out).exists(), process)
+    ended = l4pack("quantize", source, "--recipe", "int4-rtn", "--out", out)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert ended.code == 1
+    assert ended.err.startswith(f"error: another run is working in {out}.partial\nhint: ")
+    assert process.returncode == 75
+
+
+@pytest.mark.parametrize("change", ["recipe", "source", "version", "shard size"])
+def test_a_changed_job_is_refused_unless_restarted(source, plan, tmp_path, l4pack, monkeypatch, change):
+    out, copy = tmp_path / "out", shutil.copytree(source, tmp_path / "tiny-maverick")
+    die_in("task, after", 20, copy, "int4-rtn", out)
+    begun = journal_of(out).read_bytes()
+    command = ["quantize", copy, "--out", out, "--recipe", "fp8" if change == "recipe" else "int4-rtn"]
+    if change == "source":
+        (copy / "tokenizer_config.json").write_text("{}")
+    elif change == "version":
+        monkeypatch.setattr("l4pack.plan.__version__", "9.9")
+    elif change == "shard size":
+        command += ["--shard-size", "300kB"]
+    refused = l4pack(*command)
+    assert refused.code == 2
+    assert refused.err.startswith(f"error: {out}.partial was begun with another source, recipe, option or version\n")
+    assert "--restart" in refused.err
+    assert journal_of(out).read_bytes() == begun
+    assert not out.exists()
+    assert l4pack(*command, "--restart").code == 0
+    assert out.is_dir()
+
+
+def test_a_finished_job_is_known(source, tmp_path, l4pack):
+    command = ["quantize", source, "--recipe", "int4-rtn", "--out", tmp_path / "out"]
+    assert l4pack(*command).code == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    again = l4pack(*command)
+    assert again.code == 0
+    assert "holds this artifact already; nothing was done" in again.out
+    assert json.loads(l4pack(*command, "--json").out)["already_done"] is True
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    other = l4pack("quantize", source, "--recipe", "fp8", "--out", tmp_path / "out")
+    assert other.code == 2
+    assert "exists and is not this artifact" in other.err
+
+
+def test_an_empty_folder_may_be_filled_and_a_full_one_not(source, plan, tmp_path):
+    (tmp_path / "empty").mkdir()
+    run_plan(plan, tmp_path / "empty")
+    for make in (lambda path: path.write_text("x"), lambda path: path.mkdir() or (path / "notes").write_text("x")):
+        out = tmp_path / f"taken{len(list(tmp_path.iterdir()))}"
+        make(out)
+        with pytest.raises(UsageError, match="exists and is not this artifact"):
+            run_plan(plan, out)
+
+
+def test_begun_shards_that_somebody_changed_are_refused(source, plan, tmp_path):
+    out = tmp_path / "out"
+    die_in("task, after", 20, source, "int4-rtn", out)
+    next((tmp_path / "out.partial" / "artifact").glob("*.safetensors")).unlink()
+    with pytest.raises(UsageError, match="was changed since the job stopped") as caught:
+        run_plan(plan, out)
+    assert "--restart" in caught.value.hint
+
+
+@pytest.mark.parametrize("out", [".", "/", "..", "link"])
+def test_places_where_no_folder_can_appear(source, plan, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("elsewhere")
+    with pytest.raises(UsageError, match="can't be made in one step"):
+        run_plan(plan, Path(out))
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_dry_run_writes_nothing(source, tmp_path, l4pack):
+    ended = l4pack("quantize", source, "--recipe", "int4-rtn", "--out", tmp_path / "out", "--dry-run", "--json")
+    assert ended.code == 0
+    assert json.loads(ended.out)["artifact_bytes"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("calls", [0, 5, 60])
+def test_a_disk_that_fills_up(source, undisturbed, tmp_path, l4pack, monkeypatch, calls):
+    command = ["quantize", source, "--recipe", "int4-rtn", "--out", tmp_path / "out", "--compute", "cpu"]
+    write, written = os.pwrite, []
+
+    def full(descriptor, data, offset):
+        written.append(offset)
+        if len(written) > calls:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        ended = l4pack(*command)
+    assert ended.code == 3
+    assert ended.err == "error: No space left on device\nhint: free some space, then run the same command again\n"
+    assert not (tmp_path / "out").exists()
+    assert l4pack(*command).code == 0
+    assert file_digests(tmp_path / "out") == undisturbed
+
+
+def test_a_journal_that_cannot_be_written_stops_the_job_at_once(plan, tmp_path, monkeypatch):
+    ran = []
+    run_task = Executor.run
+    monkeypatch.setattr(Executor, "run", lambda self, task: (ran.append(task), time.sleep(0.01), run_task(self, task)))
+    monkeypatch.setattr("l4pack.job.SYNC_SECONDS", 0.01)
+
+    def full(self, **_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Journal, "record", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_plan(plan, tmp_path / "out")
+    assert len(ran) < len(plan.tasks) / 2
+
+
+FULL_DISK = """
+set -e
+mount -t tmpfs -o size={size} tmpfs {disk}
+set +e
+{command} --out {disk}/out 2> {folder}/full.err
+echo $? > {folder}/full.code
+ls {disk} > {folder}/full.ls
+set -e
+mount -o remount,size=64m {disk}
+{command} --out {disk}/out --json > {folder}/resumed.json
+cp -r {disk}/out {folder}/out
+"""
+
+
+@pytest.mark.parametrize("size", ["64k", "300k", "1m"])
+def test_a_disk_that_is_really_full(source, plan, undisturbed, tmp_path, size):
+    """On a small file system of its own; a kernel that gives users none runs the same job under a file size limit."""
+    command = f"{sys.executable} -m l4pack quantize {source} --recipe int4-rtn --compute cpu"
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
+        limited = subprocess.run(
+            ["sh", "-c", f"ulimit -f 64; {command} --out {tmp_path}/out"], capture_output=True, text=True
+        )
+        assert (limited.returncode, limited.stderr.count("\n")) == (3, 2)
+        return
+    script = FULL_DISK.format(size=size, disk=disk, folder=tmp_path, command=command)
+    subprocess.run(["unshare", "-rm", "sh", "-c", script], check=True, timeout=120)
+    assert (tmp_path / "full.code").read_text() == "3\n"
+    error, hint = (tmp_path / "full.err").read_text().splitlines()
+    assert error.startswith("error: ")
+    assert hint.startswith("hint: free some space")
+    assert (tmp_path / "full.ls").read_text() == "out.partial\n"
+    assert file_digests(tmp_path / "out") == undisturbed
+
+
+def test_a_job_too_large_for_the_disk_does_not_begin(plan, tmp_path, monkeypatch, l4pack, source):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+    ended = l4pack("quantize", source, "--recipe", "int4-rtn", "--out", tmp_path / "out")
+    assert ended.code == 3
+    assert "more disk, 1.00 kB are free\nhint: free some space" in ended.err
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_folder_that_cannot_be_written(source, tmp_path, monkeypatch, l4pack, code):
+    def refuse(self, *_, **__):
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    ended = l4pack("quantize", source, "--recipe", "int4-rtn", "--out", tmp_path / "out")
+    assert ended.code == 1
+    assert ended.err == f"error: {tmp_path}/out.partial: {os.strerror(code)}\nhint: choose a folder you may write to\n"
+
+
+def test_the_journal_drops_what_a_crash_tore(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, "p")
+    journal.record(["a", "b"], {"t": "0"})
+    journal.record(["c"])
+    journal.close()
+    whole = path.read_bytes()
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        again = Journal(path, "p")
+        again.record(["d"])
+        again.close()
+        kept = Journal(path, "p")
+        kept.close()
+        lines = whole[:cut].count(b"\n")
+        assert kept.finished == {"d"} | ({"a", "b"} if lines > 1 else set()) | ({"c"} if lines > 2 else set())
+        assert kept.digests == ({"t": "0"} if lines > 1 else {})
+
+
+def test_a_short_write_of_the_journal_is_an_error(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "journal.jsonl", "p")
+    monkeypatch.setattr(os, "write", lambda _, raw: len(raw) - 1)
+    with pytest.raises(OSError, match="No space left"):
+        journal.record(["a"])
+
+
+def test_a_journal_of_another_plan(tmp_path):
+    Journal(tmp_path / "journal.jsonl", "p").close()
+    with pytest.raises(UsageError, match="was begun with another"):
+        Journal(tmp_path / "journal.jsonl", "q")
+
+
+def test_a_lock_is_held_once_and_let_go(tmp_path):
+    with locked(tmp_path), pytest.raises(L4packError, match="another run is working"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_a_small_file_is_old_or_new_and_never_half(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
