@@ -9,6 +9,7 @@ import typer
 from l4pack import __version__
 from l4pack.cli import console
 from l4pack.cli.budget import budget_app, devices
+from l4pack.cli.evaluate import evaluate
 from l4pack.cli.inspect import inspect
 from l4pack.cli.licence import licence
 from l4pack.cli.package import package
@@ -44,6 +45,6 @@ def _root(
     del version
 
 
-for command in (inspect, plan, quantize, verify, licence, package, push, recipes, formats, devices):
+for command in (inspect, plan, quantize, verify, evaluate, licence, package, push, recipes, formats, devices):
     app.command()(command)
 app.add_typer(budget_app, name="budget")

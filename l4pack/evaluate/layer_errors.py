@@ -107,13 +107,18 @@ def _difference(reference: Tensor, artifact: Tensor) -> float:
 
 def worst_units(layers: Sequence[dict[str, Any]], count: int = WORST) -> list[dict[str, Any]]:
     """The units with the largest errors of their own, worst first."""
-    found: list[dict[str, Any]] = []
-    for record in layers:
-        for part in (Part.ATTENTION, Part.SHARED, Part.DENSE):
-            if f"{part.value}_error" in record:
-                found.append({"layer": record["layer"], "block": part.value, "error": record[f"{part.value}_error"]})
-        for expert in record.get("experts", ()):
-            if "error" in expert:
-                names = {"layer": record["layer"], "block": Part.EXPERT.value, "expert": expert["expert"]}
-                found.append({**names, "error": expert["error"]})
+    found = [unit for record in layers for unit in (*_shared_units(record), *_expert_units(record))]
     return sorted(found, key=lambda item: -item["error"])[:count]
+
+
+def _shared_units(record: dict[str, Any]) -> list[dict[str, Any]]:
+    parts = [part.value for part in (Part.ATTENTION, Part.SHARED, Part.DENSE) if f"{part.value}_error" in record]
+    return [{"layer": record["layer"], "block": part, "error": record[f"{part}_error"]} for part in parts]
+
+
+def _expert_units(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"layer": record["layer"], "block": Part.EXPERT.value, "expert": item["expert"], "error": item["error"]}
+        for item in record.get("experts", ())
+        if "error" in item
+    ]

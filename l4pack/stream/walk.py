@@ -85,14 +85,19 @@ class Walk:
         blocks: Blocks | None = None,
         observer: Observer | None = None,
         progress: Progress | None = None,
+        release: bool = False,
     ) -> None:
-        """`digest` names the job: a `work` folder begun for another one is refused with UsageError."""
+        """`digest` names the job: a `work` folder begun for another one is refused with UsageError.
+
+        With `release`, pages of hidden states are let go after every unit, so that they don't count as the process's.
+        """
         self.models, self.packed, self.work = tuple(models), packed, work
         self.records: list[dict[str, Any]] = []
         self._digest = digest
         self._blocks = blocks or Blocks()
         self._observer = observer
         self._progress = progress or Progress()
+        self._release = release
         work.mkdir(parents=True, exist_ok=True)
         self._lock = locked(work)
         self._lock.__enter__()
@@ -176,6 +181,8 @@ class Walk:
             one.feed_forward(unit, module)
             if self._observer:
                 self._observer.unit(number, unit, one, module)
+            if self._release:
+                self.streams[number].release()
         self._count_unused(number, layer, experts)
         one.finish()
 

@@ -1,0 +1,213 @@
+"""`l4pack evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import RenderableType
+
+from l4pack.checkpoint.open import open_source
+from l4pack.checkpoint.source import open_folder
+from l4pack.cli import console
+from l4pack.cli.options import Against, Artifact, AsJson, MaxRam
+from l4pack.errors import UsageError
+from l4pack.units import human_bytes, human_seconds, parse_size
+
+_GATES = "Quality gates (exit 6)"
+_TEXT = "Text"
+
+
+def evaluate(
+    artifact: Artifact,
+    against: Against = None,
+    text: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|DIR|SET", help="Text, JSONL or a folder; or wikitext2, c4, demo.", rich_help_panel=_TEXT
+        ),
+    ] = "demo",
+    samples: Annotated[int, typer.Option(help="Most sequences taken.", rich_help_panel=_TEXT)] = 32,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens a sequence; 2048 or the model's context.", show_default=False, rich_help_panel=_TEXT),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which sequences are taken.", rich_help_panel=_TEXT)] = 0,
+    task: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Multiple-choice questions, JSONL; may be repeated.", show_default=False),
+    ] = None,
+    needle: Annotated[
+        int | None,
+        typer.Option(metavar="TOKENS", help="Retrieve numbers hidden in so many tokens.", show_default=False),
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Most mean KL, in nats.", rich_help_panel=_GATES)] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Least share of tokens with the same likeliest token.", rich_help_panel=_GATES)
+    ] = None,
+    max_perplexity_ratio: Annotated[
+        float | None, typer.Option(help="Most perplexity over the original's.", rich_help_panel=_GATES)
+    ] = None,
+    min_recovery: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK=SHARE", help="Least accuracy over the original's.", show_default=False, rich_help_panel=_GATES
+        ),
+    ] = None,
+    save_reference: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the original's answers there.", show_default=False)
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Compare with answers kept before.", show_default=False)
+    ] = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Leave inputs unrounded where the runtime would round them.")
+    ] = False,
+    compute: Annotated[str, typer.Option(metavar="WHERE", help="cpu, cuda, cuda:N, or auto.")] = "auto",
+    max_ram: MaxRam = None,
+    max_vram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most device memory to take.", show_default=False)
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where hidden states go; DIR.evaluate.partial.", show_default=False),
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare an artifact with its original, layer by layer: perplexity, KL divergence, agreement, tasks.
+
+    Example: `l4pack evaluate demo-int4 --against demo --max-kl 0.05`
+    """
+    from l4pack.evaluate.evaluate import Settings
+    from l4pack.evaluate.gates import parse_recovery, require
+    from l4pack.evaluate.record import write_accuracy
+    from l4pack.recipe import Gates
+    from l4pack.stream.text import TextChoice
+
+    settings = Settings(
+        work=work or artifact.with_name(f"{artifact.resolve().name}.evaluate.partial"),
+        text=TextChoice(text, samples, sequence_length, seed),
+        tasks=tuple(task or ()),
+        needle=needle,
+        compute=compute,
+        max_ram=_size(max_ram),
+        max_vram=_size(max_vram),
+        weights_only=weights_only,
+        restart=restart,
+        save_reference=save_reference,
+        reference=reference,
+    )
+    gates = _gates(Gates, max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio)
+    recovery = parse_recovery(min_recovery or [])
+    record = _run(artifact, against, settings)
+    write_accuracy(artifact, record, gates, recovery)
+    console.show_json(record) if as_json else console.show(*accuracy_view(record))
+    require(record["gates"])
+
+
+def _size(text: str | None) -> int | None:
+    return None if text is None else parse_size(text)
+
+
+def _gates(kind: Any, **values: float | None) -> Any:
+    try:
+        return kind(**values)
+    except ValueError as error:
+        first = str(error).splitlines()
+        raise UsageError(
+            f"a gate is out of range: {first[1] if len(first) > 1 else first[0]}",
+            hint="KL is 0 or more, shares are 0 to 1",
+        ) from error
+
+
+def _run(artifact: Path, against: str | None, settings: Any) -> dict[str, Any]:
+    from l4pack.evaluate.evaluate import evaluate as run
+    from l4pack.evaluate.evaluate import total_bytes
+    from l4pack.run import stop_signals
+    from l4pack.stream.walk import Progress
+
+    checkpoint, original = open_folder(artifact), None if against is None else open_source(against)
+    total = total_bytes(checkpoint, None if settings.reference else original)
+    with console.progress("evaluating", total) as bar, stop_signals() as stop:
+        return run(checkpoint, original, settings, Progress(bar.advance, bar.label, stop))
+
+
+def accuracy_view(record: dict[str, Any]) -> list[RenderableType]:
+    """An evaluation for people."""
+    text, run = record["text"], record["run"]
+    lines: list[RenderableType] = [
+        f"[bold]{console.plain(record['artifact'])}[/bold]"
+        + (f" against [bold]{console.plain(record['against'])}[/bold]" if record["against"] else ""),
+        f"{record['tokens']:,} tokens of {console.plain(text['source'])} in {text['sequences']} sequences of "
+        f"{text['sequence_length']}, {run['dtype']} on {console.plain(run['device'])}, activations {run['activations']}",
+        "",
+        _measures(record),
+    ]
+    lines += _layers_view(record)
+    for name, task in record["tasks"].items():
+        lines.append(_task_line(name, task))
+    if "needle" in record:
+        lines.append(_needle_line(record["needle"]))
+    for gate in record["gates"]:
+        mark = "[green]passed[/green]" if gate["ok"] else "[red]missed[/red]"
+        value = "not measured" if gate["value"] is None else f"{gate['value']:.6g}"
+        lines.append(f"gate {console.plain(gate['gate'])} {gate['limit']:g}: {value}, {mark}")
+    lines.append(f"{human_seconds(run['seconds'])}, peak memory {human_bytes(run['peak_rss_bytes'])}")
+    return lines
+
+
+def _measures(record: dict[str, Any]) -> RenderableType:
+    table = console.table("Measure", ">Value", ">Standard error")
+    rows = [
+        ("perplexity, original", "perplexity_reference", "perplexity_reference_standard_error"),
+        ("perplexity, artifact", "perplexity_artifact", "perplexity_artifact_standard_error"),
+        ("perplexity ratio", "perplexity_ratio", "perplexity_ratio_standard_error"),
+        ("KL(original || artifact), mean", "kl_mean", "kl_standard_error"),
+        ("KL, median", "kl_median", ""),
+        ("KL, 99th percentile", "kl_p99", ""),
+        ("KL, largest", "kl_max", ""),
+        ("same likeliest token", "top1_agreement", "top1_agreement_standard_error"),
+    ]
+    for label, key, error in rows:
+        if key in record:
+            spread = record.get(error)
+            table.add_row(label, f"{record[key]:.6g}", "" if spread is None else f"{spread:.2g}")
+    if "true_token_probability" in record:
+        table.add_row("true token's probability, RMS change", f"{record['true_token_probability']['rms']:.6g}", "")
+    return table
+
+
+def _layers_view(record: dict[str, Any]) -> list[RenderableType]:
+    if not record["worst"]:
+        return []
+    table = console.table("Hurts most", ">Relative error", title=None)
+    for unit in record["worst"]:
+        expert = f" {unit['expert']}" if "expert" in unit else ""
+        table.add_row(f"layer {unit['layer']}, {unit['block'].replace('_', ' ')}{expert}", f"{unit['error']:.4g}")
+    moved = [layer["routing_agreement"] for layer in record["layers"] if "routing_agreement" in layer]
+    last = record["layers"][-1].get("residual_error")
+    lines: list[RenderableType] = ["", table]
+    if last is not None:
+        lines.append(f"residual stream after the last layer: relative error {last:.4g}")
+    if moved:
+        lines.append(
+            f"routed like the original: {100 * sum(moved) / len(moved):.2f} % of tokens, least {100 * min(moved):.2f} % in a layer"
+        )
+    return lines
+
+
+def _task_line(name: str, task: dict[str, Any]) -> str:
+    artifact, original = task["accuracy"], task.get("accuracy_reference")
+    line = f"task {console.plain(name)}: {artifact['value']:.4f} of {task['questions']} right"
+    if original is not None:
+        recovery = "" if task["recovery"] is None else f", recovery {task['recovery']:.4f}"
+        line += f", original {original['value']:.4f}{recovery}, same choice {task['same_choice']:.4f}"
+    return line
+
+
+def _needle_line(needle: dict[str, Any]) -> str:
+    shares = ", ".join(f"{name} {one['retrieved']:.2f}" for name, one in needle.items())
+    length = needle["artifact"]["length"]
+    return f"needles retrieved in {length:,} tokens: {shares}"

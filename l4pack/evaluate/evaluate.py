@@ -1,0 +1,326 @@
+"""Evaluating an artifact: text, questions and needles through original and artifact in one pass over the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from l4pack import __version__
+from l4pack.checkpoint.source import Checkpoint
+from l4pack.errors import UsageError
+from l4pack.evaluate.answers import Answers, StreamAnswers
+from l4pack.evaluate.layer_errors import LayerErrors, worst_units
+from l4pack.evaluate.needle import Needle, needle_record, needles
+from l4pack.evaluate.needle import sequences_of as needle_sequences
+from l4pack.evaluate.reference import StoredReference, load_reference, save_reference
+from l4pack.evaluate.same_model import check_same_model, check_same_tokens
+from l4pack.evaluate.scoring import PairedScores, Scores, score, score_pair
+from l4pack.evaluate.statistics import clusters, mean_and_error, perplexity, summarize
+from l4pack.evaluate.tasks import Task, load_task, sequences_of, task_record
+from l4pack.model.names import classify
+from l4pack.model.tensors import QUANTIZABLE
+from l4pack.stream.compute import Compute
+from l4pack.stream.hidden import Packed, TokenSequence
+from l4pack.stream.memory import blocks_for
+from l4pack.stream.modules import Skeleton
+from l4pack.stream.text import TextChoice, TokenText, load_text, load_tokenizer, token_digest
+from l4pack.stream.walk import Model, Progress, Walk
+from l4pack.stream.weights import Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SCHEMA_VERSION = 1
+ORIGINAL, ARTIFACT = "original", "artifact"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to evaluate and where."""
+
+    work: Path
+    text: TextChoice = field(default_factory=TextChoice)
+    tasks: tuple[Path, ...] = ()
+    needle: int | None = None
+    compute: str = "auto"
+    max_ram: int | None = None
+    max_vram: int | None = None
+    weights_only: bool = False
+    restart: bool = False
+    save_reference: Path | None = None
+    reference: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """All sequences of one pass, and which of them belong to what."""
+
+    sequences: tuple[TokenSequence, ...]
+    text: TokenText
+    tasks: tuple[Task, ...]
+    needles: tuple[Needle, ...]
+    spans: dict[str, slice] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Both models' scores on every scored token; without an original, the artifact's alone."""
+
+    artifact: Scores
+    reference: Scores | None
+    paired: PairedScores | None
+
+
+def evaluate(
+    artifact: Checkpoint, original: Checkpoint | None, settings: Settings, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run everything; returns the record that `accuracy.json` holds. Raises L4packError and its kin.
+
+    An interrupted call with the same arguments goes on at the last finished layer, to the same numbers.
+    """
+    progress = progress or Progress()
+    started = time.monotonic()
+    tokenizer = _tokenizer(artifact, original)
+    inputs = _inputs(artifact, original, settings, tokenizer)
+    if original is not None:
+        check_same_model(artifact, original)
+    compute = Compute.of(settings.compute)
+    if settings.restart and settings.work.exists():
+        shutil.rmtree(settings.work)
+    blocks = blocks_for(artifact.config.text, compute.dtype, compute.limit(settings.max_ram, settings.max_vram))
+    packed = Packed(inputs.sequences)
+    with ExitStack() as stack:
+        stored = None
+        if settings.reference is not None:
+            stored = load_reference(settings.reference, _identity(inputs), compute.device)
+        names = [(ORIGINAL, original)] if original is not None and stored is None else []
+        models = [_model(name, one, compute, settings, stack) for name, one in (*names, (ARTIFACT, artifact)) if one]
+        errors = LayerErrors(artifact.config)
+        digest = _digest(models, inputs, (blocks, compute.dtype, settings.weights_only))
+        walk = stack.enter_context(
+            Walk(
+                models, packed, settings.work, digest, blocks=blocks, observer=errors, progress=progress,
+                release=settings.max_ram is not None,
+            )
+        )  # fmt: skip
+        walk.run()
+        progress.label("scoring")
+        answers = [StreamAnswers(model, stream.current) for model, stream in zip(models, walk.streams, strict=True)]
+        kept = _save_reference(settings, answers[0], packed, inputs, original) if settings.save_reference else None
+        scored = _score(answers, stored, packed)
+        record = _record(artifact, original, inputs, packed, scored, walk)
+        record["layers"], record["resumed_layers"] = walk.records, walk.resumed_layers
+    record["worst"] = worst_units(record["layers"])
+    if stored is not None or kept is not None:
+        record["reference"] = _reference_record(stored.record if stored else kept or {})
+    record["run"] = _run_record(compute, settings, blocks, started)
+    shutil.rmtree(settings.work)
+    return record
+
+
+def total_bytes(artifact: Checkpoint, original: Checkpoint | None) -> int:
+    """Bytes of matrices in the layers of both, what progress is counted in."""
+    return sum(
+        entry.nbytes
+        for checkpoint in (artifact, original)
+        if checkpoint is not None
+        for name, entry in checkpoint.entries.items()
+        if classify(name).role in QUANTIZABLE
+    )
+
+
+def _tokenizer(artifact: Checkpoint, original: Checkpoint | None) -> PreTrainedTokenizerBase:
+    return load_tokenizer(original if original is not None and original.store is not None else artifact)
+
+
+def _inputs(
+    artifact: Checkpoint, original: Checkpoint | None, settings: Settings, tokenizer: PreTrainedTokenizerBase
+) -> _Inputs:
+    longest = artifact.config.text.max_position_embeddings
+    text = load_text(settings.text, tokenizer, longest)
+    if original is not None:
+        check_same_tokens(artifact, original, text, tokenizer)
+    tasks = tuple(load_task(path) for path in settings.tasks)
+    _check_names(tasks)
+    sequences, spans = list(text.sequences), {"text": slice(0, len(text.sequences))}
+    found: tuple[Needle, ...] = ()
+    for task in tasks:
+        more = sequences_of(task, tokenizer, longest)
+        spans[f"task {task.name}"] = slice(len(sequences), len(sequences) + len(more))
+        sequences += more
+    if settings.needle is not None:
+        haystack = [token for sequence in text.sequences for token in sequence.tokens[1:]]
+        found = tuple(needles(settings.needle, haystack, tokenizer, settings.text.seed, longest))
+        more = needle_sequences(list(found))
+        spans["needle"] = slice(len(sequences), len(sequences) + len(more))
+        sequences += more
+    return _Inputs(tuple(sequences), text, tasks, found, spans)
+
+
+def _check_names(tasks: Sequence[Task]) -> None:
+    names = [task.name for task in tasks]
+    if len(set(names)) != len(names):
+        raise UsageError("two task files have one name", hint="rename one: a task is called by its file's name")
+
+
+def _identity(inputs: _Inputs) -> dict[str, Any]:
+    return {
+        "tokens_sha256": token_digest([sequence.tokens for sequence in inputs.sequences]),
+        "text": inputs.text.record,
+    }
+
+
+def _model(name: str, checkpoint: Checkpoint, compute: Compute, settings: Settings, stack: ExitStack) -> Model:
+    weights = stack.enter_context(
+        Weights(checkpoint, compute.device, compute.dtype, round_activations=not settings.weights_only)
+    )
+    return Model(name, weights, Skeleton(checkpoint.config, compute.device, compute.dtype))
+
+
+def _digest(models: Sequence[Model], inputs: _Inputs, options: Sequence[object]) -> str:
+    """What a job is: an interrupted one goes on only with the same."""
+    parts = [
+        __version__,
+        *(model.weights.checkpoint.fingerprint() for model in models),
+        token_digest([sequence.tokens for sequence in inputs.sequences]),
+        repr(tuple(options)),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _save_reference(
+    settings: Settings, answers: Answers, packed: Packed, inputs: _Inputs, original: Checkpoint | None
+) -> dict[str, Any]:
+    if settings.save_reference is None or original is None or settings.reference is not None:
+        raise UsageError("--save-reference needs the original", hint="add --against SOURCE")
+    rows, targets = packed.scored_rows(), packed.targets()
+    return save_reference(settings.save_reference, answers, rows, targets, _identity(inputs))
+
+
+def _score(answers: Sequence[Answers], stored: StoredReference | None, packed: Packed) -> _Scored:
+    rows, targets = packed.scored_rows(), packed.targets()
+    if stored is not None:
+        paired = score_pair(stored, answers[-1], (torch.arange(len(rows)), rows), targets)
+    elif len(answers) == 2:
+        paired = score_pair(answers[0], answers[1], (rows, rows), targets)
+    else:
+        return _Scored(score(answers[-1], rows, targets, ARTIFACT), None, None)
+    return _Scored(paired.artifact, paired.reference, paired)
+
+
+def _record(
+    artifact: Checkpoint, original: Checkpoint | None, inputs: _Inputs, packed: Packed, scored: _Scored, walk: Walk
+) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "artifact": Path(artifact.name).name,
+        "against": None if original is None else Path(original.name).name,
+        "artifact_weight_bytes": artifact.weight_bytes,
+        "against_weight_bytes": None if original is None else original.weight_bytes,
+    }
+    lengths = [len(item.tokens) - item.score_from for item in packed.sequences]
+    record |= _text_record(inputs.spans["text"], lengths, scored)
+    record["text"] = inputs.text.record
+    record["tasks"] = {
+        task.name: _task(task, inputs.spans[f"task {task.name}"], lengths, scored) for task in inputs.tasks
+    }
+    if inputs.needles:
+        record["needle"] = _needles(inputs, packed, lengths, scored)
+    del walk
+    return record
+
+
+def _rows(lengths: Sequence[int], sequences: slice) -> slice:
+    """Scored tokens of some sequences."""
+    return slice(sum(lengths[: sequences.start]), sum(lengths[: sequences.stop]))
+
+
+def _text_record(sequences: slice, lengths: Sequence[int], scored: _Scored) -> dict[str, Any]:
+    rows, lengths = _rows(lengths, sequences), lengths[sequences]
+    if scored.paired is not None:
+        part = PairedScores(_cut(scored.paired.reference, rows), _cut(scored.artifact, rows), scored.paired.kl[rows])
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        return summarize(part, lengths, positions)
+    cluster = clusters(lengths)
+    value, error = perplexity(scored.artifact.log_probability[rows], cluster)
+    return {
+        "perplexity_artifact": value,
+        "perplexity_artifact_standard_error": error,
+        "negative_log_likelihood": mean_and_error(-scored.artifact.log_probability[rows], cluster)[0],
+        "tokens": sum(lengths),
+    }
+
+
+def _cut(scores: Scores, rows: slice) -> Scores:
+    return Scores(scores.log_probability[rows], scores.likeliest[rows])
+
+
+def _sums(scores: Scores | None, sequences: slice, lengths: Sequence[int]) -> list[float] | None:
+    """The log-likelihood of every sequence's scored tokens."""
+    if scores is None:
+        return None
+    parts = torch.split(scores.log_probability[_rows(lengths, sequences)], list(lengths[sequences]))
+    return [float(part.sum()) for part in parts]
+
+
+def _task(task: Task, sequences: slice, lengths: Sequence[int], scored: _Scored) -> dict[str, Any]:
+    artifact = _sums(scored.artifact, sequences, lengths)
+    assert artifact is not None
+    record = task_record(task, artifact, _sums(scored.reference, sequences, lengths))
+    questions = json.dumps([[item.context, item.choices, item.answer] for item in task.questions])
+    return {**record, "sha256": hashlib.sha256(questions.encode()).hexdigest()}
+
+
+def _needles(inputs: _Inputs, packed: Packed, lengths: Sequence[int], scored: _Scored) -> dict[str, Any]:
+    sequences = inputs.spans["needle"]
+    rows, targets = _rows(lengths, sequences), packed.targets()
+    parts = list(lengths[sequences])
+    length = len(packed.sequences[sequences.start].tokens)
+
+    def of(scores: Scores) -> dict[str, Any]:
+        greedy: Tensor = scores.likeliest[rows] == targets[rows]
+        probabilities = torch.split(scores.log_probability[rows], parts)
+        return needle_record(length, list(inputs.needles), list(probabilities), list(torch.split(greedy, parts)))
+
+    record = {ARTIFACT: of(scored.artifact)}
+    return {**record, ORIGINAL: of(scored.reference)} if scored.reference is not None else record
+
+
+def _reference_record(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key.startswith("storage")}
+
+
+def _run_record(compute: Compute, settings: Settings, blocks: object, started: float) -> dict[str, Any]:
+    return {
+        "device": compute.describe(),
+        "dtype": str(compute.dtype).removeprefix("torch."),
+        "activations": "not rounded" if settings.weights_only else "rounded as the runtime does",
+        "blocks": vars(blocks),
+        "seed": settings.text.seed,
+        "versions": {"l4pack": __version__, "python": platform.python_version(), **_versions()},
+        "seconds": time.monotonic() - started,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _versions() -> dict[str, str]:
+    result = {}
+    for name in ("torch", "transformers", "compressed-tensors", "tokenizers"):
+        try:
+            result[name] = version(name)
+        except PackageNotFoundError:
+            result[name] = "none"
+    return result

@@ -1,0 +1,44 @@
+"""Whether an artifact and an original may be compared at all."""
+
+from __future__ import annotations
+
+from l4pack.checkpoint.source import Checkpoint
+from l4pack.errors import UsageError
+from l4pack.stream.text import TokenText, load_tokenizer
+
+_SHOWN = "num_hidden_layers", "hidden_size", "num_local_experts", "vocab_size"
+
+
+def check_same_model(artifact: Checkpoint, original: Checkpoint) -> None:
+    """Raise UsageError naming the first field of the text configuration that differs."""
+    ours, theirs = artifact.config.text.model_dump(), original.config.text.model_dump()
+    differing = [key for key in (*_SHOWN, *ours) if ours[key] != theirs.get(key)]
+    if differing:
+        key = differing[0]
+        raise UsageError(
+            f"{artifact.name} is an artifact of another model: {key} is {ours[key]}, {original.name} has {theirs[key]}",
+            hint="give the checkpoint it was quantized from with --against",
+        )
+
+
+def check_same_tokens(artifact: Checkpoint, original: Checkpoint, text: TokenText, tokenizer: object) -> None:
+    """Raise UsageError when the artifact's tokenizer reads the text differently, SourceError when it has none."""
+    if artifact.store is None or original.store is None or _same_file(artifact, original):
+        return
+    own = load_tokenizer(artifact)
+    known = getattr(tokenizer, "decode")  # noqa: B009
+    for sequence in text.sequences:
+        if own.decode(sequence.tokens) != known(sequence.tokens):
+            raise UsageError(
+                "the tokenizers of artifact and original differ: the same tokens stand for different text",
+                hint="copy the original's tokenizer files into the artifact",
+            )
+
+
+def _same_file(artifact: Checkpoint, original: Checkpoint) -> bool:
+    assert artifact.store is not None
+    assert original.store is not None
+    if "tokenizer.json" not in artifact.companions or "tokenizer.json" not in original.companions:
+        return False
+    paths = artifact.store.path("tokenizer.json"), original.store.path("tokenizer.json")
+    return paths[0].read_bytes() == paths[1].read_bytes()

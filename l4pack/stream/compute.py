@@ -1,0 +1,45 @@
+"""Where layers are computed, and in what: float32 on a CPU, BF16 on CUDA."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from l4pack.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device and the dtype of weights and hidden states on it."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, name: str) -> Compute:
+        """`cpu`, `cuda`, `cuda:N`, or `auto` (CUDA where there is one). Raises UsageError."""
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            device = torch.device("meta")
+        if device.type == "cpu":
+            return cls(device, torch.float32)
+        if device.type != "cuda":
+            raise UsageError(f"'{name}' is not a place to compute", hint="choose cpu, cuda, cuda:N or auto")
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"this machine has no {name}", hint="choose cpu, or install a CUDA build of torch")
+        return cls(device, torch.bfloat16)
+
+    def describe(self) -> str:
+        """The device by its own name."""
+        if self.device.type == "cuda":
+            return str(torch.cuda.get_device_name(self.device))
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+    def limit(self, max_ram: int | None, max_vram: int | None) -> int | None:
+        """The bytes that weights and activations must fit in."""
+        return max_ram if self.device.type == "cpu" else max_vram
