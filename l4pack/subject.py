@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from l4pack.assign import assign
@@ -39,6 +39,17 @@ def alternatives(source: str, subject: Subject) -> dict[str, Callable[[], Subjec
         return {}
     checkpoint = open_source(source)
     return {name: partial(planned, checkpoint, name) for name in ALTERNATIVES}
+
+
+def candidates(sources: Iterable[str], recipe: str | None) -> list[Subject]:
+    """What a table of budgets compares: each source as it is and under the generic recipes, or under one."""
+    found = []
+    for source in sources:
+        checkpoint = open_source(source)
+        names = [recipe] if recipe else [] if checkpoint.config.quantized else ALTERNATIVES
+        found += [] if recipe else [_as_it_is(checkpoint)]
+        found += [planned(checkpoint, name) for name in names]
+    return found
 
 
 def _as_it_is(checkpoint: Checkpoint) -> Subject:

@@ -315,6 +315,41 @@ def test_measuring_reads_the_device_line_by_line() -> None:
     assert shown.row_count == 1
 
 
+def test_the_reader_of_a_real_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the driver's own answers, on the CPU: pieces of a GiB, and what a sampler holds."""
+    from l4pack.budget import torch_reader
+
+    answers = {
+        "is_available": True, "empty_cache": None, "synchronize": None, "reset_peak_memory_stats": None,
+        "mem_get_info": (60, 80), "memory_allocated": 7, "max_memory_allocated": 19, "get_device_name": "a CPU",
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch_reader, "CHUNK", 1000)
+    reader = torch_reader.TorchReader("cpu")
+    assert (reader.name(), reader.memory(), reader.allocated()) == ("a CPU", (60, 80), 7)
+    assert [piece.numel() for piece in reader.allocate(2500)] == [1000, 1000, 500]
+    assert reader.peak(lambda: reader.sample(3, 50)) == 12
+    monkeypatch.setattr(torch, "empty", _no_room)
+    with pytest.raises(MemoryError):
+        reader.allocate(1)
+
+
+def _no_room(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError
+
+
+def test_the_matrix_of_one_artifact_on_ones_own_device(
+    l4pack: Run, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = run_plan(make_plan(open_folder(checkpoint("scout")), load_recipe("fp8")), tmp_path / "Llama-4-tiny").out
+    (tmp_path / "mine.yaml").write_text("devices:\n  toy: {title: A toy, memory: 16GiB, source: invented}\n")
+    record = json.loads(l4pack("budget", out, "--matrix", "--devices", tmp_path / "mine.yaml", "--json").out)
+    (row,) = record["rows"]
+    assert row["cells"][-1] == {"device": "toy", "max_context": 1024, "max_context_high": 1024}
+    assert next(cell for cell in row["cells"] if cell["device"] == "8xh100")["max_context"] == 0  # 4 heads, 8 GPUs
+
+
 def test_a_budget_does_not_wait_for_torch(tmp_path: Path) -> None:
     """Commands answer in about a second, because nothing on their way imports torch."""
     script = (
@@ -345,4 +380,6 @@ def test_the_how_tos_checks_hold(l4pack: Run, tmp_path: Path) -> None:
     how_to = (ROOT / "docs" / "how-to" / "budget-in-ci.md").read_text()
     file = tmp_path / "l4pack-budget.yaml"
     file.write_text(how_to.split("```yaml\n")[1].split("```")[0])
-    assert l4pack("budget", "check", file).code == 0
+    ended = l4pack("budget", "check", file)
+    assert ended.code == 0
+    assert ended.out == how_to.split("$ l4pack budget check\n")[1].split("```")[0]

@@ -84,6 +84,7 @@ def test_a_wider_dtype_never_needs_less(load: Load, runtime: str) -> None:
 def test_more_gpus_never_need_more_each_but_for_what_links_them(load: Load, runtime: str, tp: int) -> None:
     one = made("scout", "fp8", "8xh100", replace(load, tp=1), runtime)
     many = made("scout", "fp8", "8xh100", replace(load, tp=tp), runtime)
+    assert all(m < o for m, o in zip(needs(many), needs(one), strict=True))
     alone = [line for line in many.lines if line.name != "communication"]
     by_name = {line.name: line for line in one.lines}
     assert {line.name for line in alone} <= set(by_name)

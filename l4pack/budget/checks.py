@@ -61,6 +61,8 @@ class Check(BaseModel):
 
     @model_validator(mode="after")
     def _one_subject(self) -> Check:
+        if not self.name.isprintable():
+            raise ValueError("'name' must be one printable line")
         if (self.artifact is None) == (self.source is None):
             raise ValueError("give either 'artifact' or 'source'")
         if self.artifact is not None and self.recipe is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from l4pack.budget.devices import Host
 from l4pack.budget.runtimes import Runtime
@@ -77,12 +77,9 @@ class Setting:
 def resolve(subject: Subject, host: Host, runtime: Runtime, load: Load) -> Setting:
     """Fill in what the runtime would choose, and refuse what it would refuse. Raises UsageError."""
     text = subject.config.text
+    _check_counts(load)
     tp, pp = _parallel(text, host, runtime, load)
     defaults = runtime.defaults(host.device)
-    positive = {name: getattr(load, name) for name in ("sequences", "batched_tokens", "max_num_seqs", "max_positions")}
-    for name, value in positive.items():
-        if value is not None and not 1 <= value <= 2**40:
-            raise UsageError(f"{name.replace('_', '-')} {value} is not positive", hint="give 1 or more")
     setting = Setting(
         context=_context(text, load),
         sequences=load.sequences,
@@ -103,9 +100,13 @@ def resolve(subject: Subject, host: Host, runtime: Runtime, load: Load) -> Setti
     return setting
 
 
-def with_context(setting: Setting, context: int) -> Setting:
-    """The same setting at another context."""
-    return replace(setting, context=context)
+def _check_counts(load: Load) -> None:
+    for name in ("sequences", "tp", "pp", "batched_tokens", "max_num_seqs", "max_positions"):
+        value = getattr(load, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{name.replace('_', '-')} {value} is not positive", hint="give 1 or more")
+    if load.images is not None and load.images < 0:
+        raise UsageError(f"images {load.images} is negative", hint="0 means text only")
 
 
 def _parallel(text: TextConfig, host: Host, runtime: Runtime, load: Load) -> tuple[int, int]:
@@ -116,7 +117,7 @@ def _parallel(text: TextConfig, host: Host, runtime: Runtime, load: Load) -> tup
     else:
         pp = load.pp or 1
         tp = load.tp or max(host.count // pp, 1)
-    if tp < 1 or pp < 1 or tp * pp > host.count:
+    if tp * pp > host.count:
         raise UsageError(f"tp {tp} x pp {pp} needs {tp * pp} GPUs, {host.name} has {host.count}", hint="lower one")
     if pp > text.num_hidden_layers:
         raise UsageError(f"pp {pp} is more than the model's {text.num_hidden_layers} layers", hint="lower --pp")

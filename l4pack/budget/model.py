@@ -18,6 +18,9 @@ from l4pack.budget.runtimes import Runtime, load_runtime
 from l4pack.budget.subject import Subject
 from l4pack.budget.weights import stage_layers, weights_by_role
 from l4pack.model.tensors import Role
+from l4pack.units import KIB, human_bytes
+
+UNPUBLISHED = "a range: no runtime publishes it"
 
 
 class Group(StrEnum):
@@ -124,7 +127,7 @@ def evaluate(subject: Subject, host: Host, runtime: Runtime, setting: Setting) -
     stages = tuple(
         Stage(
             index,
-            (*_weight_lines(roles), _kv_line(subject, setting, runtime, layers[index]), *fixed),
+            (*_weight_lines(roles, setting), _kv_line(subject, setting, runtime, layers[index]), *fixed),
             planned,
             memory - planned,
         )
@@ -134,32 +137,36 @@ def evaluate(subject: Subject, host: Host, runtime: Runtime, setting: Setting) -
 
 
 WEIGHT_LINES: tuple[tuple[str, tuple[Role, ...], str], ...] = (
-    ("routed experts", (Role.ROUTED_EXPERT,), "stored bytes / tp, or whole experts under expert parallelism"),
-    ("shared experts", (Role.SHARED_EXPERT,), "stored bytes / tp"),
-    ("dense MLP", (Role.DENSE_MLP,), "stored bytes / tp"),
-    ("attention", (Role.ATTENTION,), "q, o / tp; k, v / min(tp, kv heads)"),
+    ("routed experts", (Role.ROUTED_EXPERT,), "stored / tp"),
+    ("shared experts", (Role.SHARED_EXPERT,), "stored / tp"),
+    ("dense MLP", (Role.DENSE_MLP,), "stored / tp"),
+    ("attention", (Role.ATTENTION,), "stored / tp, KV heads repeated beyond their number"),
     ("embedding, head", (Role.EMBEDDING, Role.LM_HEAD), "vocabulary padded to 64, / tp"),
     ("vision, projector", (Role.VISION, Role.PROJECTOR), "matrices / tp, norms and positions whole"),
     ("router, norms", (Role.ROUTER, Role.NORM), "whole on every GPU"),
 )
 
 
-def _weight_lines(roles: dict[Role, int]) -> list[Line]:
-    sums = ((name, sum(roles.get(role, 0) for role in members), formula) for name, members, formula in WEIGHT_LINES)
-    return [Line(name, Group.WEIGHTS, size, size, formula) for name, size, formula in sums if size]
+def _weight_lines(roles: dict[Role, int], setting: Setting) -> list[Line]:
+    lines = []
+    for name, members, formula in WEIGHT_LINES:
+        size = sum(roles.get(role, 0) for role in members)
+        whole_experts = setting.expert_parallel and Role.ROUTED_EXPERT in members
+        how = "whole experts / tp" if whole_experts else "as stored" if setting.tp == 1 else formula
+        if size:
+            lines.append(Line(name, Group.WEIGHTS, size, size, how))
+    return lines
 
 
 def _kv_line(subject: Subject, setting: Setting, runtime: Runtime, layers: range) -> Line:
-    size = kv_cache(subject.config.text, setting, runtime, layers).total(setting.sequences)
-    return Line("KV cache", Group.KV_CACHE, size, size, _KV_FORMULAS[runtime.kv])
-
-
-_KV_FORMULAS = {
-    "blocks": "blocks of 16 tokens x layers of a group; chunked layers hold 8192 + in flight",
-    "pools": "context x (full layers + 0.8 x chunked layers) x token bytes",
-    "dynamic": "context x full layers + chunk x chunked layers, and one layer's copy",
-    "full": "context x all layers x token bytes",
-}
+    cache = kv_cache(subject.config.text, setting, runtime, layers)
+    size = cache.total(setting.sequences)
+    if cache.held_bytes:
+        blocks = cache.bytes_per_request // cache.held_bytes
+        how = f"{setting.sequences:,} x {blocks:,} blocks of {cache.held_bytes / KIB:g} KiB, 1 held back"
+    else:
+        how = f"{setting.sequences:,} x {human_bytes(cache.bytes_per_request)}"
+    return Line("KV cache", Group.KV_CACHE, size, size, how)
 
 
 def _fixed_lines(subject: Subject, setting: Setting, runtime: Runtime) -> list[Line]:
@@ -170,14 +177,16 @@ def _fixed_lines(subject: Subject, setting: Setting, runtime: Runtime) -> list[L
     widest = max(found, key=lambda phase: phase.high).name
     outside = bool(runtime.reserve)
     links = runtime.communication if setting.gpus > 1 and not runtime.pipeline else (0, 0)
+    positions = f"{setting.context if runtime.rope_per_context else setting.max_positions:,} positions"
+    step = f"{setting.step_tokens:,} tokens a step, {setting.requests:,} requests"
     lines = [
-        Line("position table", Group.RUNTIME, *rope_table(text, setting, runtime), "positions x head_dim x bytes"),
+        Line("position table", Group.RUNTIME, *rope_table(text, setting, runtime), positions),
         Line(
-            "request tables", Group.RUNTIME, *request_tables(text, setting, runtime), "requests x blocks x groups x 4"
+            "request tables", Group.RUNTIME, *request_tables(text, setting, runtime), f"{setting.requests:,} requests"
         ),
-        Line("activations", Group.ACTIVATIONS, low, high, f"widest phase: {widest}", outside),
-        Line("CUDA graphs", Group.RUNTIME, *runtime.graphs, "range", outside),
-        Line("device context", Group.RUNTIME, *runtime.context, "range"),
-        Line("communication", Group.RUNTIME, *links, "range, more than one GPU"),
+        Line("activations", Group.ACTIVATIONS, low, high, f"{step}; widest: {widest}", outside),
+        Line("CUDA graphs", Group.RUNTIME, *runtime.graphs, UNPUBLISHED, outside),
+        Line("device context", Group.RUNTIME, *runtime.context, UNPUBLISHED),
+        Line("communication", Group.RUNTIME, *links, UNPUBLISHED),
     ]
     return [line for line in lines if line.high]

@@ -94,7 +94,7 @@ def checks_record(results: Sequence[Result], baseline: Baseline) -> dict[str, An
 def summary(result: Result) -> str:
     """One phrase: by how much a check holds or fails."""
     if result.found is None or result.limits is None:
-        return result.error.message if result.error else "not run"
+        return " ".join(result.error.message.split()) if result.error else "not run"
     if result.missing_headroom:
         return f"{human_gib(result.found.headroom_bytes)} to spare, {human_gib(result.check.min_headroom)} asked for"
     return spare(result.found)

@@ -71,7 +71,7 @@ class Runtime(_Data):
         """The share of a device that the runtime plans with."""
         if self.utilization is not None:
             return self.utilization
-        tier = next(tier for tier in self.reserve if device.memory_bytes < tier.max_memory)
+        tier = next((tier for tier in self.reserve if device.memory_bytes < tier.max_memory), self.reserve[-1])
         kept = (tier.gib + tier.gib_per_gpu * gpus) * GIB
         fraction = round((device.memory_bytes - kept) / device.memory_bytes, 3)
         return fraction * (_vision_factor(vision) if self.vision_shrinks_reserve and vision else 1.0)

@@ -15,6 +15,7 @@ from l4pack.errors import UsageError
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 MAX_CHANGES = 6
 FEW_REQUESTS = 16
+TOGETHER = {2: "both", 3: "all three"}
 LARGER = 1.1  # a device counts as larger from here on
 
 
@@ -123,8 +124,7 @@ class _Trial:
             together = apply(together)
             yield from self._try(what, flag, apply(self.load))
         if len(options) > 1:
-            whats, flags, _ = zip(*options, strict=True)
-            yield from self._try(", ".join(whats), " ".join(flags), together)
+            yield from self._try(TOGETHER[len(options)], " ".join(flag for _, flag, _ in options), together)
 
     def other_weights(self, others: Mapping[str, Callable[[], Subject]]) -> Iterator[Change]:
         """Another recipe, the largest artifact that fits: at this load, or at the context it leaves room for."""

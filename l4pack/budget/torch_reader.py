@@ -16,10 +16,10 @@ CHUNK = GIB
 class TorchReader:
     """A CUDA or ROCm device through torch. Raises L4packError where there is none."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cuda:0") -> None:
         if not torch.cuda.is_available():
             raise L4packError("there is no GPU to measure on", hint="run this where torch.cuda.is_available()")
-        self._device = torch.device("cuda", 0)
+        self._device = torch.device(device)
         torch.zeros(1, device=self._device)  # makes the context, which is part of what is measured
 
     def name(self) -> str:

@@ -23,9 +23,10 @@ from l4pack.cli import console
 from l4pack.cli.options import AsJson
 from l4pack.errors import BudgetError, UsageError
 from l4pack.model.config import KNOWN_MODELS
-from l4pack.subject import ALTERNATIVES, alternatives, open_subject
+from l4pack.subject import alternatives, candidates, open_subject
 
 SHOW = "show"
+DEFAULT_DEVICE = "h100"
 
 
 class _ShowByDefault(TyperGroup):
@@ -56,7 +57,13 @@ Recipe = Annotated[
     typer.Option("--recipe", "-r", metavar="NAME|FILE", help="Budget for the artifact to come.", show_default=False),
 ]
 Device = Annotated[
-    str, typer.Option("--device", metavar="NAME", help="For example h100 or 8xh100; see `l4pack devices`.")
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="h100 unless given; 8xh100 is a host; see `l4pack devices`.",
+        show_default=False,
+    ),
 ]
 Context = Annotated[
     int | None,
@@ -116,7 +123,7 @@ DevicesFile = Annotated[
 def show(
     subject: Subject = None,
     recipe: Recipe = None,
-    device: Device = "h100",
+    device: Device = None,
     context: Context = None,
     sequences: Sequences = 1,
     kv_dtype: KVDtype = "auto",
@@ -146,15 +153,15 @@ def show(
         images, utilization,
     )  # fmt: skip
     if matrix:
-        _matrix(subject, recipe, load, runtime, devices, as_json)
+        _matrix(subject, recipe, device, load, runtime, devices, as_json)
     elif subject is None:
         raise UsageError(
             "no artifact or source is named", hint="for example: l4pack budget llama-4-scout --recipe int4"
         )
     elif measure:
-        _measure(subject, recipe, device, load, runtime, devices, as_json)
+        _measure(subject, recipe, device or DEFAULT_DEVICE, load, runtime, devices, as_json)
     else:
-        _show(subject, recipe, device, load, runtime, devices, as_json)
+        _show(subject, recipe, device or DEFAULT_DEVICE, load, runtime, devices, as_json)
 
 
 def _show(
@@ -174,13 +181,18 @@ def _show(
 
 
 def _matrix(
-    source: str | None, recipe: str | None, load: Load, runtime: str, devices: Path | None, as_json: bool
+    source: str | None,
+    recipe: str | None,
+    device: str | None,
+    load: Load,
+    runtime: str,
+    devices: Path | None,
+    as_json: bool,
 ) -> None:
     known = load_devices(devices)
-    hosts = [find_host(name, known) for name in HOSTS]
-    recipes = [recipe] if recipe else [None, *ALTERNATIVES]
-    subjects = [open_subject(name, each) for name in ([source] if source else KNOWN_MODELS) for each in recipes]
-    rows = make_matrix(subjects, hosts, load, runtime)
+    own = [name for name in known if name not in load_devices()]
+    hosts = [find_host(name, known) for name in ([device] if device else [*HOSTS, *own])]
+    rows = make_matrix(candidates([source] if source else KNOWN_MODELS, recipe), hosts, load, runtime)
     if as_json:
         console.show_json({"runtime": runtime, "rows": [row.record() for row in rows]})
     else:
