@@ -172,12 +172,18 @@ def _target(checkpoint: Checkpoint, recipe: Recipe, old: Linear, new: Linear, sc
 def cut(checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, slab_bytes: int) -> tuple[Task, ...]:
     """The tasks in the order of the source's bytes; no slab is larger than `slab_bytes` where it may be cut."""
     tasks = [_copy_task(name, tensor) for name, tensor in assignment.copies]
-    for together in _together(assignment.targets):
+    uncalibrated = [target for target in assignment.targets if not is_calibrated(recipe, target)]
+    for together in _together(uncalibrated):
         tasks += _slices(checkpoint, recipe, together, slab_bytes)
     if checkpoint.bare:
         return tuple(tasks)
     entries = checkpoint.entries
     return tuple(sorted(tasks, key=lambda task: (entries[task.tensor].file, entries[task.tensor].start)))
+
+
+def is_calibrated(recipe: Recipe, target: Target) -> bool:
+    """Whether a matrix is made by calibration, and not by a task."""
+    return target.scheme != KEEP and recipe.schemes[target.scheme].calibrated
 
 
 def _copy_task(name: str, tensor: PlannedTensor) -> Task:

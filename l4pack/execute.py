@@ -87,9 +87,9 @@ class Executor:
         except NonFiniteError as error:
             where = f"output {task.rows[0] + error.row}, input {error.column}"
             raise _non_finite(f"{task.tensor} ({target.module}, {where})") from error
-        self._write_quantized(target, task.rows[0], quantized)
+        self.write_quantized(target, task.rows[0], quantized)
 
-    def _write_quantized(self, target: Target, row: int, quantized: Quantized) -> None:
+    def write_quantized(self, target: Target, row: int, quantized: Quantized) -> None:
         """Place a slice whose first output row is `row`; slices are cut at whole blocks and whole words."""
         scheme, linear = self._recipe.schemes[target.scheme], target.linear
         parts = {

@@ -40,14 +40,14 @@ class Job:
         self._finished: list[Task] = []
         self._error: Exception | None = None
         self._todo = [task for task in plan.tasks if task.key not in journal.finished]
+        # Source bytes that an earlier run of this job was done with.
+        self.resumed_bytes = sum(task.read_bytes for task in plan.tasks) - sum(task.read_bytes for task in self._todo)
         self._left_in_source = Counter(self._source_file(task) for task in self._todo)
         self._left_in_shard = Counter(file for task in self._todo for file in self._shard_files(task))
+        # What calibration has yet to read and to write is neither let go of nor hashed here.
+        self._left_in_source.update(plan.checkpoint.entries[target.linear.tensor].file for target in plan.calibrated)
+        self._left_in_shard.update(plan.places[tensor.name].file for t in plan.calibrated for tensor in t.tensors)
         self._hashing: list[Future[dict[str, str]]] = []
-
-    @property
-    def resumed_bytes(self) -> int:
-        """Source bytes that an earlier run of this job was done with."""
-        return self._plan.read_bytes - sum(task.read_bytes for task in self._todo)
 
     def run(self) -> None:
         """Do every task left. Raises the first error of a task, or StoppedError."""

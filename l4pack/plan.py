@@ -16,7 +16,10 @@ import psutil
 from l4pack import __version__
 from l4pack.artifact.manifest import MANIFEST_NAME, Manifest
 from l4pack.artifact.stanza import quantization_config
-from l4pack.assign import Action, Assignment, PlannedTensor, Task, assign, cut
+from l4pack.assign import Action, Assignment, PlannedTensor, Target, Task, assign, cut, is_calibrated, source_dtype
+from l4pack.calibration.needs import Needs, calibration_needs
+from l4pack.calibration.record import RECORD_NAME, record_bytes
+from l4pack.checkpoint.header import DTYPE_BITS
 from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES, INDEX_NAME, Place, Shard, index_json, lay_out
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import BudgetError, SourceError
@@ -118,12 +121,23 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """Weight bytes a whole run reads."""
-        return sum(task.read_bytes for task in self.tasks)
+        return sum(task.read_bytes for task in self.tasks) + sum(map(self.target_bytes, self.calibrated))
+
+    @cached_property
+    def targets(self) -> dict[str, Target]:
+        """What becomes of each matrix that is not copied as it is, by module."""
+        made = [target for task in self.tasks for target in task.targets]
+        return {target.module: target for target in (*made, *self.calibrated)}
+
+    def target_bytes(self, target: Target) -> int:
+        """Bytes of a matrix in the source."""
+        return target.linear.numel * DTYPE_BITS[source_dtype(self.checkpoint, target.linear.tensor)] // 8
 
     @property
     def peak_ram_bytes(self) -> int:
         """Most resident memory a run takes."""
-        return peak_ram(self.tasks, self.workers, accelerated=self.accelerated)
+        rounding = peak_ram(self.tasks, self.workers, accelerated=self.accelerated)
+        return rounding if self.needs is None else max(rounding, self.needs.ram_bytes)
 
     @property
     def peak_vram_bytes(self) -> int:
@@ -197,8 +211,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
     workers, tasks = _fit(checkpoint, recipe, assignment, limits)
     calibrated = tuple(target for target in assignment.targets if is_calibrated(recipe, target))
     needs = calibration_needs(checkpoint, recipe, calibrated) if calibrated else None
-    if needs is not None:
-        _check_room(needs.ram_bytes, _room(limits))
+    if needs is not None and limits.max_ram is not None:
+        check_room(needs.ram_bytes, limits.max_ram)
     vision = checkpoint.config.vision is not None
     return Plan(
         checkpoint=checkpoint,
@@ -217,11 +231,20 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
     )
 
 
+def check_room(needed: int, room: int, what: str = "memory", option: str = "--max-ram") -> None:
+    """Raise BudgetError when a job needs more than there is."""
+    if needed > room:
+        raise BudgetError(
+            f"the job needs {human_bytes(needed)} of {what}, the limit is {human_bytes(room)}",
+            hint=f"raise {option}, or free memory",
+        )
+
+
 def _fit(
     checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, limits: Limits
 ) -> tuple[int, tuple[Task, ...]]:
     """As many workers as there are cores and one to wait for the disk, with the largest slabs that memory takes."""
-    room = _room(limits)
+    room = psutil.virtual_memory().available // 2 if limits.max_ram is None else limits.max_ram
     wanted = limits.workers or len(os.sched_getaffinity(0)) + 1
     accelerated = limits.accelerated
 
@@ -237,15 +260,9 @@ def _fit(
     for workers in range(wanted - 1, 0, -1):
         if fits(tasks, workers):
             return workers, tasks
-    least = peak_ram(tasks, 1, accelerated=accelerated)
-    if least > room:
-        what, needed, limit, option = "memory", least, room, "--max-ram"
-    else:
-        what, needed, limit, option = "device memory", peak_vram(tasks, 1), limits.max_vram or 0, "--max-vram"
-    raise BudgetError(
-        f"the job needs {human_bytes(needed)} of {what}, the limit is {human_bytes(limit)}",
-        hint=f"raise {option}, or free memory",
-    )
+    check_room(peak_ram(tasks, 1, accelerated=accelerated), room)
+    check_room(peak_vram(tasks, 1), limits.max_vram or 0, "device memory", "--max-vram")
+    return 1, tasks
 
 
 def peak_ram(tasks: Sequence[Task], workers: int, *, accelerated: bool = False) -> int:

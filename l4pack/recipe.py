@@ -15,7 +15,7 @@ from l4pack.datafile import read_yaml, validate
 from l4pack.errors import RecipeError
 from l4pack.formats import check_accepts, load_format
 from l4pack.model.tensors import QUANTIZABLE, Role
-from l4pack.quant.scheme import Scheme
+from l4pack.quant.scheme import NumberType, Scheme
 from l4pack.resources import data_folder
 
 KEEP = "keep"
@@ -26,6 +26,7 @@ class Method(StrEnum):
     """How the levels are chosen."""
 
     RTN = "rtn"
+    GPTQ = "gptq"
 
 
 class Activations(StrEnum):
@@ -40,12 +41,45 @@ class _Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class GptqOptions(_Data):
+    """How GPTQ solves a matrix: `dampening` is a fraction of the Hessian's mean diagonal.
+
+    `asymmetric` is the share of the mismatch between the original model's inputs and the quantized one's that the
+    weights make up for: 0 walks the quantized model alone, 1 aims at the original layer's own output.
+    """
+
+    act_order: bool = True
+    dampening: Annotated[float, Field(gt=0, le=1)] = 0.01
+    asymmetric: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+
 class RecipeScheme(Scheme):
     """A scheme as a recipe writes it: the numbers, the format that holds them, and the method that finds them."""
 
     format: str
     method: Method = Method.RTN
+    gptq: GptqOptions | None = None
     activations: Activations = Activations.NONE
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gptq_has_options(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("method") == Method.GPTQ:
+            return {**values, "gptq": values.get("gptq") or {}}
+        return values
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> RecipeScheme:
+        if self.method is Method.GPTQ and self.type is not NumberType.INT:
+            raise ValueError("method: gptq solves integer schemes")
+        if self.method is not Method.GPTQ and self.gptq is not None:
+            raise ValueError("gptq: its options are for method gptq")
+        return self
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a text must be run through the model to find the numbers."""
+        return self.method is Method.GPTQ
 
 
 class Rule(_Data):
@@ -72,6 +106,22 @@ class Gates(_Data):
     max_perplexity_ratio: Annotated[float, Field(ge=1)] | None = None
 
 
+class Calibration(_Data):
+    """The text that calibrated methods look at, and what is asked of it.
+
+    At most `samples` sequences of `sequence_length` tokens (None: 2048, or the model's context if that is shorter) are
+    taken. An expert that sees fewer than `min_tokens` of them borrows others. `max_cold_experts` is the share of routed
+    experts that may see none, `max_fallbacks` the share of matrices that may end rounded to nearest.
+    """
+
+    samples: Annotated[int, Field(gt=0)] = 256
+    sequence_length: Annotated[int, Field(ge=2)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    min_tokens: Annotated[int, Field(ge=1)] = 1024
+    max_cold_experts: Annotated[float, Field(ge=0, le=1)] = 0.1
+    max_fallbacks: Annotated[float, Field(ge=0, le=1)] = 0.05
+
+
 class Promise(_Data):
     """What a recipe was made for: checked when the artifact is built."""
 
@@ -90,10 +140,16 @@ class Recipe(_Data):
     title: str
     schemes: Annotated[dict[str, RecipeScheme], Field(min_length=1)]
     rules: Annotated[list[Rule], Field(min_length=1)]
+    calibration: Calibration | None = None
     promise: Promise | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        calibrated = [name for name, scheme in self.schemes.items() if scheme.calibrated]
+        if calibrated and self.calibration is None:
+            raise ValueError(f"calibration: missing, and schemes.{calibrated[0]} needs one ({{}} takes the defaults)")
+        if self.calibration is not None and not calibrated:
+            raise ValueError("calibration: no scheme needs one")
         if KEEP in self.schemes:
             raise ValueError(f"schemes: '{KEEP}' is the name for leaving tensors as they are")
         for number, rule in enumerate(self.rules):
@@ -112,6 +168,8 @@ class Recipe(_Data):
             )
         if rule.roles == "all":
             raise ValueError(f"{where}.roles: 'all' takes scheme '{KEEP}' only; name the roles to quantize")
+        if self.schemes[rule.scheme].calibrated and Role.ATTENTION in rule.roles:
+            raise ValueError(f"{where}.roles: gptq solves MLPs; give attention a scheme with method rtn, or keep it")
         fixed = [role.value for role in rule.roles if role not in QUANTIZABLE]
         if fixed:
             raise ValueError(f"{where}.roles: no runtime reads a quantized {fixed[0]}; give it scheme '{KEEP}'")

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from l4pack.artifact.manifest import MANIFEST_NAME
+from l4pack.calibration.needs import Needs
+from l4pack.calibration.output import Output
+from l4pack.calibration.record import RECORD_NAME, record_json
 from l4pack.checkpoint.journal import Journal, locked, sync_folder, write_atomic
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.shards import INDEX_NAME
@@ -22,12 +27,13 @@ from l4pack.checkpoint.writer import ShardWriter
 from l4pack.errors import BudgetError, SourceError, UsageError
 from l4pack.execute import Executor, Quantizer
 from l4pack.job import Job
-from l4pack.plan import CONFIG_NAME, Plan
+from l4pack.plan import CONFIG_NAME, Plan, check_room
 from l4pack.quant.quantize import quantize_block
 from l4pack.units import human_bytes
 
 _JOURNAL = "journal.jsonl"
 _ARTIFACT = "artifact"
+_HIDDEN = "hidden"
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,14 @@ def run_plan(
     `advance` is told the source bytes of each finished task. Raises UsageError (`out` is taken, or the work begun
     belongs to another plan), BudgetError (disk), SourceError, StoppedError (a signal asked to stop).
     """
-    if plan.checkpoint.bare or plan.checkpoint.store is None:
+    store = plan.checkpoint.store
+    if plan.checkpoint.bare or store is None:
         raise SourceError(
             f"{plan.checkpoint.name} is a configuration without weights", hint="give the checkpoint itself"
         )
     started = time.monotonic()
+    if plan.needs is not None:
+        plan = _ready_to_calibrate(plan, plan.needs)
     work = work_folder(out)
     if _taken(plan, out):
         shutil.rmtree(work, ignore_errors=True)
@@ -70,8 +79,9 @@ def run_plan(
         if restart:
             shutil.rmtree(work / _ARTIFACT, ignore_errors=True)
             (work / _JOURNAL).unlink(missing_ok=True)
-        resumed = _work(plan, plan.checkpoint.store, work, quantize, advance, stop)
-        _finish(plan, plan.checkpoint.store, work / _ARTIFACT, out)
+            shutil.rmtree(work / _HIDDEN, ignore_errors=True)
+        resumed = _work(plan, store, work, quantize, advance, stop)
+        _finish(plan, store, work / _ARTIFACT, out)
         shutil.rmtree(work)
     return RunResult(out, time.monotonic() - started, plan.read_bytes - resumed, resumed, _peak_rss())
 
@@ -118,12 +128,46 @@ def _work(
                 job = Job(plan, store, journal, reader, writer, executor, advance, stop)
                 job.run()
                 writer.sync()
+                if plan.calibrated:
+                    _calibrate(plan, Output(journal, writer, executor), work, advance, stop)
+                journal.record(digests=_digests_left(plan, journal, writer))
         finally:
             writer.close()
         write_atomic(folder / MANIFEST_NAME, plan.manifest.to_json(journal.digests))
         return job.resumed_bytes
     finally:
         journal.close()
+
+
+def _ready_to_calibrate(plan: Plan, needs: Needs) -> Plan:
+    """The plan with its tokens. Raises BudgetError when the machine has not the memory, UsageError, SourceError."""
+    if plan.checkpoint.store is not None and plan.checkpoint.store.fetches:
+        raise UsageError(
+            "a calibrated recipe needs the whole source at hand",
+            hint="leave --fetch-as-you-go out, or take a recipe without calibration, such as int4-rtn",
+        )
+    check_room(needs.ram_bytes, psutil.virtual_memory().available, option="the machine's memory")
+    if plan.text is not None:
+        return plan
+    from l4pack.calibration.text import with_default_text
+
+    return with_default_text(plan)
+
+
+def _calibrate(
+    plan: Plan, output: Output, work: Path, advance: Callable[[int], None] | None, stop: threading.Event
+) -> None:
+    """Solve the calibrated matrices and write the record of it."""
+    from l4pack.calibration.walk import CalibrationRun
+
+    CalibrationRun(plan, output, work / _HIDDEN, stop, advance or (lambda _: None)).run()
+    write_atomic(work / _ARTIFACT / RECORD_NAME, record_json(plan, output.journal.results))
+
+
+def _digests_left(plan: Plan, journal: Journal, writer: ShardWriter) -> dict[str, str]:
+    """Digests of the shards that only calibration completed."""
+    shards = [shard for shard in plan.shards if any(name not in journal.digests for name in shard.tensors)]
+    return {name: digest for shard in shards for name, digest in writer.digests(shard).items()}
 
 
 def _check_begun(plan: Plan, journal: Journal, folder: Path) -> None:

@@ -28,11 +28,16 @@ class Manifest:
 
     source: Mapping[str, Any]
     recipe: Mapping[str, Any]
+    calibration: Mapping[str, str] | None = (
+        None  # SHA-256 of the text and of the tokens a calibrated artifact looked at
+    )
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, recipe: Recipe) -> Manifest:
-        """The manifest of an artifact to be made."""
-        return cls(source_record(checkpoint), recipe.model_dump(mode="json"))
+        """The manifest of an artifact to be made; a calibrated one's digests are zeros until its text is known."""
+        unknown = {"text_sha256": "0" * 64, "tokens_sha256": "0" * 64}
+        pinned = None if recipe.calibration is None else unknown
+        return cls(source_record(checkpoint), recipe.model_dump(mode="json"), pinned)
 
     def to_json(self, digests: Mapping[str, str]) -> bytes:
         """The file's bytes, given the hex SHA-256 of every tensor."""
@@ -41,6 +46,7 @@ class Manifest:
             "l4pack_version": __version__,
             "source": self.source,
             "recipe": self.recipe,
+            **({} if self.calibration is None else {"calibration": self.calibration}),
             "tensors": {name: {"sha256": digest} for name, digest in sorted(digests.items())},
         }
         return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

@@ -28,15 +28,22 @@ class Journal:
             )
         self.finished = {str(key) for line in lines[1:] for key in line.get("finished", ())}
         self.digests: dict[str, str] = {}
+        self.results: dict[str, Any] = {}
         for line in lines[1:]:
             self.digests.update(line.get("digests", {}))
+            self.results.update(line.get("results", {}))
         # Rewritten whole: what a crash tore off must not be followed by new lines.
         text = "".join(_line(line) for line in (lines or [{"plan": plan_digest}]))
         write_atomic(path, text.encode())
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
 
-    def record(self, finished: Iterable[str] = (), digests: dict[str, str] | None = None) -> None:
-        """Note tasks and tensor digests as done; call only once their bytes are safely on disk."""
+    def record(
+        self,
+        finished: Iterable[str] = (),
+        digests: dict[str, str] | None = None,
+        results: dict[str, Any] | None = None,
+    ) -> None:
+        """Note tasks and tensor digests as done, and what came of them; call once their bytes are safely on disk."""
         entry: dict[str, Any] = {}
         if keys := list(finished):
             entry["finished"] = keys
@@ -44,6 +51,9 @@ class Journal:
         if digests:
             entry["digests"] = digests
             self.digests.update(digests)
+        if results:
+            entry["results"] = results
+            self.results.update(results)
         if entry:
             raw = _line(entry).encode()
             if os.write(self._descriptor, raw) < len(raw):

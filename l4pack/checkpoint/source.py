@@ -25,7 +25,7 @@ SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 100_000_000
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
-_NOT_CARRIED = {"config.json", INDEX_NAME, "README.md", "l4pack-manifest.json", "accuracy.json"}
+_NOT_CARRIED = {"config.json", INDEX_NAME, "README.md", "l4pack-manifest.json", "l4pack-calibration.json", "accuracy.json"}
 
 
 class Store(Protocol):

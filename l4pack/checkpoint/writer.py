@@ -44,6 +44,18 @@ class ShardWriter:
         with self._lock:
             self._dirty.add(place.file)
 
+    def read(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a tensor as written so far."""
+        place = self._places[name]
+        raw = np.empty(place.nbytes, np.uint8)
+        done = 0
+        while done < place.nbytes:
+            count = os.preadv(self._files[place.file], [raw[done:].data], place.start + done)
+            if count == 0:
+                raise OSError(f"{place.file} is shorter than it was written")
+            done += count
+        return raw
+
     def sync(self) -> None:
         """Return once every byte written so far is safely on disk."""
         with self._lock:

@@ -17,7 +17,7 @@ would meet it best, W + W C H^-1 with C the covariance of x' - x with x, become 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -30,11 +30,15 @@ from l4pack.quant import torch_ops
 from l4pack.quant.cpu import kernel
 from l4pack.quant.floats import STORED, FloatName
 from l4pack.quant.layout import Layout
-from l4pack.quant.quantize import quantize_block
+from l4pack.quant.quantize import NonFiniteError, quantize_block
 from l4pack.quant.scheme import NumberType, ScaleDtype, Scheme
 
 DAMPENING_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Fractions of the mean diagonal tried in turn, from the one asked for, until H can be factored."""
+
+NOT_FINITE = "the Hessian is not finite"
+NOT_DEFINITE = "no dampening up to 1.0 made the Hessian positive definite"
+ROWS_AT_ONCE = 2048  # output rows solved together: bounds the memory beside the factor
 
 
 class Method(StrEnum):
@@ -92,6 +96,22 @@ class Factor:
     dampening: float
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What all matrices with the same inputs share: moments, and the factor of the Hessian (None: none was found)."""
+
+    hessian: Tensor
+    cross: Tensor | None
+    diagonal: Tensor
+    factor: Factor | None
+    reason: str
+
+    @property
+    def finite(self) -> bool:
+        """Whether the moments are numbers."""
+        return self.reason != NOT_FINITE
+
+
 def solve(
     weight: Tensor,
     hessian: Tensor,
@@ -111,28 +131,78 @@ def solve(
     a higher loss than rounding to nearest gives it. Raises ValueError for an FP8 scheme or shapes that don't match,
     NonFiniteError for a weight that is not finite.
     """
+    problem = prepare(hessian, cross=cross, act_order=act_order, dampening=dampening)
+    return solve_problem(problem, weight, scheme, block_size=block_size, source_dtype=source_dtype)
+
+
+def prepare(
+    hessian: Tensor, *, cross: Tensor | None = None, act_order: bool = True, dampening: float = 0.01
+) -> Problem:
+    """Factor a Hessian once, for `solve_problem` of every matrix that sees these inputs."""
+    diagonal = hessian.diagonal().clamp(min=0)
+    if not all(bool(matrix.isfinite().all()) for matrix in (hessian, cross) if matrix is not None):
+        return Problem(hessian, cross, diagonal, None, NOT_FINITE)
+    factor = factorize(hessian, act_order=act_order, dampening=dampening)
+    return Problem(hessian, cross, diagonal, factor, "" if factor else NOT_DEFINITE)
+
+
+def solve_problem(
+    problem: Problem, weight: Tensor, scheme: Scheme, *, block_size: int = 128, source_dtype: FloatName = "BF16"
+) -> Solution:
+    """`solve` for one of the matrices of a problem, some output rows at a time: rows don't depend on each other."""
     if scheme.type is NumberType.FLOAT:
         raise ValueError("GPTQ solves integer schemes")
-    if hessian.shape != (weight.shape[1], weight.shape[1]):
-        raise ValueError(f"a Hessian of shape {tuple(hessian.shape)} does not fit weights {tuple(weight.shape)}")
+    if problem.hessian.shape != (weight.shape[1], weight.shape[1]):
+        raise ValueError(
+            f"a Hessian of shape {tuple(problem.hessian.shape)} does not fit weights {tuple(weight.shape)}"
+        )
     if scheme.scale_dtype is ScaleDtype.SOURCE:
         dtypes = {name: dtype for dtype, name in STORED.items()}
         scheme = scheme.model_copy(update={"scale_dtype": dtypes[source_dtype]})
-    if not all(bool(matrix.isfinite().all()) for matrix in (hessian, cross) if matrix is not None):
-        nearest = round_to_nearest(weight, scheme, None)
-        return _rtn(nearest, scheme, float("nan"), "the Hessian is not finite", 0)
-    diagonal = hessian.diagonal().clamp(min=0)
-    nearest = round_to_nearest(weight, scheme, diagonal)
-    dead = int((diagonal == 0).sum())
-    factor = factorize(hessian, act_order=act_order, dampening=dampening)
+    pieces = range(0, len(weight), ROWS_AT_ONCE)
+    return _joined(
+        [_solve_rows_of(problem, weight[first : first + ROWS_AT_ONCE], scheme, block_size, first) for first in pieces]
+    )
+
+
+def _solve_rows_of(problem: Problem, weight: Tensor, scheme: Scheme, block_size: int, first: int) -> Solution:
+    try:
+        nearest = round_to_nearest(weight, scheme, problem.diagonal if problem.finite else None)
+    except NonFiniteError as error:
+        raise NonFiniteError(first + error.row, error.column) from error
+    dead = int((problem.diagonal == 0).sum())
+    if not problem.finite:
+        return _rtn(nearest, scheme, float("nan"), problem.reason, 0)
+    factor = problem.factor
     if factor is None:
         residual = weight - nearest.values()
-        loss = float(((residual @ hessian) * residual).sum())
-        return _rtn(nearest, scheme, loss, "no dampening up to 1.0 made the Hessian positive definite", dead)
-    target = weight if cross is None else _asymmetric_target(weight, cross, factor)
-    start = nearest if cross is None else round_to_nearest(target, scheme, diagonal)
+        loss = float(((residual @ problem.hessian) * residual).sum())
+        return _rtn(nearest, scheme, loss, problem.reason, dead)
+    target, start = weight, nearest
+    if problem.cross is not None:
+        target = _asymmetric_target(weight, problem.cross, factor)
+        start = round_to_nearest(target, scheme, problem.diagonal)
     solved, errors = solve_columns(target, factor, start, scheme, block_size)
     return _better_rows(target, factor, solved, errors, nearest, scheme, dead)
+
+
+def _joined(pieces: list[Solution]) -> Solution:
+    """The solution of all rows from those of some rows each."""
+    if len(pieces) == 1:
+        return pieces[0]
+    zero_points = [piece.zero_point for piece in pieces if piece.zero_point is not None]
+    rounded = all(piece.method is Method.RTN for piece in pieces)
+    return replace(
+        pieces[0],
+        levels=torch.cat([piece.levels for piece in pieces]),
+        scale=torch.cat([piece.scale for piece in pieces]),
+        zero_point=torch.cat(zero_points) if zero_points else None,
+        error=sum(piece.error for piece in pieces),
+        rtn_error=sum(piece.rtn_error for piece in pieces),
+        method=Method.RTN if rounded else Method.GPTQ,
+        reason=pieces[0].reason if rounded else "",
+        rtn_rows=sum(piece.rtn_rows for piece in pieces),
+    )
 
 
 def factorize(hessian: Tensor, *, act_order: bool, dampening: float) -> Factor | None:

@@ -1,0 +1,120 @@
+"""Solving one MLP: gate and up for its inputs, then down for what the solved pair makes of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l4pack.calibration.moments import Moments
+from l4pack.calibration.rows import Block
+from l4pack.quant import gptq
+from l4pack.quant.floats import FloatName
+from l4pack.quant.packing import pack_levels, pack_zero_points
+from l4pack.quant.quantize import Quantized
+from l4pack.recipe import GptqOptions, RecipeScheme
+
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+Blocks = Callable[[], Iterable[Block]]
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """The three matrices of an MLP [out, in], its activation function, and the dtype that runtimes round weights to."""
+
+    weights: Mapping[str, Tensor]
+    activation: Activation
+    model_dtype: torch.dtype
+
+    def inner(self, inputs: Tensor) -> Tensor:
+        """What goes into the down projection."""
+        return self.activation(inputs @ self.weights[GATE].T) * (inputs @ self.weights[UP].T)
+
+
+def solve_mlp(
+    matrices: Matrices, blocks: Blocks, scheme: RecipeScheme, dtypes: Mapping[str, FloatName]
+) -> dict[str, gptq.Solution]:
+    """Solutions by projection. `blocks` gives the unit's inputs anew each time; `dtypes` are those of the source.
+
+    Raises NonFiniteError for a weight that is not finite.
+    """
+    options = scheme.gptq
+    assert options is not None
+    first = _problem((block for block in blocks()), matrices.weights[GATE].shape[1], options)
+    solutions = {name: _solve(first, matrices, name, scheme, dtypes) for name in (GATE, UP)}
+    del first
+    solved = {name: weights_of(solution).to(matrices.model_dtype).float() for name, solution in solutions.items()}
+    after = Matrices(solved, matrices.activation, matrices.model_dtype)
+    inner = (_inner(block, matrices, after) for block in blocks())
+    second = _problem(inner, matrices.weights[DOWN].shape[1], options)
+    return solutions | {DOWN: _solve(second, matrices, DOWN, scheme, dtypes)}
+
+
+def _inner(block: Block, before: Matrices, after: Matrices) -> Block:
+    inputs = after.inner(block.inputs)
+    original = None if block.original is None else before.inner(block.original)
+    if original is not None and block.kept is not None:
+        original = torch.where(block.kept, original, inputs)
+    return Block(inputs, original, block.weights, block.kept)
+
+
+def _problem(blocks: Iterable[Block], width: int, options: GptqOptions) -> gptq.Problem:
+    moments: Moments | None = None
+    for block in blocks:
+        if moments is None:
+            cross = block.original is not None and options.asymmetric > 0
+            moments = Moments(width, cross=cross, device=block.inputs.device)
+        moments.add(block.inputs, block.original, block.weights)
+    assert moments is not None
+    hessian, cross_moments = moments.finish()
+    if cross_moments is not None:
+        cross_moments *= options.asymmetric
+    return gptq.prepare(hessian, cross=cross_moments, act_order=options.act_order, dampening=options.dampening)
+
+
+def _solve(
+    problem: gptq.Problem, matrices: Matrices, name: str, scheme: RecipeScheme, dtypes: Mapping[str, FloatName]
+) -> gptq.Solution:
+    return gptq.solve_problem(problem, matrices.weights[name], scheme, source_dtype=dtypes[name])
+
+
+def weights_of(solution: gptq.Solution) -> Tensor:
+    """float32 [out, in] of a solution."""
+    zero_point = torch.zeros_like(solution.scale, dtype=torch.float32)
+    if solution.zero_point is not None:
+        zero_point = solution.zero_point.float()
+    return gptq.Rounded(solution.levels, solution.scale, zero_point).values()
+
+
+def stored(solution: gptq.Solution, num_bits: int) -> Quantized:
+    """A solution's arrays as an artifact stores them."""
+    scale = solution.scale.cpu()
+    bits = scale.view(torch.uint16).numpy() if scale.dtype is torch.bfloat16 else scale.numpy()
+    zero_point = solution.zero_point
+    packed = None if zero_point is None else pack_zero_points(zero_point.cpu().numpy(), num_bits)
+    return Quantized(pack_levels(solution.levels.cpu().numpy(), num_bits), bits, packed)
+
+
+def result_of(solution: gptq.Solution, own: int, borrowed: int) -> dict[str, Any]:
+    """What is recorded of a solution; errors are sums over outputs of the mean squared error a token."""
+    return {
+        "method": solution.method.value,
+        "error": _number(solution.error),
+        "rtn_error": _number(solution.rtn_error),
+        "dampening": solution.dampening,
+        "tokens": own,
+        "borrowed_tokens": borrowed,
+        "rtn_rows": solution.rtn_rows,
+        "dead_columns": solution.dead_columns,
+        "reason": solution.reason,
+    }
+
+
+def _number(value: float) -> float | None:
+    """Six digits, None for what is no number."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
