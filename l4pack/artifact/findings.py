@@ -19,7 +19,8 @@ class Area(StrEnum):
     IGNORE = "ignore list and targets"
     VALUES = "values"
     DIGESTS = "digests"
-    SOURCE = "source"
+    KEPT = "kept, as the source"
+    WEIGHTS = "weights, as the source"
 
 
 RULES: dict[str, tuple[Area, str]] = {
@@ -46,8 +47,8 @@ RULES: dict[str, tuple[Area, str]] = {
     "duplicate": (Area.VALUES, "two experts of a layer with the same bytes"),
     "kv-scale": (Area.VALUES, "KV-cache scales that can't be right"),
     "digest": (Area.DIGESTS, "bytes that are not those of the manifest"),
-    "kept": (Area.SOURCE, "a tensor that was to be kept differs from the source"),
-    "weights": (Area.SOURCE, "dequantized weights too far from the source"),
+    "kept": (Area.KEPT, "a tensor that was to be kept differs from the source"),
+    "weights": (Area.WEIGHTS, "dequantized weights too far from the source"),
 }
 """Every rule: its area, and what a finding of it means."""
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import RenderableType
+from rich.padding import Padding
 
 from l4pack.artifact.findings import RULES, Area, Finding
 from l4pack.artifact.verify import SAMPLE_SEED, Verification, verify_artifact
@@ -109,22 +110,21 @@ def _looked_at(result: Verification) -> dict[Area, str]:
         Area.IGNORE: f"{checked.modules:,} modules, as transformers, vLLM and SGLang match them",
         Area.VALUES: f"{tally.matrices:,} quantized matrices, {human_bytes(tally.bytes)} in all",
         Area.DIGESTS: f"{tally.digests:,} SHA-256 of the manifest" if tally.digests else "no manifest",
-        Area.SOURCE: "not asked for (--against SOURCE)",
+        Area.KEPT: "not asked for (--against SOURCE)",
+        Area.WEIGHTS: "not asked for (--against SOURCE)",
     }
     if result.against is not None:
-        rows[Area.SOURCE] = _compared(result)
+        rows[Area.KEPT] = f"{tally.kept_compared:,} tensors, bit for bit"
+        rows[Area.WEIGHTS] = _compared(result)
     return rows
 
 
 def _compared(result: Verification) -> str:
     checked, tally = result.checked, result.checked.tally
     sample = f" of {checked.sampled_of:,} (seed {SAMPLE_SEED})" if checked.sampled_of is not None else ""
-    told = (
-        f"{tally.kept_compared:,} kept tensors bit for bit, {tally.matrices_compared:,}{sample} matrices "
-        f"({tally.weights_compared:,} weights); {tally.within_half_step:,} within half a step"
-    )
+    told = f"{tally.matrices_compared:,}{sample} matrices, {tally.within_half_step:,} within half a step"
     if tally.largest_error_ratio:
-        told += f"; error at most {tally.largest_error_ratio:.2f} x that of rounding to nearest"
+        told += f"; error at most {tally.largest_error_ratio:.2f} x rounding's"
     return told
 
 
@@ -139,9 +139,10 @@ def _grouped(findings: list[Finding]) -> list[RenderableType]:
         same = [finding for finding in findings if finding.rule == rule]
         count = f" x {len(same):,}" if len(same) > 1 else ""
         lines.append(f"  [bold]{rule}[/bold]{count}: {RULES[rule][1]}")
-        lines += [
-            f"    {console.plain(finding.where)}: {console.plain(finding.message)}" for finding in same[:_SHOWN_PLACES]
+        places = [
+            f"{console.plain(finding.where)}: {console.plain(finding.message)}" for finding in same[:_SHOWN_PLACES]
         ]
         if len(same) > _SHOWN_PLACES:
-            lines.append(f"    and {len(same) - _SHOWN_PLACES:,} more (--json lists all)")
+            places.append(f"and {len(same) - _SHOWN_PLACES:,} more (--json lists all)")
+        lines += [Padding(place, (0, 0, 0, 4), expand=False) for place in places]
     return lines
