@@ -27,15 +27,19 @@ from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.matrix import HOSTS, matrix
 from l4pack.budget.model import budget
+from l4pack.calibration.record import RECORD_NAME
+from l4pack.checkpoint.journal import write_atomic
 from l4pack.checkpoint.source import HUB_ID, Checkpoint
 from l4pack.errors import BudgetError, L4packError, LicenceError, QualityError, SourceError, UsageError
+from l4pack.evaluate.gates import gate_results, require
+from l4pack.evaluate.record import ACCURACY_NAME
 from l4pack.hubclient import hub_api, hub_errors, patiently
 from l4pack.model.config import parse_config
 from l4pack.recipe import Gates, Promise, Recipe
 from l4pack.subject import open_subject
 from l4pack.units import human_gib
 
-ACCURACY_NAME = "accuracy.json"
+MAX_RECORD = 200_000_000
 MAX_SMALL_FILE = 2_000_000
 GATED_KEY = "extra_gated_prompt"
 
@@ -164,45 +168,27 @@ def _check_gates(folder: Path, gates: Gates) -> str:
     asked = {key: value for key, value in gates.model_dump().items() if value is not None}
     if not asked:
         return "gates: the recipe has none"
-    measured = read_accuracy(folder)
+    measured = _read_record(folder, ACCURACY_NAME)
     if measured is None:
         raise QualityError("the recipe has gates, and accuracy was not measured", hint="run l4pack evaluate first")
-    missed = missed_gates(gates, measured)
-    if missed:
-        raise QualityError(f"gate missed: {missed[0]}", hint="a less aggressive recipe keeps more accuracy")
+    try:
+        require(gate_results(measured, gates, {}))
+    except TypeError as error:
+        raise UsageError(f"{ACCURACY_NAME} holds what is no number", hint="run l4pack evaluate again") from error
     return f"gates: {', '.join(sorted(asked))} met"
 
 
-def missed_gates(gates: Gates, measured: Mapping[str, Any]) -> list[str]:
-    """Gates that the measured accuracy does not pass, in words. Raises UsageError when a number is absent."""
-    keys = ("perplexity_artifact", "perplexity_reference", "kl_mean", "top1_agreement")
-    numbers = {key: measured.get(key) for key in keys}
-    bad = next((key for key, value in numbers.items() if not isinstance(value, int | float) or not value >= 0), None)
-    if bad is not None or not numbers["perplexity_reference"]:
-        raise UsageError(f"{ACCURACY_NAME}: {bad or keys[1]} is no usable number", hint="run l4pack evaluate again")
-    checks = [
-        ("KL divergence", measured["kl_mean"], gates.max_kl, 1),
-        ("agreement", measured["top1_agreement"], gates.min_agreement, -1),
-        ("perplexity ratio", measured[keys[0]] / measured[keys[1]], gates.max_perplexity_ratio, 1),
-    ]
-    return [
-        f"{what} {value:.6g}, the limit is {limit:g}"
-        for what, value, limit, sign in checks
-        if limit is not None and sign * value > sign * limit
-    ]
-
-
-def read_accuracy(folder: Path) -> dict[str, Any] | None:
-    """The artifact's paired accuracy, None when it was not measured. Raises UsageError when it can't be read."""
-    path = folder / ACCURACY_NAME
+def _read_record(folder: Path, name: str) -> dict[str, Any] | None:
+    """A JSON record in an artifact's folder, None when there is none. Raises UsageError when it can't be read."""
+    path = folder / name
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON ({error})", hint="run l4pack evaluate again") from error
+        value = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_RECORD else None
+    except (ValueError, RecursionError):
+        value = None
     if not isinstance(value, dict):
-        raise UsageError(f"{path} is not an object", hint="run l4pack evaluate again")
+        raise UsageError(f"{path} can't be read", hint="make it again, or remove it")
     return value
 
 
@@ -301,7 +287,8 @@ def _facts(
         files=files,
         base_model=base,
         languages=_languages(source),
-        accuracy=read_accuracy(folder),
+        accuracy=_read_record(folder, ACCURACY_NAME),
+        calibration=_read_record(folder, RECORD_NAME),
         fits=_fits(folder, manifest),
         gated=wishes.gated,
     )
@@ -330,7 +317,5 @@ def _write(folder: Path, name: str, text: str) -> list[str]:
     path, content = folder / name, text.encode()
     if path.is_file() and path.read_bytes() == content:
         return []
-    partial = path.with_name(f".{name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    write_atomic(path, content)
     return [name]

@@ -196,6 +196,7 @@ def refuse(status: int, code: str, message: str) -> Reply:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes: else each answer waits for an acknowledgement
     server: _Server
     kind = ""
 

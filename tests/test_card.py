@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from licence_texts import scout_files
 from test_licence import write
 
-from l4pack.artifact.card import CardFacts, Fit, render_card
+from l4pack.artifact.card import CardFacts, Fit, render_card, with_error
 from l4pack.artifact.licence import Card, audit
 from l4pack.artifact.manifest import Manifest
 from l4pack.artifact.policy import policy_named
@@ -23,8 +23,13 @@ from l4pack.recipe import load_recipe
 BASE = "meta-llama/Llama-4-Scout-17B-16E-Instruct"
 NAME = "Llama-4-Scout-17B-16E-Instruct-W4A16-g128"
 ACCURACY = {
-    "tokens": 65536, "setting": {"text": "wikitext", "sequence_length": 2048}, "perplexity_reference": 6.1234,
-    "perplexity_artifact": 6.2001, "kl_mean": 0.0123, "kl_standard_error": 0.0004, "top1_agreement": 0.9612,
+    "tokens": 65536, "text": {"name": "heldout", "sequence_length": 2048, "digests": ["x"]},
+    "kl_mean": 0.0123, "kl_standard_error": 0.00041, "top1_agreement": 0.9612, "top1_agreement_standard_error": 0.0021,
+    "perplexity_reference": 6.1234, "perplexity_reference_standard_error": 0.051,
+    "perplexity_artifact": 6.2001, "perplexity_artifact_standard_error": 0.052,
+    "perplexity_ratio": 1.0125, "perplexity_ratio_standard_error": 0.0008,
+    "tasks": {"arc": {"questions": 100, "accuracy": {"value": 0.61, "standard_error": 0.05},
+                      "accuracy_reference": {"value": 0.625, "standard_error": None}}},
 }  # fmt: skip
 
 
@@ -76,24 +81,57 @@ def test_what_was_not_measured_is_called_so():
     text = body(render_card(facts()))
     assert "**Not measured.**" in text
     assert "**Not computed.**" in text
-    assert "benchmark tasks: not measured" in text
+    assert "Benchmark tasks: not measured. Image inputs: not measured." in text
+    assert "Calibration | not recorded" in text
     assert "Fallbacks | not recorded" in text
+    assert "Calibration | none: every weight is rounded by itself" in body(render_card(facts("int4-rtn")))
+
+
+def test_cold_experts_and_fallbacks_are_results():
+    record = {
+        "text": {"name": "calibration", "samples": 256},
+        "routed_tokens": {"layers.1": [5, 0, 7], "layers.3": [0, 0, 9]},
+        "matrices": {"a": {"method": "gptq"}, "b": {"method": "rtn", "reason": "x"}},
+    }
+    text = body(render_card(facts(calibration=record)))
+    assert "name calibration, samples 256; 3 of 6 experts saw no token" in text
+    assert "1 of 2 matrices are rounded to nearest instead; l4pack-calibration.json lists them" in text
 
 
 def test_measurements_stand_with_setting_and_error_bar():
     text = body(render_card(facts(accuracy=ACCURACY)))
-    assert "same 65,536 tokens" in text
-    assert '"sequence_length": 2048' in text
-    assert "0.01230 ± 0.00040" in text
-    assert "| Perplexity | 6.1234 | 6.2001 |" in text
-    assert "96.12 %" in text
+    assert "same 65,536 tokens (name heldout, sequence length 2048)" in text
+    assert "| Perplexity | 6.123 ± 0.051 | 6.200 ± 0.052 |" in text
+    assert "nats a token | 0 | 0.01230 ± 0.00041 |" in text
+    assert "as the original | 1 | 0.9612 ± 0.0021 |" in text
+    assert "| Task arc, 100 questions, accuracy | 0.625 (one sequence: no error bar) | 0.610 ± 0.050 |" in text
     assert "Not measured.**" not in text
+    assert "Benchmark tasks" not in text
 
 
 @pytest.mark.parametrize("key", ["tokens", "kl_standard_error", "perplexity_reference", "top1_agreement"])
 def test_a_number_without_its_pair_or_error_bar_is_refused(key):
     with pytest.raises(UsageError, match=key):
         render_card(facts(accuracy={name: value for name, value in ACCURACY.items() if name != key}))
+    with pytest.raises(UsageError, match="no number"):
+        render_card(facts(accuracy={**ACCURACY, key: "many"}))
+
+
+def test_a_number_that_is_not_paired_is_no_measurement():
+    assert "**Not measured.**" in render_card(facts(accuracy={"tokens": 100, "perplexity_artifact": 6.2}))
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (6.2, 0.0512, "6.200 ± 0.051"),
+        (1234.5, 99.0, "1234 ± 99"),
+        (0.5, 0.0, "0.5000 ± 0.0000"),
+        (1.0, 1e-12, "1.00000000 ± 0.00000000"),
+    ],
+)
+def test_error_bars_decide_the_digits(value, error, text):
+    assert with_error(value, error) == text
 
 
 def commands(text: str) -> list[list[str]]:

@@ -1,94 +1,26 @@
-"""Packaging and pushing over real HTTP to a loopback Hub: what must be true first, what arrives, and every fault."""
+"""Pushing over real HTTP to a loopback Hub: what arrives, what is never touched, and every fault."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import huggingface_hub.constants
 import pytest
-import yaml
-from hub_server import Blob, HubServer, git_sha1, running_hub
-from licence_texts import APACHE, LICENSE, USE_POLICY
+from hub_server import Blob, HubServer, git_sha1
+from publishing import BASE, NAME, REPO, SECRET
 
 from l4pack.artifact.upload import Action, Target
-from l4pack.checkpoint.source import open_folder
-from l4pack.errors import BudgetError, HubError, L4packError, LicenceError, QualityError, UsageError
-from l4pack.plan import make_plan
+from l4pack.errors import HubError, UsageError
 from l4pack.publish import Wishes, check_ready, package_artifact, plan_push, push_artifact
-from l4pack.recipe import load_recipe
-from l4pack.run import run_plan
 
+pytest_plugins = ["publishing_fixtures"]
 # huggingface_hub hands file objects to httpx in a way that httpx no longer likes.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
-
-SECRET = "hf_ThisMustNeverBeSeen"
-NAME = "Llama-4-Tiny-W4A16-g128"
-REPO = f"me/{NAME}"
-BASE = "meta-llama/Llama-4-Tiny"
-PROMISE = {"model": "llama-4-scout", "device": "h100", "context": 512}
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This test's own cache and token; large files travel by LFS, not Xet; nobody waits."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", SECRET)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with running_hub() as server:
-        server.tokens = {SECRET: {"me"}}
-        server.part_bytes = 200_000
-        # What HF_ENDPOINT sets when huggingface_hub is imported.
-        template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
-        here = template.replace(huggingface_hub.constants.ENDPOINT, server.endpoint)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", here)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
-        yield server
-
-
-@pytest.fixture(scope="session")
-def source(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama 4 with the texts of its licence."""
-    folder = tmp_path_factory.mktemp("licensed") / "Llama-4-Tiny"
-    shutil.copytree(checkpoint("scout"), folder)
-    (folder / "LICENSE").write_text(LICENSE)
-    (folder / "USE_POLICY.md").write_text(USE_POLICY)
-    (folder / "README.md").write_text("---\nlanguage: [en, fr]\n---\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Llama4ImageProcessorFast"}))
-    return folder
-
-
-def made(source: Path, out: Path, recipe: dict[str, Any]) -> Path:
-    file = out.with_name("own.yaml")
-    file.write_text(yaml.safe_dump({"name": "own", "title": "Int4, rounded", "extends": "int4-rtn", **recipe}))
-    run_plan(make_plan(open_folder(source), load_recipe(str(file))), out)
-    return out
-
-
-@pytest.fixture(scope="session")
-def quantized(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(source, tmp_path_factory.mktemp("made") / "out", {})
-
-
-@pytest.fixture
-def artifact(quantized: Path, tmp_path: Path) -> Path:
-    """An artifact, not packaged yet, that a test may change."""
-    return Path(shutil.copytree(quantized, tmp_path / "out"))
-
-
-@pytest.fixture
-def packaged(artifact: Path) -> Path:
-    package_artifact(artifact, None, Wishes(base_model=BASE))
-    return artifact
+pytestmark = [
+    pytest.mark.usefixtures("own_home"),
+    pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"),
+]
 
 
 def send(folder: Path, **options: Any):
@@ -102,162 +34,6 @@ def remote(hub: HubServer, revision: str = "main") -> dict[str, bytes]:
 
 def local(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-# Packaging
-
-
-def test_packaging_makes_an_artifact_ready(artifact, source):
-    result = package_artifact(artifact, open_folder(source), Wishes(base_model=BASE))
-    assert result.name == NAME
-    assert set(result.written) == {"NOTICE", "README.md"}
-    assert result.audit.ok
-    card = huggingface_hub.ModelCard((artifact / "README.md").read_text())
-    assert card.data.language == ["en", "fr"]
-    assert "| 1 x NVIDIA H100 80 GB SXM | 1,024 tokens |" in card.text
-    assert check_ready(artifact, NAME)[0].startswith("licence: Llama 4")
-    assert package_artifact(artifact, open_folder(source), Wishes(base_model=BASE)).written == ()
-
-
-def test_missing_licence_files_come_from_the_source(artifact, source):
-    for name in ("LICENSE", "USE_POLICY.md"):
-        (artifact / name).unlink()
-    with pytest.raises(LicenceError, match="LICENSE is missing, and the source"):
-        package_artifact(artifact, None, Wishes(base_model=BASE))
-    package_artifact(artifact, open_folder(source), Wishes(base_model=BASE))
-    assert (artifact / "LICENSE").read_bytes() == (source / "LICENSE").read_bytes()
-
-
-def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    path = folder / "l4pack-manifest.json"
-    manifest = json.loads(path.read_bytes())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
-
-
-def test_missing_licence_files_are_fetched_from_the_source_repository(hub, artifact):
-    hub.add(BASE, {"LICENSE": LICENSE.encode(), "USE_POLICY.md": USE_POLICY.encode()})
-    revision = hub.repos[BASE].refs["main"]
-    hub.add(BASE, {"LICENSE": b"another one"})
-    rewrite_manifest(artifact, lambda m: m["source"].update(repository=BASE, revision=revision))
-    for name in ("LICENSE", "USE_POLICY.md"):
-        (artifact / name).unlink()
-    assert package_artifact(artifact).audit.ok
-    assert (artifact / "LICENSE").read_text() == LICENSE
-
-
-def test_a_licence_is_never_made_up(hub, artifact):
-    hub.add(BASE, {"LICENSE": APACHE.encode()})
-    rewrite_manifest(artifact, lambda m: m["source"].update(repository=BASE, revision=None))
-    (artifact / "LICENSE").unlink()
-    with pytest.raises(LicenceError, match=f"LICENSE is missing, and {BASE} has none that serves"):
-        package_artifact(artifact)
-    assert not (artifact / "LICENSE").exists()
-
-
-def test_a_model_of_its_own_licence_keeps_it(artifact):
-    (artifact / "LICENSE").write_text(APACHE)
-    (artifact / "USE_POLICY.md").unlink()
-    result = package_artifact(artifact, None, Wishes(name="tiny-int4"))
-    assert (result.audit.policy.policy, result.name, result.written) == ("apache-2.0", "tiny-int4", ("README.md",))
-    with pytest.raises(LicenceError, match="must begin with 'Llama'"):
-        package_artifact(artifact, None, Wishes(name="tiny-int4", base_model="meta-llama/Llama-4-Scout-17B-16E"))
-
-
-@pytest.mark.parametrize(
-    ("wishes", "error", "message"),
-    [
-        (Wishes(name="My-Llama", base_model=BASE), LicenceError, "must begin with 'Llama'"),
-        (Wishes(name="llama4-tiny", base_model=BASE), LicenceError, "must begin with 'Llama'"),
-        (Wishes(base_model="not a repo"), UsageError, "not a repository's name"),
-        (Wishes(), LicenceError, r"README\.md: the card's metadata must name the model it was made from"),
-    ],
-)
-def test_packaging_refuses(artifact, wishes, error, message):
-    with pytest.raises(error, match=message):
-        package_artifact(artifact, None, wishes)
-
-
-def test_packaging_needs_a_manifest(artifact):
-    (artifact / "l4pack-manifest.json").write_text("[]")
-    with pytest.raises(UsageError, match="no readable l4pack-manifest"):
-        package_artifact(artifact)
-
-
-# What must be true first
-
-
-def test_what_does_not_verify_is_refused(packaged):
-    shard = next(packaged.glob("*.safetensors"))
-    raw = bytearray(shard.read_bytes())
-    raw[-1] ^= 64
-    shard.write_bytes(raw)
-    with pytest.raises(L4packError, match="does not verify") as caught:
-        check_ready(packaged, NAME)
-    assert caught.value.exit_code == 1
-
-
-def test_what_misses_a_duty_is_refused(packaged):
-    (packaged / "NOTICE").unlink()
-    with pytest.raises(LicenceError, match=r"NOTICE: the file is missing.*1\.b\.iii"):
-        check_ready(packaged, NAME)
-
-
-def test_a_repository_of_another_name_is_refused(packaged):
-    with pytest.raises(LicenceError, match="must begin with 'Llama'"):
-        check_ready(packaged, "My-Llama")
-
-
-def promise(folder: Path, **changes: Any) -> None:
-    rewrite_manifest(folder, lambda m: m["recipe"].update(promise={**PROMISE, **changes}))
-
-
-def test_a_promise_that_is_kept_passes(packaged):
-    promise(packaged)
-    said = check_ready(packaged, NAME)
-    assert any(line.startswith("budget: 512 tokens on h100 fits") for line in said)
-    assert any(line == "gates: the recipe has none" for line in said)
-
-
-def test_a_promise_that_is_not_kept_is_refused(packaged):
-    promise(packaged, sequences=1_000_000, context=1024)
-    with pytest.raises(BudgetError, match=r"promises 1,024 tokens on h100, which lacks .* GiB") as caught:
-        check_ready(packaged, NAME)
-    assert caught.value.exit_code == 3
-
-
-MEASURED = {"kl_mean": 0.02, "kl_standard_error": 0.001, "top1_agreement": 0.95, "perplexity_reference": 10.0,
-            "perplexity_artifact": 10.4, "tokens": 4096}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("gates", "missed"),
-    [
-        ({"max_kl": 0.02, "min_agreement": 0.95, "max_perplexity_ratio": 1.04}, None),
-        ({"max_kl": 0.0199}, "KL divergence 0.02, the limit is 0.0199"),
-        ({"min_agreement": 0.951}, "agreement 0.95"),
-        ({"max_perplexity_ratio": 1.039}, "perplexity ratio 1.04"),
-    ],
-)
-def test_gates(packaged, gates, missed):
-    promise(packaged, gates=gates)
-    with pytest.raises(QualityError, match="accuracy was not measured"):
-        check_ready(packaged, NAME)
-    (packaged / "accuracy.json").write_text(json.dumps(MEASURED))
-    if missed is None:
-        assert any(line.startswith("gates: ") and line.endswith("met") for line in check_ready(packaged, NAME))
-        return
-    with pytest.raises(QualityError, match=missed) as caught:
-        check_ready(packaged, NAME)
-    assert caught.value.exit_code == 6
-
-
-@pytest.mark.parametrize("value", [float("nan"), "0.1", None])
-def test_a_gate_is_not_passed_by_what_is_no_number(packaged, value):
-    promise(packaged, gates={"max_kl": 0.5})
-    (packaged / "accuracy.json").write_text(json.dumps({**MEASURED, "kl_mean": value}))
-    with pytest.raises((QualityError, UsageError)):
-        check_ready(packaged, NAME)
 
 
 # Pushing
@@ -474,22 +250,22 @@ def test_an_interrupted_push_goes_on_where_it_was(hub, packaged):
 # The commands
 
 
-def test_the_commands(hub, artifact, l4pack, caplog):
-    done = l4pack("package", artifact, "--base-model", BASE, "--json")
+def test_the_commands(hub, unpackaged, l4pack, caplog):
+    done = l4pack("package", unpackaged, "--base-model", BASE, "--json")
     assert (done.code, json.loads(done.out)["name"]) == (0, NAME)
-    dry = l4pack("push", artifact, REPO, "--dry-run")
+    dry = l4pack("push", unpackaged, REPO, "--dry-run")
     assert dry.code == 0
     assert "private" in dry.out
     assert "model.safetensors" in dry.out
     assert "to send" in dry.out
     assert REPO not in hub.repos
-    pushed = l4pack("push", artifact, REPO, "--json")
+    pushed = l4pack("push", unpackaged, REPO, "--json")
     assert pushed.code == 0
     record = json.loads(pushed.out)
     assert (record["private"], record["creates_repository"], record["pull_request"]) == (True, True, None)
     assert record["commit"] == hub.repos[REPO].refs["main"]
     assert {file["action"] for file in record["files"]} == {"add"}
-    again = l4pack("push", artifact, REPO)
+    again = l4pack("push", unpackaged, REPO)
     assert "0 files sent" in again.out
     assert l4pack("licence", REPO).code == 0
     everything = "".join(end.out + end.err for end in (done, dry, pushed, again)) + caplog.text

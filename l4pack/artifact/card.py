@@ -6,7 +6,7 @@ block stay.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from l4pack.resources import data_text
 from l4pack.units import human_bytes
 
 NOT_RECORDED = "not recorded"
+_TASK_KEYS = ("accuracy_reference", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class CardFacts:
     base_model: str | None = None
     languages: Sequence[str] = ()
     accuracy: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
     fits: Sequence[Fit] = field(default_factory=list)
     gated: bool = False
 
@@ -135,11 +137,11 @@ def _values(facts: CardFacts) -> dict[str, Any]:
         "shards": sum(name.endswith(".safetensors") for name in facts.files),
         "schemes": _schemes(recipe),
         "accuracy": _accuracy(facts.accuracy),
-        "tasks": _tasks(facts.accuracy),
+        "tasks_measured": bool((facts.accuracy or {}).get("tasks")),
         "fits": [{"device": fit.device, "tokens": _tokens(fit.max_context)} for fit in facts.fits],
         "sglang_reads": _attention_kept(recipe),
-        "calibration": _calibration(manifest, recipe),
-        "fallbacks": _fallbacks(manifest),
+        "calibration": _calibration(facts),
+        "fallbacks": _fallbacks(facts),
         "commands": _commands(facts),
     }
 
@@ -169,46 +171,71 @@ def _attention_kept(recipe: Recipe) -> bool:
     return first is None or first.scheme == KEEP
 
 
-def _accuracy(measured: Mapping[str, Any] | None) -> dict[str, str] | None:
-    """The paired numbers with their error bars; None unless every one of them is there."""
-    if measured is None:
+def _accuracy(measured: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Rows of paired numbers with their error bars; None when the original was not measured beside the artifact."""
+    if measured is None or "kl_mean" not in measured:
         return None
     try:
-        setting = measured.get("setting")
-        return {
-            "tokens": f"{measured['tokens']:,}",
-            "setting": f" ({_word(json.dumps(setting, sort_keys=True))})" if setting else "",
-            "perplexity_reference": f"{measured['perplexity_reference']:.4f}",
-            "perplexity_artifact": f"{measured['perplexity_artifact']:.4f}",
-            "kl": f"{measured['kl_mean']:.5f} ± {measured['kl_standard_error']:.5f}",
-            "agreement": f"{100 * measured['top1_agreement']:.2f} %",
-        }
-    except (KeyError, TypeError, ValueError) as error:
+        return {"tokens": f"{measured['tokens']:,}", "text": _setting(measured.get("text")), "rows": _rows(measured)}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"accuracy.json: {error} is missing or no number", hint="run l4pack evaluate again") from error
 
 
-def _tasks(measured: Mapping[str, Any] | None) -> str:
-    tasks = (measured or {}).get("tasks")
-    return "see accuracy.json" if tasks else "not measured"
+def _rows(measured: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    def number(key: str) -> str:
+        return with_error(measured[key], measured[f"{key}_standard_error"])
+
+    kl = with_error(measured["kl_mean"], measured["kl_standard_error"])
+    rows = [
+        ("Perplexity", number("perplexity_reference"), number("perplexity_artifact")),
+        ("Perplexity ratio", "1", number("perplexity_ratio")),
+        ("KL divergence from the original, nats a token", "0", kl),
+        ("Same most likely token as the original", "1", number("top1_agreement")),
+    ]
+    for name, task in sorted((measured.get("tasks") or {}).items()):
+        pair = [with_error(task[key]["value"], task[key]["standard_error"]) for key in _TASK_KEYS]
+        rows.append((f"Task {_word(name)}, {task['questions']} questions, accuracy", pair[0], pair[1]))
+    return rows
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A number with its standard error, to the digits that the error leaves a meaning."""
+    if error is None:
+        return f"{value:.4g} (one sequence: no error bar)"
+    digits = 4 if error <= 0 else min(max(1 - math.floor(math.log10(error)), 0), 8)
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _setting(text: Any) -> str:
+    """The text and setting of a measurement: what its record says that is short."""
+    if not isinstance(text, Mapping):
+        return NOT_RECORDED
+    short = {key: value for key, value in text.items() if isinstance(value, str | int | float)}
+    return ", ".join(f"{_word(key.replace('_', ' '))} {_word(value)}" for key, value in sorted(short.items()))
 
 
 def _tokens(count: int) -> str:
     return f"{count:,} tokens" if count else "does not fit"
 
 
-def _calibration(manifest: Mapping[str, Any], recipe: Recipe) -> str:
-    recorded = manifest.get("calibration")
-    if isinstance(recorded, Mapping):
-        return ", ".join(f"{_word(key)} {_word(value)}" for key, value in sorted(recorded.items()))
-    rounding = all(scheme.method.value == "rtn" for scheme in recipe.schemes.values())
-    return "none: every weight is rounded by itself" if rounding else NOT_RECORDED
-
-
-def _fallbacks(manifest: Mapping[str, Any]) -> str:
-    recorded = manifest.get("fallbacks")
-    if recorded is None:
+def _calibration(facts: CardFacts) -> str:
+    if facts.recipe.calibration is None:
+        return "none: every weight is rounded by itself"
+    if facts.calibration is None:
         return NOT_RECORDED
-    return f"{len(recorded)}, listed in l4pack-manifest.json" if recorded else "none"
+    tokens = facts.calibration.get("routed_tokens", {}).values()
+    experts = [count for layer in tokens for count in layer]
+    return f"{_setting(facts.calibration.get('text'))}; {experts.count(0)} of {len(experts)} experts saw no token"
+
+
+def _fallbacks(facts: CardFacts) -> str:
+    if facts.recipe.calibration is None:
+        return "none: rounding has nothing to fall back to"
+    if facts.calibration is None:
+        return NOT_RECORDED
+    methods = [found.get("method") for found in facts.calibration.get("matrices", {}).values()]
+    listed = "; l4pack-calibration.json lists them" if "rtn" in methods else ""
+    return f"{methods.count('rtn')} of {len(methods)} matrices are rounded to nearest instead{listed}"
 
 
 def _commands(facts: CardFacts) -> dict[str, str]:

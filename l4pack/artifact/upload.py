@@ -26,6 +26,7 @@ from l4pack.hubclient import hub_errors, patiently
 
 MAIN = "main"
 CHUNK = 8 * 1024**2
+SMALL_FILE = 64 * 1024
 _RECORD = re.compile(r"^- (\S+) sha256:([0-9a-f]{64}) git:([0-9a-f]{40})$", re.MULTILINE)
 Advance = Callable[[int], None]
 
@@ -151,9 +152,9 @@ def upload(api: HfApi, plan: UploadPlan, message: str, advance: Advance = lambda
     with hub_errors(api, target.repo_id, target.revision):
         _prepare(api, plan)
         additions = [_addition(plan.local[name]) for name in plan.names(Action.ADD, Action.REPLACE)]
-        for addition in sorted(additions, key=lambda addition: addition.upload_info.size):
-            _send(api, target, addition)
-            advance(addition.upload_info.size)
+        for group in _groups(additions):
+            _send(api, target, group)
+            advance(sum(addition.upload_info.size for addition in group))
         commit, pull_request = _commit(api, plan, additions, message)
         revision = pull_request or commit
         compare(plan.local, listing(api, target.repo_id, revision), target.repo_id)
@@ -274,13 +275,20 @@ def _addition(file: LocalFile) -> CommitOperationAdd:
     return addition
 
 
-def _send(api: HfApi, target: Target, addition: CommitOperationAdd) -> None:
-    """Send one file to storage, unless storage has it or the commit itself will carry it."""
+def _groups(additions: list[CommitOperationAdd]) -> list[list[CommitOperationAdd]]:
+    """All small files together, then each large one by itself, so that each is safe before the next is begun."""
+    small = [addition for addition in additions if addition.upload_info.size < SMALL_FILE]
+    large = [[addition] for addition in additions if addition.upload_info.size >= SMALL_FILE]
+    return [small, *large] if small else large
+
+
+def _send(api: HfApi, target: Target, additions: list[CommitOperationAdd]) -> None:
+    """Send files to storage, except those that storage has or that the commit itself will carry."""
 
     def send() -> None:
         api.preupload_lfs_files(
             target.repo_id,
-            [addition],
+            additions,
             revision=target.revision,
             create_pr=target.pull_request,
             num_threads=1,
