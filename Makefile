@@ -14,6 +14,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# The whole chain on the demo model that ships with the package.
+demo: venv
+	$(BIN)/l4pack build demo --recipe int4 --out $(DEMO_OUT) --device h100 --context 4096
+
 test: venv
 	$(BIN)/python -m pytest
 

@@ -9,6 +9,7 @@ import typer
 from l4pack import __version__
 from l4pack.cli import console
 from l4pack.cli.budget import budget_app, devices
+from l4pack.cli.build import build_command
 from l4pack.cli.evaluate import evaluate
 from l4pack.cli.inspect import inspect
 from l4pack.cli.licence import licence
@@ -47,4 +48,5 @@ def _root(
 
 for command in (inspect, plan, quantize, verify, evaluate, licence, package, push, recipes, formats, devices):
     app.command()(command)
+app.command(name="build")(build_command)
 app.add_typer(budget_app, name="budget")

@@ -1,0 +1,272 @@
+"""The whole chain on one source: plan, quantize, verify, budget, evaluate, package, push.
+
+A step is left out when its result is there and still valid: results are kept beside the artifact, each bound to a
+digest of everything it depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from l4pack import __version__
+from l4pack.accelerator import quantizer
+from l4pack.artifact.upload import Target
+from l4pack.artifact.verify import verify_artifact
+from l4pack.budget.devices import find_host, load_devices
+from l4pack.budget.load import Load
+from l4pack.budget.model import budget
+from l4pack.budget.record import budget_record
+from l4pack.budget.solve import limits as budget_limits
+from l4pack.checkpoint.journal import write_atomic
+from l4pack.checkpoint.source import open_folder
+from l4pack.errors import BudgetError, L4packError
+from l4pack.evaluate.gates import require
+from l4pack.evaluate.record import ACCURACY_NAME, read_accuracy, write_accuracy
+from l4pack.plan import Plan
+from l4pack.publish import Wishes, check_ready, package_artifact, plan_push, push_artifact
+from l4pack.recipe import Gates
+from l4pack.run import run_plan, stop_signals
+from l4pack.subject import open_subject
+from l4pack.summary import plan_record
+from l4pack.units import human_bytes, human_gib, human_seconds
+
+if TYPE_CHECKING:
+    from l4pack.stream.text import TextChoice
+
+
+class Outcome(StrEnum):
+    """What became of a step."""
+
+    DONE = "done"
+    KEPT = "kept"
+    NOT_ASKED = "not asked"
+    FAILED = "failed"
+
+
+class Bar(Protocol):
+    """Something that shows how many bytes are done."""
+
+    def advance(self, nbytes: int) -> None:
+        """Count bytes as done."""
+        ...
+
+
+Watch = Callable[[str, int], AbstractContextManager[Bar]]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to build. A device, context or gate left None is the recipe's promise's, where it makes one."""
+
+    out: Path
+    compute: str
+    text: TextChoice | None  # None: accuracy is not measured
+    device: str | None = None
+    context: int | None = None
+    sequences: int | None = None
+    kv_dtype: str | None = None
+    gates: Gates = field(default_factory=Gates)
+    wishes: Wishes = field(default_factory=Wishes)
+    push: Target | None = None
+    restart: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's outcome: a line for people and a record for machines."""
+
+    name: str
+    outcome: Outcome
+    seconds: float
+    summary: str
+    record: Mapping[str, Any]
+
+
+@dataclass
+class Built:
+    """The steps done, and the error that ended the chain, if one did."""
+
+    steps: list[Step] = field(default_factory=list)
+    error: L4packError | None = None
+
+    def record(self) -> dict[str, Any]:
+        """One key a step."""
+        return {
+            step.name: {"outcome": step.outcome.value, "seconds": step.seconds, **step.record} for step in self.steps
+        }
+
+
+def build(plan: Plan, order: Order, watch: Watch) -> Built:
+    """Run the chain; stops at the first step that fails and keeps its error."""
+    chain = _Chain(plan, order, watch)
+    built = Built()
+    for name, step in chain.steps().items():
+        started = time.monotonic()
+        try:
+            outcome, summary, record = step()
+        except L4packError as error:
+            seconds = time.monotonic() - started
+            built.steps.append(Step(name, Outcome.FAILED, seconds, error.message, {"error": error.message}))
+            built.error = error
+            break
+        built.steps.append(Step(name, outcome, time.monotonic() - started, summary, record))
+    return built
+
+
+Result = tuple[Outcome, str, Mapping[str, Any]]
+NOT_ASKED: Result = (Outcome.NOT_ASKED, "not asked for", {})
+
+
+class _Chain:
+    def __init__(self, plan: Plan, order: Order, watch: Watch) -> None:
+        self._plan, self._order, self._watch = plan, order, watch
+        self._promise = plan.recipe.promise
+        self._state_path = order.out.with_name(f"{order.out.name}.build.json")
+
+    def steps(self) -> dict[str, Callable[[], Result]]:
+        """The steps in order."""
+        return {
+            "plan": self._show_plan,
+            "quantize": self._quantize,
+            "verify": self._verify,
+            "budget": self._budget,
+            "evaluate": self._evaluate,
+            "package": self._package,
+            "push": self._push,
+        }
+
+    def _show_plan(self) -> Result:
+        plan = self._plan
+        summary = f"{plan.artifact_bytes:,} bytes to come, {human_bytes(plan.peak_ram_bytes)} of memory needed"
+        return Outcome.DONE, summary, plan_record(plan)
+
+    def _quantize(self) -> Result:
+        plan, order = self._plan, self._order
+        with self._watch("quantizing", plan.read_bytes) as bar:
+            result = run_plan(
+                plan, order.out, restart=order.restart, quantize=quantizer(order.compute), advance=bar.advance
+            )
+        record = {"out": str(order.out), "peak_rss_bytes": result.peak_rss_bytes, "bytes_read": result.read_bytes}
+        if result.already_done:
+            return Outcome.KEPT, "the artifact was there", record
+        rate = human_bytes(result.read_bytes / max(result.seconds, 1e-9))
+        summary = f"{human_seconds(result.seconds)}, {rate}/s, peak memory {human_bytes(result.peak_rss_bytes)}"
+        return Outcome.DONE, summary, record
+
+    def _verify(self) -> Result:
+        key = self._key([self._plan.checkpoint.fingerprint()])
+        state = self._state()
+        summary = "every tensor holds against the source"
+        if state.get("verify") == key:
+            return Outcome.KEPT, summary, {"ok": True}
+        with self._watch("verifying", sum(shard.nbytes for shard in self._plan.shards)) as bar:
+            result = verify_artifact(self._order.out, self._plan.checkpoint, advance=bar.advance)
+        errors = [finding for finding in result.findings if finding.level == "error"]
+        if not result.ok:
+            first = f"{errors[0].where}: {errors[0].message}" if errors else "nothing could be checked"
+            raise L4packError(first, hint=f"l4pack verify {self._order.out} lists all {len(errors)} findings")
+        self._remember(state | {"verify": key})
+        summary = f"{summary}: {result.checked.tally.matrices} quantized matrices and all others"
+        return Outcome.DONE, summary, {"ok": True}
+
+    def _budget(self) -> Result:
+        order, promise = self._order, self._promise
+        device = order.device or (promise.device if promise else None)
+        if device is None:
+            return NOT_ASKED
+        load = Load(
+            context=order.context or (promise.context if promise else None),
+            sequences=order.sequences or (promise.sequences if promise else 1),
+            kv_dtype=order.kv_dtype or (promise.kv_dtype if promise else "auto"),
+        )
+        found = budget(open_subject(str(order.out)), find_host(device, load_devices()), load)
+        if not found.fits:
+            raise BudgetError(
+                f"{load.context or 'the default context'} tokens on {device} lack {human_gib(-found.headroom_bytes)}",
+                hint=f"l4pack budget {order.out} --device {device} says what would fit",
+            )
+        record = budget_record(found, budget_limits(found))
+        summary = f"fits {device}, {human_gib(found.headroom_bytes)} to spare, up to {record['max_context']:,} tokens"
+        return Outcome.DONE, summary, record
+
+    def _evaluate(self) -> Result:
+        text, out = self._order.text, self._order.out
+        if text is None:
+            return NOT_ASKED
+        key = self._key([self._plan.checkpoint.fingerprint(), repr(text)])
+        state = self._state()
+        if state.get("evaluate") == key and (out / ACCURACY_NAME).is_file():
+            outcome, record = Outcome.KEPT, read_accuracy(out)
+        else:
+            outcome, record = Outcome.DONE, self._measure(text)
+        write_accuracy(out, record, self._gates(), {})
+        self._remember(state | {"evaluate": key})
+        require(record["gates"])
+        brief = {name: value for name, value in record.items() if name not in ("layers", "worst")}
+        return outcome, accuracy_line(record), brief
+
+    def _gates(self) -> Gates:
+        promised = self._promise.gates.model_dump(exclude_none=True) if self._promise else {}
+        return Gates(**{**promised, **self._order.gates.model_dump(exclude_none=True)})
+
+    def _measure(self, text: TextChoice) -> dict[str, Any]:
+        from l4pack.evaluate.evaluate import Settings, evaluate, total_bytes
+        from l4pack.stream.walk import Progress
+
+        out, original = self._order.out, self._plan.checkpoint
+        artifact = open_folder(out)
+        settings = Settings(work=out.with_name(f"{out.name}.evaluate.partial"), text=text, compute=self._order.compute)
+        with self._watch("evaluating", total_bytes(artifact, original)) as bar, stop_signals() as stop:
+            return evaluate(artifact, original, settings, Progress(advance=bar.advance, stop=stop))
+
+    def _package(self) -> Result:
+        packaged = package_artifact(self._order.out, self._plan.checkpoint, self._order.wishes)
+        record = {"name": packaged.name, "written": list(packaged.written)}
+        outcome = Outcome.DONE if packaged.written else Outcome.KEPT
+        return outcome, f"{packaged.name}: {packaged.audit.policy.title}, {packaged.audit.duties} duties met", record
+
+    def _push(self) -> Result:
+        target = self._order.push
+        if target is None:
+            return NOT_ASKED
+        check_ready(self._order.out, target.repo_id.rpartition("/")[2], gated=target.gated)
+        plan = plan_push(self._order.out, target)
+        with self._watch("uploading", plan.send_bytes) as bar:
+            done = push_artifact(plan, advance=bar.advance)
+        return Outcome.DONE, f"{done.url} at {done.commit}", {"url": done.url, "commit": done.commit}
+
+    def _remember(self, state: Mapping[str, Any]) -> None:
+        write_atomic(self._state_path, (json.dumps(state, indent=1) + "\n").encode())
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            state = json.loads(self._state_path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return state if isinstance(state, dict) else {}
+
+    def _key(self, depends_on: list[str]) -> str:
+        """Digest of this version, the planned files as they lie there, and what else a step depends on."""
+        parts = [__version__, *depends_on]
+        for name in sorted(self._plan.files):
+            status = (self._order.out / name).stat()
+            parts.append(f"{name} {status.st_size} {status.st_mtime_ns}")
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def accuracy_line(record: Mapping[str, Any]) -> str:
+    """What an evaluation found, in a line."""
+    error = record.get("kl_standard_error")
+    spread = "" if error is None else f" ± {error:.5f}"
+    return (
+        f"KL {record['kl_mean']:.5f}{spread}, same likeliest token {100 * record['top1_agreement']:.2f} %, perplexity "
+        f"{record['perplexity_reference']:.3f} -> {record['perplexity_artifact']:.3f} on {record['tokens']:,} tokens"
+    )

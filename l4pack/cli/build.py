@@ -1,0 +1,112 @@
+"""`l4pack build`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import RenderableType
+
+from l4pack.accelerator import AUTO, chosen
+from l4pack.artifact.upload import Target
+from l4pack.build import Built, Order, Outcome, build
+from l4pack.checkpoint.open import open_source
+from l4pack.cli import console
+from l4pack.cli.options import AsJson, Compute, MaxRam, Out, RecipeName, Source
+from l4pack.cli.plan import limits
+from l4pack.plan import Plan, make_plan
+from l4pack.publish import Wishes
+from l4pack.recipe import Gates, load_recipe
+from l4pack.stream.text import DEFAULT_SAMPLES, DEMO_TEXT, TextChoice
+from l4pack.units import human_bytes, human_seconds
+
+_COLOURS = {Outcome.DONE: "green", Outcome.KEPT: "green", Outcome.NOT_ASKED: "dim", Outcome.FAILED: "red"}
+
+
+def build_command(
+    source: Source,
+    out: Out,
+    recipe: RecipeName = "int4",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", metavar="NAME", help="Must fit this; the recipe's promise unless given.", show_default=False
+        ),
+    ] = None,
+    context: Annotated[int | None, typer.Option("--context", metavar="TOKENS", show_default=False)] = None,
+    sequences: Annotated[int | None, typer.Option("--sequences", metavar="N", show_default=False)] = None,
+    kv_dtype: Annotated[str | None, typer.Option("--kv-dtype", metavar="bfloat16|fp8", show_default=False)] = None,
+    text: Annotated[
+        str, typer.Option("--text", metavar="TEXT", help="What accuracy is measured on; held-out text that ships.")
+    ] = DEMO_TEXT,
+    samples: Annotated[int, typer.Option("--samples", metavar="N", help="Most sequences of it.")] = DEFAULT_SAMPLES,
+    sequence_length: Annotated[
+        int | None, typer.Option("--sequence-length", metavar="TOKENS", help="2048 unless given.", show_default=False)
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option("--max-kl", metavar="NATS", help="Gate.", show_default=False)] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option("--min-agreement", metavar="SHARE", help="Gate.", show_default=False)
+    ] = None,
+    max_perplexity_ratio: Annotated[
+        float | None, typer.Option("--max-perplexity-ratio", metavar="RATIO", help="Gate.", show_default=False)
+    ] = None,
+    skip_evaluate: Annotated[bool, typer.Option("--skip-evaluate", help="Do not measure accuracy.")] = False,
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", show_default=False)] = None,
+    base_model: Annotated[str | None, typer.Option("--base-model", metavar="ORG/NAME", show_default=False)] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload when all is well.", show_default=False)
+    ] = None,
+    max_ram: MaxRam = None,
+    compute: Compute = AUTO,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the whole chain: plan, quantize, verify, budget, evaluate, package, push; go on where it stopped.
+
+    Example: `l4pack build demo --recipe int4-rtn --out demo-int4 --device h100 --context 8192`
+    """
+    chosen_device = chosen(compute)
+    plan = make_plan(open_source(source), load_recipe(recipe), limits(max_ram, None, None, chosen_device))
+    order = Order(
+        out=out,
+        compute=chosen_device,
+        text=None if skip_evaluate else TextChoice(text, samples, sequence_length),
+        device=device,
+        context=context,
+        sequences=sequences,
+        kv_dtype=kv_dtype,
+        gates=Gates(max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio),
+        wishes=Wishes(name=name, base_model=base_model),
+        push=None if push is None else Target(push),
+        restart=restart,
+    )
+    built = build(plan, order, console.progress)
+    if as_json:
+        console.show_json(built.record())
+    else:
+        console.show(*build_view(plan, order, built))
+    if built.error is not None:
+        console.error(built.error.message, built.error.hint)
+        sys.exit(built.error.exit_code)
+
+
+def build_view(plan: Plan, order: Order, built: Built) -> list[RenderableType]:
+    """The summary: what each step said, what it all weighs, and what to type next."""
+    table = console.table("Step", "Outcome", ">Time", "What it says")
+    for step in built.steps:
+        outcome = f"[{_COLOURS[step.outcome]}]{step.outcome.value}[/]"
+        table.add_row(step.name, outcome, human_seconds(step.seconds), console.plain(step.summary))
+    ratio = plan.source_weight_bytes / plan.weight_bytes
+    sizes = [
+        "",
+        f"before   {human_bytes(plan.source_weight_bytes)} of weights",
+        f"after    {human_bytes(plan.weight_bytes)}, {ratio:.2f} times smaller; "
+        f"{plan.bits_per_weight:.3f} bits a quantized weight",
+        f"where    [bold]{console.plain(order.out)}[/bold]",
+    ]
+    if built.error is None:
+        sizes.append(
+            f"next     vllm serve {console.plain(order.out)}   or   l4pack push {console.plain(order.out)} ORG/NAME --dry-run"
+        )
+    return [table, *sizes]
