@@ -157,8 +157,7 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-@pytest.mark.parametrize("multimodal", [True, False])
+@pytest.mark.parametrize(("name", "multimodal"), [*((name, True) for name in FOREIGN), ("int4 symmetric", False)])
 def test_artifacts_of_compressed_tensors_own_compressors_verify_clean(
     name: str, multimodal: bool, tmp_path: Path
 ) -> None:
