@@ -18,7 +18,6 @@ from l4pack.cli.plan import limits
 from l4pack.plan import Plan, make_plan
 from l4pack.publish import Wishes
 from l4pack.recipe import Gates, load_recipe
-from l4pack.stream.text import DEFAULT_SAMPLES, DEMO_TEXT, TextChoice
 from l4pack.units import human_bytes, human_seconds
 
 _COLOURS = {Outcome.DONE: "green", Outcome.KEPT: "green", Outcome.NOT_ASKED: "dim", Outcome.FAILED: "red"}
@@ -39,8 +38,8 @@ def build_command(
     kv_dtype: Annotated[str | None, typer.Option("--kv-dtype", metavar="bfloat16|fp8", show_default=False)] = None,
     text: Annotated[
         str, typer.Option("--text", metavar="TEXT", help="What accuracy is measured on; held-out text that ships.")
-    ] = DEMO_TEXT,
-    samples: Annotated[int, typer.Option("--samples", metavar="N", help="Most sequences of it.")] = DEFAULT_SAMPLES,
+    ] = "demo",
+    samples: Annotated[int, typer.Option("--samples", metavar="N", help="Most sequences of it.")] = 32,
     sequence_length: Annotated[
         int | None, typer.Option("--sequence-length", metavar="TOKENS", help="2048 unless given.", show_default=False)
     ] = None,
@@ -66,6 +65,8 @@ def build_command(
 
     Example: `l4pack build demo --recipe int4-rtn --out demo-int4 --device h100 --context 8192`
     """
+    from l4pack.stream.text import TextChoice  # imports torch
+
     chosen_device = chosen(compute)
     plan = make_plan(open_source(source), load_recipe(recipe), limits(max_ram, None, None, chosen_device))
     order = Order(
