@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import file_digests
-from dying_run import die_in
+from dying_run import DyingRuns
 
 from l4pack.checkpoint.journal import Journal, locked, write_atomic
 from l4pack.checkpoint.open import open_source
@@ -27,6 +27,13 @@ from l4pack.run import run_plan
 
 SLOW_RUN = Path(__file__).parent / "slow_run.py"
 KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def die_in():
+    runs = DyingRuns()
+    yield runs.die_in
+    runs.close()
 
 
 @pytest.fixture
@@ -71,7 +78,7 @@ def wait_until(condition, process, seconds=60):
 
 
 @pytest.mark.parametrize("seed", range(KILLS))
-def test_killed_at_random_and_gone_on_it_ends_in_the_same_bytes(source, plan, undisturbed, tmp_path, seed):
+def test_killed_at_random_and_gone_on_it_ends_in_the_same_bytes(die_in, source, plan, undisturbed, tmp_path, seed):
     out = tmp_path / "maverick-int4-rtn"
     dice = random.Random(seed)
     for _ in range(dice.randint(1, 3)):
@@ -102,7 +109,7 @@ def test_killed_at_random_and_gone_on_it_ends_in_the_same_bytes(source, plan, un
         ("tidying, after", 0, True),
     ],
 )
-def test_killed_while_finishing(source, plan, undisturbed, tmp_path, point, after, appeared):
+def test_killed_while_finishing(die_in, source, plan, undisturbed, tmp_path, point, after, appeared):
     out = tmp_path / "maverick-int4-rtn"
     assert die_in(point, after, source, "int4-rtn", out) == -signal.SIGKILL
     assert out.exists() is appeared
@@ -112,7 +119,7 @@ def test_killed_while_finishing(source, plan, undisturbed, tmp_path, point, afte
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
-def test_what_was_done_is_not_read_again(source, plan, tmp_path):
+def test_what_was_done_is_not_read_again(die_in, source, plan, tmp_path):
     out = tmp_path / "out"
     die_in("task, after", 30, source, "int4-rtn", out)
     done = finished_tasks(out)
@@ -151,7 +158,7 @@ def test_a_stop_inside_the_process_keeps_the_handlers(plan, tmp_path):
 
 def test_two_runs_into_one_folder(source, plan, tmp_path, l4pack):
     out = tmp_path / "out"
-    process = start(source, out)
+    process = start(source, out, pause=0.3)
     wait_until(lambda: journal_of(out).exists(), process)
     ended = l4pack("quantize", source, "--recipe", "int4-rtn", "--out", out)
     process.send_signal(signal.SIGINT)
@@ -162,7 +169,7 @@ def test_two_runs_into_one_folder(source, plan, tmp_path, l4pack):
 
 
 @pytest.mark.parametrize("change", ["recipe", "source", "version", "shard size"])
-def test_a_changed_job_is_refused_unless_restarted(source, plan, tmp_path, l4pack, monkeypatch, change):
+def test_a_changed_job_is_refused_unless_restarted(die_in, source, plan, tmp_path, l4pack, monkeypatch, change):
     out, copy = tmp_path / "out", shutil.copytree(source, tmp_path / "tiny-maverick")
     die_in("task, after", 20, copy, "int4-rtn", out)
     begun = journal_of(out).read_bytes()
@@ -207,7 +214,7 @@ def test_an_empty_folder_may_be_filled_and_a_full_one_not(source, plan, tmp_path
             run_plan(plan, out)
 
 
-def test_begun_shards_that_somebody_changed_are_refused(source, plan, tmp_path):
+def test_begun_shards_that_somebody_changed_are_refused(die_in, source, plan, tmp_path):
     out = tmp_path / "out"
     die_in("task, after", 20, source, "int4-rtn", out)
     next((tmp_path / "out.partial" / "artifact").glob("*.safetensors")).unlink()
@@ -282,7 +289,7 @@ cp -r {disk}/out {folder}/out
 """
 
 
-@pytest.mark.parametrize("size", ["64k", "300k", "1m"])
+@pytest.mark.parametrize("size", ["64k", "1m"])
 def test_a_disk_that_is_really_full(source, plan, undisturbed, tmp_path, size):
     """On a small file system of its own; a kernel that gives users none runs the same job under a file size limit."""
     command = f"{sys.executable} -m l4pack quantize {source} --recipe int4-rtn --compute cpu"
