@@ -77,7 +77,8 @@ class Plan:
     def with_text(self, text: TokenText) -> Plan:
         """The same plan with the tokens its calibration looks at, pinned in the manifest by their digest."""
         pinned = {"text_sha256": text.record["sha256"], "tokens_sha256": text.record["tokens_sha256"]}
-        return replace(self, text=text, manifest=replace(self.manifest, calibration=pinned))
+        needs = self.needs and self.needs.for_tokens(text.record["tokens"])
+        return replace(self, text=text, needs=needs, manifest=replace(self.manifest, calibration=pinned))
 
     @cached_property
     def config_json(self) -> bytes:

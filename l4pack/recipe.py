@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from l4pack.datafile import read_yaml, validate
-from l4pack.errors import RecipeError
+from l4pack.errors import RecipeError, UsageError
 from l4pack.formats import check_accepts, load_format
 from l4pack.model.tensors import QUANTIZABLE, Role
 from l4pack.quant.scheme import NumberType, Scheme
@@ -180,6 +180,19 @@ class Recipe(_Data):
             if rule.matches(role, layer, num_layers):
                 return number
         return None
+
+    def calibrating(self, text: bool = False, **changes: int | None) -> Recipe:
+        """The recipe with some of its calibration's numbers changed (None: not). Raises UsageError if it has none."""
+        given = {key: value for key, value in changes.items() if value is not None}
+        if not given and not text:
+            return self
+        if self.calibration is None:
+            option = f"--{next(iter(given), 'text').replace('_', '-')}"
+            raise UsageError(
+                f"recipe {self.name} needs no calibration, {option} means nothing to it", hint="leave the option out"
+            )
+        values = {**self.calibration.model_dump(), **given}
+        return self.model_copy(update={"calibration": validate(Calibration, values, "calibration")})
 
     def digest(self) -> str:
         """Hex SHA-256 of the recipe with every default filled in."""

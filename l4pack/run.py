@@ -19,6 +19,7 @@ from l4pack.artifact.manifest import MANIFEST_NAME
 from l4pack.calibration.needs import Needs
 from l4pack.calibration.output import Output
 from l4pack.calibration.record import RECORD_NAME, record_json
+from l4pack.calibration.text import with_text
 from l4pack.checkpoint.journal import Journal, locked, sync_folder, write_atomic
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.shards import INDEX_NAME
@@ -55,12 +56,14 @@ def run_plan(
     restart: bool = False,
     quantize: Quantizer = quantize_block,
     advance: Callable[[int], None] | None = None,
+    device: str = "cpu",
 ) -> RunResult:
     """Write the artifact of `plan` to the folder `out`, which appears when it is complete.
 
     Work lies in `out` + '.partial' until then; the same call goes on where an earlier one was stopped or killed.
-    `advance` is told the source bytes of each finished task. Raises UsageError (`out` is taken, or the work begun
-    belongs to another plan), BudgetError (disk), SourceError, StoppedError (a signal asked to stop).
+    `advance` is told the source bytes of each finished task; calibration computes on `device`, with the text that comes
+    with the package if the plan has none. Raises UsageError (`out` is taken, or the work begun belongs to another plan),
+    BudgetError (disk), SourceError, QualityError (a gate on calibration), StoppedError (a signal asked to stop).
     """
     store = plan.checkpoint.store
     if plan.checkpoint.bare or store is None:
@@ -80,7 +83,7 @@ def run_plan(
             shutil.rmtree(work / _ARTIFACT, ignore_errors=True)
             (work / _JOURNAL).unlink(missing_ok=True)
             shutil.rmtree(work / _HIDDEN, ignore_errors=True)
-        resumed = _work(plan, store, work, quantize, advance, stop)
+        resumed = _work(plan, store, work, quantize, advance or (lambda _: None), stop, device)
         _finish(plan, store, work / _ARTIFACT, out)
         shutil.rmtree(work)
     return RunResult(out, time.monotonic() - started, plan.read_bytes - resumed, resumed, _peak_rss())
@@ -111,8 +114,9 @@ def _work(
     store: Store,
     work: Path,
     quantize: Quantizer,
-    advance: Callable[[int], None] | None,
+    advance: Callable[[int], None],
     stop: threading.Event,
+    device: str,
 ) -> int:
     """Write all shards and the manifest; returns the source bytes that an earlier run was done with."""
     folder = work / _ARTIFACT
@@ -129,7 +133,7 @@ def _work(
                 job.run()
                 writer.sync()
                 if plan.calibrated:
-                    _calibrate(plan, Output(journal, writer, executor), work, advance, stop)
+                    _calibrate(plan, Output(journal, writer, executor), work, advance, stop, device)
                 journal.record(digests=_digests_left(plan, journal, writer))
         finally:
             writer.close()
@@ -147,20 +151,16 @@ def _ready_to_calibrate(plan: Plan, needs: Needs) -> Plan:
             hint="leave --fetch-as-you-go out, or take a recipe without calibration, such as int4-rtn",
         )
     check_room(needs.ram_bytes, psutil.virtual_memory().available, option="the machine's memory")
-    if plan.text is not None:
-        return plan
-    from l4pack.calibration.text import with_default_text
-
-    return with_default_text(plan)
+    return plan if plan.text is not None else with_text(plan)
 
 
 def _calibrate(
-    plan: Plan, output: Output, work: Path, advance: Callable[[int], None] | None, stop: threading.Event
+    plan: Plan, output: Output, work: Path, advance: Callable[[int], None], stop: threading.Event, device: str
 ) -> None:
     """Solve the calibrated matrices and write the record of it."""
     from l4pack.calibration.walk import CalibrationRun
 
-    CalibrationRun(plan, output, work / _HIDDEN, stop, advance or (lambda _: None)).run()
+    CalibrationRun(plan, output, work / _HIDDEN, stop, advance, device).run()
     write_atomic(work / _ARTIFACT / RECORD_NAME, record_json(plan, output.journal.results))
 
 
@@ -178,7 +178,8 @@ def _check_begun(plan: Plan, journal: Journal, folder: Path) -> None:
 
 
 def _check_disk(plan: Plan, folder: Path) -> None:
-    written = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+    files = (*folder.iterdir(), *(folder.parent / _HIDDEN).glob("*"))
+    written = sum(path.stat().st_blocks * 512 for path in files)
     needed, free = plan.disk_bytes - written, shutil.disk_usage(folder).free
     if needed > free:
         raise BudgetError(

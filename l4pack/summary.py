@@ -35,6 +35,9 @@ def plan_classes(plan: Plan) -> list[ClassRow]:
         key = (task.copied.role, KEEP) if task.copied else (task.targets[0].linear.role, task.targets[0].scheme)
         source[key] += task.read_bytes
         count[key] += len(task.targets) * (task.rows[0] == 0) if task.targets else 1
+    for target in plan.calibrated:
+        source[target.linear.role, target.scheme] += plan.target_bytes(target)
+        count[target.linear.role, target.scheme] += 1
     order = list(Role)
     keys = sorted(artifact, key=lambda key: (order.index(key[0]), key[1]))
     return [
@@ -69,8 +72,18 @@ def plan_record(plan: Plan) -> dict[str, Any]:
             }
             for row in plan_classes(plan)
         ],
+        "calibration": _calibration_record(plan),
         "warnings": plan.warnings(),
     }
+
+
+def _calibration_record(plan: Plan) -> dict[str, Any] | None:
+    """What calibrating looks at and takes; None when nothing is calibrated."""
+    if plan.needs is None:
+        return None
+    text = None if plan.text is None else plan.text.record
+    return {"matrices": len(plan.calibrated), "tokens": plan.needs.tokens, "streams": plan.needs.streams,
+            "ram_bytes": plan.needs.ram_bytes, "hidden_bytes": plan.needs.disk_bytes, "text": text}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ def test_classes_add_up(checkpoint):
     [("llama-4-scout", 8 * GIB), ("llama-4-scout", GIB), ("llama-4-scout", 600 * MIB), ("llama-4-maverick", GIB)],
 )
 def test_memory_limits_are_kept(model, max_ram):
-    plan = planned(model, "int4", max_ram=max_ram, workers=4)
+    plan = planned(model, "int4-rtn", max_ram=max_ram, workers=4)
     assert plan.peak_ram_bytes <= max_ram
     assert max(task.ram_bytes for task in plan.tasks) * plan.workers + BASE_RAM >= plan.peak_ram_bytes
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from l4pack.assign import Target
 from l4pack.checkpoint.source import Checkpoint
-from l4pack.recipe import Recipe
 from l4pack.units import MIB
+
+if TYPE_CHECKING:
+    from l4pack.assign import Target
+    from l4pack.recipe import Recipe
 
 # The interpreter with torch, transformers' Llama 4 and the compiled kernels.
 BASE_RAM = 900 * MIB
@@ -27,6 +30,10 @@ class Needs:
     disk_bytes: int
     tokens: int
     streams: int
+
+    def for_tokens(self, tokens: int) -> Needs:
+        """The same with the tokens that a text really has."""
+        return replace(self, tokens=tokens, disk_bytes=self.disk_bytes * tokens // self.tokens)
 
 
 def calibration_needs(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target]) -> Needs:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.writer import ShardWriter
-from l4pack.execute import Executor
+
+if TYPE_CHECKING:
+    from l4pack.execute import Executor
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from l4pack.errors import SourceError
-from l4pack.plan import Plan
-from l4pack.stream.text import DEMO_CALIBRATION, TextChoice, load_text, load_tokenizer
+
+if TYPE_CHECKING:
+    from l4pack.plan import Plan
 
 
-def with_default_text(plan: Plan) -> Plan:
-    """The plan with the text that is used when none is named: the one that comes with the package."""
-    return with_text(plan, DEMO_CALIBRATION)
+def with_text(plan: Plan, source: str | None = None) -> Plan:
+    """The plan with a text's tokens, as many as its recipe asks for; None: the text that comes with the package.
 
+    Raises UsageError (the text), SourceError (no tokenizer).
+    """
+    # Imported here because commands import this module, and torch takes seconds.
+    from l4pack.stream.text import DEMO_CALIBRATION, TextChoice, load_text, load_tokenizer
 
-def with_text(plan: Plan, source: str) -> Plan:
-    """The plan with a text's tokens, as many as its recipe asks for. Raises UsageError, SourceError (no tokenizer)."""
     asked = plan.recipe.calibration
     assert asked is not None
     try:
@@ -21,5 +25,5 @@ def with_text(plan: Plan, source: str) -> Plan:
     except SourceError as error:
         hint = f"{error.hint}; or take recipe int4-rtn, which needs no calibration"
         raise SourceError(f"calibration needs a tokenizer: {error.message}", hint=hint) from error
-    choice = TextChoice(source, asked.samples, asked.sequence_length, asked.seed)
+    choice = TextChoice(source or DEMO_CALIBRATION, asked.samples, asked.sequence_length, asked.seed)
     return plan.with_text(load_text(choice, tokenizer, plan.checkpoint.config.text.max_position_embeddings))

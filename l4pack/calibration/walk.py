@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.activations import ACT2FN
 
 from l4pack.artifact.quantized import dequantized
-from l4pack.assign import Target
 from l4pack.calibration.coverage import Coverage
 from l4pack.calibration.mlp import Matrices, result_of, solve_mlp, stored
 from l4pack.calibration.needs import BLOCK_ROWS, asymmetric
@@ -27,7 +27,6 @@ from l4pack.calibration.output import Output
 from l4pack.calibration.rows import UnitRows, blocks, expert_rows
 from l4pack.checkpoint.reader import NUMPY_TYPES
 from l4pack.errors import QualityError, SourceError, StoppedError
-from l4pack.plan import Plan
 from l4pack.quant.quantize import NonFiniteError
 from l4pack.stream.embed import embed
 from l4pack.stream.hidden import Packed
@@ -46,6 +45,10 @@ from l4pack.stream.units import (
 )
 from l4pack.stream.weights import LinearWeight, Weights
 
+if TYPE_CHECKING:
+    from l4pack.assign import Target
+    from l4pack.plan import Plan
+
 _MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -59,7 +62,7 @@ class CalibrationRun:
         folder: Path,
         stop: threading.Event,
         advance: Callable[[int], None],
-        device: torch.device | None = None,
+        device: str = "cpu",
     ) -> None:
         """`folder` takes the hidden states. Raises BudgetError when the disk has no room for them."""
         assert plan.text is not None
@@ -70,7 +73,7 @@ class CalibrationRun:
         self._targets = {target.module: target for target in plan.calibrated}
         self._made = {linear.module: name for linear, name in plan.assigned if name is not None}
         self._packed = Packed(plan.text.sequences)
-        self._device = device or torch.device("cpu")
+        self._device = torch.device(device)
         dtype = torch.float32
         self._skeleton = Skeleton(self._config, self._device, dtype)
         self._weights = Weights(plan.checkpoint, self._device, dtype)

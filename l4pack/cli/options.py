@@ -46,3 +46,25 @@ Against = Annotated[
 DeviceName = Annotated[
     str, typer.Option("--device", metavar="NAME", help="For example h100 or 8xh100; see `l4pack devices`.")
 ]
+CalibrationText = Annotated[
+    str | None,
+    typer.Option(
+        "--text",
+        metavar="FILE|DIR|SET",
+        help="Text to calibrate with: a file, JSONL, a folder, or wikitext2, c4; a text of l4pack's own unless given.",
+        show_default=False,
+        rich_help_panel="Calibration",
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option("--samples", help="Most sequences taken.", show_default=False, rich_help_panel="Calibration"),
+]
+SequenceLength = Annotated[
+    int | None,
+    typer.Option("--sequence-length", help="Tokens a sequence.", show_default=False, rich_help_panel="Calibration"),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", help="Which sequences are taken.", show_default=False, rich_help_panel="Calibration"),
+]

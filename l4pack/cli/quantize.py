@@ -8,9 +8,23 @@ from typing import Annotated
 import typer
 
 from l4pack.accelerator import AUTO, chosen, quantizer
+from l4pack.calibration.text import with_text
 from l4pack.checkpoint.open import open_source
 from l4pack.cli import console
-from l4pack.cli.options import AsJson, Compute, MaxRam, MaxVram, Out, RecipeName, ShardSize, Source
+from l4pack.cli.options import (
+    AsJson,
+    CalibrationText,
+    Compute,
+    MaxRam,
+    MaxVram,
+    Out,
+    RecipeName,
+    Samples,
+    Seed,
+    SequenceLength,
+    ShardSize,
+    Source,
+)
 from l4pack.cli.plan import limits, plan_view
 from l4pack.plan import Plan, make_plan
 from l4pack.recipe import load_recipe
@@ -23,6 +37,10 @@ def quantize(
     source: Source,
     out: Out,
     recipe: RecipeName = "int4",
+    text: CalibrationText = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    seed: Seed = None,
     max_ram: MaxRam = None,
     max_vram: MaxVram = None,
     shard_size: ShardSize = None,
@@ -38,15 +56,20 @@ def quantize(
 ) -> None:
     """Write the quantized artifact; the same command goes on after any interruption.
 
-    Example: `l4pack quantize demo --recipe int4-rtn --out demo-int4`
+    Example: `l4pack quantize demo --recipe int4 --out demo-int4`
     """
     fetch_folder = work_folder(out) / "fetched" if fetch_as_you_go else None
     device = chosen(compute)
     allowed = limits(max_ram, max_vram, shard_size, device)
-    made = make_plan(open_source(source, fetch_folder=fetch_folder), load_recipe(recipe), allowed)
+    wanted = load_recipe(recipe).calibrating(
+        text is not None, samples=samples, sequence_length=sequence_length, seed=seed
+    )
+    made = make_plan(open_source(source, fetch_folder=fetch_folder), wanted, allowed)
     if dry_run:
         console.show_json(plan_record(made)) if as_json else console.show(*plan_view(made))
         return
+    if made.calibrated:
+        made = with_text(made, text)
     if not as_json:
         console.talk(*plan_view(made))
     result = _run(made, out, device, restart)
@@ -58,7 +81,7 @@ def quantize(
 
 def _run(made: Plan, out: Path, device: str, restart: bool) -> RunResult:
     with console.progress("quantizing", made.read_bytes) as bar:
-        return run_plan(made, out, restart=restart, quantize=quantizer(device), advance=bar.advance)
+        return run_plan(made, out, restart=restart, quantize=quantizer(device), advance=bar.advance, device=device)
 
 
 def run_record(result: RunResult) -> dict[str, object]:
