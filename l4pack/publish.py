@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from l4pack.artifact.licence import (
     folder_materials,
     governing_policy,
 )
-from l4pack.artifact.manifest import MANIFEST_NAME
+from l4pack.artifact.manifest_schema import ManifestFile, read_manifest
 from l4pack.artifact.names import check_name, derive_name
 from l4pack.artifact.policy import Duty, Policy
 from l4pack.artifact.upload import Target, Uploaded, UploadPlan, local_files, plan_upload, upload
@@ -35,7 +35,7 @@ from l4pack.evaluate.gates import gate_results, require
 from l4pack.evaluate.record import ACCURACY_NAME
 from l4pack.hubclient import hub_api, hub_errors, patiently
 from l4pack.model.config import parse_config
-from l4pack.recipe import Gates, Promise, Recipe
+from l4pack.recipe import Gates, Promise
 from l4pack.subject import open_subject
 from l4pack.units import human_gib
 
@@ -72,10 +72,9 @@ def package_artifact(folder: Path, source: Checkpoint | None = None, wishes: Wis
     """
     wishes = wishes or Wishes()
     manifest = read_manifest(folder)
-    recipe = Recipe.model_validate(manifest["recipe"])
     base = _base_model(manifest, wishes)
     policy = governing_policy(_without_card(folder, base))
-    name = wishes.name or derive_name(str(manifest["source"]["name"]), recipe)
+    name = wishes.name or derive_name(manifest.source.name, manifest.made_with())
     check_name(name, policy.name)
     written = [*_duty_files(folder, policy, manifest, source, wishes.endpoint)]
     card = render_card(_facts(folder, name, policy, manifest, source, base, wishes), wishes.template)
@@ -84,19 +83,6 @@ def package_artifact(folder: Path, source: Checkpoint | None = None, wishes: Wis
     if not result.ok:
         raise _licence_error(result)
     return Packaged(name, tuple(written), result)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """An artifact's manifest. Raises UsageError when there is none that can be read."""
-    path = folder / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_bytes())
-        if not isinstance(manifest["source"], dict) or not isinstance(manifest["recipe"], dict):
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        hint = "package a folder that l4pack quantize made"
-        raise UsageError(f"{folder} has no readable {MANIFEST_NAME}", hint=hint) from error
-    return dict(manifest)
 
 
 def check_ready(
@@ -112,7 +98,7 @@ def check_ready(
         raise _licence_error(result)
     done = [f"licence: {result.policy.title}, {result.duties} duties met"]
     _check_gating(folder, gated=gated)
-    promise = Recipe.model_validate(read_manifest(folder)["recipe"]).promise
+    promise = read_manifest(folder).made_with().promise
     if promise is None:
         done.append("budget and gates: the recipe promises none")
     else:
@@ -192,8 +178,8 @@ def _read_record(folder: Path, name: str) -> dict[str, Any] | None:
     return value
 
 
-def _base_model(manifest: Mapping[str, Any], wishes: Wishes) -> str | None:
-    base = wishes.base_model or manifest["source"].get("repository")
+def _base_model(manifest: ManifestFile, wishes: Wishes) -> str | None:
+    base = wishes.base_model or manifest.source.repository
     if base is not None and (HUB_ID.fullmatch(base) is None or "@" in base):
         raise UsageError(f"'{base}' is not a repository's name", hint="write --base-model ORGANISATION/NAME")
     return str(base) if base else None
@@ -212,7 +198,7 @@ def _without_card(folder: Path, base: str | None) -> Materials:
 
 
 def _duty_files(
-    folder: Path, policy: Policy, manifest: Mapping[str, Any], source: Checkpoint | None, endpoint: str | None
+    folder: Path, policy: Policy, manifest: ManifestFile, source: Checkpoint | None, endpoint: str | None
 ) -> list[str]:
     """Bring in every file the licence asks for that is not there yet."""
     written = []
@@ -228,14 +214,14 @@ def _duty_files(
 
 
 def _from_source(
-    duty: Duty, manifest: Mapping[str, Any], source: Checkpoint | None, endpoint: str | None
+    duty: Duty, manifest: ManifestFile, source: Checkpoint | None, endpoint: str | None
 ) -> tuple[str, str]:
     """Name and text of a file the source must have; what it holds is checked before it is taken."""
     for name in duty.files or []:
         text = source_text(source, name) if source else _repository_text(manifest, name, endpoint)
         if text is not None and duty.satisfied_by(text):
             return name, text
-    where = source.name if source else manifest["source"].get("repository") or "the source (no repository is known)"
+    where = source.name if source else manifest.source.repository or "the source (no repository is known)"
     raise LicenceError(
         f"{duty.files[0] if duty.files else duty.rule} is missing, and {where} has none that serves: {duty.cited}",
         hint="put the file that came with the original model into the folder, or say --source",
@@ -255,8 +241,8 @@ def source_text(source: Checkpoint, name: str) -> str | None:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _repository_text(manifest: Mapping[str, Any], name: str, endpoint: str | None) -> str | None:
-    repository, revision = manifest["source"].get("repository"), manifest["source"].get("revision")
+def _repository_text(manifest: ManifestFile, name: str, endpoint: str | None) -> str | None:
+    repository, revision = manifest.source.repository, manifest.source.revision
     if not repository:
         return None
     api = hub_api(endpoint, None)
@@ -271,7 +257,7 @@ def _facts(
     folder: Path,
     name: str,
     policy: Policy,
-    manifest: Mapping[str, Any],
+    manifest: ManifestFile,
     source: Checkpoint | None,
     base: str | None,
     wishes: Wishes,
@@ -282,7 +268,7 @@ def _facts(
     return CardFacts(
         name=name,
         policy=policy,
-        manifest=manifest,
+        manifest=manifest.model_dump(mode="json", exclude={"tensors"}),
         config=config,
         files=files,
         base_model=base,
@@ -300,9 +286,9 @@ def _languages(source: Checkpoint | None) -> list[str]:
     return [str(language) for language in (languages if isinstance(languages, list) else [languages])]
 
 
-def _fits(folder: Path, manifest: Mapping[str, Any]) -> list[Fit]:
+def _fits(folder: Path, manifest: ManifestFile) -> list[Fit]:
     """The largest context of one sequence by device, for devices from small to large."""
-    promise = Recipe.model_validate(manifest["recipe"]).promise
+    promise = manifest.made_with().promise
     devices = load_devices()
     hosts = [find_host(name, devices) for name in HOSTS]
     load = Load(sequences=1, kv_dtype=promise.kv_dtype if promise else "auto")

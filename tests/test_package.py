@@ -11,6 +11,7 @@ import pytest
 from licence_texts import APACHE, LICENSE, USE_POLICY
 from publishing import BASE, NAME, rewrite_manifest
 
+from l4pack.artifact.manifest_schema import SCHEMA_FILE, read_manifest, schema_json
 from l4pack.checkpoint.source import open_folder
 from l4pack.errors import BudgetError, L4packError, LicenceError, QualityError, UsageError
 from l4pack.publish import Wishes, check_ready, package_artifact
@@ -87,10 +88,38 @@ def test_packaging_refuses(unpackaged, wishes, error, message):
         package_artifact(unpackaged, None, wishes)
 
 
-def test_packaging_needs_a_manifest(unpackaged):
-    (unpackaged / "l4pack-manifest.json").write_text("[]")
-    with pytest.raises(UsageError, match="no readable l4pack-manifest"):
-        package_artifact(unpackaged)
+MANIFESTS = {
+    "absent": (None, "has no l4pack-manifest"),
+    "not JSON": ("{", "is not JSON"),
+    "a list": ("[]", "Input should be"),
+    "another version": ({"schema_version": 2}, "schema_version"),
+    "an unknown key": ({"clock": 1}, "clock"),
+    "a repository that is none": ({"source": {"repository": "../x"}}, r"source\.repository"),
+    "a digest that is none": ({"tensors": {"a": {"sha256": "abc"}}}, r"tensors\.a\.sha256"),
+    "a recipe in other words": ({"recipe": {"name": "x"}}, "recipe"),
+}
+
+
+@pytest.mark.parametrize(("manifest", "message"), MANIFESTS.values(), ids=MANIFESTS)
+def test_packaging_needs_a_manifest_that_can_be_read(unpackaged, manifest, message):
+    path = unpackaged / "l4pack-manifest.json"
+    whole = json.loads(path.read_bytes())
+    path.unlink()
+    if isinstance(manifest, str):
+        path.write_text(manifest)
+    elif manifest is not None:
+        source = {**whole["source"], **manifest.pop("source", {})}
+        path.write_text(json.dumps({**whole, "source": source, **manifest}))
+    with pytest.raises(UsageError, match=message):
+        package_artifact(unpackaged, None, Wishes(base_model=BASE))
+
+
+def test_the_shipped_schema_is_that_of_the_manifest(quantized):
+    assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_json()
+    schema = json.loads(schema_json())
+    manifest = json.loads((quantized / "l4pack-manifest.json").read_bytes())
+    assert set(schema["required"]) <= set(manifest) <= set(schema["properties"])
+    assert read_manifest(quantized).tensors.keys() == manifest["tensors"].keys()
 
 
 # What must be true first

@@ -1,0 +1,95 @@
+"""The schema of `l4pack-manifest.json`: read with pydantic, shipped as JSON Schema for everybody else.
+
+`manifest_schema.json` beside this file is made from these classes; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from l4pack.artifact.manifest import MANIFEST_NAME, SCHEMA_VERSION
+from l4pack.datafile import validate
+from l4pack.errors import UsageError
+from l4pack.recipe import Recipe
+
+SCHEMA_FILE = Path(__file__).with_suffix(".json")
+MAX_BYTES = 256 * 1024**2
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Repository = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceRecord(_Data):
+    """The checkpoint an artifact was made from."""
+
+    name: str
+    repository: Repository | None
+    revision: str | None
+    parameters: Annotated[int, Field(gt=0)]
+    weight_bytes: Annotated[int, Field(ge=0)]
+    headers_sha256: Sha256
+
+
+class CalibrationRecord(_Data):
+    """What a calibrated artifact looked at."""
+
+    text_sha256: Sha256
+    tokens_sha256: Sha256
+
+
+class TensorRecord(_Data):
+    """One tensor of the artifact."""
+
+    sha256: Sha256
+
+
+class ManifestFile(_Data):
+    """A whole manifest."""
+
+    schema_version: Literal[1]
+    l4pack_version: str
+    source: SourceRecord
+    recipe: dict[str, Any]  # every default filled in, in the words of the version that wrote it
+    calibration: CalibrationRecord | None = None
+    tensors: dict[str, TensorRecord]
+
+    def made_with(self) -> Recipe:
+        """The recipe. Raises UsageError when this version does not know its words."""
+        return validate(Recipe, self.recipe, f"{MANIFEST_NAME}: recipe")
+
+
+def schema_json() -> str:
+    """The JSON Schema of the current version, as the file holds it."""
+    schema: dict[str, Any] = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"{MANIFEST_NAME}, version {SCHEMA_VERSION}",
+        **{key: value for key, value in ManifestFile.model_json_schema().items() if key != "title"},
+    }
+    return json.dumps(schema, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def read_manifest(folder: Path) -> ManifestFile:
+    """An artifact's manifest. Raises UsageError naming what is wrong with it."""
+    path = folder / MANIFEST_NAME
+    hint = "name a folder that l4pack quantize made"
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UsageError(f"{path} is implausibly large", hint=hint)
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{folder} has no {MANIFEST_NAME}", hint=hint) from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON", hint=hint) from error
+    try:
+        return ManifestFile.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UsageError(f"{path}: {key}: {first['msg']}", hint=hint) from error
