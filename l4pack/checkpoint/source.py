@@ -164,8 +164,8 @@ def shard_names(folder: Path) -> ShardNames:
                 hint="download the missing shards",
             )
         return ShardNames(tuple(sorted(set(weight_map.values()))), weight_map)
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
-    if found == [SINGLE_NAME] or len(found) == 1:
+    found = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+    if len(found) == 1:
         return ShardNames(tuple(found), None)
     if not found:
         raise SourceError(f"{folder} holds no safetensors files", hint="l4pack reads safetensors checkpoints only")
