@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import broken_artifacts as broken
+import damage
 import pytest
+import torch
 import vllm_artifacts as foreign
 
 from l4pack.artifact.manifest import MANIFEST_NAME
@@ -185,7 +187,7 @@ def test_damage_is_found_by_its_rule(name: str, source: Make, copy: Make) -> Non
     if item.source:
         keep_manifest_honest(folder)
     else:
-        broken.unsigned(folder)
+        damage.unsigned(folder)
     result = verify_artifact(folder, open_folder(source()) if item.source else None)
     assert not result.ok
     assert rules(result) == item.rules, result.findings
@@ -201,7 +203,7 @@ def keep_manifest_honest(folder: Path) -> None:
     entries = open_entries(folder)
     with Reader(entries, lambda file: folder / file) as reader:
         digests = {name: {"sha256": sha256(reader.tensor(name).tobytes()).hexdigest()} for name in entries}
-    broken.edit_json(folder, lambda manifest: manifest.update(tensors=digests), MANIFEST_NAME)
+    damage.edit_json(folder, lambda manifest: manifest.update(tensors=digests), MANIFEST_NAME)
 
 
 def open_entries(folder: Path) -> dict:
@@ -215,7 +217,7 @@ def test_damage_of_shards_and_index(name: str, copy: Make) -> None:
     item = broken.BROKEN_SHARDS[name]
     folder = copy("scout", "int4-rtn", shard_bytes=500_000)
     assert verify_artifact(folder).ok
-    item.damage(broken.unsigned(folder))
+    item.damage(damage.unsigned(folder))
     result = verify_artifact(folder)
     assert not result.ok
     assert rules(result) == item.rules, result.findings
@@ -224,20 +226,20 @@ def test_damage_of_shards_and_index(name: str, copy: Make) -> None:
 
 def test_any_changed_byte_differs_from_the_manifest(copy: Make) -> None:
     folder = copy("scout", "fp8")
-    names = [f"{broken.GATE}.weight", "language_model.lm_head.weight", f"{broken.GATE}.weight_scale"]
-    broken.edit(folder, lambda tensors: [flip(tensors[name]) for name in names] and tensors)
+    names = [f"{damage.GATE}.weight", "language_model.lm_head.weight", f"{damage.GATE}.weight_scale"]
+    damage.edit(folder, lambda tensors: [flip(tensors[name]) for name in names] and tensors)
     result = verify_artifact(folder)
     assert sorted(finding.where for finding in result.findings if finding.rule == "digest") == sorted(names)
     assert rules(result) == {"digest"}
 
 
-def flip(tensor: broken.torch.Tensor) -> None:
-    tensor.view(broken.torch.uint8).view(-1)[0] ^= 1
+def flip(tensor: torch.Tensor) -> None:
+    tensor.view(torch.uint8).view(-1)[0] ^= 1
 
 
 def test_manifest_that_lists_other_tensors_or_is_no_json(copy: Make) -> None:
     folder = copy()
-    broken.edit_json(folder, lambda manifest: manifest["tensors"].popitem(), MANIFEST_NAME)
+    damage.edit_json(folder, lambda manifest: manifest["tensors"].popitem(), MANIFEST_NAME)
     assert rules(verify_artifact(folder)) == {"digest"}
     (folder / MANIFEST_NAME).write_text("{")
     assert rules(verify_artifact(folder)) == {"digest"}
@@ -246,14 +248,14 @@ def test_manifest_that_lists_other_tensors_or_is_no_json(copy: Make) -> None:
 def test_words_filled_up_with_other_than_zeros(source: Make, artifact: Make, copy: Make) -> None:
     options = {"intermediate_size": 132}
     assert verify_artifact(artifact("scout", "odd", **options), open_folder(source("scout", **options))).ok
-    folder = broken.unsigned(copy("scout", "odd", **options))
-    name = f"{broken.DOWN}.weight_packed"
+    folder = damage.unsigned(copy("scout", "odd", **options))
+    name = f"{damage.DOWN}.weight_packed"
 
-    def fill(words: broken.torch.Tensor) -> broken.torch.Tensor:
+    def fill(words: torch.Tensor) -> torch.Tensor:
         words[7, -1] |= 1 << 20
         return words
 
-    broken.put(name, fill)(folder)
+    damage.put(name, fill)(folder)
     result = verify_artifact(folder)
     assert [(finding.rule, finding.where) for finding in result.findings if finding.level == "error"] == [
         ("packing", name)
@@ -262,9 +264,9 @@ def test_words_filled_up_with_other_than_zeros(source: Make, artifact: Make, cop
 
 def test_dead_weights_are_no_damage_when_nothing_else_is_asked(copy: Make) -> None:
     """Biases may be all zeros."""
-    folder = broken.unsigned(copy())
+    folder = damage.unsigned(copy())
     name = "vision_model.layernorm_pre.bias"
-    broken.put(name, broken.torch.zeros_like)(folder)
+    damage.put(name, torch.zeros_like)(folder)
     assert verify_artifact(folder).ok
 
 
@@ -303,14 +305,14 @@ def test_progress_counts_every_tensor_byte(source: Make, artifact: Make) -> None
     assert sum(seen) == result.checked.tally.bytes
 
 
-@pytest.mark.parametrize("damage", ["gone", "no config", "no weights", "other model"])
-def test_what_can_not_be_opened(damage: str, copy: Make) -> None:
+@pytest.mark.parametrize("harm", ["gone", "no config", "no weights", "other model"])
+def test_what_can_not_be_opened(harm: str, copy: Make) -> None:
     folder = copy()
-    if damage == "gone":
+    if harm == "gone":
         shutil.rmtree(folder)
-    elif damage == "no config":
+    elif harm == "no config":
         (folder / "config.json").unlink()
-    elif damage == "no weights":
+    elif harm == "no weights":
         (folder / "model.safetensors").unlink()
     else:
         (folder / "config.json").write_text('{"model_type": "llama"}')

@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import broken_artifacts as broken
+import damage
 import pytest
+import torch
 
 from l4pack.checkpoint.source import open_folder
 from l4pack.plan import make_plan
@@ -29,14 +30,14 @@ def made(checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 @pytest.fixture
 def artifact(made: tuple[Path, Path], tmp_path: Path) -> Path:
-    return broken.unsigned(Path(shutil.copytree(made[1], tmp_path / "artifact")))
+    return damage.unsigned(Path(shutil.copytree(made[1], tmp_path / "artifact")))
 
 
 def spoil(folder: Path) -> None:
     """Two experts without scales above zero, and experts left in BF16."""
     prefix = "model.layers.1.feed_forward.experts."
-    broken.put(f"{prefix}0.up_proj.weight_scale", broken.filled(0.0))(folder)
-    broken.in_bfloat16("model.layers.2.feed_forward.experts.")(folder)
+    damage.put(f"{prefix}0.up_proj.weight_scale", damage.filled(0.0))(folder)
+    damage.in_bfloat16("model.layers.2.feed_forward.experts.")(folder)
 
 
 def test_a_good_artifact_says_so_in_one_line(made: tuple[Path, Path], l4pack: Callable) -> None:
@@ -113,7 +114,7 @@ def test_a_configuration_alone_is_no_source(made: tuple[Path, Path], l4pack: Cal
 
 def test_names_from_the_file_can_not_write_to_the_terminal(artifact: Path, l4pack: Callable) -> None:
     name = "model.layers.1.\x1b[31mred[bold]"
-    broken.tensors(lambda state: state.update({name: broken.torch.ones(3)}))(artifact)
+    damage.tensors(lambda state: state.update({name: torch.ones(3)}))(artifact)
     ended = l4pack("verify", artifact)
     assert ended.code == 1
     assert "\x1b" not in ended.out
