@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from l4pack.budget.checks import Check, load_checks, run_checks
+from l4pack.budget.checks import Check, run_checks
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.measure import Measured, measure
@@ -102,9 +102,9 @@ def test_matrix_says_what_runs_where(l4pack: Run) -> None:
     assert cells["llama-4-scout", "fp8"]["2xh100"] > 131_072
     assert cells["llama-4-scout", "int4"]["h100"] > 0
     assert cells["llama-4-maverick", "fp8"]["8xh100"] == 1_048_576
-    shown = l4pack("budget", "--matrix").out
+    shown = l4pack("budget", "llama-4-scout", "--matrix", "--recipe", "int4").out
     assert max(map(len, shown.splitlines())) <= 120
-    assert "llama-4-maverick" in shown
+    assert "llama-4-scout  int4" in shown
 
 
 def test_devices_are_listed_with_their_sources(l4pack: Run) -> None:
@@ -236,6 +236,14 @@ def test_checks_as_github_annotations(l4pack: Run, checks: Path) -> None:
     assert f"file={checks}" in lines[0]
 
 
+def test_several_files_are_checked_together(l4pack: Run, checks: Path, tmp_path: Path) -> None:
+    """As pre-commit calls it: every changed file in one command."""
+    other = tmp_path / "other.yaml"
+    other.write_text("checks:\n  - {name: other, source: llama-4-scout, device: 8xh100, context: 8192}\n")
+    lines = l4pack("budget", "check", other, checks, "--format", "github").out.splitlines()
+    assert [f"file={other}" in lines[0], f"file={checks}" in lines[1], len(lines)] == [True, True, 4]
+
+
 def test_checks_as_junit(l4pack: Run, checks: Path) -> None:
     root = ElementTree.fromstring(l4pack("budget", "check", checks, "--format", "junit").out)
     suite = root[0]
@@ -254,7 +262,7 @@ def test_paths_in_a_checks_file_are_from_its_folder(checkpoint: Callable[..., Pa
     file.write_text(
         "devices: mine.yaml\nchecks:\n  - {name: tiny, source: models/tiny, recipe: fp8, device: toy, context: 512}\n"
     )
-    (result,) = run_checks(load_checks(file), tmp_path, open_subject)
+    (result,) = run_checks(file, open_subject)
     assert result.error is None
     assert result.passed
 

@@ -93,9 +93,10 @@ class CheckFile(BaseModel):
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one check: a budget, or the error that kept it from being made."""
+    """What became of one check of a file: a budget, or the error that kept it from being made."""
 
     check: Check
+    file: Path
     found: Budget | None = None
     limits: Limits | None = None
     error: L4packError | None = None
@@ -146,8 +147,9 @@ def _check_keys(values: dict[str, Any], path: Path) -> None:
                 )
 
 
-def run_checks(file: CheckFile, folder: Path, open_subject: OpenSubject) -> list[Result]:
-    """Run every check; paths in the file are relative to its `folder`. Raises UsageError for a bad devices file."""
+def run_checks(path: Path, open_subject: OpenSubject) -> list[Result]:
+    """Run every check of the file `path`; paths in it are relative to its folder. Raises UsageError for a bad file."""
+    file, folder = load_checks(path), path.parent
     devices = load_devices(folder / file.devices if file.devices else None)
     opened: dict[tuple[str, str | None], Subject] = {}
 
@@ -157,7 +159,7 @@ def run_checks(file: CheckFile, folder: Path, open_subject: OpenSubject) -> list
             opened[key] = open_subject(source, recipe)
         return opened[key]
 
-    return [_run(check, folder, devices, opening) for check in file.checks]
+    return [_run(check, path, devices, opening) for check in file.checks]
 
 
 def exit_code(results: Iterable[Result]) -> int:
@@ -167,13 +169,13 @@ def exit_code(results: Iterable[Result]) -> int:
     return 0 if not failed else errors[0] if len(errors) == len(failed) else 3
 
 
-def _run(check: Check, folder: Path, devices: dict[str, Device], opening: OpenSubject) -> Result:
+def _run(check: Check, path: Path, devices: dict[str, Device], opening: OpenSubject) -> Result:
     try:
-        subject = opening(_place(check, folder), check.recipe)
+        subject = opening(_place(check, path.parent), check.recipe)
         found = budget(subject, find_host(check.device, devices), check.load(), check.runtime)
     except L4packError as error:
-        return Result(check, error=error)
-    return Result(check, found, limits(found))
+        return Result(check, path, error=error)
+    return Result(check, path, found, limits(found))
 
 
 def _place(check: Check, folder: Path) -> str:

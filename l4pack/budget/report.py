@@ -65,7 +65,7 @@ def load_baseline(path: Path | None) -> Baseline:
         raise UsageError(f"{path} is not a saved budget", hint="save one with --format json") from error
 
 
-def render(results: Sequence[Result], format: Format, baseline: Baseline, file: Path) -> str:
+def render(results: Sequence[Result], format: Format, baseline: Baseline) -> str:
     """The results as text in a format."""
     match format:
         case Format.TEXT:
@@ -75,7 +75,7 @@ def render(results: Sequence[Result], format: Format, baseline: Baseline, file: 
         case Format.MARKDOWN:
             return _markdown(results, baseline)
         case Format.GITHUB:
-            return _github(results, baseline, file)
+            return _github(results, baseline)
         case Format.JUNIT:
             return _junit(results, baseline)
 
@@ -152,14 +152,14 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _github(results: Sequence[Result], baseline: Baseline, file: Path) -> str:
+def _github(results: Sequence[Result], baseline: Baseline) -> str:
     """Workflow commands, https://docs.github.com/actions/reference/workflow-commands-for-github-actions."""
     lines = []
     for result in results:
         level = "notice" if result.passed else "error"
         change = baseline.changes(result)
         message = summary(result) + (f"; since the baseline: {change}" if change else "")
-        place = f"file={_property(str(file))},title={_property(f'budget {result.check.name}')}"
+        place = f"file={_property(str(result.file))},title={_property(f'budget {result.check.name}')}"
         lines.append(f"::{level} {place}::{_escaped(message)}")
     return "\n".join(lines) + "\n"
 

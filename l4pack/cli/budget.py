@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from l4pack.budget import checks as budget_checks
+from l4pack.budget.checks import DEFAULT_FILE, exit_code, run_checks
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.matrix import HOSTS
@@ -215,7 +215,9 @@ def _measure(
 
 @budget_app.command()
 def check(
-    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="The checks.")] = Path(budget_checks.DEFAULT_FILE),
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="The checks; l4pack-budget.yaml unless given.")
+    ] = None,
     format: Annotated[Format, typer.Option("--format", help="How results are written.")] = Format.TEXT,
     baseline: Annotated[
         Path | None,
@@ -229,11 +231,10 @@ def check(
 
     Example: `l4pack budget check --format markdown --baseline budget-main.json`
     """
-    declared = budget_checks.load_checks(file)
     before = load_baseline(baseline)
-    results = budget_checks.run_checks(declared, file.parent, open_subject)
-    console.show_text(render(results, Format.JSON if as_json else format, before, file))
-    raise typer.Exit(budget_checks.exit_code(results))
+    results = [result for file in files or [Path(DEFAULT_FILE)] for result in run_checks(file, open_subject)]
+    console.show_text(render(results, Format.JSON if as_json else format, before))
+    raise typer.Exit(exit_code(results))
 
 
 def devices(
