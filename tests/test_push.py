@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,15 @@ def test_what_arrives_is_what_was_sent(hub, packaged):
     assert {seen.token for seen in hub.seen if seen.host == "storage"} == {None}
 
 
-def test_a_snapshot_of_it_is_read_back(hub, packaged, tmp_path):
+def test_a_snapshot_of_it_is_read_back_verified_and_loaded(hub, packaged, tmp_path):
+    from transformers import Llama4ForConditionalGeneration
+
     send(packaged)
-    back = huggingface_hub.snapshot_download(REPO, local_dir=tmp_path / "back")
-    assert {n: c for n, c in local(Path(back)).items() if n != ".gitattributes"} == local(packaged)
-    assert check_ready(Path(back), NAME)
+    back = Path(huggingface_hub.snapshot_download(REPO, local_dir=tmp_path / "back"))
+    assert {name: content for name, content in local(back).items() if name != ".gitattributes"} == local(packaged)
+    assert check_ready(back, NAME)
+    _, loading = Llama4ForConditionalGeneration.from_pretrained(back, output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
 def test_a_second_push_sends_nothing(hub, packaged):
@@ -292,3 +297,21 @@ def test_the_server_names_content_as_git_does():
     """Known names: of an empty file and of 'hello' with a line break."""
     assert git_sha1(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
     assert git_sha1(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a" == Blob(b"hello\n", False).oid
+
+
+def documented(guide: str) -> list[list[str]]:
+    """The l4pack commands in the shell blocks of a how-to."""
+    text = (Path(__file__).parents[1] / "docs" / "how-to" / guide).read_text(encoding="utf-8")
+    blocks = text.split("```shell\n")[1:]
+    lines = [line for block in blocks for line in block.split("```")[0].splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("l4pack ")]
+
+
+def test_the_how_to_works_as_written(hub, unpackaged, l4pack):
+    there = {"scout-int4": str(unpackaged), "my-org/Llama-4-Scout-17B-16E-Instruct-W4A16-g128": REPO}
+    commands = documented("publish.md")
+    assert [command[0] for command in commands] == ["package", "licence", "licence", "push", "push", "licence"]
+    for command in commands:
+        ended = l4pack(*(there.get(word, word) for word in command))
+        assert ended.code == 0, ended.err
+    assert remote(hub) == local(unpackaged)
