@@ -1,0 +1,272 @@
+"""Streaming a model layer by layer gives what transformers gives with the whole model loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+
+import pytest
+import torch
+import whole_model
+from models import IMAGE_TOKEN
+from safetensors.torch import load_file, save_file
+from whole_model import one_thread  # noqa: F401
+
+from l4pack.checkpoint.source import open_folder
+from l4pack.errors import BudgetError, L4packError, StoppedError, UsageError
+from l4pack.evaluate.answers import StreamAnswers
+from l4pack.stream.compute import Compute
+from l4pack.stream.hidden import Packed, Piece, TokenSequence, batches
+from l4pack.stream.layer import Blocks
+from l4pack.stream.memory import blocks_for, peak_bytes
+from l4pack.stream.modules import Skeleton
+from l4pack.stream.prefetch import Prefetch
+from l4pack.stream.walk import Model, Progress, Walk
+from l4pack.stream.weights import Weights
+
+CPU = torch.device("cpu")
+LENGTHS = (80, 37, 80, 5)  # longer and shorter than an attention chunk of 32
+
+
+def token_rows(seed=0, lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in lengths]
+
+
+def stream_model(folder, name="original", **options):
+    checkpoint = open_folder(folder)
+    return Model(
+        name, Weights(checkpoint, CPU, torch.float32, **options), Skeleton(checkpoint.config, CPU, torch.float32)
+    )
+
+
+def streamed_logits(folder, sequences, work, blocks=None, images=None, **options):
+    packed = Packed([TokenSequence(tuple(ids), pixel_values=images) for ids in sequences])
+    model = stream_model(folder, **options)
+    with model.weights, Walk([model], packed, work, "job", blocks=blocks) as walk:
+        walk.run()
+        answers = StreamAnswers(model, walk.streams[0].current)
+        rows = answers.normed(torch.arange(packed.rows)) @ answers.head(slice(0, answers.vocabulary)).T
+    return list(rows.split([len(ids) for ids in sequences]))
+
+
+def assert_close(found, wanted, tolerance=2e-5):
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("blocks", [Blocks(), Blocks(attention=24, rows=50)], ids=["whole", "small-blocks"])
+@pytest.mark.parametrize("layout", ["fused", "unfused"])
+@pytest.mark.parametrize("kind", ["scout", "maverick", "text"])
+def test_streamed_logits_are_transformers(checkpoint, tmp_path, kind, layout, blocks):
+    sequences = token_rows()
+    wanted = whole_model.logits(whole_model.load(checkpoint(kind)), sequences)
+    assert_close(streamed_logits(checkpoint(kind, layout=layout, shards=3), sequences, tmp_path, blocks), wanted)
+
+
+def test_two_experts_a_token(checkpoint, tmp_path):
+    source, sequences = checkpoint("scout", num_experts_per_tok=2), token_rows()
+    wanted = whole_model.logits(whole_model.load(source), sequences)
+    assert_close(streamed_logits(source, sequences, tmp_path), wanted)
+
+
+def test_chunks_positions_and_temperature_matter(checkpoint, tmp_path):
+    """The equality above would mean little if these made no difference to the tiny models."""
+    sequences, plain = token_rows(), checkpoint("scout")
+    found = streamed_logits(plain, sequences, tmp_path)[0]
+    for change in ({"attention_chunk_size": 512}, {"no_rope_layers": [1, 1, 1, 1]}, {"attn_temperature_tuning": False}):
+        other = streamed_logits(checkpoint("scout", **change), sequences, tmp_path / str(change))[0]
+        assert (other - found).abs().max() > 1e-3, change
+
+
+def test_images_are_embedded_at_their_tokens(checkpoint, tmp_path):
+    source = checkpoint("scout")
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    ids = token_rows(lengths=(50,))[0]
+    ids[3:11] = [IMAGE_TOKEN] * 8
+    wanted = whole_model.logits(whole_model.load(source), [ids], pixel_values=pixels)
+    assert_close(streamed_logits(source, [ids], tmp_path, images=pixels), wanted)
+    without = streamed_logits(source, [ids], tmp_path / "without")[0]
+    assert (without - wanted[0]).abs().max() > 0.1
+
+
+def test_images_that_do_not_fit_their_tokens(checkpoint, tmp_path):
+    with pytest.raises(UsageError, match="0 image tokens stand for 4"):
+        streamed_logits(checkpoint("scout"), token_rows(), tmp_path, images=torch.zeros(1, 3, 56, 56))
+
+
+@pytest.mark.parametrize("recipe", ["int4-rtn", "meta-int4"])
+@pytest.mark.parametrize("kind", ["scout", "maverick"])
+def test_weight_only_artifact_is_transformers_in_bf16(artifact, tmp_path, kind, recipe):
+    """Weights are rounded to BF16 as runtimes multiply them."""
+    made, sequences = artifact(recipe, kind), token_rows()
+    wanted = whole_model.logits(whole_model.load(made, quantized=True, dtype=torch.bfloat16), sequences)
+    assert_close(streamed_logits(made, sequences, tmp_path), wanted)
+
+
+def test_fp8_artifact_without_rounded_inputs_is_transformers(artifact, tmp_path):
+    """`meta-fp8` has float32 scales, which transformers multiplies exactly; so do we."""
+    made, sequences = artifact("meta-fp8"), token_rows()
+    wanted = whole_model.logits(whole_model.load(made, quantized=True), sequences)
+    assert_close(streamed_logits(made, sequences, tmp_path, round_activations=False), wanted)
+
+
+def test_fp8_artifact_with_inputs_rounded_a_token(artifact, tmp_path):
+    made, sequences = artifact("meta-fp8"), token_rows()
+    model = whole_model.load(made, quantized=True)
+    quantized = [name.removesuffix(".weight_scale") for name in open_folder(made).entries if name.endswith("_scale")]
+    for name in quantized:
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: (_rounded_a_token(inputs[0]),))
+    assert len(quantized) > 10
+    assert_close(streamed_logits(made, sequences, tmp_path), whole_model.logits(model, sequences))
+
+
+def _rounded_a_token(inputs):
+    rows = []
+    for row in inputs.reshape(-1, inputs.shape[-1]):
+        scale = max(float(row.abs().max()) / 448, 1 / (448 * 512))
+        rows.append((row / scale).to(torch.float8_e4m3fn).float() * scale)
+    return torch.stack(rows).reshape(inputs.shape)
+
+
+def test_a_stopped_walk_goes_on_to_the_same_states(checkpoint, tmp_path):
+    sequences = token_rows()
+    wanted = streamed_logits(checkpoint("maverick"), sequences, tmp_path / "whole")
+    packed, model = Packed([TokenSequence(tuple(ids)) for ids in sequences]), stream_model(checkpoint("maverick"))
+    for layer in (2, 3):
+        progress = Progress()
+        progress.label = lambda text, stop=progress.stop, at=f"layer {layer} of 4,": stop.set() if at in text else None
+        with Walk([model], packed, tmp_path / "work", "job", progress=progress) as walk, pytest.raises(StoppedError):
+            walk.run()
+    with Walk([model], packed, tmp_path / "work", "job") as walk:
+        assert walk.resumed_layers == 2
+        walk.run()
+        assert len(walk.records) == 4
+        answers = StreamAnswers(model, walk.streams[0].current)
+        rows = answers.normed(torch.arange(packed.rows)) @ answers.head(slice(0, answers.vocabulary)).T
+    assert torch.equal(rows, torch.cat(wanted))
+
+
+def test_work_of_another_job_is_refused(checkpoint, tmp_path):
+    streamed_logits(checkpoint("text"), token_rows(), tmp_path)
+    packed, model = Packed([TokenSequence((1, 2, 3))]), stream_model(checkpoint("text"))
+    with pytest.raises(UsageError, match="begun with other"):
+        Walk([model], packed, tmp_path, "another job")
+
+
+def test_a_damaged_state_file_means_beginning_again(checkpoint, tmp_path):
+    sequences = token_rows()
+    wanted = streamed_logits(checkpoint("text"), sequences, tmp_path)
+    (tmp_path / "state.json").write_text('{"job": "job", "lay')
+    assert torch.equal(torch.cat(streamed_logits(checkpoint("text"), sequences, tmp_path)), torch.cat(wanted))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "index", "where"),
+    [
+        ("layers.2.feed_forward.experts.gate_up_proj", (1,), "layer 2, routed expert 1"),
+        ("layers.1.feed_forward.shared_expert.up_proj.weight", (), "layer 1, shared expert"),
+        ("layers.3.self_attn.o_proj.weight", (), "layer 3, attention"),
+    ],
+)
+def test_a_weight_that_is_not_a_number_is_named(checkpoint, tmp_path, tensor, index, where):
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint("scout"), broken)
+    state = load_file(broken / "model.safetensors")
+    state[f"language_model.model.{tensor}"][index] = torch.nan
+    save_file(state, broken / "model.safetensors")
+    with pytest.raises(L4packError, match=f"original: {where}: the output is infinite or not a number"):
+        streamed_logits(broken, token_rows(), tmp_path / "work")
+
+
+def test_a_token_outside_the_vocabulary(checkpoint, tmp_path):
+    with pytest.raises(UsageError, match="token 384, the model's vocabulary has 384"):
+        streamed_logits(checkpoint("text"), [[1, 384]], tmp_path)
+
+
+def test_configuration_without_weights():
+    from l4pack.checkpoint.open import open_source
+
+    with pytest.raises(L4packError, match="without weights"):
+        Weights(open_source("llama-4-scout"), CPU, torch.float32)
+
+
+def test_a_full_disk_is_said_before_the_walk(checkpoint, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(BudgetError, match="no room for"):
+        streamed_logits(checkpoint("text"), token_rows(), tmp_path)
+
+
+def test_pieces_cover_every_row_once():
+    packed = Packed([TokenSequence((0,) * length) for length in LENGTHS])
+    for chunk in (None, 32, 1):
+        pieces = packed.pieces(chunk)
+        assert [row for piece in pieces for row in range(piece.start, piece.start + piece.length)] == list(range(202))
+    assert packed.pieces(32)[:3] == [Piece(0, 32, 0), Piece(32, 32, 32), Piece(64, 16, 64)]
+
+
+def test_scored_rows_see_the_token_before():
+    packed = Packed([TokenSequence((5, 6, 7)), TokenSequence((1, 2, 3, 4), score_from=3)])
+    assert packed.scored_rows().tolist() == [0, 1, 5]
+    assert packed.targets().tolist() == [6, 7, 4]
+
+
+def test_batches_keep_to_the_limit():
+    pieces = [Piece(0, length, 0) for length in (5, 5, 40, 3, 3, 3, 3)]
+    sizes = [[piece.length for piece in batch] for batch in batches(pieces, 12)]
+    assert sizes == [[5, 5], [40], [3, 3, 3, 3]]
+
+
+def test_prefetch_loads_in_order_and_ahead_by_one():
+    loaded, gate = [], threading.Event()
+
+    def load(key):
+        gate.wait(5)
+        loaded.append(key)
+        return key * 10
+
+    with Prefetch(load) as ready:
+        ready.plan([1, 2, 3])
+        gate.set()
+        assert ready.take(1) == 10
+        assert ready.take(2) == 20
+        ready.plan([4])
+        with pytest.raises(RuntimeError, match="7 was asked for, but 3 is next"):
+            ready.take(7)
+    assert loaded[:2] == [1, 2]
+
+
+def test_prefetch_passes_errors_on():
+    def load(key):
+        raise UsageError(f"can't load {key}")
+
+    with Prefetch(load) as ready:
+        ready.plan([1])
+        with pytest.raises(UsageError, match="can't load 1"):
+            ready.take(1)
+
+
+def test_blocks_fit_the_memory_given(checkpoint):
+    from l4pack.model.config import known_config
+
+    text = known_config("llama-4-maverick").text
+    blocks = blocks_for(text, torch.float32, 8_000_000_000)
+    assert 128 <= blocks.rows <= 8192
+    assert peak_bytes(text, torch.float32, blocks.rows) <= 8_000_000_000
+    with pytest.raises(BudgetError, match="at least"):
+        blocks_for(text, torch.float32, 2_000_000_000)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "tpu", "gpu"])
+def test_places_to_compute_that_are_not_there(name):
+    with pytest.raises(UsageError):
+        Compute.of(name)
+
+
+def test_state_says_which_layer_is_done(checkpoint, tmp_path):
+    streamed_logits(checkpoint("text"), token_rows(), tmp_path)
+    assert json.loads((tmp_path / "state.json").read_bytes())["layers"] == 4
