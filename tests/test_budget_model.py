@@ -16,7 +16,7 @@ from l4pack.budget.load import MAX_SEQUENCES, Load
 from l4pack.budget.model import Budget, Verdict, budget, evaluate
 from l4pack.budget.runtimes import runtime_names
 from l4pack.budget.solve import changes, limits, max_context, max_sequences
-from l4pack.budget.subject import Subject
+from l4pack.budget.subject import Subject, from_config
 from l4pack.errors import UsageError
 from l4pack.subject import alternatives, open_subject
 from l4pack.units import GIB
@@ -310,3 +310,11 @@ def test_sglang_takes_activations_from_what_it_leaves_over() -> None:
     stage = found.tightest
     assert stage.planned_bytes + stage.rest_bytes == found.host.device.memory_bytes
     assert found.setting.utilization == pytest.approx(round((79.10 - 10.5) / 79.10, 3) * 0.95 * 0.832, abs=0.002)
+
+
+@pytest.mark.parametrize("runtime", runtime_names())
+def test_a_configuration_that_claims_the_impossible_is_still_answered(runtime: str) -> None:
+    text = opened("scout").config.text.model_copy(update={"max_position_embeddings": 10**400})
+    config = opened("scout").config.model_copy(update={"text": text})
+    found = budget(from_config("absurd", config), find_host("8xh200", DEVICES), Load(), runtime)
+    assert limits(found).max_context >= 0

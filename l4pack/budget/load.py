@@ -14,6 +14,7 @@ KV_BYTES = {"bfloat16": 2, "fp8": 1}
 KV_ALIASES = {"bf16": "bfloat16", "fp8_e4m3": "fp8"}
 DEFAULT_CONTEXT = 131072
 MAX_SEQUENCES = 1_000_000
+MAX_CONTEXT = 2**34  # beyond any model: a configuration's own figure is believed up to here
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,18 @@ def resolve(subject: Subject, host: Host, runtime: Runtime, load: Load) -> Setti
         batched_tokens=load.batched_tokens or (defaults.batched_tokens if defaults else 0),
         chunked_prefill=runtime.chunked_prefill,
         max_num_seqs=load.max_num_seqs or (defaults.max_num_seqs if defaults else load.sequences),
-        max_positions=load.max_positions or text.max_position_embeddings,
+        max_positions=load.max_positions or longest_context(text),
         images=load.images,
         utilization=_utilization(subject, host, runtime, load, tp * pp),
         sequence_limit=load.max_num_seqs or MAX_SEQUENCES,
     )
     _check_limits(setting, load)
     return setting
+
+
+def longest_context(text: TextConfig) -> int:
+    """Tokens of the model's whole context."""
+    return min(text.max_position_embeddings, MAX_CONTEXT)
 
 
 def _check_counts(load: Load) -> None:
@@ -137,7 +143,7 @@ def divides(text: TextConfig, tp: int) -> bool:
 
 
 def _context(text: TextConfig, load: Load) -> int:
-    longest = text.max_position_embeddings
+    longest = longest_context(text)
     context = min(DEFAULT_CONTEXT, longest) if load.context is None else load.context
     if context < 1:
         raise UsageError(f"context {context} is not positive", hint="give a number of tokens")

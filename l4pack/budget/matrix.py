@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from l4pack.budget.devices import Host
-from l4pack.budget.load import Load, divides
+from l4pack.budget.load import Load, divides, longest_context
 from l4pack.budget.model import Budget, budget
 from l4pack.budget.solve import max_context
 from l4pack.budget.subject import Subject
@@ -55,7 +55,7 @@ def matrix(subjects: Iterable[Subject], hosts: Sequence[Host], load: Load, runti
 
 def _row(subject: Subject, hosts: Sequence[Host], load: Load, runtime: str) -> Row:
     cells = tuple(_cell(subject, host, load, runtime) for host in hosts)
-    longest = subject.config.text.max_position_embeddings
+    longest = longest_context(subject.config.text)
     return Row(subject.name, subject.recipe, subject.weight_bytes, longest, cells)
 
 

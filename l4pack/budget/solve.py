@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 from l4pack.budget.devices import Device, Host
-from l4pack.budget.load import Load, Setting, divides
+from l4pack.budget.load import Load, Setting, divides, longest_context
 from l4pack.budget.model import Budget, budget, evaluate
 from l4pack.budget.subject import Subject
 from l4pack.errors import UsageError
@@ -52,7 +52,7 @@ def limits(found: Budget) -> Limits:
 def max_context(found: Budget, *, high: bool = True) -> int:
     """The largest context that fits with everything else as it is, in whole blocks; 0 when none does."""
     setting, block = found.setting, found.runtime.block_size
-    longest = min(found.subject.config.text.max_position_embeddings, setting.max_positions)
+    longest = min(longest_context(found.subject.config.text), setting.max_positions)
     room = _room(found, high=high)
     if room(replace(setting, context=longest)):
         return longest

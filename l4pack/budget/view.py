@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from l4pack.budget.devices import Device
-from l4pack.budget.load import Load
+from l4pack.budget.load import Load, longest_context
 from l4pack.budget.matrix import Row
 from l4pack.budget.measure import Measured
 from l4pack.budget.model import Budget, Group, Line, Verdict
@@ -136,7 +136,7 @@ def _bar(found: Budget) -> list[Text]:
 
 
 def _limits(found: Budget, limits: Limits) -> Table:
-    longest = found.subject.config.text.max_position_embeddings
+    longest = longest_context(found.subject.config.text)
     whole = " (the model's whole context)" if limits.max_context == longest else ""
     rows = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     context = _counts(limits.max_context, limits.max_context_high, "tokens")

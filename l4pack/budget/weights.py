@@ -101,16 +101,17 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 
 def _split_axis(kind: Kind) -> int | None:
-    """The axis tensor parallelism cuts; None for a tensor that every GPU holds whole."""
+    """The axis tensor parallelism cuts; None for a tensor that every GPU holds whole.
+
+    A row-split bias or channel scale has no such axis, and so is repeated.
+    """
     if kind.role in (Role.ROUTER, Role.NORM) or kind.suffix in ("weight_shape", "input_scale", "k_scale", "v_scale"):
         return None
     if kind.projection in REPEATED or kind.projection.endswith("layernorm"):
         return None
+    axis = 1 if kind.projection in ROW_SPLIT else 0
     if kind.role is Role.ROUTED_EXPERT and len(kind.shape) == 3:
-        return 2 if kind.projection.startswith("gate_up") else 1
-    axis = (
-        1 if kind.projection in ROW_SPLIT else 0
-    )  # a row-split bias or channel scale has no such axis: it is repeated
+        axis = 2 if kind.projection.startswith("gate_up") else 1
     return axis if len(kind.shape) > axis and kind.shape[axis] > 1 else None
 
 
