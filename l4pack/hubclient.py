@@ -41,6 +41,7 @@ _FAILURES: tuple[type[Exception], ...] = (OSError, *_HTTP_ERRORS)
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 ATTEMPTS = 5
 LONGEST_WAIT = 60.0
+TIMEOUT = 30.0  # seconds without an answer
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 

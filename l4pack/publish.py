@@ -283,7 +283,8 @@ def _facts(
 def _languages(source: Checkpoint | None) -> list[str]:
     card = Card.parse((source_text(source, CARD_NAME) if source else None) or "")
     languages = card.metadata.get("language") or []
-    return [str(language) for language in (languages if isinstance(languages, list) else [languages])]
+    listed = languages if isinstance(languages, list) else [languages]
+    return [language for language in listed if isinstance(language, str)]
 
 
 def _fits(folder: Path, manifest: ManifestFile) -> list[Fit]:

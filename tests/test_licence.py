@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,6 +184,27 @@ def test_a_repository_on_the_hub_is_audited_by_its_name(monkeypatch, tmp_path):
         found = audit("me/My-Llama", endpoint=hub.endpoint).findings
         assert hub.served("^/large/") == 0
     assert [finding.rule for finding in found] == ["notice", "name"]
+
+
+HOSTILE = {
+    "a heading without end": "# " + " #" * 400_000 + "x",
+    "spaces without end": "---\nlicense: other\n---\n" + ("\n" + " " * 1000) * 900,
+    "comments without end": "<!--" * 200_000,
+    "code without end": "```\n" * 200_000,
+    "aliases that double": "---\na0: &a0 [x, x]\n" + "".join(
+        f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60)) + "base_model: *a59\n---\n",
+    "nesting without end": "---\nbase_model: " + "[" * 5000 + "\n---\n",
+    "metadata that are a list": "---\n- 1\n---\n",
+    "no text at all": "\x00" * 1000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_card_is_judged_and_soon(tmp_path, text):
+    folder = write(tmp_path / NAME, {**scout_files(), "README.md": text.encode()})
+    begun = time.perf_counter()
+    assert {finding.rule for finding in audit(str(folder)).findings} >= {"built-with-llama", "licence-metadata"}
+    assert time.perf_counter() - begun < 20
 
 
 def run(*arguments: str):

@@ -190,6 +190,25 @@ def test_faults_that_pass_are_survived(hub, packaged, faults):
     assert remote(hub) == local(packaged)
 
 
+WHOLE = {
+    "nothing": {"times": 0},
+    "storage fails": {"status": 503},
+    "the connection breaks in the middle": {"drop_after": 50_000},
+    "the address expires": {"status": 403, "times": 2},
+    "a byte changes on its way": {"corrupt": True},
+}
+
+
+@pytest.mark.parametrize("fault", WHOLE.values(), ids=WHOLE)
+def test_files_sent_in_one_piece(hub, packaged, fault):
+    hub.part_bytes = 10**9
+    ordered = hub.fault("PUT", "^/large/", **fault)
+    send(packaged)
+    assert ordered.hits == ordered.times
+    assert hub.requests("^/part/") == []
+    assert remote(hub) == local(packaged)
+
+
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, packaged, monkeypatch):
     from hub_api import HubHandler
     from hub_server import Reply

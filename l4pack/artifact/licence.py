@@ -22,14 +22,13 @@ from l4pack.artifact.names import name_findings
 from l4pack.artifact.policy import Breach, Duty, Policy, agrees, plain, policies
 from l4pack.checkpoint.source import HUB_ID
 from l4pack.errors import HubError, LicenceError, SourceError
-from l4pack.hubclient import hub_api, hub_errors, patiently
+from l4pack.hubclient import TIMEOUT, hub_api, hub_errors, patiently
 from l4pack.model.config import known_config
 
 CARD_NAME = "README.md"
 MAX_TEXT_BYTES = 2_000_000
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _HIDDEN = re.compile(r"<!--.*?(?:-->|\Z)|^(```|~~~).*?(?:^\1|\Z)", re.DOTALL | re.MULTILINE)
-_HEADING = re.compile(r"^#[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,8 @@ class Card:
     @property
     def title(self) -> str | None:
         """The first heading."""
-        match = _HEADING.search(self.visible)
-        return match[1].strip() if match else None
+        headings = (line.strip("# \t") for line in self.visible.splitlines() if line.startswith(("# ", "#\t")))
+        return next(headings, None)
 
     def says(self, phrases: Iterable[str], within_lines: int | None) -> bool:
         """Whether one paragraph holds all the phrases, within the first lines with text if that is asked."""
@@ -167,7 +166,7 @@ def audit_materials(materials: Materials) -> Audit:
 
 
 def folder_materials(folder: Path, name: str | None = None) -> Materials:
-    """A folder's files. Links that lead out of it are not followed, except a Hub cache's."""
+    """The files at a folder's root."""
 
     def load(file: str) -> bytes:
         with (folder / file).open("rb") as stream:
@@ -179,7 +178,7 @@ def folder_materials(folder: Path, name: str | None = None) -> Materials:
 
 def hub_materials(api: HfApi, repo_id: str, revision: str | None, name: str | None = None) -> Materials:
     """A Hub repository's files, read as they are asked for."""
-    info = patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
+    info = patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT))
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
 
     def load(file: str) -> bytes:
@@ -226,7 +225,7 @@ def _descends(policy: Policy, materials: Materials, *names: str) -> bool:
     assert policy.family is not None
     bases = materials.card.metadata.get("base_model") or []
     claimed = [*names, *([bases] if isinstance(bases, str) else bases if isinstance(bases, list) else [])]
-    return any(re.search(policy.family.lineage, str(claim)) for claim in claimed)
+    return any(re.search(policy.family.lineage, claim) for claim in claimed if isinstance(claim, str))
 
 
 def _only_shares_architecture(policy: Policy, own: Policy, materials: Materials) -> bool:

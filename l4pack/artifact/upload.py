@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 
 from l4pack.checkpoint.hub import RemoteFile
 from l4pack.errors import HubError
-from l4pack.hubclient import hub_errors, patiently
+from l4pack.hubclient import TIMEOUT, hub_errors, patiently
 
 MAIN = "main"
 CHUNK = 8 * 1024**2
@@ -190,7 +190,7 @@ def compare(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile], re
 
 def _repository(api: HfApi, repo_id: str) -> Any:
     try:
-        return patiently(lambda: api.model_info(repo_id))
+        return patiently(lambda: api.model_info(repo_id, timeout=TIMEOUT))
     except RepositoryNotFoundError:
         return None
 
@@ -203,12 +203,12 @@ def _remote_state(api: HfApi, target: Target, *, exists: bool) -> tuple[dict[str
             raise HubError(what, hint="leave --pr out, or check the name")
         return {}, None, target.revision == MAIN
     try:
-        info = patiently(lambda: api.model_info(target.repo_id, revision=target.revision))
+        info = patiently(lambda: api.model_info(target.repo_id, revision=target.revision, timeout=TIMEOUT))
         return listing(api, target.repo_id, str(info.sha)), str(info.sha), True
     except RevisionNotFoundError:
         if target.pull_request:
             raise
-        info = patiently(lambda: api.model_info(target.repo_id))
+        info = patiently(lambda: api.model_info(target.repo_id, timeout=TIMEOUT))
         return listing(api, target.repo_id, str(info.sha)), str(info.sha), False
 
 
@@ -330,7 +330,7 @@ def _commit(api: HfApi, plan: UploadPlan, additions: list[CommitOperationAdd], m
 
 def _already_committed(api: HfApi, plan: UploadPlan) -> str | None:
     """The head, when a commit whose answer was lost went through after all."""
-    info = patiently(lambda: api.model_info(plan.target.repo_id, revision=plan.target.revision))
+    info = patiently(lambda: api.model_info(plan.target.repo_id, revision=plan.target.revision, timeout=TIMEOUT))
     there = listing(api, plan.target.repo_id, str(info.sha))
     same = all(name in there and file.is_same(there[name]) for name, file in plan.local.items())
     return str(info.sha) if same and not set(plan.names(Action.DELETE)) & set(there) else None

@@ -39,11 +39,10 @@ from l4pack.checkpoint.source import (
     parse_index,
 )
 from l4pack.errors import HubError, SourceError
-from l4pack.hubclient import hub_api, hub_errors, patiently
+from l4pack.hubclient import TIMEOUT, hub_api, hub_errors, patiently
 from l4pack.model.config import MAX_CONFIG_BYTES, parse_config
 
 HEADER_THREADS = 8
-TIMEOUT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ def open_hub(
     if is_offline_mode():
         return _open_cached(api, repo_id, revision)
     with hub_errors(api, repo_id, revision):
-        info = patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
+        info = patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT))
         remote = Remote(api, repo_id, str(info.sha), _listing(info.siblings or []))
         config = parse_config(_json(remote.small("config.json", MAX_CONFIG_BYTES)), f"{repo_id}: config.json")
         headers, weight_map = _headers(remote)
