@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from l4pack.checkpoint.source import HUB_ID, Checkpoint, open_bare, open_folder
@@ -23,7 +24,7 @@ def open_source(text: str, *, fetch_folder: Path | None = None) -> Checkpoint:
     if text == DEMO and not Path(text).exists():
         from l4pack.demo import model_path
 
-        return open_folder(model_path())
+        return replace(open_folder(model_path()), name=DEMO)
     if Path(text).exists():
         return open_folder(Path(text))
     match = HUB_ID.fullmatch(text)
