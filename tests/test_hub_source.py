@@ -17,6 +17,9 @@ from l4pack import hubclient
 from l4pack.checkpoint.hub import HubStore, open_hub
 from l4pack.checkpoint.source import Checkpoint, open_folder
 from l4pack.errors import HubError, SourceError
+from l4pack.plan import make_plan
+from l4pack.recipe import load_recipe
+from l4pack.run import run_plan
 
 REPO = "meta-llama/Llama-4-Tiny"
 SECRET = "hf_ThisMustNeverBeSeen"
@@ -261,3 +264,23 @@ def hub_reply(content, headers):
     from hub_server import Reply
 
     return Reply(200, content, headers)
+
+
+def test_quantizing_as_the_shards_arrive_gives_the_same_bytes(hub, checkpoint, tmp_path):
+    """The source's shards come and go one after the other; the artifact is that of the same files in a folder."""
+    source = checkpoint("scout", shards=4)
+    hub.add(REPO, {path.name: path.read_bytes() for path in source.iterdir()})
+    fetched = tmp_path / "fetched"
+    recipe = load_recipe("int4-rtn")
+    remote = open_hub(REPO, endpoint=hub.endpoint, fetch_as_you_go=True, folder=fetched)
+    run_plan(make_plan(remote, recipe), tmp_path / "from-hub")
+    run_plan(make_plan(open_folder(source), recipe), tmp_path / "from-folder")
+    names = {path.name for path in (tmp_path / "from-folder").iterdir()}
+    assert names == {path.name for path in (tmp_path / "from-hub").iterdir()}
+    for name in names - {"l4pack-manifest.json"}:
+        assert (tmp_path / "from-hub" / name).read_bytes() == (tmp_path / "from-folder" / name).read_bytes()
+    manifest = json.loads((tmp_path / "from-hub" / "l4pack-manifest.json").read_bytes())
+    assert manifest["source"]["repository"] == REPO
+    assert manifest["source"]["revision"] == hub.repos[REPO].refs["main"]
+    assert fetched.is_dir()
+    assert not list(fetched.glob("*.safetensors"))
