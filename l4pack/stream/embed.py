@@ -15,6 +15,7 @@ from l4pack.stream.modules import Skeleton, upstream_config
 from l4pack.stream.weights import Weights
 
 VISION_LAYER = "model.layers."
+ROWS_AT_ONCE = 8192
 
 
 @torch.inference_mode()
@@ -30,7 +31,10 @@ def embed(weights: Weights, skeleton: Skeleton, packed: Packed, target: Buffer) 
             hint="the tokenizer belongs to another model",
         )
     table = torch.cat([weights.rows(name, slice(start, stop)).cpu() for start, stop in _runs(distinct)])
-    target.data[:] = table[place]
+    for first in range(0, len(place), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        target.data[rows] = table[place[rows]]
+        target.release()
     for start, item in zip(packed.starts, packed.sequences, strict=False):
         if item.pixel_values is not None:
             _embed_images(weights, skeleton, item, target.data[start : start + len(item.tokens)])

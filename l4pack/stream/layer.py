@@ -91,8 +91,19 @@ class Stream:
 class LayerPass:
     """Runs one layer of one stream, unit by unit."""
 
-    def __init__(self, skeleton: Skeleton, index: int, packed: Packed, stream: Stream, blocks: Blocks) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        index: int,
+        packed: Packed,
+        stream: Stream,
+        blocks: Blocks,
+        *,
+        release: bool = False,
+    ) -> None:
+        """With `release`, pages of hidden states are let go after every block of rows."""
         self.index = index
+        self._release = release
         self._skeleton, self._packed, self._stream, self._blocks = skeleton, packed, stream, blocks
         self._layer: Any = skeleton.layer(index)
         self.moe = index in skeleton.config.text.moe_layers
@@ -109,6 +120,7 @@ class LayerPass:
                 self._attend_in_blocks(batch[0])
             else:
                 self._attend(batch)
+            self.let_go()
 
     def attention_of(self, inputs: Tensor, positions: Tensor) -> Tensor:
         """What attention adds to inputs [batch, length, hidden] that stand at `positions` [batch, length]."""
@@ -222,6 +234,12 @@ class LayerPass:
         count = count if most is None else min(count, most)
         for start in range(0, count, self._blocks.rows):
             yield slice(start, min(start + self._blocks.rows, count))
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Let pages of hidden states go, if the pass is to."""
+        if self._release:
+            self._stream.release()
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._skeleton.device, self._skeleton.dtype)

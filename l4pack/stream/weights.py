@@ -149,7 +149,7 @@ class Weights:
             weight = torch.from_numpy(values)
         else:
             stored = {suffix: self._stored(f"{linear.module}.{suffix}", array) for suffix, array in arrays.items()}
-            weight = decompressed(stored, scheme, form, module)
+            weight = decompressed(_wide_scales(stored), scheme, form, module)
         if scheme.input_activations is None:
             weight = weight.to(self._model_dtype)
         activations = None
@@ -158,6 +158,12 @@ class Weights:
             stored_scale = None if scale is None else self._torch(f"{linear.module}.input_scale", scale)
             activations = activations_of(scheme, stored_scale, module)
         return LinearWeight(weight.to(self.device, self.dtype), activations)
+
+
+def _wide_scales(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """16-bit scales as float32, so that products are exact; FP8 scales stay, their format wants them so."""
+    narrow = (torch.bfloat16, torch.float16)
+    return {suffix: value.float() if value.dtype in narrow else value for suffix, value in stored.items()}
 
 
 def _count(shape: tuple[int, ...]) -> int:
