@@ -150,7 +150,7 @@ def test_commands_fit_the_artifact():
         "--model-path", f"ORG/{NAME}", "--tp", "1", "--context-length", "131072", "--kv-cache-dtype", "fp8_e4m3",
     ]  # fmt: skip
     assert make == ["l4pack", "quantize", BASE, "--recipe", "scout-int4-1xh100", "--out", NAME]
-    assert "| 1 x RTX 5090 | does not fit |" in text
+    assert "| 1 x RTX 5090 | none |" in text
     assert "| H100 | 131,072 tokens |" in text
     assert "does not read" not in text
     snippet = text.split("```python\n")[1].split("```")[0]

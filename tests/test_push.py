@@ -334,3 +334,23 @@ def test_the_how_to_works_as_written(hub, unpackaged, l4pack):
         ended = l4pack(*(there.get(word, word) for word in command))
         assert ended.code == 0, ended.err
     assert remote(hub) == local(unpackaged)
+
+
+def test_the_demo_goes_out_and_comes_back(hub, l4pack, tmp_path):
+    """Quantized, packaged, pushed, pulled back with plain huggingface_hub, verified against its source and loaded."""
+    from transformers import Llama4ForConditionalGeneration
+
+    out, repository = tmp_path / "demo-int4", "me/demo-W4A16-g128"
+    for command in (
+        ["quantize", "demo", "--recipe", "int4-rtn", "--out", out],
+        ["package", out, "--source", "demo"],
+        ["push", out, repository, "--tag", "v1"],
+    ):
+        ended = l4pack(*command)
+        assert ended.code == 0, ended.err
+    back = Path(huggingface_hub.snapshot_download(repository, revision="v1", local_dir=tmp_path / "back"))
+    assert {name: content for name, content in local(back).items() if name != ".gitattributes"} == local(out)
+    assert l4pack("verify", back, "--against", "demo").code == 0
+    assert l4pack("licence", repository).code == 0
+    _, loading = Llama4ForConditionalGeneration.from_pretrained(back, output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))

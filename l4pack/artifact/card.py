@@ -30,7 +30,7 @@ _TASK_KEYS = ("accuracy_reference", "accuracy")
 
 @dataclass(frozen=True)
 class Fit:
-    """The largest context that fits on a device; 0 when the weights don't."""
+    """The largest context that fits on a device; 0 when the weights don't, or its GPUs can't share them evenly."""
 
     device: str
     gpus: int
@@ -215,7 +215,7 @@ def _setting(text: Any) -> str:
 
 
 def _tokens(count: int) -> str:
-    return f"{count:,} tokens" if count else "does not fit"
+    return f"{count:,} tokens" if count else "none"
 
 
 def _calibration(facts: CardFacts) -> str:
