@@ -1,8 +1,8 @@
 """The demo model's text: what every CPython carries, split by document into training and held-out text.
 
 Three kinds of document: the topics of `help()` (`pydoc_data.topics`), the docstrings of one module, and the source of
-one module. Which documents are held out is decided by the hash of their names, so the split does not depend on an order;
-every paragraph that a held-out document shares with another one is then removed from the training side.
+one module. Which documents are held out is decided by the hash of their names, so the split does not depend on an
+order; every paragraph that a held-out document shares with another one is then removed from the training side.
 """
 
 import ast

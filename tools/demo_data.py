@@ -7,7 +7,7 @@ from demo_tokenizer import BEGIN, END, EOT, HEADER_END, HEADER_START
 from tokenizers import Tokenizer
 
 LENGTH = 512
-SHARES = {"prose": 0.38, "chat": 0.10, "source": 0.52}
+SHARES = {"prose": 0.62, "chat": 0.10, "source": 0.28}
 
 
 def streams(corpus: Corpus, tokenizer: Tokenizer) -> dict[str, torch.Tensor]:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoTokenizer, Llama4ForConditionalGeneration
 
 WINDOW = 512
@@ -67,7 +67,7 @@ def windows(ids: list[int], length: int) -> Iterator[tuple[Tensor, Tensor]]:
 def bits_per_byte(model: Llama4ForConditionalGeneration, folder: Path, text: str) -> float:
     """Bits a byte of `text`, in windows of WINDOW tokens."""
     nats = sum(
-        F.cross_entropy(_logits(model, inputs), targets[0], reduction="sum").item()
+        functional.cross_entropy(_logits(model, inputs), targets[0], reduction="sum").item()
         for inputs, targets in windows(token_ids(folder, text), WINDOW)
     )
     return nats / math.log(2) / len(text.encode())
@@ -99,22 +99,30 @@ def measure(folder: Path, text: str) -> Figures:
     """Every figure of the model in `folder` over `text`."""
     original, rounded = load(folder), load(folder)
     round_experts(rounded)
-    routers = [module for name, module in original.named_modules() if name.endswith("router")]
-    counts = [torch.zeros(router.num_experts) for router in routers]
-    for router, count in zip(routers, counts, strict=True):
-        router.register_forward_hook(lambda _m, _i, out, count=count: count.add_((out[0] > 0).sum(0)))
+    counts = [_counted(module) for name, module in original.named_modules() if name.endswith("router")]
     ids, sums = token_ids(folder, text), []
     for inputs, targets in windows(ids, WINDOW):
         sums.append(_compared(_logits(original, inputs), _logits(rounded, inputs), targets[0]))
     return _figures(torch.tensor(sums, dtype=torch.float64), text, counts)
 
 
+def _counted(router: torch.nn.Module) -> Tensor:
+    """A running count of the tokens that `router` sends to each expert: its other scores are zero."""
+    count = torch.zeros(router.num_experts)
+
+    def add(_router: torch.nn.Module, _inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor]) -> None:
+        count.add_((outputs[0] > 0).sum(0))
+
+    router.register_forward_hook(add)
+    return count
+
+
 def _compared(reference: Tensor, artifact: Tensor, targets: Tensor) -> list[float]:
     """Sums over one window: tokens, nats of both models, KL(reference || artifact), agreeing first choices."""
     before, after = reference.double().log_softmax(-1), artifact.double().log_softmax(-1)
-    kl = F.kl_div(after, before, reduction="sum", log_target=True).item()
+    kl = functional.kl_div(after, before, reduction="sum", log_target=True).item()
     agree = (before.argmax(-1) == after.argmax(-1)).sum().item()
-    nats = [F.nll_loss(found, targets, reduction="sum").item() for found in (before, after)]
+    nats = [functional.nll_loss(found, targets, reduction="sum").item() for found in (before, after)]
     return [float(len(targets)), *nats, kl, float(agree)]
 
 

@@ -8,11 +8,11 @@ forward gives the same loss from the saved weights.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 Params = dict[str, Tensor]
-ROW_MULTIPLE = 128
+ROW_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class TextModel:
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Routing]:
         """Logits [batch, length, vocabulary] of `tokens` [batch, length] and what the routers did."""
         routing = Routing(torch.zeros(()), [])
-        hidden = F.embedding(tokens, self.params["language_model.model.embed_tokens.weight"])
+        hidden = functional.embedding(tokens, self.params["language_model.model.embed_tokens.weight"])
         rotation = self._rotation(tokens.shape[1])
         for layer in range(self.sizes.num_hidden_layers):
             prefix = f"language_model.model.layers.{layer}."
@@ -183,7 +183,7 @@ class TextModel:
         return self._linear(hidden.to(self.compute), "language_model.lm_head.weight"), routing
 
     def _linear(self, rows: Tensor, name: str) -> Tensor:
-        return F.linear(rows, self.params[name].to(self.compute))
+        return functional.linear(rows, self.params[name].to(self.compute))
 
     def _norm(self, rows: Tensor, name: str) -> Tensor:
         return _rms(rows, self.sizes.rms_norm_eps) * self.params[name]
@@ -225,10 +225,10 @@ class TextModel:
 
     def _mlp(self, rows: Tensor, prefix: str) -> Tensor:
         gate, up = (self._linear(rows, f"{prefix}{name}_proj.weight") for name in ("gate", "up"))
-        return self._linear(F.silu(gate) * up, prefix + "down_proj.weight")
+        return self._linear(functional.silu(gate) * up, prefix + "down_proj.weight")
 
     def _routed(self, rows: Tensor, prefix: str, routing: Routing) -> Tensor:
-        logits = F.linear(rows, self.params[prefix + "router.weight"])
+        logits = functional.linear(rows, self.params[prefix + "router.weight"])
         winner, chosen = logits.max(dim=1)
         counts = torch.bincount(chosen, minlength=self.sizes.num_local_experts)
         shares = counts.float() / len(chosen)
@@ -246,7 +246,7 @@ class TextModel:
         outputs = []
         for expert, own in enumerate(rows.split(slots)):
             gate, up = (own @ gate_up[expert]).chunk(2, dim=-1)
-            outputs.append((F.silu(gate) * up) @ down[expert])
+            outputs.append((functional.silu(gate) * up) @ down[expert])
         return torch.cat(outputs)
 
 
@@ -266,5 +266,5 @@ def _chunked_attention(query: Tensor, key: Tensor, value: Tensor, chunk: int) ->
     groups = query.shape[2] // key.shape[2]
     key, value = (tensor.repeat_interleave(groups, dim=2) for tensor in (key, value))
     cut = [tensor.unflatten(1, (-1, chunk)).flatten(0, 1).transpose(1, 2) for tensor in (query, key, value)]
-    mixed = F.scaled_dot_product_attention(*cut, is_causal=True)
+    mixed = functional.scaled_dot_product_attention(*cut, is_causal=True)
     return mixed.transpose(1, 2).reshape(query.shape)

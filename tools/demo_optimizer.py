@@ -1,6 +1,7 @@
 """Muon for the matrices of the layers, AdamW for the rest: few steps on a CPU have to go far."""
 
 import torch
+import torch.distributed as distributed
 from demo_model import Params
 from torch import Tensor
 
@@ -11,9 +12,10 @@ ORTHOGONALIZING_STEPS = 5
 
 
 class Optimizer:
-    """One step over all parameters; `scale` multiplies every learning rate."""
+    """One step over all parameters, the same in every rank; `scale` multiplies every learning rate."""
 
     def __init__(self, params: Params) -> None:
+        self.params = params
         self.matrices = {name: value for name, value in params.items() if "layers" in name and _is_matrix(name)}
         self.momenta = {name: torch.zeros_like(value) for name, value in self.matrices.items()}
         rest = [name for name in params if name not in self.matrices]
@@ -22,24 +24,35 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
-        """Update the parameters from their gradients and clear these."""
+        """Update the parameters from the mean of the ranks' gradients, and clear these."""
+        gradients = {name: value.grad for name, value in self.params.items() if value.grad is not None}
+        summed(gradients)
         for group in self.adam.param_groups:
             group["lr"] = group["rate"] * scale
         self.adam.step()
-        self.adam.zero_grad()
+        updates = {name: self._update(name, gradients[name], order) for order, name in enumerate(self.matrices)}
+        summed(updates)
         for name, weight in self.matrices.items():
-            self._muon(name, weight, MUON_RATE * scale)
+            weight.mul_(1 - MUON_RATE * scale * DECAY).sub_(updates[name], alpha=MUON_RATE * scale)
+        for value in self.params.values():
+            value.grad = None
 
-    def _muon(self, name: str, weight: Tensor, rate: float) -> None:
-        gradient, momentum = weight.grad, self.momenta[name]
-        if gradient is None:
-            return
-        momentum.lerp_(gradient, 1 - MOMENTUM)
+    def _update(self, name: str, gradient: Tensor, order: int) -> Tensor:
+        """The orthogonalized direction; zero where another rank computes it. Gate and up are separate matrices."""
+        momentum = self.momenta[name].lerp_(gradient, 1 - MOMENTUM)
+        if order % distributed.get_world_size() != distributed.get_rank():
+            return torch.zeros_like(gradient)
         direction = gradient.lerp(momentum, MOMENTUM)
         halves = direction.chunk(2, dim=-1) if name.endswith("gate_up_proj") else (direction,)
-        update = torch.cat([orthogonal(half) for half in halves], dim=-1)
-        weight.mul_(1 - rate * DECAY).sub_(update, alpha=rate)
-        weight.grad = None
+        return torch.cat([orthogonal(half) for half in halves], dim=-1)
+
+
+def summed(tensors: Params) -> None:
+    """Replace every tensor by its sum over the ranks."""
+    flat = torch.cat([value.flatten() for value in tensors.values()])
+    distributed.all_reduce(flat)
+    for value, part in zip(tensors.values(), flat.split([value.numel() for value in tensors.values()]), strict=True):
+        value.copy_(part.view_as(value))
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

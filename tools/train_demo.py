@@ -1,10 +1,11 @@
 """Train the demo model: a small Llama 4 on the documentation and source that every CPython carries.
 
-    python tools/train_demo.py --out DIR [--preset scout|maverick] [--steps N]
+    python tools/train_demo.py --out DIR [--preset scout|maverick] [--steps N] [--minutes M]
 
-DIR becomes a checkpoint laid out as the BF16 Llama 4 repositories are, with `heldout.txt` and `calibration.txt` beside it.
-It needs no network. A CPU with BF16 matrix instructions takes about a second a step; glibc's allocator gives memory back
-and faults it in again at every step unless MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 is set.
+DIR becomes a checkpoint laid out as the BF16 Llama 4 repositories are; `heldout.txt` and `calibration.txt` go beside it.
+It needs no network. The ranks are processes of one thread each that meet once a step: on a shared machine, threads that
+meet at every matrix product wait for the slowest one every time. glibc's allocator faults memory in again at every step
+unless MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 is set.
 """
 
 import argparse
@@ -13,7 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as distributed
+import torch.multiprocessing as multiprocessing
 from demo_corpus import Corpus, load_corpus
 from demo_data import LENGTH, Windows, begin_id, streams
 from demo_export import write_checkpoint
@@ -21,39 +23,49 @@ from demo_figures import bits_per_byte, load, windows
 from demo_model import Params, Preset, Routing, TextModel, initial, preset
 from demo_optimizer import Optimizer
 from demo_tokenizer import train_tokenizer, write_tokenizer
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import functional
 
-SEQUENCES, MICRO_BATCH = 16, 8
-WARMUP, CONSTANT = 0.03, 0.4
+SEQUENCES = 8
+WARMUP, CONSTANT = 0.03, 0.35
 BALANCE = 0.01
-REPORT_EVERY, SAVE_EVERY = 50, 200
+REPORT_EVERY, MEASURE_EVERY = 25, 150
 
 
 def main() -> None:
     arguments = _arguments()
-    torch.manual_seed(arguments.seed)
-    torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    corpus = load_corpus()
-    tokenizer = train_tokenizer(_tokenizer_texts(corpus))
-    _write_texts(corpus, arguments.out.parent)
-    write_tokenizer(tokenizer, arguments.out)
-    sizes = preset(arguments.preset, tokenizer.get_vocab_size())
-    params = train(sizes, corpus, tokenizer, arguments)
-    write_checkpoint(sizes, params, tokenizer, arguments.out, arguments.seed)
-    _compare_with_upstream(sizes, params, tokenizer, corpus.heldout, arguments.out)
+    meeting = arguments.out.parent.resolve() / f"ranks-{time.time_ns()}"
+    multiprocessing.spawn(_rank, (arguments, meeting), nprocs=arguments.ranks)
+    meeting.unlink(missing_ok=True)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint's folder; texts go beside it")
     parser.add_argument("--preset", choices=("scout", "maverick"), default="scout")
-    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="shorten the schedule to end by then")
     parser.add_argument("--seed", type=int, default=20250405)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2, help=f"processes; a divisor of {SEQUENCES}")
     return parser.parse_args()
+
+
+def _rank(rank: int, arguments: argparse.Namespace, meeting: Path) -> None:
+    """One process: all train, the first one reports and writes."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=arguments.ranks)
+    corpus = load_corpus()
+    tokenizer = train_tokenizer(_tokenizer_texts(corpus))
+    sizes = preset(arguments.preset, tokenizer.get_vocab_size())
+    params = train(sizes, corpus, tokenizer, arguments)
+    distributed.destroy_process_group()
+    if rank == 0:
+        _write_texts(corpus, arguments.out.parent)
+        write_tokenizer(tokenizer, arguments.out)
+        write_checkpoint(sizes, params, tokenizer, arguments.out, arguments.seed)
+        _compare_with_upstream(sizes, params, tokenizer, corpus.heldout, arguments.out)
 
 
 def _tokenizer_texts(corpus: Corpus) -> list[str]:
@@ -68,39 +80,62 @@ def _write_texts(corpus: Corpus, folder: Path) -> None:
 
 
 def train(sizes: Preset, corpus: Corpus, tokenizer: Tokenizer, arguments: argparse.Namespace) -> Params:
-    """Float32 weights after `arguments.steps` steps of SEQUENCES windows each."""
+    """Float32 weights after the whole schedule, the same in every rank."""
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
     params = initial(sizes, torch.Generator().manual_seed(arguments.seed))
     model, optimizer = TextModel(sizes, params, torch.bfloat16), Optimizer(params)
-    data = Windows(streams(corpus, tokenizer), begin_id(tokenizer), arguments.seed)
-    heldout = tokenizer.encode(corpus.heldout).ids
-    print(f"{sum(value.numel() for value in params.values()):,} parameters", {k: len(v) for k, v in data.rows.items()})
-    started, losses = time.monotonic(), []
-    for step in range(1, arguments.steps + 1):
-        loss, routing = _accumulate(model, data)
-        optimizer.step(_schedule(step / arguments.steps))
-        losses.append(loss)
-        if step % REPORT_EVERY == 0 or step in (1, 10):
-            share = "/".join(f"{int(c.min())}-{int(c.max())}" for c in routing.counts)
-            print(
-                f"{step} {time.monotonic() - started:.0f}s loss {sum(losses) / len(losses):.4f} tokens {share}", end=""
-            )
-            print(f" heldout {own_bits_per_byte(model, heldout, corpus.heldout):.4f} bpb", flush=True)
-            losses.clear()
-        if step % SAVE_EVERY == 0:
-            save_file({name: value.detach() for name, value in params.items()}, arguments.out.parent / "training.st")
+    data = Windows(streams(corpus, tokenizer), begin_id(tokenizer), arguments.seed + rank)
+    report = _Report(model, tokenizer, corpus.heldout) if rank == 0 else None
+    clock, step, progress = _Clock(arguments.minutes), 0, 0.0
+    while progress < 1.0:
+        step += 1
+        progress = max(step / arguments.steps, clock.progress())
+        loss, routing = _gradients(model, data.batch(SEQUENCES // ranks), ranks)
+        optimizer.step(_schedule(progress))
+        if report:
+            report.add(step, loss, routing)
     return params
 
 
-def _accumulate(model: TextModel, data: Windows) -> tuple[float, Routing]:
-    """Gradients of one step's windows; the mean loss in nats a token and the last routing."""
-    total = 0.0
-    for _ in range(SEQUENCES // MICRO_BATCH):
-        batch = data.batch(MICRO_BATCH)
-        logits, routing = model(batch[:, :-1])
-        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-        ((loss + BALANCE * routing.balance) * (MICRO_BATCH / SEQUENCES)).backward()
-        total += loss.item() * MICRO_BATCH / SEQUENCES
-    return total, routing
+class _Clock:
+    """How much of the time is over, as the first rank sees it."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = minutes * 60
+        self.started = time.monotonic()
+
+    def progress(self) -> float:
+        over = torch.tensor((time.monotonic() - self.started) / self.seconds)
+        distributed.broadcast(over, 0)
+        return over.item()
+
+
+class _Report:
+    """Prints the training loss, the smallest and largest load of an expert, and now and then the held-out loss."""
+
+    def __init__(self, model: TextModel, tokenizer: Tokenizer, text: str) -> None:
+        self.model, self.text = model, text
+        self.ids = tokenizer.encode(text).ids
+        self.started, self.losses = time.monotonic(), list[float]()
+        print(f"{sum(value.numel() for value in model.params.values()):,} parameters of the text model", flush=True)
+
+    def add(self, step: int, loss: float, routing: Routing) -> None:
+        self.losses.append(loss)
+        if step % REPORT_EVERY == 0:
+            loads = " ".join(f"{int(c.min())}-{int(c.max())}" for c in routing.counts)
+            mean = sum(self.losses) / len(self.losses)
+            print(f"step {step} {time.monotonic() - self.started:.0f} s loss {mean:.4f} loads {loads}", flush=True)
+            self.losses.clear()
+        if step % MEASURE_EVERY == 0:
+            print(f"held-out {own_bits_per_byte(self.model, self.ids, self.text):.4f} bits per byte", flush=True)
+
+
+def _gradients(model: TextModel, batch: Tensor, ranks: int) -> tuple[float, Routing]:
+    """Leave this rank's share of the mean gradient; its mean loss in nats a token and its routing."""
+    logits, routing = model(batch[:, :-1])
+    loss = functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+    ((loss + BALANCE * routing.balance) / ranks).backward()
+    return loss.item(), routing
 
 
 def _schedule(progress: float) -> float:
@@ -120,9 +155,9 @@ def own_bits_per_byte(model: TextModel, ids: list[int], text: str) -> float:
 def _nats(model: TextModel, inputs: Tensor, targets: Tensor) -> float:
     """The last window is shorter; padding it behind changes nothing before."""
     chunk = model.sizes.attention_chunk_size
-    padded = F.pad(inputs, (0, -inputs.shape[1] % chunk))
+    padded = functional.pad(inputs, (0, -inputs.shape[1] % chunk))
     logits = model(padded)[0][:, : inputs.shape[1]]
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum").item()
+    return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum").item()
 
 
 def _compare_with_upstream(sizes: Preset, params: Params, tokenizer: Tokenizer, text: str, folder: Path) -> None:
