@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 
-from l4pack.quant import gptq, packing
+from l4pack.quant import gptq, gptq_blocks, packing
 from l4pack.quant.dequantize import dequantize
 from l4pack.quant.quantize import NonFiniteError, Quantized
 from l4pack.quant.scheme import Scheme
@@ -118,8 +118,8 @@ def test_torch_block_is_the_kernel(dtype):
     factor = gptq.factorize(hessian().to(dtype), act_order=False, dampening=0.01)
     start = gptq.round_to_nearest(weight(), SCHEMES["int4-g64-asym-mse"], None)
     scale, zero_point = (torch.from_numpy(spread(part)).to(dtype) for part in (start.scale, start.zero_point))
-    ours = gptq.solve_block(weight().to(dtype), factor.upper, scale, zero_point, 4)
-    theirs = gptq.solve_block_torch(weight().to(dtype), factor.upper, scale, zero_point, 4)
+    ours = gptq_blocks.solve_block(weight().to(dtype), factor.upper, scale, zero_point, 4)
+    theirs = gptq_blocks.solve_block_torch(weight().to(dtype), factor.upper, scale, zero_point, 4)
     agreement = (ours[0] == theirs[0]).double().mean().item()
     assert agreement == 1.0 if dtype is torch.float64 else agreement > 0.97
     if dtype is torch.float64:
@@ -223,3 +223,47 @@ def test_wrong_requests_are_refused():
 def test_scales_are_stored_in_the_sources_dtype(source, dtype):
     solution = gptq.solve(weight(), hessian(), Scheme(num_bits=4, group_size=32), source_dtype=source)
     assert solution.scale.dtype is dtype
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_sweep_never_raises_the_loss_and_stops_at_a_level_no_column_wants_to_leave(name):
+    scheme, h = SCHEMES[name], hessian().double()
+    factor = gptq.factorize(h, act_order=True, dampening=0.01)
+    damped = h.numpy() + np.diag(factor.added.numpy())
+    solved = gptq.round_to_nearest(weight(), scheme, h.diagonal().float())
+
+    def loss(rounded):
+        quantized = (rounded.levels.double().numpy() - spread(rounded.zero_point)) * spread(rounded.scale)
+        return oracle.row_losses(weight().numpy(), quantized, damped)
+
+    losses = [loss(solved)]
+    for _ in range(40):
+        solved = gptq.descend(weight().double(), h, factor.added, solved, scheme, block_size=50)
+        losses.append(loss(solved))
+        assert (losses[-1] <= losses[-2] * (1 + 1e-12)).all()
+        if (losses[-1] == losses[-2]).all():
+            break
+    assert losses[-1].sum() < 0.9 * losses[0].sum()
+    scale, zero_point = torch.from_numpy(spread(solved.scale)), torch.from_numpy(spread(solved.zero_point))
+    limit = 2 ** (scheme.num_bits - 1)
+    for step in (-1, 1):
+        for column in range(0, IN, 17):
+            moved = solved.levels.clone().to(torch.int16)
+            moved[:, column] = (moved[:, column] + step).clamp(-limit, limit - 1)
+            quantized = (moved.double() - zero_point) * scale
+            assert (oracle.row_losses(weight().numpy(), quantized.numpy(), damped) >= losses[-1] * (1 - 1e-9)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torch_descent_is_the_kernel(dtype):
+    h = hessian().to(dtype)
+    scale = random(OUT, IN, seed=7).abs().to(dtype) * 0.01 + 0.005
+    zero_point = torch.zeros_like(scale)
+    start = (random(OUT, IN, seed=8) * 3).round().clamp(-8, 7).to(torch.int8)
+    pull = ((weight() - start * scale) @ h).to(dtype)
+    ours, theirs = start.clone(), start.clone()
+    kernel = gptq_blocks.descend_block(ours, pull.clone(), h, scale, zero_point, 4)
+    plain = gptq_blocks.descend_block_torch(theirs, pull.clone(), h, scale, zero_point, 4)
+    assert (ours == theirs).float().mean() > 0.999
+    assert ((kernel - plain).abs() < 1e-5).float().mean() > 0.999
+    assert (ours != start).any()

@@ -80,7 +80,8 @@ def _problem(blocks: Iterable[Block], width: int, options: GptqOptions) -> gptq.
 def _solve(
     problem: gptq.Problem, matrices: Matrices, name: str, scheme: RecipeScheme, dtypes: Mapping[str, FloatName]
 ) -> gptq.Solution:
-    return gptq.solve_problem(problem, matrices.weights[name], scheme, source_dtype=dtypes[name])
+    sweeps = 0 if scheme.gptq is None else scheme.gptq.sweeps
+    return gptq.solve_problem(problem, matrices.weights[name], scheme, sweeps=sweeps, source_dtype=dtypes[name])
 
 
 def weights_of(solution: gptq.Solution) -> Tensor:

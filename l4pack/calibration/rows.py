@@ -96,3 +96,6 @@ def blocks(taken: UnitRows, quantized: LayerPass, original: LayerPass | None) ->
                 before = torch.where(kept, before * taken.original_scores[part].to(inputs.device), inputs)
         weights = None if taken.weights is None else taken.weights[part].to(inputs.device)
         yield Block(inputs, before, weights, kept)
+        quantized.let_go()
+        if original is not None:
+            original.let_go()

@@ -122,7 +122,9 @@ class CalibrationRun:
         experts = [expert_unit(layer, expert) for expert in range(self._config.text.num_local_experts if moe else 0)]
         ready.plan([attention, shared, *experts])
         blocks_of = Blocks(attention=BLOCK_ROWS, rows=BLOCK_ROWS)
-        passes = [LayerPass(self._skeleton, layer, self._packed, stream, blocks_of) for stream in self._streams]
+        passes = [
+            LayerPass(self._skeleton, layer, self._packed, stream, blocks_of, release=True) for stream in self._streams
+        ]
         weights = ready.take(attention)
         for one in passes[:-1]:
             one.attention(weights)
@@ -135,7 +137,7 @@ class CalibrationRun:
             self._unit(unit, ready.take(unit), passes)
         for one, stream in zip(passes, self._streams, strict=True):
             one.finish()
-            stream.middle.release()
+            stream.release()
         self._save(layer)
 
     def _record_coverage(self, layer: int, one: LayerPass) -> None:

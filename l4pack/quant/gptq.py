@@ -16,7 +16,6 @@ would meet it best, W + W C H^-1 with C the covariance of x' - x with x, become 
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -27,8 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from l4pack.quant import torch_ops
-from l4pack.quant.cpu import kernel
 from l4pack.quant.floats import STORED, FloatName
+from l4pack.quant.gptq_blocks import descend_block, solve_block
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, quantize_block
 from l4pack.quant.scheme import NumberType, ScaleDtype, Scheme
@@ -121,6 +120,7 @@ def solve(
     dampening: float = 0.01,
     block_size: int = 128,
     cross: Tensor | None = None,
+    sweeps: int = 0,
     source_dtype: FloatName = "BF16",
 ) -> Solution:
     """Quantize `weight` (float32 [out, in]) for inputs with second moments `hessian` (float32 [in, in], any factor).
@@ -132,7 +132,7 @@ def solve(
     NonFiniteError for a weight that is not finite.
     """
     problem = prepare(hessian, cross=cross, act_order=act_order, dampening=dampening)
-    return solve_problem(problem, weight, scheme, block_size=block_size, source_dtype=source_dtype)
+    return solve_problem(problem, weight, scheme, block_size=block_size, sweeps=sweeps, source_dtype=source_dtype)
 
 
 def prepare(
@@ -147,7 +147,13 @@ def prepare(
 
 
 def solve_problem(
-    problem: Problem, weight: Tensor, scheme: Scheme, *, block_size: int = 128, source_dtype: FloatName = "BF16"
+    problem: Problem,
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    block_size: int = 128,
+    sweeps: int = 0,
+    source_dtype: FloatName = "BF16",
 ) -> Solution:
     """`solve` for one of the matrices of a problem, some output rows at a time: rows don't depend on each other."""
     if scheme.type is NumberType.FLOAT:
@@ -159,13 +165,20 @@ def solve_problem(
     if scheme.scale_dtype is ScaleDtype.SOURCE:
         dtypes = {name: dtype for dtype, name in STORED.items()}
         scheme = scheme.model_copy(update={"scale_dtype": dtypes[source_dtype]})
+    settings = _Settings(scheme, block_size, sweeps)
     pieces = range(0, len(weight), ROWS_AT_ONCE)
-    return _joined(
-        [_solve_rows_of(problem, weight[first : first + ROWS_AT_ONCE], scheme, block_size, first) for first in pieces]
-    )
+    return _joined([_solve_piece(problem, weight[first : first + ROWS_AT_ONCE], settings, first) for first in pieces])
 
 
-def _solve_rows_of(problem: Problem, weight: Tensor, scheme: Scheme, block_size: int, first: int) -> Solution:
+@dataclass(frozen=True)
+class _Settings:
+    scheme: Scheme
+    block_size: int
+    sweeps: int
+
+
+def _solve_piece(problem: Problem, weight: Tensor, settings: _Settings, first: int) -> Solution:
+    scheme = settings.scheme
     try:
         nearest = round_to_nearest(weight, scheme, problem.diagonal if problem.finite else None)
     except NonFiniteError as error:
@@ -182,8 +195,10 @@ def _solve_rows_of(problem: Problem, weight: Tensor, scheme: Scheme, block_size:
     if problem.cross is not None:
         target = _asymmetric_target(weight, problem.cross, factor)
         start = round_to_nearest(target, scheme, problem.diagonal)
-    solved, errors = solve_columns(target, factor, start, scheme, block_size)
-    return _better_rows(target, factor, solved, errors, nearest, scheme, dead)
+    solved, _ = solve_columns(target, factor, start, scheme, settings.block_size)
+    for _ in range(settings.sweeps):
+        solved = descend(target, problem.hessian, factor.added, solved, scheme, settings.block_size)
+    return _better_rows(target, problem.hessian, factor, solved, nearest, scheme, dead)
 
 
 def _joined(pieces: list[Solution]) -> Solution:
@@ -283,99 +298,33 @@ def solve_columns(
     return Rounded(levels, start.scale, start.zero_point), loss
 
 
-def solve_block(
-    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
-) -> tuple[Tensor, Tensor]:
-    """Round the columns of a block [out, n] in turn: int8 levels, and errors divided by the factor's diagonal.
+def descend(target: Tensor, hessian: Tensor, added: Tensor, start: Rounded, scheme: Scheme, block_size: int) -> Rounded:
+    """One sweep of coordinate descent from `start`: each column takes its best level given all the others.
 
-    `upper` [n, n] is the block's part of U; `scale` and `zero_point` are given for every weight [out, n].
+    GPTQ decides a column before it knows how those after it will be rounded; a sweep lets it decide again. No step
+    raises the damped loss. Scales and zero points stay.
     """
-    if block.device.type == "cpu":
-        return _solve_block_cpu(block, upper, scale, zero_point, num_bits)
-    return solve_block_torch(block, upper, scale, zero_point, num_bits)
-
-
-def solve_block_torch(
-    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
-) -> tuple[Tensor, Tensor]:
-    """`solve_block` in torch operations, for any device."""
-    lowest, highest = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
-    block = block.clone()
-    levels, errors = torch.empty_like(block), torch.empty_like(block)
-    for i in range(block.shape[1]):
-        w, s, z = block[:, i], scale[:, i], zero_point[:, i]
-        level = ((w / s).round() + z).clamp(lowest, highest)
-        error = (w - (level - z) * s) / upper[i, i]
-        levels[:, i], errors[:, i] = level, error
-        block[:, i + 1 :].addr_(error, upper[i, i + 1 :], alpha=-1)
-    return levels.to(torch.int8), errors
-
-
-@kernel
-def _solve_rows(
-    block: NDArray[Any],
-    upper: NDArray[Any],
-    scale: NDArray[Any],
-    zero_point: NDArray[Any],
-    num_bits: int,
-    levels: NDArray[np.int8],
-    errors: NDArray[Any],
-) -> None:
-    """`solve_block` for some rows, in the dtype of `block`, which is overwritten; the factor stays in cache."""
-    lowest = block.dtype.type(-(1 << (num_bits - 1)))
-    highest = block.dtype.type((1 << (num_bits - 1)) - 1)
-    columns = block.shape[1]
-    for o in range(block.shape[0]):
-        row = block[o]
-        for i in range(columns):
-            w = row[i]
-            s = scale[o, i]
-            z = zero_point[o, i]
-            level = min(max(np.rint(w / s) + z, lowest), highest)
-            error = (w - (level - z) * s) / upper[i, i]
-            levels[o, i] = np.int8(level)
-            errors[o, i] = error
-            rest = row[i + 1 :]
-            factors = upper[i, i + 1 :]
-            for k in range(rest.size):
-                rest[k] -= error * factors[k]
-
-
-def _solve_block_cpu(
-    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
-) -> tuple[Tensor, Tensor]:
-    """`solve_block` by the Numba kernel, rows shared between as many threads as torch uses."""
-    arrays = [tensor.contiguous().numpy() for tensor in (block, scale, zero_point)]
-    factor = upper.numpy()
-    levels, errors = np.empty(block.shape, np.int8), np.empty_like(arrays[0])
-    threads = torch.get_num_threads()
-    bounds = np.linspace(0, len(block), threads + 1).astype(int)
-
-    def rows(thread: int) -> None:
-        part = slice(bounds[thread], bounds[thread + 1])
-        weights, scales, zeros = (array[part] for array in arrays)
-        _solve_rows(weights, factor, scales, zeros, num_bits, levels[part], errors[part])
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(rows, range(threads)))
-    return torch.from_numpy(levels), torch.from_numpy(errors)
+    columns = target.shape[1] // start.scale.shape[1]
+    levels = start.levels.clone()
+    residual = (target - start.values()).to(hessian.dtype)
+    pull = residual @ hessian + residual * added
+    for first in range(0, target.shape[1], block_size):
+        last = min(first + block_size, target.shape[1])
+        group = torch.arange(first, last, device=target.device) // columns
+        scale, zero_point = (values[:, group].to(hessian.dtype) for values in (start.scale, start.zero_point))
+        part = hessian[first:last, first:last] + torch.diag(added[first:last])
+        block = levels[:, first:last].contiguous()
+        change = descend_block(block, pull[:, first:last].contiguous(), part, scale, zero_point, scheme.num_bits)
+        levels[:, first:last] = block
+        pull[:, last:].addmm_(change, hessian[first:last, last:], alpha=-1)
+    return Rounded(levels, start.scale, start.zero_point)
 
 
 def _better_rows(
-    target: Tensor,
-    factor: Factor,
-    solved: Rounded,
-    damped_loss: Tensor,
-    nearest: Rounded,
-    scheme: Scheme,
-    dead: int,
+    target: Tensor, hessian: Tensor, factor: Factor, solved: Rounded, nearest: Rounded, scheme: Scheme, dead: int
 ) -> Solution:
     """Keep, row by row, whichever of the solved and the nearest levels has the lower undamped loss."""
-    loss = damped_loss - _weighted_squares(target - solved.values(), factor.added)
-    residual = target - nearest.values()
-    rtn_loss = -_weighted_squares(residual, factor.added)
-    through = torch.linalg.solve_triangular(factor.upper, residual[:, factor.order], upper=True, left=False)
-    rtn_loss += _weighted_squares(through, torch.ones_like(factor.added))
+    loss, rtn_loss = (_losses(target - rounded.values(), hessian) for rounded in (solved, nearest))
     keep = rtn_loss < loss
     kept = int(keep.sum())
     rtn_error = float(rtn_loss.sum())
@@ -398,10 +347,10 @@ def _better_rows(
     )
 
 
-def _weighted_squares(matrix: Tensor, weight: Tensor) -> Tensor:
-    """Sum of weight * matrix^2 of each row in float64, a few rows at a time: [rows]."""
-    pieces = [matrix[first : first + 256] for first in range(0, len(matrix), 256)]
-    return torch.cat([rows.double().square() @ weight.double() for rows in pieces])
+def _losses(residual: Tensor, hessian: Tensor) -> Tensor:
+    """R H R^T's diagonal, summed in float64: [out]."""
+    residual = residual.to(hessian.dtype)
+    return ((residual @ hessian).double() * residual).sum(1)
 
 
 def _parts(rounded: Rounded) -> tuple[Tensor, Tensor, Tensor]:
