@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from logging import ERROR
 from typing import TypeVar
 
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.constants import is_offline_mode
+from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,

@@ -21,10 +21,10 @@ from huggingface_hub import (
     get_session,
     hf_hub_url,
     hf_raise_for_status,
+    is_offline_mode,
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.utils._headers import build_hf_headers
 
 from l4pack.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES, TensorEntry, parse_header, read_header
