@@ -126,7 +126,9 @@ class HubServer:
         self._servers = [_Server(("127.0.0.1", 0), kind) for kind in (hub_handler, StorageHandler)]
         for server in self._servers:
             server.hub = self
-        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        hub, storage = (server.server_port for server in self._servers)
+        # Two names for this machine, so that to any client the storage is another host.
+        self.endpoint, self.storage = f"http://127.0.0.1:{hub}", f"http://localhost:{storage}"
 
     def start(self) -> None:
         for server in self._servers:
