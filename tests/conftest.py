@@ -13,6 +13,11 @@ from typing import Any
 import pytest
 
 from l4pack.__main__ import main
+from l4pack.calibration.text import with_text
+from l4pack.checkpoint.open import open_source
+from l4pack.plan import Limits, Plan, make_plan
+from l4pack.recipe import Recipe, load_recipe
+from l4pack.run import run_plan
 
 
 @pytest.fixture(autouse=True)
@@ -68,20 +73,35 @@ def l4pack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
+def quick_recipe(name: str) -> Recipe:
+    """A shipped recipe; one that calibrates looks at two short samples and takes what comes of it."""
+    recipe = load_recipe(name)
+    if recipe.calibration is None:
+        return recipe
+    update = {"samples": 2, "sequence_length": 48, "max_cold_experts": 1.0, "max_fallbacks": 1.0}
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=update)})
+
+
+def quick_plan(source: Path, recipe: str | Recipe, limits: Limits | None = None) -> Plan:
+    """The plan of a recipe for a tiny checkpoint, with a text if it calibrates."""
+    chosen = quick_recipe(recipe) if isinstance(recipe, str) else recipe
+    plan = make_plan(open_source(str(source)), chosen, limits)
+    if not plan.calibrated:
+        return plan
+    text = source.parent / "calibration.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, 0123456789 times. " * 8)
+    return with_text(plan, str(text))
+
+
 @pytest.fixture(scope="session")
 def artifact(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """An artifact made from `checkpoint(kind, ...)` by a recipe's name, each made once and not to be changed."""
-    from l4pack.checkpoint.open import open_source
-    from l4pack.plan import make_plan
-    from l4pack.recipe import load_recipe
-    from l4pack.run import run_plan
-
     made: dict[str, Path] = {}
 
     def make_once(recipe: str, kind: str = "scout", **options: Any) -> Path:
         key = json.dumps([recipe, kind, options], sort_keys=True)
         if key not in made:
-            plan = make_plan(open_source(str(checkpoint(kind, **options))), load_recipe(recipe))
+            plan = quick_plan(checkpoint(kind, **options), recipe)
             made[key] = run_plan(plan, tmp_path_factory.mktemp("artifacts") / f"{kind}-{recipe}").out
         return made[key]
 

@@ -161,7 +161,7 @@ def test_a_quantized_source_is_refused(artifact):
 
 
 def test_what_runtimes_cannot_do_is_said(checkpoint):
-    recipe = load_recipe("int4").model_dump()
+    recipe = load_recipe("int4-rtn").model_dump()
     recipe["schemes"]["int4"]["symmetric"] = False
     recipe["rules"][0]["roles"].append("attention")
     notes = make_plan(open_source(str(checkpoint())), Recipe.model_validate(recipe)).warnings()

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import file_digests
+from conftest import file_digests, quick_plan
 from models import unfuse
 from safetensors.torch import load_file
 
@@ -21,6 +21,9 @@ from l4pack.quant.quantize import quantize_block
 from l4pack.recipe import Recipe, load_recipe, recipe_names
 from l4pack.run import run_plan
 
+ROUNDING = [
+    name for name in recipe_names() if load_recipe(name).calibration is None and load_recipe(name).promise is None
+]
 FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -29,8 +32,7 @@ def weights(folder):
 
 
 def run(source, recipe, out, **limits):
-    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    plan = make_plan(open_source(str(source)), chosen, Limits(**limits))
+    plan = quick_plan(source, recipe, Limits(**limits))
     return plan, run_plan(plan, out)
 
 
@@ -38,10 +40,14 @@ def bits(tensor):
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
-@pytest.mark.parametrize("kind", ["scout", "maverick", "text"])
+KINDS = ["scout", "maverick", "text"]
+PROMISES = {name: load_recipe(name).promise for name in recipe_names()}
+EACH = [(name, kind) for name, promise in PROMISES.items() for kind in KINDS if not promise or kind in promise.model]
+
+
+@pytest.mark.parametrize(("recipe", "kind"), EACH)
 def test_written_bytes_are_planned_bytes(checkpoint, artifact, recipe, kind):
-    plan = make_plan(open_source(str(checkpoint(kind))), load_recipe(recipe))
+    plan = quick_plan(checkpoint(kind), recipe)
     sizes = {path.name: path.stat().st_size for path in artifact(recipe, kind).iterdir()}
     assert sizes == plan.files
     assert sum(sizes.values()) == plan.artifact_bytes
@@ -51,7 +57,7 @@ def test_written_bytes_are_planned_bytes(checkpoint, artifact, recipe, kind):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("recipe", ["int4-rtn", "int4", "fp8", "fp8-block", "meta-int4", "meta-fp8"])
+@pytest.mark.parametrize("recipe", ROUNDING)
 def test_every_tensor_is_made_from_its_own_weights(checkpoint, artifact, recipe, dtype):
     source = checkpoint("maverick", dtype=dtype, intermediate_size=384)
     made = weights(artifact(recipe, "maverick", dtype=dtype, intermediate_size=384))
@@ -65,7 +71,7 @@ def test_every_tensor_is_made_from_its_own_weights(checkpoint, artifact, recipe,
             continue
         block = weight.view(torch.uint16).numpy() if dtype == "bfloat16" else weight.numpy()
         whole = quantize_block(block, Layout.OUT_IN, FLOATS[dtype], plan.recipe.schemes[scheme])
-        packed = recipe in ("int4-rtn", "int4", "meta-int4")
+        packed = plan.recipe.schemes[scheme].type == "int"
         expected[f"{linear.module}.weight{'_packed' if packed else ''}"] = whole.values.tobytes()
         expected[f"{linear.module}.weight_scale"] = whole.scale.tobytes()
         if packed:
@@ -75,11 +81,11 @@ def test_every_tensor_is_made_from_its_own_weights(checkpoint, artifact, recipe,
     assert {name: bits(tensor) for name, tensor in made.items()} == expected
 
 
-ASYMMETRIC = load_recipe("int4").model_dump()
+ASYMMETRIC = load_recipe("int4-rtn").model_dump()
 ASYMMETRIC["schemes"]["int4"] |= {"symmetric": False}
 TENSOR = load_recipe("fp8").model_dump()
 TENSOR["schemes"]["fp8"] |= {"strategy": "tensor"}
-TWO = load_recipe("int4").model_dump()
+TWO = load_recipe("int4-rtn").model_dump()
 TWO["schemes"]["fp8"] = load_recipe("fp8").model_dump()["schemes"]["fp8"]
 TWO["rules"] = [
     {"roles": ["routed_expert"], "layers": [1], "scheme": "keep"},
@@ -87,9 +93,14 @@ TWO["rules"] = [
     {"roles": ["shared_expert", "attention"], "scheme": "fp8"},
     {"roles": "all", "scheme": "keep"},
 ]
+MSE = load_recipe("int4-rtn").model_dump()
+MSE["schemes"]["int4"] |= {"observer": "mse"}
 RECIPES = {
-    **{name: load_recipe(name) for name in ("int4", "fp8-block", "meta-fp8")},
-    **{n: Recipe.model_validate(v) for n, v in (("asymmetric", ASYMMETRIC), ("tensor", TENSOR), ("two", TWO))},
+    **{name: load_recipe(name) for name in ("int4-rtn", "fp8-block", "meta-fp8")},
+    **{
+        n: Recipe.model_validate(v)
+        for n, v in (("asymmetric", ASYMMETRIC), ("tensor", TENSOR), ("two", TWO), ("mse", MSE))
+    },
 }
 
 
@@ -121,13 +132,13 @@ def test_slices_of_ragged_matrices_land_where_they_belong(checkpoint, tmp_path, 
 
 
 def _channelwise():
-    values = load_recipe("int4").model_dump()
+    values = load_recipe("int4-rtn").model_dump()
     values["schemes"]["int4"] |= {"symmetric": False, "strategy": "channel", "group_size": None}
     return Recipe.model_validate(values)
 
 
-@pytest.mark.parametrize("recipe", ["int4", "fp8", "meta-fp8"])
-@pytest.mark.parametrize("kind", ["scout", "maverick", "text"])
+@pytest.mark.parametrize("recipe", ["int4-rtn", "fp8", "meta-fp8"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_fused_and_unfused_sources_give_the_same_weights(artifact, recipe, kind):
     fused = weights(artifact(recipe, kind))
     unfused = weights(artifact(recipe, kind, layout="unfused", shards=2))
@@ -136,15 +147,15 @@ def test_fused_and_unfused_sources_give_the_same_weights(artifact, recipe, kind)
 
 
 def test_running_again_elsewhere_gives_the_same_bytes(checkpoint, artifact, tmp_path):
-    run(checkpoint("scout"), "int4", tmp_path / "again")
-    assert file_digests(tmp_path / "again") == file_digests(artifact("int4", "scout"))
+    run(checkpoint("scout"), "int4-rtn", tmp_path / "again")
+    assert file_digests(tmp_path / "again") == file_digests(artifact("int4-rtn", "scout"))
 
 
 def test_small_shards_hold_the_same_tensors(checkpoint, artifact, tmp_path):
-    plan, result = run(checkpoint("scout"), "int4", tmp_path / "small", shard_bytes=200_000)
+    plan, result = run(checkpoint("scout"), "int4-rtn", tmp_path / "small", shard_bytes=200_000)
     assert len(plan.shards) > 3
     index = json.loads((result.out / "model.safetensors.index.json").read_text())
-    one = weights(artifact("int4", "scout"))
+    one = weights(artifact("int4-rtn", "scout"))
     assert set(index["weight_map"]) == set(one)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in one.values())
     for file in set(index["weight_map"].values()):
@@ -177,7 +188,7 @@ def test_the_manifest_has_every_tensors_digest(artifact):
 
 
 def test_nothing_but_the_artifact_is_left(artifact):
-    made = artifact("int4", "scout")
+    made = artifact("int4-rtn", "scout")
     assert [path.name for path in made.parent.iterdir()] == [made.name]
 
 
