@@ -78,11 +78,17 @@ class Job:
             with self._lock:
                 self._error = self._error or error
             return
+        file = self._source_file(task)
         with self._lock:
             self._finished.append(task)
+            self._left_in_source[file] -= 1
+            used_up = not self._left_in_source[file]
+        if used_up:  # at once, not when it is journalled: fetched shards must not pile up
+            self._reader.forget(file)
+            self._store.release(file)
 
     def _settle(self, side: ThreadPoolExecutor) -> None:
-        """Journal what the workers finished, let go of used-up source files, hash complete shards."""
+        """Journal what the workers finished, and hash complete shards."""
         with self._lock:
             finished, self._finished = self._finished, []
         if not finished:
@@ -91,11 +97,6 @@ class Job:
         self._journal.record(finished=[task.key for task in finished])
         for task in finished:
             self._advance(task.read_bytes)
-            file = self._source_file(task)
-            self._left_in_source[file] -= 1
-            if not self._left_in_source[file]:
-                self._reader.forget(file)
-                self._store.release(file)
             self._left_in_shard.subtract(self._shard_files(task))
         self._hash_complete_shards(side)
 

@@ -149,14 +149,16 @@ class Plan:
     def disk_bytes(self) -> int:
         """Disk a run needs at its peak, the artifact included.
 
-        A source fetched as the run goes adds three shards: workers may be in two at once, and one is fetched ahead.
+        A source fetched as the run goes adds one shard for every worker, and one that is fetched ahead. A calibrated
+        run reads every layer again, and keeps what it fetched.
         """
         fetched = 0
         if self.checkpoint.store is not None and self.checkpoint.store.fetches:
             sizes: dict[str, int] = defaultdict(int)
             for entry in self.checkpoint.entries.values():
                 sizes[entry.file] += entry.nbytes
-            fetched = sum(sorted(sizes.values())[-3:])
+            at_once = len(sizes) if self.calibrated else self.workers + 1
+            fetched = sum(sorted(sizes.values())[-at_once:])
         return self.artifact_bytes + fetched + (0 if self.needs is None else self.needs.disk_bytes)
 
     @property
