@@ -9,6 +9,8 @@ from typing import Any
 from l4pack.errors import QualityError
 from l4pack.model.config import Llama4Config
 
+HINT = "give more --samples or a broader --text, or raise calibration.max_cold_experts in the recipe"
+
 
 @dataclass
 class Coverage:
@@ -32,7 +34,7 @@ class Coverage:
         """Layer and number of each expert that saw no token."""
         return [(layer, expert) for layer, counts in self.tokens.items() for expert, n in enumerate(counts) if n == 0]
 
-    def check(self) -> None:
+    def check(self, hint: str = HINT) -> None:
         """Raise QualityError when more experts are cold than the gate allows."""
         cold = self.cold
         if len(cold) > self.max_cold * self.experts:
@@ -40,7 +42,7 @@ class Coverage:
             raise QualityError(
                 f"{len(cold)} of {self.experts} experts saw no token (the first: layer {layer}, expert {expert}); "
                 f"the gate is {self.max_cold:.1%}",
-                hint="give more --samples or a broader --text, or raise calibration.max_cold_experts in the recipe",
+                hint=hint,
             )
 
     def record(self) -> dict[str, Any]:

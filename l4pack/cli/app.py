@@ -10,6 +10,7 @@ from l4pack import __version__
 from l4pack.cli import console
 from l4pack.cli.budget import budget_app, devices
 from l4pack.cli.build import build_command
+from l4pack.cli.coverage import coverage
 from l4pack.cli.evaluate import evaluate
 from l4pack.cli.inspect import inspect
 from l4pack.cli.licence import licence
@@ -18,6 +19,7 @@ from l4pack.cli.plan import plan
 from l4pack.cli.push import push
 from l4pack.cli.quantize import quantize
 from l4pack.cli.recipes import formats, recipes
+from l4pack.cli.report import report
 from l4pack.cli.verify import verify
 
 app = typer.Typer(
@@ -46,7 +48,9 @@ def _root(
     del version
 
 
-for command in (inspect, plan, quantize, verify, evaluate, licence, package, push, recipes, formats, devices):
+for command in (
+    inspect, plan, quantize, verify, evaluate, coverage, report, licence, package, push, recipes, formats, devices,
+):  # fmt: skip
     app.command()(command)
 app.command(name="build")(build_command)
 app.add_typer(budget_app, name="budget")

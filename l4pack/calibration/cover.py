@@ -1,0 +1,99 @@
+"""Expert coverage alone: a text runs through the original model, and routed tokens are counted."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from l4pack.calibration.coverage import Coverage
+from l4pack.checkpoint.source import Checkpoint
+from l4pack.errors import SourceError, UsageError
+from l4pack.recipe import Calibration
+from l4pack.stream.compute import Compute
+from l4pack.stream.hidden import Packed
+from l4pack.stream.layer import LayerPass, Routing, Stream
+from l4pack.stream.modules import Skeleton
+from l4pack.stream.text import DEMO_CALIBRATION, TextChoice, load_text, load_tokenizer
+from l4pack.stream.units import Unit
+from l4pack.stream.walk import Model, Progress, Walk
+from l4pack.stream.weights import Weights
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The text to count, and the gate; None means what calibration takes by default."""
+
+    text: str | None = None
+    samples: int | None = None
+    sequence_length: int | None = None
+    seed: int | None = None
+    max_cold: float = 1.0
+
+
+@dataclass
+class Covered:
+    """What was found, and on what."""
+
+    coverage: Coverage
+    text: dict[str, Any]
+    seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**self.coverage.record(), "text": self.text, "seconds": self.seconds}
+
+
+@dataclass
+class _Counter:
+    """Looks on while the model runs."""
+
+    coverage: Coverage
+    started: float = field(default_factory=time.monotonic)
+
+    def unit(self, model: int, unit: Unit, layer_pass: LayerPass, forward: Callable[[Tensor], Tensor]) -> None:
+        """Nothing to see."""
+
+    def routed(self, model: int, layer: int, routing: Routing) -> None:
+        """Count a layer's routed tokens."""
+        del model
+        self.coverage.add(layer, routing.counts())
+
+    def layer(self, layer: int, streams: Sequence[Stream]) -> dict[str, Any]:
+        """Nothing to keep."""
+        del layer, streams
+        return {}
+
+
+def cover(checkpoint: Checkpoint, wanted: Wanted, work: Path, compute: str, progress: Progress) -> Covered:
+    """Count the tokens of every expert. Raises UsageError (the text, a model without experts), SourceError."""
+    if not checkpoint.config.text.moe_layers:
+        raise UsageError(f"{checkpoint.name} has no routed experts", hint="there is nothing to cover")
+    if checkpoint.bare:
+        raise SourceError(f"{checkpoint.name} is a configuration without weights", hint="give the checkpoint itself")
+    if not 0 <= wanted.max_cold <= 1:
+        raise UsageError(f"--max-cold {wanted.max_cold:g} is no share", hint="give a number from 0 to 1")
+    usual = Calibration()
+    choice = TextChoice(
+        wanted.text or DEMO_CALIBRATION,
+        wanted.samples or usual.samples,
+        wanted.sequence_length,
+        wanted.seed or usual.seed,
+    )
+    text = load_text(choice, load_tokenizer(checkpoint), checkpoint.config.text.max_position_embeddings)
+    where = Compute.of(compute)
+    counter = _Counter(Coverage.of(checkpoint.config, wanted.max_cold))
+    with Weights(checkpoint, where.device, where.dtype) as weights:
+        model = Model("model", weights, Skeleton(checkpoint.config, where.device, where.dtype))
+        folder = work / "walk"
+        shutil.rmtree(folder, ignore_errors=True)
+        digest = str(text.record["tokens_sha256"])
+        with Walk([model], Packed(text.sequences), folder, digest, observer=counter, progress=progress) as walk:
+            walk.run()
+        shutil.rmtree(folder)
+    return Covered(counter.coverage, text.record, time.monotonic() - counter.started)

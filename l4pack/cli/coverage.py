@@ -1,0 +1,69 @@
+"""`l4pack coverage`."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import RenderableType
+
+from l4pack.checkpoint.open import open_source
+from l4pack.cli import console
+from l4pack.cli.options import AsJson, CalibrationText, Compute, Samples, Seed, SequenceLength, Source
+from l4pack.units import human_seconds
+
+
+def coverage(
+    source: Source,
+    text: CalibrationText = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    seed: Seed = None,
+    max_cold: Annotated[
+        float, typer.Option(help="Largest share of experts that may see no token; exit 6 above it.")
+    ] = 1.0,
+    compute: Compute = "auto",
+    work: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where hidden states go meanwhile.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count how many tokens of a text reach each expert, so that a calibration's mix can be judged before it runs.
+
+    Example: `l4pack coverage demo --samples 16`
+    """
+    from l4pack.calibration.cover import Wanted, cover
+    from l4pack.run import stop_signals
+    from l4pack.stream.walk import Progress
+
+    wanted = Wanted(text, samples, sequence_length, seed, max_cold)
+    folder = work or Path(tempfile.mkdtemp(prefix="l4pack-coverage-"))
+    checkpoint = open_source(source)
+    try:
+        with console.progress("covering", checkpoint.weight_bytes) as bar, stop_signals() as stop:
+            found = cover(checkpoint, wanted, folder, compute, Progress(bar.advance, bar.label, stop))
+    finally:
+        if work is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    record = found.record()
+    console.show_json(record) if as_json else console.show(*_view(record))
+    found.coverage.check(hint="give more --samples or a broader --text, or raise --max-cold")
+
+
+def _view(record: dict[str, Any]) -> list[RenderableType]:
+    table = console.table(">Layer", ">Cold", ">Least", ">Median", ">Most")
+    for layer in record["layers"]:
+        tokens = sorted(layer["tokens"])
+        row = (layer["layer"], tokens.count(0), tokens[0], tokens[len(tokens) // 2], tokens[-1])
+        table.add_row(*(f"{value:,}" for value in row))
+    text = record["text"]
+    return [
+        f"{text['tokens']:,} tokens of {console.plain(text['source'])}: "
+        f"{record['cold_experts']:,} of {record['experts']:,} experts saw none",
+        "",
+        table,
+        f"{human_seconds(record['seconds'])}",
+    ]
