@@ -33,9 +33,17 @@ def build_command(
             "--device", metavar="NAME", help="Must fit this; the recipe's promise unless given.", show_default=False
         ),
     ] = None,
-    context: Annotated[int | None, typer.Option("--context", metavar="TOKENS", show_default=False)] = None,
-    sequences: Annotated[int | None, typer.Option("--sequences", metavar="N", show_default=False)] = None,
-    kv_dtype: Annotated[str | None, typer.Option("--kv-dtype", metavar="bfloat16|fp8", show_default=False)] = None,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", metavar="TOKENS", help="Tokens each sequence must hold.", show_default=False),
+    ] = None,
+    sequences: Annotated[
+        int | None, typer.Option("--sequences", metavar="N", help="Sequences served at once.", show_default=False)
+    ] = None,
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option("--kv-dtype", metavar="bfloat16|fp8", help="What the KV cache is kept in.", show_default=False),
+    ] = None,
     text: Annotated[
         str, typer.Option("--text", metavar="TEXT", help="What accuracy is measured on; held-out text that ships.")
     ] = "demo",
@@ -51,8 +59,13 @@ def build_command(
         float | None, typer.Option("--max-perplexity-ratio", metavar="RATIO", help="Gate.", show_default=False)
     ] = None,
     skip_evaluate: Annotated[bool, typer.Option("--skip-evaluate", help="Do not measure accuracy.")] = False,
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", show_default=False)] = None,
-    base_model: Annotated[str | None, typer.Option("--base-model", metavar="ORG/NAME", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="The artifact's name on its card.", show_default=False)
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option("--base-model", metavar="ORG/NAME", help="The model it was made from.", show_default=False),
+    ] = None,
     push: Annotated[
         str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload when all is well.", show_default=False)
     ] = None,
