@@ -57,7 +57,7 @@ def histogram(edges: Sequence[float], counts: Sequence[int], x_title: str, y_tit
             f'<rect class="bar" x="{x + 1:.1f}" y="{y:.1f}" width="{max(1.0, width - 2):.1f}" '
             f'height="{HEIGHT - BOTTOM - y:.1f}" rx="2"><title>{low:.2g} to {high}: {counts[index]:,}</title></rect>'
         )
-        if index == first or index % 4 == 1:
+        if index % 4 == 1 or (index == first and index % 4 == 2):
             parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}">{low:.2g}</text>')
     parts.append(_title(x_title))
     return _svg(parts, HEIGHT, f"{y_title} by {x_title}")
@@ -84,7 +84,7 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], values: Sequence[Seque
         for place in range(0, len(columns), step)
     ]
     parts.append(
-        f'<text class="axis" x="{LEFT}" y="{bottom + 34}">expert, by layer; darkest is {_amount(largest, unit)}</text>'
+        f'<text class="axis" x="{LEFT}" y="{bottom + 34}">expert, by layer; the strongest colour is {_amount(largest, unit)}</text>'
     )
     return _svg(parts, bottom + 44, f"{unit} by layer and expert", width)
 
@@ -114,11 +114,11 @@ def _svg(parts: Sequence[str], height: float, label: str, width: float = WIDTH) 
 
 
 def _nice(largest: float) -> float:
-    """The next 1, 2, 2.5 or 5 times a power of ten."""
+    """The next round number, so that a quarter of it is round too."""
     if largest <= 0 or not math.isfinite(largest):
         return 1.0
     power = 10.0 ** math.floor(math.log10(largest))
-    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= largest * 0.999)
+    return next(step * power for step in (1, 1.2, 1.6, 2, 2.4, 3, 4, 5, 6, 8, 10) if step * power >= largest * 0.999)
 
 
 def _x(index: int, count: int) -> float:
@@ -135,10 +135,14 @@ def _y_axis(top: float, title: str) -> str:
         value = top * step / 4
         y = _y(value, top)
         lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        lines.append(f'<text class="tick end" x="{LEFT - 8}" y="{y + 4:.1f}">{value:,.4g}</text>')
+        lines.append(f'<text class="tick end" x="{LEFT - 8}" y="{y + 4:.1f}">{_tick(value)}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
     lines.append(f'<text class="axis mid" transform="translate(12 {middle:.0f}) rotate(-90)">{escape(title)}</text>')
     return "".join(lines)
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _x_axis(labels: Sequence[str], title: str) -> str:

@@ -37,10 +37,11 @@ _SLICES = {
     Role.ROUTER: ("routers and norms", "c7"), Role.NORM: ("routers and norms", "c7"),
 }  # fmt: skip
 _BLOCKS = (
-    ("residual stream", "c1", "residual_error"), ("attention", "c4", "attention_error"),
+    ("residual stream", "c6", "residual_error"), ("attention", "c4", "attention_error"),
     ("shared expert", "c2", "shared_expert_error"), ("dense MLP", "c3", "dense_mlp_error"),
-    ("routed experts", "c5", "routed_expert_error"),
+    ("routed experts", "c1", "routed_expert_error"),
 )  # fmt: skip
+_CHARTS = ("errors", "expert_errors", "coverage", "routing", "histogram", "positions")
 _MEMORY_STYLES = {"weights": "c1", "kv_cache": "c2", "activations": "c3"}
 
 
@@ -74,7 +75,7 @@ def render_report(artifact: Checkpoint, accuracy: dict[str, Any] | None, subject
         memory=memory,
         memory_bar=_memory_bar(memory) if memory else None,
         memory_error=memory_error,
-        charts=_charts(accuracy) if accuracy else {},
+        charts={**dict.fromkeys(_CHARTS), **(_charts(accuracy) if accuracy else {})},
         blocks=[(label, style) for label, style, key in _BLOCKS if accuracy and _known(accuracy["layers"], key)],
     )
 
@@ -154,7 +155,7 @@ def _charts(accuracy: dict[str, Any]) -> dict[str, Markup]:
         drawn["errors"] = line_chart(labels, series, "layer", "relative error")
     if _known(layers, "routing_agreement"):
         moved = [None if "routing_agreement" not in one else 1 - one["routing_agreement"] for one in layers]
-        drawn["routing"] = line_chart(labels, [Series("moved", "c5", moved)], "layer", "share of tokens moved")
+        drawn["routing"] = line_chart(labels, [Series("moved", "c1", moved)], "layer", "share of tokens moved")
     drawn |= _expert_maps([layer for layer in layers if layer.get("experts")])
     if "kl_histogram" in accuracy:
         found = accuracy["kl_histogram"]
