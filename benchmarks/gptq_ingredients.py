@@ -53,6 +53,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gptq mse act asym, 1 sweep": gptq("mse", True, 1.0, sweeps=1),
     "gptq mse act asym, 2 sweeps": gptq("mse", True, 1.0, sweeps=2),
     "gptq mse act asym, 4 sweeps": gptq("mse", True, 1.0, sweeps=4),
+    "gptq mse act asym, 8 sweeps": gptq("mse", True, 1.0, sweeps=8),
+    "gptq mse act asym, 16 sweeps": gptq("mse", True, 1.0, sweeps=16),
 }
 
 
