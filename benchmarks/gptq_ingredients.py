@@ -54,6 +54,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gptq mse act asym, 2 sweeps": gptq("mse", True, 1.0, sweeps=2),
     "gptq mse act asym, 4 sweeps": gptq("mse", True, 1.0, sweeps=4),
     "gptq mse act asym, 8 sweeps": gptq("mse", True, 1.0, sweeps=8),
+    "gptq mse act asym, 2 sweeps, refit": gptq("mse", True, 1.0, sweeps=2, refit_scales=True),
+    "gptq mse act asym, 4 sweeps, refit": gptq("mse", True, 1.0, sweeps=4, refit_scales=True),
+    "gptq mse act asym, 8 sweeps, refit": gptq("mse", True, 1.0, sweeps=8, refit_scales=True),
     "gptq mse act asym, 16 sweeps": gptq("mse", True, 1.0, sweeps=16),
 }
 

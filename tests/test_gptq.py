@@ -225,12 +225,13 @@ def test_scales_are_stored_in_the_sources_dtype(source, dtype):
     assert solution.scale.dtype is dtype
 
 
+@pytest.mark.parametrize("refit", [False, True])
 @pytest.mark.parametrize("name", SCHEMES)
-def test_a_sweep_never_raises_the_loss_and_stops_at_a_level_no_column_wants_to_leave(name):
+def test_a_sweep_never_raises_the_loss_and_stops_at_a_level_no_column_wants_to_leave(name, refit):
     scheme, h = SCHEMES[name], hessian().double()
     factor = gptq.factorize(h, act_order=True, dampening=0.01)
     damped = h.numpy() + np.diag(factor.added.numpy())
-    solved = gptq.round_to_nearest(weight(), scheme, h.diagonal().float())
+    start = solved = gptq.round_to_nearest(weight(), scheme, h.diagonal().float())
 
     def loss(rounded):
         quantized = (rounded.levels.double().numpy() - spread(rounded.zero_point)) * spread(rounded.scale)
@@ -238,12 +239,14 @@ def test_a_sweep_never_raises_the_loss_and_stops_at_a_level_no_column_wants_to_l
 
     losses = [loss(solved)]
     for _ in range(40):
-        solved = gptq.descend(weight().double(), h, factor.added, solved, scheme, block_size=50)
+        solved = gptq.descend(weight().double(), h, factor.added, solved, scheme, block_size=70, refit=refit)
         losses.append(loss(solved))
         assert (losses[-1] <= losses[-2] * (1 + 1e-12)).all()
         if (losses[-1] == losses[-2]).all():
             break
     assert losses[-1].sum() < 0.9 * losses[0].sum()
+    columns = IN // solved.scale.shape[1]
+    assert torch.equal(solved.scale, start.scale) == (not refit or columns > 70)
     scale, zero_point = torch.from_numpy(spread(solved.scale)), torch.from_numpy(spread(solved.zero_point))
     limit = 2 ** (scheme.num_bits - 1)
     for step in (-1, 1):

@@ -80,8 +80,11 @@ def _problem(blocks: Iterable[Block], width: int, options: GptqOptions) -> gptq.
 def _solve(
     problem: gptq.Problem, matrices: Matrices, name: str, scheme: RecipeScheme, dtypes: Mapping[str, FloatName]
 ) -> gptq.Solution:
-    sweeps = 0 if scheme.gptq is None else scheme.gptq.sweeps
-    return gptq.solve_problem(problem, matrices.weights[name], scheme, sweeps=sweeps, source_dtype=dtypes[name])
+    assert scheme.gptq is not None
+    sweeps, refit = scheme.gptq.sweeps, scheme.gptq.refit_scales
+    return gptq.solve_problem(
+        problem, matrices.weights[name], scheme, sweeps=sweeps, refit=refit, source_dtype=dtypes[name]
+    )
 
 
 def weights_of(solution: gptq.Solution) -> Tensor:

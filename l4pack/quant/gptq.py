@@ -121,6 +121,7 @@ def solve(
     block_size: int = 128,
     cross: Tensor | None = None,
     sweeps: int = 0,
+    refit: bool = False,
     source_dtype: FloatName = "BF16",
 ) -> Solution:
     """Quantize `weight` (float32 [out, in]) for inputs with second moments `hessian` (float32 [in, in], any factor).
@@ -132,7 +133,9 @@ def solve(
     NonFiniteError for a weight that is not finite.
     """
     problem = prepare(hessian, cross=cross, act_order=act_order, dampening=dampening)
-    return solve_problem(problem, weight, scheme, block_size=block_size, sweeps=sweeps, source_dtype=source_dtype)
+    return solve_problem(
+        problem, weight, scheme, block_size=block_size, sweeps=sweeps, refit=refit, source_dtype=source_dtype
+    )
 
 
 def prepare(
@@ -153,6 +156,7 @@ def solve_problem(
     *,
     block_size: int = 128,
     sweeps: int = 0,
+    refit: bool = False,
     source_dtype: FloatName = "BF16",
 ) -> Solution:
     """`solve` for one of the matrices of a problem, some output rows at a time: rows don't depend on each other."""
@@ -165,7 +169,7 @@ def solve_problem(
     if scheme.scale_dtype is ScaleDtype.SOURCE:
         dtypes = {name: dtype for dtype, name in STORED.items()}
         scheme = scheme.model_copy(update={"scale_dtype": dtypes[source_dtype]})
-    settings = _Settings(scheme, block_size, sweeps)
+    settings = _Settings(scheme, block_size, sweeps, refit)
     pieces = range(0, len(weight), ROWS_AT_ONCE)
     return _joined([_solve_piece(problem, weight[first : first + ROWS_AT_ONCE], settings, first) for first in pieces])
 
@@ -175,6 +179,7 @@ class _Settings:
     scheme: Scheme
     block_size: int
     sweeps: int
+    refit: bool
 
 
 def _solve_piece(problem: Problem, weight: Tensor, settings: _Settings, first: int) -> Solution:
@@ -197,7 +202,9 @@ def _solve_piece(problem: Problem, weight: Tensor, settings: _Settings, first: i
         start = round_to_nearest(target, scheme, problem.diagonal)
     solved, _ = solve_columns(target, factor, start, scheme, settings.block_size)
     for _ in range(settings.sweeps):
-        solved = descend(target, problem.hessian, factor.added, solved, scheme, settings.block_size)
+        solved = descend(
+            target, problem.hessian, factor.added, solved, scheme, settings.block_size, refit=settings.refit
+        )
     return _better_rows(target, problem.hessian, factor, solved, nearest, scheme, dead)
 
 
@@ -298,26 +305,60 @@ def solve_columns(
     return Rounded(levels, start.scale, start.zero_point), loss
 
 
-def descend(target: Tensor, hessian: Tensor, added: Tensor, start: Rounded, scheme: Scheme, block_size: int) -> Rounded:
+def descend(
+    target: Tensor,
+    hessian: Tensor,
+    added: Tensor,
+    start: Rounded,
+    scheme: Scheme,
+    block_size: int,
+    *,
+    refit: bool = False,
+) -> Rounded:
     """One sweep of coordinate descent from `start`: each column takes its best level given all the others.
 
-    GPTQ decides a column before it knows how those after it will be rounded; a sweep lets it decide again. No step
-    raises the damped loss. Scales and zero points stay.
+    GPTQ decides a column before it knows how those after it will be rounded; a sweep lets it decide again. With
+    `refit`, a group first takes the scale that is best for its levels, as the dtype of scales can write it; a scale
+    for more columns than a block stays. No step raises the damped loss.
     """
     columns = target.shape[1] // start.scale.shape[1]
-    levels = start.levels.clone()
+    step, refit = (columns, refit) if columns <= block_size else (block_size, False)
+    levels, scale = start.levels.clone(), start.scale.clone()
     residual = (target - start.values()).to(hessian.dtype)
     pull = residual @ hessian + residual * added
-    for first in range(0, target.shape[1], block_size):
-        last = min(first + block_size, target.shape[1])
-        group = torch.arange(first, last, device=target.device) // columns
-        scale, zero_point = (values[:, group].to(hessian.dtype) for values in (start.scale, start.zero_point))
+    for first in range(0, target.shape[1], step):
+        last = min(first + step, target.shape[1])
+        group = first // columns
         part = hessian[first:last, first:last] + torch.diag(added[first:last])
-        block = levels[:, first:last].contiguous()
-        change = descend_block(block, pull[:, first:last].contiguous(), part, scale, zero_point, scheme.num_bits)
+        zero_point = start.zero_point[:, group : group + 1].to(hessian.dtype)
+        block, own_pull = levels[:, first:last].contiguous(), pull[:, first:last].contiguous()
+        change = torch.zeros_like(own_pull)
+        if refit:
+            centred = block.to(hessian.dtype) - zero_point
+            scale[:, group], change = refit_scale(scale[:, group], centred, own_pull, part)
+            own_pull -= change @ part
+        width = last - first
+        scales, zeros = scale[:, group, None].to(hessian.dtype).expand(-1, width), zero_point.expand(-1, width)
+        change = change + descend_block(block, own_pull, part, scales, zeros, scheme.num_bits)
         levels[:, first:last] = block
         pull[:, last:].addmm_(change, hessian[first:last, last:], alpha=-1)
-    return Rounded(levels, start.scale, start.zero_point)
+    return Rounded(levels, scale, start.zero_point)
+
+
+def refit_scale(scale: Tensor, centred: Tensor, pull: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale [out] of a group that suits its levels best, and how its values [out, n] change with it.
+
+    `centred` [out, n] are levels less zero point, `pull` is R H of the group, `hessian` [n, n] its part of H. A scale
+    stays where its dtype has none that is better.
+    """
+    slope = (pull * centred).sum(1)
+    curvature = ((centred @ hessian) * centred).sum(1)
+    old = scale.to(pull.dtype)
+    wanted = (old + slope / curvature.clamp(min=torch.finfo(pull.dtype).tiny)).to(scale.dtype)
+    step = wanted.to(pull.dtype) - old
+    better = (2 * step * slope > step.square() * curvature) & (wanted > 0)
+    step = torch.where(better, step, torch.zeros_like(step))
+    return torch.where(better, wanted, scale), step[:, None] * centred
 
 
 def _better_rows(
