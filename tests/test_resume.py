@@ -119,14 +119,42 @@ def test_killed_while_finishing(die_in, source, plan, undisturbed, tmp_path, poi
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
-def test_what_was_done_is_not_read_again(die_in, source, plan, tmp_path):
+@pytest.fixture
+def stop_half_way(monkeypatch):
+    """Run a plan and ask it to stop as soon as something of it is journalled."""
+
+    def stop(plan, out):
+        run_task, asked = Executor.run, []
+
+        def ask(nbytes: int) -> None:
+            if nbytes and not asked:  # a second signal would end the tests
+                asked.append(nbytes)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("l4pack.job.SYNC_SECONDS", 0.001)
+            patch.setattr(Executor, "run", lambda self, task: (time.sleep(0.01), run_task(self, task)))
+            with pytest.raises(StoppedError, match="what is finished is kept"):
+                run_plan(plan, out, advance=ask)
+
+    return stop
+
+
+def test_what_was_done_is_not_read_again(stop_half_way, plan, undisturbed, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
     out = tmp_path / "out"
-    die_in("task, after", 30, source, "int4-rtn", out)
-    done = finished_tasks(out)
-    assert done > 5
+    stop_half_way(plan, out)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not out.exists()
+    done, ran = finished_tasks(out), []
+    run_task = Executor.run
+    monkeypatch.setattr(Executor, "run", lambda self, task: (ran.append(task), run_task(self, task)))
     result = run_plan(plan, out)
+    assert done > 0
+    assert len(ran) == len(plan.tasks) - done
     assert result.resumed_bytes > 0
-    assert result.read_bytes + result.resumed_bytes == plan.read_bytes
+    assert result.read_bytes == sum(task.read_bytes for task in ran)
+    assert file_digests(out) == undisturbed
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -142,18 +170,6 @@ def test_a_signal_stops_safely(source, plan, undisturbed, tmp_path, number):
     assert 3 < finished_tasks(out) < len(plan.tasks)
     assert run_plan(plan, out).resumed_bytes
     assert file_digests(out) == undisturbed
-
-
-def test_a_stop_inside_the_process_keeps_the_handlers(plan, tmp_path):
-    before = signal.getsignal(signal.SIGINT)
-
-    def ask(_: int) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(StoppedError, match="what is finished is kept"):
-        run_plan(plan, tmp_path / "out", advance=ask)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert not (tmp_path / "out").exists()
 
 
 def test_two_runs_into_one_folder(source, plan, tmp_path, l4pack):
@@ -214,9 +230,9 @@ def test_an_empty_folder_may_be_filled_and_a_full_one_not(source, plan, tmp_path
             run_plan(plan, out)
 
 
-def test_begun_shards_that_somebody_changed_are_refused(die_in, source, plan, tmp_path):
+def test_begun_shards_that_somebody_changed_are_refused(stop_half_way, plan, tmp_path):
     out = tmp_path / "out"
-    die_in("task, after", 20, source, "int4-rtn", out)
+    stop_half_way(plan, out)
     next((tmp_path / "out.partial" / "artifact").glob("*.safetensors")).unlink()
     with pytest.raises(UsageError, match="was changed since the job stopped") as caught:
         run_plan(plan, out)
