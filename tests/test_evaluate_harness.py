@@ -1,0 +1,104 @@
+"""lm-evaluation-harness gets the same answers from a streamed model as from the loaded one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import whole_model
+from whole_model import one_thread  # noqa: F401
+
+from l4pack.checkpoint.source import open_folder
+from l4pack.errors import UsageError
+from l4pack.evaluate.harness import StreamedScorer, run_tasks, streamed_lm
+from l4pack.stream.compute import Compute
+
+pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+
+REQUESTS = [("the quick", " brown fox"), ("", "jumps over"), ("a lazy dog ", "sleeps"), ("one", " two three four five"),
+            ("<|begin_of_text|>once", " upon")]  # fmt: skip
+
+
+@pytest.fixture
+def streamed(checkpoint, tmp_path):
+    def model(**text):
+        source = open_folder(checkpoint("scout", **text))
+        return streamed_lm(source, StreamedScorer(source, tmp_path / "work", Compute.of("cpu")))
+
+    return model
+
+
+def loaded(folder, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return HFLM(pretrained=whole_model.load(folder), tokenizer=tokenizer, batch_size=2, **options)
+
+
+def instances(kind, arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, one, index) for index, one in enumerate(arguments)]
+
+
+def test_log_likelihoods_are_those_of_the_loaded_model(checkpoint, streamed):
+    asked = instances("loglikelihood", REQUESTS)
+    wanted = loaded(checkpoint("scout")).loglikelihood(asked, disable_tqdm=True)
+    found = streamed().loglikelihood(asked, disable_tqdm=True)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], abs=1e-4)
+
+
+def test_long_texts_go_in_windows(checkpoint, streamed):
+    text = {"max_position_embeddings": 64}
+    asked = instances("loglikelihood_rolling", [("many words " * 20,), ("few",)])
+    wanted = loaded(checkpoint("scout", **text), max_length=64).loglikelihood_rolling(asked, disable_tqdm=True)
+    assert streamed(**text).loglikelihood_rolling(asked) == pytest.approx(wanted, abs=1e-3)
+
+
+def test_contexts_are_cut_to_the_models_length(checkpoint, streamed):
+    text = {"max_position_embeddings": 64}
+    asked = instances("loglikelihood", [("word " * 40, "end")])
+    wanted = loaded(checkpoint("scout", **text), max_length=64).loglikelihood(asked, disable_tqdm=True)
+    assert streamed(**text).loglikelihood(asked, disable_tqdm=True)[0][0] == pytest.approx(wanted[0][0], abs=1e-4)
+
+
+def test_a_task_of_the_harness_runs_through(checkpoint, streamed, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    manager = local_task(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = run_tasks(streamed(), ["foxes"], None, task_manager=manager, bootstrap_iters=0)
+        wanted = run_tasks(loaded(checkpoint("scout")), ["foxes"], None, task_manager=manager, bootstrap_iters=0)
+        with pytest.raises(UsageError, match="knows no task unicorns"):
+            run_tasks(streamed(), ["unicorns"], None, task_manager=manager)
+    assert found["foxes"]["acc"] == wanted["foxes"]["acc"]
+    assert found["foxes"]["acc_norm"] == wanted["foxes"]["acc_norm"]
+
+
+def local_task(folder):
+    from lm_eval.tasks import TaskManager
+
+    rows = [
+        {"q": f"fox number {number}", "choices": ["runs", "sleeps a lot", "eats"], "a": number % 3}
+        for number in range(8)
+    ]
+    (folder / "rows.json").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "foxes.yaml").write_text(
+        f"task: foxes\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'rows.json'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_target: a\n"
+        "doc_to_choice: choices\nmetric_list:\n- {metric: acc}\n- {metric: acc_norm}\n"
+    )
+    return TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+
+
+def test_generation_is_refused_with_a_way_out(streamed):
+    with pytest.raises(UsageError, match="generated text") as caught:
+        streamed().generate_until(instances("generate_until", [("a", {})]))
+    assert "--backend" in caught.value.hint
