@@ -225,6 +225,26 @@ def test_scales_are_stored_in_the_sources_dtype(source, dtype):
     assert solution.scale.dtype is dtype
 
 
+def test_a_triangular_matrix_is_inverted_by_halves(monkeypatch):
+    monkeypatch.setattr(gptq, "INVERT_AT_ONCE", 10)
+    lower = random(97, 97).double().tril() + 12 * torch.eye(97)
+    inverse = lower.clone()
+    gptq.invert_lower(inverse)
+    torch.testing.assert_close(inverse @ lower, torch.eye(97, dtype=torch.float64))
+
+
+def test_sweeps_at_once_are_sweeps_one_by_one():
+    scheme, h = SCHEMES["int4-g32"], hessian().double()
+    factor = gptq.factorize(h, act_order=True, dampening=0.01)
+    one = at_once = gptq.round_to_nearest(weight(), scheme, h.diagonal().float())
+    options = {"scheme": scheme, "block_size": 128, "refit": True}
+    for _ in range(3):
+        one = gptq.descend(weight().double(), h, factor.added, one, **options)
+    at_once = gptq.descend(weight().double(), h, factor.added, at_once, sweeps=3, **options)
+    assert torch.equal(one.levels, at_once.levels)
+    assert torch.equal(one.scale, at_once.scale)
+
+
 @pytest.mark.parametrize("refit", [False, True])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_sweep_never_raises_the_loss_and_stops_at_a_level_no_column_wants_to_leave(name, refit):

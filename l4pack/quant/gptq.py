@@ -37,6 +37,7 @@ DAMPENING_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 NOT_FINITE = "the Hessian is not finite"
 NOT_DEFINITE = "no dampening up to 1.0 made the Hessian positive definite"
+INVERT_AT_ONCE = 256
 ROWS_AT_ONCE = 2048  # output rows solved together: bounds the memory beside the factor
 
 
@@ -201,10 +202,9 @@ def _solve_piece(problem: Problem, weight: Tensor, settings: _Settings, first: i
         target = _asymmetric_target(weight, problem.cross, factor)
         start = round_to_nearest(target, scheme, problem.diagonal)
     solved, _ = solve_columns(target, factor, start, scheme, settings.block_size)
-    for _ in range(settings.sweeps):
-        solved = descend(
-            target, problem.hessian, factor.added, solved, scheme, settings.block_size, refit=settings.refit
-        )
+    if settings.sweeps:
+        size, sweeps, refit = settings.block_size, settings.sweeps, settings.refit
+        solved = descend(target, problem.hessian, factor.added, solved, scheme, size, sweeps=sweeps, refit=refit)
     return _better_rows(target, problem.hessian, factor, solved, nearest, scheme, dead)
 
 
@@ -240,17 +240,30 @@ def factorize(hessian: Tensor, *, act_order: bool, dampening: float) -> Factor |
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
     backwards = order.flip(0)
-    reversed_hessian = hessian[backwards][:, backwards]
+    damped = hessian[backwards[:, None], backwards]
     for fraction in (dampening, *(step for step in DAMPENING_LADDER if step > dampening)):
         added = torch.where(alive, fraction * mean, mean - diagonal)
-        damped = reversed_hessian + torch.diag(added[backwards])
+        damped.diagonal().copy_((diagonal + added)[backwards])
         lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed) == 0:
-            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
-            if bool(upper.isfinite().all()):
-                return Factor(upper, order, added, fraction)
+            invert_lower(lower)
+            if bool(lower.isfinite().all()):
+                return Factor(lower.flip(0, 1), order, added, fraction)
     return None
+
+
+def invert_lower(lower: Tensor) -> None:
+    """Invert a lower triangular matrix in place, by halves: nearly all of it is matrix products."""
+    size = len(lower)
+    if size <= INVERT_AT_ONCE:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = size // 2
+    first, last, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    invert_lower(first)
+    invert_lower(last)
+    below.copy_(-(last @ below) @ first)
 
 
 def _asymmetric_target(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
@@ -313,36 +326,47 @@ def descend(
     scheme: Scheme,
     block_size: int,
     *,
+    sweeps: int = 1,
     refit: bool = False,
 ) -> Rounded:
-    """One sweep of coordinate descent from `start`: each column takes its best level given all the others.
+    """Sweeps of coordinate descent from `start`: each column takes its best level given all the others.
 
     GPTQ decides a column before it knows how those after it will be rounded; a sweep lets it decide again. With
     `refit`, a group first takes the scale that is best for its levels, as the dtype of scales can write it; a scale
-    for more columns than a block stays. No step raises the damped loss.
+    for more columns than a block stays. No step raises the damped loss. R H, R the error, is kept up to date.
     """
     columns = target.shape[1] // start.scale.shape[1]
     step, refit = (columns, refit) if columns <= block_size else (block_size, False)
-    levels, scale = start.levels.clone(), start.scale.clone()
+    moving = Rounded(start.levels.clone(), start.scale.clone(), start.zero_point)
     residual = (target - start.values()).to(hessian.dtype)
     pull = residual @ hessian + residual * added
-    for first in range(0, target.shape[1], step):
-        last = min(first + step, target.shape[1])
-        group = first // columns
-        part = hessian[first:last, first:last] + torch.diag(added[first:last])
-        zero_point = start.zero_point[:, group : group + 1].to(hessian.dtype)
-        block, own_pull = levels[:, first:last].contiguous(), pull[:, first:last].contiguous()
-        change = torch.zeros_like(own_pull)
-        if refit:
-            centred = block.to(hessian.dtype) - zero_point
-            scale[:, group], change = refit_scale(scale[:, group], centred, own_pull, part)
-            own_pull -= change @ part
-        width = last - first
-        scales, zeros = scale[:, group, None].to(hessian.dtype).expand(-1, width), zero_point.expand(-1, width)
-        change = change + descend_block(block, own_pull, part, scales, zeros, scheme.num_bits)
-        levels[:, first:last] = block
-        pull[:, last:].addmm_(change, hessian[first:last, last:], alpha=-1)
-    return Rounded(levels, scale, start.zero_point)
+    del residual
+    for _ in range(sweeps):
+        for first in range(0, target.shape[1], step):
+            block = slice(first, min(first + step, target.shape[1]))
+            part = hessian[block, block] + torch.diag(added[block])
+            change = _descend_columns(moving, block, first // columns, pull[:, block], part, scheme, refit)
+            pull[:, block].addcmul_(change, added[block], value=-1)
+            pull.addmm_(change, hessian[block], alpha=-1)
+    return moving
+
+
+def _descend_columns(
+    moving: Rounded, block: slice, group: int, pull: Tensor, hessian: Tensor, scheme: Scheme, refit: bool
+) -> Tensor:
+    """One block of a sweep: `moving` changes in place, `pull` does not; returns the change of values [out, n]."""
+    levels, pull = moving.levels[:, block].contiguous(), pull.contiguous()
+    zero_point = moving.zero_point[:, group : group + 1].to(pull.dtype).expand_as(pull)
+    change = torch.zeros_like(pull)
+    if refit:
+        moving.scale[:, group], change = refit_scale(moving.scale[:, group], levels - zero_point, pull, hessian)
+        pull = pull - change @ hessian
+    else:
+        pull = pull.clone()
+    scale = moving.scale[:, group, None].to(pull.dtype).expand_as(pull)
+    change = change + descend_block(levels, pull, hessian, scale, zero_point, scheme.num_bits)
+    moving.levels[:, block] = levels
+    return change
 
 
 def refit_scale(scale: Tensor, centred: Tensor, pull: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
