@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from l4pack.checkpoint.header import DTYPE_BITS
+from l4pack.checkpoint.header import DTYPE_BITS, tensor_bytes
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import RecipeError
 from l4pack.formats import load_format, stored_tensors
@@ -44,10 +44,7 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        count = DTYPE_BITS[self.dtype] // 8
-        for size in self.shape:
-            count *= size
-        return count
+        return tensor_bytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ The planner, the writer and the verifier all read the same file, so they can't d
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Literal
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from l4pack.checkpoint.header import DTYPE_BITS
 from l4pack.datafile import read_yaml, validate
 from l4pack.errors import RecipeError
+from l4pack.model.tensors import Role
 from l4pack.quant.scheme import NumberType, ScaleDtype, Scheme, Strategy
 from l4pack.resources import data_folder
 
@@ -140,6 +142,19 @@ def stored_tensors(
         for rule in spec.tensors
         if rule.when is None or holds.get(rule.when, False)
     ]
+
+
+def reader_limits(spec: FormatSpec, scheme: Scheme, roles: Collection[Role], *, weight_only: bool) -> list[str]:
+    """What runtimes can't do with matrices of these roles under a scheme, each as `RUNTIME VERSION what`."""
+    attention, experts = Role.ATTENTION in roles, Role.ROUTED_EXPERT in roles
+    holds: dict[Condition, bool] = {
+        "asymmetric": not scheme.symmetric,
+        "attention": attention,
+        "block_attention": attention and scheme.strategy is Strategy.BLOCK,
+        "weight_only_experts": experts and weight_only and scheme.type is NumberType.FLOAT,
+    }
+    limits = [(reader, limit) for reader in spec.readers for limit in reader.limits]
+    return [f"{reader.runtime} {reader.version} {limit.says}" for reader, limit in limits if holds.get(limit.when)]
 
 
 def _sizes(scheme: Scheme, out_features: int, in_features: int) -> dict[str, int]:

@@ -23,10 +23,9 @@ from l4pack.checkpoint.header import DTYPE_BITS
 from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES, INDEX_NAME, Place, Shard, index_json, lay_out
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import BudgetError, SourceError
-from l4pack.formats import Condition, load_format
-from l4pack.model.tensors import Linear, Role
-from l4pack.quant.scheme import Strategy
-from l4pack.recipe import KEEP, Activations, Recipe, RecipeScheme
+from l4pack.formats import load_format, reader_limits
+from l4pack.model.tensors import Linear
+from l4pack.recipe import KEEP, Activations, Recipe
 from l4pack.units import MIB, human_bytes
 
 if TYPE_CHECKING:
@@ -179,25 +178,10 @@ class Plan:
         """What a runtime can't do with this artifact, from the format files."""
         found: list[str] = []
         for key, scheme in self.recipe.schemes.items():
-            conditions = self._conditions(key, scheme)
-            for reader in load_format(scheme.format).readers:
-                says = [limit.says for limit in reader.limits if limit.when in conditions]
-                found += [f"{reader.runtime} {reader.version} {text}" for text in says]
+            roles = {linear.role for linear, name in self.assigned if name == key}
+            weight_only = scheme.activations is Activations.NONE
+            found += reader_limits(load_format(scheme.format), scheme, roles, weight_only=weight_only)
         return list(dict.fromkeys(found))
-
-    def _conditions(self, key: str, scheme: RecipeScheme) -> set[Condition]:
-        roles = {linear.role for linear, name in self.assigned if name == key}
-        attention = Role.ATTENTION in roles
-        conditions: set[Condition] = set()
-        if not scheme.symmetric:
-            conditions.add("asymmetric")
-        if attention:
-            conditions.add("attention")
-        if attention and scheme.strategy is Strategy.BLOCK:
-            conditions.add("block_attention")
-        if scheme.activations is Activations.NONE and Role.ROUTED_EXPERT in roles:
-            conditions.add("weight_only_experts")
-        return conditions
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = None) -> Plan:

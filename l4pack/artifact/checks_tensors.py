@@ -16,10 +16,10 @@ from l4pack.artifact.opened import Artifact
 from l4pack.checkpoint.header import TensorEntry
 from l4pack.checkpoint.source import WEIGHT_DTYPES
 from l4pack.errors import SourceError
-from l4pack.formats import Condition, stored_tensors
+from l4pack.formats import reader_limits, stored_tensors
 from l4pack.model.names import classify, split_suffix
 from l4pack.model.tensors import Linear, Role, TensorSpec
-from l4pack.quant.scheme import Scheme, Strategy
+from l4pack.quant.scheme import Scheme
 
 PLAIN = "plain"
 _CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -283,24 +283,9 @@ def _check_readers(examiner: _Examiner, declared: Declared, found: Findings) -> 
         using = [linear for linear, name in examiner.shown.values() if name == group.name]
         if group.scheme is None or group.format is None or not using:
             continue
-        conditions = _conditions(group.scheme, any(linear.role is Role.ATTENTION for linear in using))
-        for reader in group.format.readers:
-            for limit in reader.limits:
-                if limit.when in conditions:
-                    found.warning(
-                        "runtime", f"config_groups.{group.name}", f"{reader.runtime} {reader.version} {limit.says}"
-                    )
-
-
-def _conditions(scheme: Scheme, attention: bool) -> set[Condition]:
-    conditions: set[Condition] = set()
-    if not scheme.symmetric:
-        conditions.add("asymmetric")
-    if attention:
-        conditions.add("attention")
-    if attention and scheme.strategy is Strategy.BLOCK:
-        conditions.add("block_attention")
-    return conditions
+        roles = {linear.role for linear in using}
+        for text in reader_limits(group.format, group.scheme, roles, weight_only=group.weight_only):
+            found.warning("runtime", f"config_groups.{group.name}", text)
 
 
 def _check_dtypes(artifact: Artifact, plain: list[Linear], others: tuple[TensorSpec, ...], found: Findings) -> None:

@@ -42,6 +42,7 @@ class Group:
     scheme: Scheme | None
     format: FormatSpec | None
     static: bool  # activations have scales in the file
+    weight_only: bool  # activations are not quantized
 
     @property
     def kind(self) -> str:
@@ -129,7 +130,7 @@ def _group(name: str, group: Mapping[str, Any], stanza: Mapping[str, Any], found
     static = isinstance(activations, Mapping) and activations.get("dynamic") in (False, None)
     if spec is not None and scheme is not None and not _accepted(spec, scheme, activations, where, found):
         scheme = None
-    return Group(name, targets, scheme, spec, static)
+    return Group(name, targets, scheme, spec, static, weight_only=activations is None)
 
 
 def _scheme(weights: Any, where: str, found: Findings) -> Scheme | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from l4pack.checkpoint.header import DTYPE_BITS, TensorEntry
+from l4pack.checkpoint.header import TensorEntry, tensor_bytes
 from l4pack.model.config import Llama4Config
 from l4pack.model.names import classify, split_suffix
 from l4pack.model.tensors import Role, catalogue
@@ -57,10 +57,7 @@ class Kind:
     @property
     def nbytes(self) -> int:
         """Bytes of one such tensor in its file."""
-        count = DTYPE_BITS[self.dtype] // 8
-        for size in self.shape:
-            count *= size
-        return count
+        return tensor_bytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True, eq=False)

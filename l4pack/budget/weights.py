@@ -9,6 +9,7 @@ every stage.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from functools import lru_cache
 
@@ -74,30 +75,23 @@ def _stages_of(kind: Kind, stages: list[range], tied: bool) -> list[int]:
 def _per_gpu(kind: Kind, weight: int, text: TextConfig, tp: int, expert_parallel: bool) -> int:
     if kind.role is Role.ROUTED_EXPERT and expert_parallel:
         experts = text.num_local_experts
-        return _elements(kind.shape) * weight * -(-experts // tp) // experts
+        return math.prod(kind.shape) * weight * -(-experts // tp) // experts
     axis = _split_axis(kind)
     if axis is None:
-        return _elements(kind.shape) * weight
+        return math.prod(kind.shape) * weight
     size = kind.shape[axis]
-    return _elements(kind.shape) // size * _share(kind, size, text, tp) * weight
+    return math.prod(kind.shape) // size * _share(kind, size, text, tp) * weight
 
 
 def _element_bytes(kind: Kind, casts: bool) -> int:
     """Bytes of an element on the GPU; a runtime that casts holds floats in the model's dtype and FP8 scales in float32."""
     if not casts:
-        return kind.nbytes // max(_elements(kind.shape), 1)
+        return kind.nbytes // max(math.prod(kind.shape), 1)
     if kind.fp8 and kind.suffix == "weight_scale":
         return FP8_SCALE_BYTES
     if kind.dtype in FLOATS:
         return MODEL_BYTES
-    return kind.nbytes // max(_elements(kind.shape), 1)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+    return kind.nbytes // max(math.prod(kind.shape), 1)
 
 
 def _split_axis(kind: Kind) -> int | None:

@@ -12,6 +12,7 @@ Source: transformers `models/llama4/modeling_llama4.py` and `convert_llama4_weig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -65,10 +66,7 @@ class TensorSpec:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -109,7 +110,7 @@ class Weights:
             linear = self._linears[module]
             if linear.layout is Layout.IN_OUT:
                 entry = self.checkpoint.entries[linear.tensor]
-                total += entry.nbytes * linear.numel // max(1, _count(entry.shape))
+                total += entry.nbytes * linear.numel // max(1, math.prod(entry.shape))
             else:
                 total += sum(self.checkpoint.entries[name].nbytes for name in self._names(linear).values())
         return total
@@ -171,10 +172,3 @@ def _wide_scales(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """16-bit scales as float32, so that products are exact; FP8 scales stay, their format wants them so."""
     narrow = (torch.bfloat16, torch.float16)
     return {suffix: value.float() if value.dtype in narrow else value for suffix, value in stored.items()}
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
