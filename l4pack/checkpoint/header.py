@@ -8,13 +8,17 @@ same rules are checked on the header alone, so that a plan reads no weights.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from l4pack.errors import SourceError
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+# Five times what a whole unfused Maverick in one file takes. The safetensors library's own limit, 100 MB, lets a hostile
+# header take 2 GB of memory before it is refused.
+MAX_HEADER_BYTES = 32_000_000
 LENGTH_BYTES = 8
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -32,6 +36,11 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+
+
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor with a safetensors dtype of DTYPE_BITS."""
+    return DTYPE_BITS[dtype] // 8 * math.prod(shape)
 
 
 def read_header(path: Path, file: str) -> dict[str, TensorEntry]:
@@ -73,20 +82,23 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, value: Any, base: int, file: str) -> TensorEntry:
     match value:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)]}:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end]} if _counts(start, end):
             pass
         case _:
             _bad(file, f"describes tensor {name} wrongly")
     if dtype not in DTYPE_BITS:
         _bad(file, f"gives tensor {name} the unknown dtype {dtype!r}")
-    if not all(type(size) is int and 0 <= size < 2**48 for size in shape) or len(shape) > 8:
+    if not _counts(*shape) or len(shape) > 8:
         _bad(file, f"gives tensor {name} an impossible shape")
-    nbytes = DTYPE_BITS[dtype] // 8
-    for size in shape:
-        nbytes *= size
-    if start < 0 or end - start != nbytes:
+    nbytes = tensor_bytes(dtype, shape)
+    if end - start != nbytes:
         _bad(file, f"gives tensor {name} {end - start:,} bytes; {dtype} {shape} needs {nbytes:,}")
     return TensorEntry(name, file, dtype, tuple(shape), base + start, nbytes)
+
+
+def _counts(*values: Any) -> bool:
+    """Whether all are whole numbers that a file's sizes could be; true and false are none."""
+    return all(type(value) is int and 0 <= value < 2**48 for value in values)
 
 
 def _check_gapless(entries: list[TensorEntry], base: int, data_bytes: int, file: str) -> None:
