@@ -11,7 +11,7 @@ from whole_model import one_thread  # noqa: F401
 
 from l4pack.checkpoint.source import open_folder
 from l4pack.errors import UsageError
-from l4pack.evaluate.harness import StreamedScorer, run_tasks, streamed_lm
+from l4pack.evaluate.harness import StreamedScorer, harness_record, run_tasks, streamed_lm, task_manager
 from l4pack.stream.compute import Compute
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
@@ -70,20 +70,35 @@ def test_contexts_are_cut_to_the_models_length(checkpoint, streamed):
 def test_a_task_of_the_harness_runs_through(checkpoint, streamed, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    manager = local_task(tmp_path)
+    manager = local_task(tmp_path, ["foxes"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = run_tasks(streamed(), ["foxes"], None, task_manager=manager, bootstrap_iters=0)
-        wanted = run_tasks(loaded(checkpoint("scout")), ["foxes"], None, task_manager=manager, bootstrap_iters=0)
-        with pytest.raises(UsageError, match="knows no task unicorns"):
-            run_tasks(streamed(), ["unicorns"], None, task_manager=manager)
+        found = run_tasks(streamed(), ["foxes"], None, manager, bootstrap_iters=0)
+        wanted = run_tasks(loaded(checkpoint("scout")), ["foxes"], None, manager, bootstrap_iters=0)
     assert found["foxes"]["acc"] == wanted["foxes"]["acc"]
     assert found["foxes"]["acc_norm"] == wanted["foxes"]["acc_norm"]
+    assert found["foxes"]["questions"] == 8
+    record = harness_record(found, wanted)["foxes"]
+    assert (record["metric"], record["questions"]) == ("acc", 8)
+    assert record["recovery"] in (None, 1.0)
 
 
-def local_task(folder):
-    from lm_eval.tasks import TaskManager
+def test_tasks_and_backends_that_are_not_there(tmp_path):
+    with pytest.raises(UsageError, match="knows no task unicorns"):
+        local_task(tmp_path, ["unicorns"])
+    with pytest.raises(UsageError, match="there is no backend abacus"):
+        task_manager(["foxes"], "abacus")
 
+
+def test_record_of_a_task():
+    numbers = {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.6, "questions": 8}
+    record = harness_record({"t": numbers}, {"t": {**numbers, "acc": 0.4}})["t"]
+    assert record["accuracy"] == {"value": 0.5, "standard_error": 0.1}
+    assert record["recovery"] == pytest.approx(1.25)
+    assert "recovery" not in harness_record({"t": numbers}, None)["t"]
+
+
+def local_task(folder, tasks):
     rows = [
         {"q": f"fox number {number}", "choices": ["runs", "sleeps a lot", "eats"], "a": number % 3}
         for number in range(8)
@@ -95,7 +110,7 @@ def local_task(folder):
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_target: a\n"
         "doc_to_choice: choices\nmetric_list:\n- {metric: acc}\n- {metric: acc_norm}\n"
     )
-    return TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+    return task_manager(tasks, "streamed", str(folder / "tasks"))
 
 
 def test_generation_is_refused_with_a_way_out(streamed):

@@ -35,9 +35,15 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Which sequences are taken.", rich_help_panel=_TEXT)] = 0,
     task: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Multiple-choice questions, JSONL; may be repeated.", show_default=False),
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|NAME", help="Questions in JSONL, or a task of lm-eval; may be repeated.", show_default=False
+        ),
     ] = None,
+    limit: Annotated[int | None, typer.Option(help="Most questions of each lm-eval task.", show_default=False)] = None,
+    backend: Annotated[
+        str, typer.Option(metavar="ENGINE", help="What runs lm-eval tasks: streamed, vllm or transformers.")
+    ] = "streamed",
     needle: Annotated[
         int | None,
         typer.Option(metavar="TOKENS", help="Retrieve numbers hidden in so many tokens.", show_default=False),
@@ -89,7 +95,10 @@ def evaluate(
     settings = Settings(
         work=work or artifact.with_name(f"{artifact.resolve().name}.evaluate.partial"),
         text=TextChoice(text, samples, sequence_length, seed),
-        tasks=tuple(task or ()),
+        tasks=tuple(Path(name) for name in task or () if name.endswith(".jsonl")),
+        harness=tuple(name for name in task or () if not name.endswith(".jsonl")),
+        backend=backend,
+        limit=limit,
         needle=needle,
         compute=compute,
         max_ram=_size(max_ram),
@@ -200,10 +209,13 @@ def _layers_view(record: dict[str, Any]) -> list[RenderableType]:
 
 def _task_line(name: str, task: dict[str, Any]) -> str:
     artifact, original = task["accuracy"], task.get("accuracy_reference")
-    line = f"task {console.plain(name)}: {artifact['value']:.4f} of {task['questions']} right"
+    line = (
+        f"task {console.plain(name)}: {task.get('metric', 'accuracy')} {artifact['value']:.4f} on {task['questions']}"
+    )
     if original is not None:
         recovery = "" if task["recovery"] is None else f", recovery {task['recovery']:.4f}"
-        line += f", original {original['value']:.4f}{recovery}, same choice {task['same_choice']:.4f}"
+        alike = "" if "same_choice" not in task else f", same choice {task['same_choice']:.4f}"
+        line += f", original {original['value']:.4f}{recovery}{alike}"
     return line
 
 

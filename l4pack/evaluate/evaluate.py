@@ -22,6 +22,15 @@ from l4pack import __version__
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
 from l4pack.evaluate.answers import Answers, StreamAnswers
+from l4pack.evaluate.harness import (
+    STREAMED,
+    StreamedScorer,
+    harness_record,
+    run_engine,
+    run_tasks,
+    streamed_lm,
+    task_manager,
+)
 from l4pack.evaluate.layer_errors import LayerErrors, worst_units
 from l4pack.evaluate.needle import Needle, needle_record, needles
 from l4pack.evaluate.needle import sequences_of as needle_sequences
@@ -53,7 +62,10 @@ class Settings:
 
     work: Path
     text: TextChoice = field(default_factory=TextChoice)
-    tasks: tuple[Path, ...] = ()
+    tasks: tuple[Path, ...] = ()  # files of questions
+    harness: tuple[str, ...] = ()  # tasks of lm-evaluation-harness
+    backend: str = STREAMED
+    limit: int | None = None
     needle: int | None = None
     compute: str = "auto"
     max_ram: int | None = None
@@ -93,6 +105,7 @@ def evaluate(
     """
     progress = progress or Progress()
     started = time.monotonic()
+    manager = task_manager(settings.harness, settings.backend) if settings.harness else None
     tokenizer = _tokenizer(artifact, original)
     inputs = _inputs(artifact, original, settings, tokenizer)
     if original is not None:
@@ -123,6 +136,8 @@ def evaluate(
         scored = _score(answers, stored, packed)
         record = _record(artifact, original, inputs, packed, scored, walk)
         record["layers"], record["resumed_layers"] = walk.records, walk.resumed_layers
+    if settings.harness:
+        record["tasks"] |= _Harness(settings, compute, progress, manager).record(artifact, original)
     record["worst"] = worst_units(record["layers"])
     if stored is not None or kept is not None:
         record["reference"] = _reference_record(stored.record if stored else kept or {})
@@ -297,6 +312,37 @@ def _needles(inputs: _Inputs, packed: Packed, lengths: Sequence[int], scored: _S
 
     record = {ARTIFACT: of(scored.artifact)}
     return {**record, ORIGINAL: of(scored.reference)} if scored.reference is not None else record
+
+
+@dataclass(frozen=True)
+class _Harness:
+    """lm-evaluation-harness on the models of one evaluation."""
+
+    settings: Settings
+    compute: Compute
+    progress: Progress
+    manager: Any
+
+    def record(self, artifact: Checkpoint, original: Checkpoint | None) -> dict[str, Any]:
+        """Every task's numbers; an engine runs the artifact alone."""
+        chosen = self.settings
+        if chosen.backend != STREAMED:
+            found = run_engine(chosen.backend, Path(artifact.name), chosen.harness, chosen.limit, self.manager)
+            return harness_record(found, None)
+        before = None if original is None else self._streamed(ORIGINAL, original)
+        return harness_record(self._streamed(ARTIFACT, artifact), before)
+
+    def _streamed(self, name: str, checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
+        chosen = self.settings
+        scorer = StreamedScorer(
+            checkpoint,
+            chosen.work / f"harness-{name}",
+            self.compute,
+            max_bytes=self.compute.limit(chosen.max_ram, chosen.max_vram),
+            round_activations=not chosen.weights_only,
+            progress=self.progress,
+        )
+        return run_tasks(streamed_lm(checkpoint, scorer), chosen.harness, chosen.limit, self.manager)
 
 
 def _reference_record(record: dict[str, Any]) -> dict[str, Any]:

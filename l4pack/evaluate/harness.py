@@ -7,7 +7,7 @@ Every log-likelihood request of all tasks goes through the layers in one pass. A
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +69,66 @@ def streamed_lm(checkpoint: Checkpoint, scorer: StreamedScorer) -> Any:
     return StreamedLM(checkpoint, scorer)
 
 
-def run_tasks(model: Any, tasks: Sequence[str], limit: int | None, **options: Any) -> dict[str, dict[str, float]]:
-    """Numbers of each task by metric, standard errors under `NAME_stderr`. Raises UsageError."""
+def task_manager(tasks: Sequence[str], backend: str, folder: str | None = None) -> Any:
+    """lm-evaluation-harness's task manager, once it knows all tasks. Raises UsageError before anything runs."""
+    if backend not in (STREAMED, *ENGINES):
+        raise UsageError(f"there is no backend {backend}", hint=f"choose {STREAMED}, {' or '.join(ENGINES)}")
     try:
-        import lm_eval
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UsageError(f"lm-eval is not installed; {_MISSING}", hint="pip install 'l4pack[eval]'") from error
-    manager = options.pop("task_manager", None) or lm_eval.tasks.TaskManager()
+    manager = TaskManager(include_path=folder, include_defaults=folder is None)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        raise UsageError(f"lm-eval knows no task {unknown[0]}", hint="see `lm-eval ls tasks`")
+        raise UsageError(f"lm-eval knows no task {unknown[0]}", hint="see `lm-eval ls tasks`, or give a .jsonl file")
+    return manager
+
+
+def run_tasks(
+    model: Any, tasks: Sequence[str], limit: int | None, manager: Any, **options: Any
+) -> dict[str, dict[str, float]]:
+    """Numbers of each task by metric, standard errors under `NAME_stderr`, and `questions`."""
+    import lm_eval
+
     found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), limit=limit, task_manager=manager, **options)
+    counts = found["n-samples"]
     return {
-        task: {
-            key.removesuffix(",none"): float(value) for key, value in values.items() if isinstance(value, int | float)
-        }
+        task: {**_numbers(values), "questions": counts.get(task, {}).get("effective", 0)}
         for task, values in found["results"].items()
     }
 
 
-def run_engine(backend: str, folder: Path, tasks: Sequence[str], limit: int | None) -> dict[str, dict[str, float]]:
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """`acc,none` and `acc_stderr,none` as `acc` and `acc_stderr`; filters other than none stay in the name."""
+    kept = {key: value for key, value in values.items() if "," in key and isinstance(value, int | float)}
+    return {key.removesuffix(",none").replace(",", " "): float(value) for key, value in kept.items()}
+
+
+def run_engine(
+    backend: str, folder: Path, tasks: Sequence[str], limit: int | None, manager: Any
+) -> dict[str, dict[str, float]]:
     """The same by an engine that loads the artifact whole: `vllm` or `transformers`."""
-    return run_tasks(ENGINES[backend], tasks, limit, model_args={"pretrained": str(folder)})
+    return run_tasks(ENGINES[backend], tasks, limit, manager, model_args={"pretrained": str(folder)})
+
+
+def harness_record(
+    artifact: Mapping[str, Mapping[str, float]], original: Mapping[str, Mapping[str, float]] | None
+) -> dict[str, dict[str, Any]]:
+    """Tasks in the shape of `tasks.task_record`; the accuracy is the task's first metric."""
+    record: dict[str, dict[str, Any]] = {}
+    for task, numbers in artifact.items():
+        metric = next(key for key in numbers if "_stderr" not in key)
+        one: dict[str, Any] = {"questions": int(numbers["questions"]), "metric": metric}
+        one["accuracy"], one["metrics"] = _value(numbers, metric), dict(numbers)
+        if original is not None:
+            before = _value(original[task], metric)
+            one |= {"accuracy_reference": before, "metrics_reference": dict(original[task])}
+            one["recovery"] = numbers[metric] / before["value"] if before["value"] else None
+        record[task] = one
+    return record
+
+
+def _value(numbers: Mapping[str, float], metric: str) -> dict[str, Any]:
+    name, _, filtered = metric.partition(" ")
+    error = numbers.get(f"{name}_stderr {filtered}".strip())
+    return {"value": numbers[metric], "standard_error": error}
