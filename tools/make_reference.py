@@ -18,7 +18,17 @@ from pydantic import BaseModel
 from l4pack.formats import FormatSpec, format_names, load_format
 from l4pack.model.tensors import QUANTIZABLE, Role
 from l4pack.quant.scheme import Scheme
-from l4pack.recipe import Gates, Promise, Recipe, RecipeScheme, Rule, load_recipe, recipe_names
+from l4pack.recipe import (
+    Calibration,
+    Gates,
+    GptqOptions,
+    Promise,
+    Recipe,
+    RecipeScheme,
+    Rule,
+    load_recipe,
+    recipe_names,
+)
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "reference"
@@ -41,6 +51,19 @@ MEANINGS = {
     "format": "The on-disk format that holds it; see [formats](formats.md).",
     "method": "How levels are found.",
     "activations": "What a runtime does to the inputs of a matrix.",
+    "gptq": "Options of method `gptq`.",
+    "calibration": "The text that calibrated methods look at, and what is asked of it.",
+    "samples": "Most sequences taken from the text.",
+    "sequence_length": "Tokens of a sequence; 2048, or the model's context if that is shorter.",
+    "seed": "Which sequences are taken.",
+    "min_tokens": "An expert that sees fewer borrows the tokens it would have been next for.",
+    "max_cold_experts": "Largest share of routed experts that may see no token.",
+    "max_fallbacks": "Largest share of matrices that may end rounded to nearest.",
+    "act_order": "Solve input features in order of their weight in the Hessian (groups stay as they lie).",
+    "dampening": "Share of the Hessian's mean diagonal that is added to it.",
+    "sweeps": "Rounds of coordinate descent after the solution.",
+    "refit_scales": "Fit the scales to the levels by least squares after the solution.",
+    "asymmetric": "How far to aim at the original layer's outputs on the original inputs (0: not at all).",
     "roles": "Roles of tensors, or `all`.",
     "layers": "Layers, counted from 0; negative numbers from the last.",
     "scheme": "The name of a scheme, or `keep` to leave tensors as they are.",
@@ -85,7 +108,9 @@ def recipes_page() -> str:
         f"Only {', '.join(f'`{role.value}`' for role in QUANTIZABLE)} may get a scheme.\n",
         keys("A recipe", Recipe),
         keys("A scheme, under `schemes`", RecipeScheme, order=[*Scheme.model_fields]),
+        keys("`gptq`, in a scheme", GptqOptions),
         keys("A rule, under `rules`", Rule),
+        keys("`calibration`", Calibration),
         keys("`promise`", Promise),
         keys("`promise.gates`", Gates),
         "## The shipped recipes\n",
