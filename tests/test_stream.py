@@ -65,6 +65,24 @@ def test_streamed_logits_are_transformers(checkpoint, tmp_path, kind, layout, bl
     assert_close(streamed_logits(checkpoint(kind, layout=layout, shards=3), sequences, tmp_path, blocks), wanted)
 
 
+def test_streamed_demo_model_is_transformers(tmp_path):
+    """A trained model: text longer than its attention chunk, and an image."""
+    from l4pack.demo import model_path
+
+    model = whole_model.load(model_path())
+    vision, image_token = model.config.vision_config, model.config.image_token_id
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 1500, (300,), generator=generator).tolist()]
+    assert_close(streamed_logits(model_path(), texts, tmp_path / "text"), whole_model.logits(model, texts), 1e-4)
+    pixels = torch.randn(1, 3, vision.image_size, vision.image_size, generator=generator)
+    patches = (vision.image_size // vision.patch_size) ** 2
+    texts[0][5 : 5 + int(patches * vision.pixel_shuffle_ratio**2)] = [image_token] * int(
+        patches * vision.pixel_shuffle_ratio**2
+    )
+    wanted = whole_model.logits(model, texts, pixel_values=pixels)
+    assert_close(streamed_logits(model_path(), texts, tmp_path / "image", images=pixels), wanted, 1e-4)
+
+
 def test_two_experts_a_token(checkpoint, tmp_path):
     source, sequences = checkpoint("scout", num_experts_per_tok=2), token_rows()
     wanted = whole_model.logits(whole_model.load(source), sequences)
