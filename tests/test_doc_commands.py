@@ -1,0 +1,32 @@
+"""Every command in a `shell` block of the pages below is run, in order, from an empty folder."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "docs/tutorial/first-artifact.md", "docs/how-to/convert-at-a-shell.md"]
+
+
+def shell_commands(page):
+    """The lines of a page's `shell` blocks, continued lines joined."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```shell\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_a_page_end_well(page, l4pack, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = shell_commands(page)
+    assert commands
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "l4pack", command
+        ended = l4pack(*arguments)
+        assert ended.code == 0, f"{command}\n{ended.err}"
+        assert ended.out.strip(), command
