@@ -89,7 +89,8 @@ class Walk:
     ) -> None:
         """`digest` names the job: a `work` folder begun for another one is refused with UsageError.
 
-        With `release`, pages of hidden states are let go after every unit, so that they don't count as the process's.
+        With `release`, pages of hidden states are let go as soon as they are used, so that they don't count as the
+        process's.
         """
         self.models, self.packed, self.work = tuple(models), packed, work
         self.records: list[dict[str, Any]] = []
@@ -124,20 +125,14 @@ class Walk:
         """Layers of the models."""
         return self.models[0].weights.checkpoint.config.text.num_hidden_layers
 
-    def read_bytes(self) -> int:
-        """Bytes of the matrices of all layers that are still to be read, if every expert is used."""
-        return sum(
-            unit_bytes(model.weights, unit)
-            for model in self.models
-            for layer in range(self._done, self.layers)
-            for unit in layer_units(model.weights.checkpoint.config, layer)
-        )
-
     def run(self) -> None:
         """Walk to the last layer; each stream's `current` then holds its outputs. Raises StoppedError when asked to."""
         if self._done == 0:
             for model, stream in zip(self.models, self.streams, strict=True):
                 embed(model.weights, model.skeleton, self.packed, stream.current)
+        for number in range(len(self.models)):
+            for layer in range(self._done):
+                self._count_unread(number, layer, ())
         with Prefetch(self._load) as ready:
             for layer in range(self._done, self.layers):
                 self._layer(layer, ready)
@@ -161,7 +156,8 @@ class Walk:
         self, number: int, layer: int, ready: Prefetch[tuple[int, Unit], UnitWeights], used: set[int]
     ) -> None:
         config = self.models[number].weights.checkpoint.config
-        one = LayerPass(self.models[number].skeleton, layer, self.packed, self.streams[number], self._blocks)
+        stream, release = self.streams[number], self._release
+        one = LayerPass(self.models[number].skeleton, layer, self.packed, stream, self._blocks, release=release)
         attention, shared = Unit(layer, Part.ATTENTION), feed_forward_unit(config, layer)
         ready.plan([(number, attention), (number, shared)])
         one.attention(self._take(number, attention, ready))
@@ -181,9 +177,7 @@ class Walk:
             one.feed_forward(unit, module)
             if self._observer:
                 self._observer.unit(number, unit, one, module)
-            if self._release:
-                self.streams[number].release()
-        self._count_unused(number, layer, experts)
+        self._count_unread(number, layer, (attention, shared, *experts))
         one.finish()
 
     def _take(self, number: int, unit: Unit, ready: Prefetch[tuple[int, Unit], UnitWeights]) -> UnitWeights:
@@ -195,10 +189,11 @@ class Walk:
         self._progress.advance(unit_bytes(self.models[number].weights, unit))
         return weights
 
-    def _count_unused(self, number: int, layer: int, experts: list[Unit]) -> None:
+    def _count_unread(self, number: int, layer: int, read: Sequence[Unit]) -> None:
+        """Tell progress of a layer's bytes that need not be read: experts without tokens, layers done before."""
         weights = self.models[number].weights
-        unused = set(layer_units(weights.checkpoint.config, layer)[2:]) - set(experts)
-        self._progress.advance(sum(unit_bytes(weights, unit) for unit in unused))
+        unread = [unit for unit in layer_units(weights.checkpoint.config, layer) if unit not in set(read)]
+        self._progress.advance(sum(unit_bytes(weights, unit) for unit in unread))
 
     def _save(self, layer: int, record: dict[str, Any]) -> None:
         self.records.append(record)
