@@ -166,6 +166,23 @@ def test_a_stopped_walk_goes_on_to_the_same_states(checkpoint, tmp_path):
     assert torch.equal(rows, torch.cat(wanted))
 
 
+@pytest.mark.parametrize("stop_in", [None, 3])
+def test_progress_ends_at_all_bytes(checkpoint, tmp_path, stop_in):
+    """Experts without a token and layers done before count too."""
+    from l4pack.evaluate.evaluate import total_bytes
+
+    packed, model = Packed([TokenSequence((1, 2, 3))]), stream_model(checkpoint("maverick"))
+    if stop_in:
+        stopping = Progress()
+        stopping.label = lambda text: stopping.stop.set() if f"layer {stop_in} of 4," in text else None
+        with Walk([model], packed, tmp_path, "job", progress=stopping) as walk, pytest.raises(StoppedError):
+            walk.run()
+    done = []
+    with Walk([model], packed, tmp_path, "job", progress=Progress(advance=done.append)) as walk:
+        walk.run()
+    assert sum(done) == total_bytes(model.weights.checkpoint, None)
+
+
 def test_work_of_another_job_is_refused(checkpoint, tmp_path):
     streamed_logits(checkpoint("text"), token_rows(), tmp_path)
     packed, model = Packed([TokenSequence((1, 2, 3))]), stream_model(checkpoint("text"))
