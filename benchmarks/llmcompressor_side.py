@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -22,7 +23,7 @@ IGNORE = ["re:.*lm_head", "re:.*self_attn", "re:.*router", "re:.*vision_model.*"
 
 def main() -> None:
     source, tokens, out = sys.argv[1:]
-    sequences = json.load(open(tokens))
+    sequences = json.loads(Path(tokens).read_text())
     started = time.monotonic()
     # float32: bfloat16 products take hundreds of times longer on a CPU without AMX.
     model = Llama4ForConditionalGeneration.from_pretrained(source, dtype=torch.float32)

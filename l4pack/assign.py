@@ -13,7 +13,7 @@ from l4pack.formats import load_format, stored_tensors
 from l4pack.model.tensors import Linear, Role, TensorSpec, canonical_naming, catalogue, rename
 from l4pack.quant.layout import Layout
 from l4pack.quant.scheme import Strategy
-from l4pack.recipe import KEEP, Recipe
+from l4pack.recipe import KEEP, Method, Recipe
 from l4pack.units import MIB
 
 COPY_CHUNK = 16 * MIB
@@ -157,7 +157,8 @@ def _target(checkpoint: Checkpoint, recipe: Recipe, old: Linear, new: Linear, sc
                 f"{new.in_features} input features of {new.module}",
                 hint="choose a group size that divides every matrix, or strategy channel",
             )
-        stored = stored_tensors(load_format(numbers.format), numbers, new.out_features, new.in_features, dtype)
+        spec, size = load_format(numbers.format), (new.out_features, new.in_features)
+        stored = stored_tensors(spec, numbers, *size, dtype, static=numbers.static)
         shapes = [(tensor.suffix, tensor.dtype, tensor.shape) for tensor in stored]
     tensors = tuple(
         PlannedTensor(f"{new.module}.{suffix}", kind, shape, new.role, new.layer, new.expert, scheme)
@@ -180,7 +181,7 @@ def cut(checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, slab_byt
 
 def is_calibrated(recipe: Recipe, target: Target) -> bool:
     """Whether a matrix is made by calibration, and not by a task."""
-    return target.scheme != KEEP and recipe.schemes[target.scheme].calibrated
+    return target.scheme != KEEP and recipe.schemes[target.scheme].method is Method.GPTQ
 
 
 def _copy_task(name: str, tensor: PlannedTensor) -> Task:

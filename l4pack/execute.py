@@ -18,6 +18,7 @@ from l4pack.quant.quantize import NonFiniteError, Quantized, absmax, quantize_bl
 from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.recipe import Recipe
 
+INPUT_SCALE = "input_scale"
 # Magnitudes from these bit patterns up are infinite or not a number.
 _EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
@@ -100,7 +101,10 @@ class Executor:
             "weight_shape": (np.array([linear.out_features, linear.in_features], np.int64), None),
         }
         for tensor in target.tensors:
-            array, rows_in_one = parts[tensor.name.removeprefix(f"{target.module}.")]
+            suffix = tensor.name.removeprefix(f"{target.module}.")
+            if suffix == INPUT_SCALE:
+                continue  # calibration writes it
+            array, rows_in_one = parts[suffix]
             assert array is not None
             self._write_from(tensor, row // rows_in_one if rows_in_one else 0, array)
 

@@ -46,6 +46,7 @@ class Job:
         self._left_in_shard = Counter(file for task in self._todo for file in self._shard_files(task))
         # What calibration has yet to read and to write is neither let go of nor hashed here.
         self._left_in_source.update(plan.checkpoint.entries[target.linear.tensor].file for target in plan.calibrated)
+        self._left_in_shard.update(plan.places[f"{target.module}.input_scale"].file for target in plan.observed)
         self._left_in_shard.update(plan.places[tensor.name].file for t in plan.calibrated for tensor in t.tensors)
         self._hashing: list[Future[dict[str, str]]] = []
 

@@ -70,6 +70,7 @@ class Plan:
     accelerated: bool
     manifest: Manifest = field(repr=False)
     calibrated: tuple[Target, ...] = ()
+    observed: tuple[Target, ...] = ()  # made by tasks, but for the scale of their inputs
     needs: Needs | None = None  # of calibration
     text: TokenText | None = field(default=None, repr=False)
 
@@ -103,7 +104,7 @@ class Plan:
             sizes[INDEX_NAME] = len(self.index_json)
         sizes |= self.checkpoint.companions
         sizes[CONFIG_NAME] = len(self.config_json)
-        if self.calibrated:
+        if self.needs is not None:
             sizes[RECORD_NAME] = record_bytes(self)
         sizes[MANIFEST_NAME] = len(self.manifest.to_json({tensor.name: "0" * 64 for tensor in self.tensors}))
         return sizes
@@ -156,7 +157,7 @@ class Plan:
             sizes: dict[str, int] = defaultdict(int)
             for entry in self.checkpoint.entries.values():
                 sizes[entry.file] += entry.nbytes
-            at_once = len(sizes) if self.calibrated else self.workers + 1
+            at_once = len(sizes) if self.needs else self.workers + 1
             fetched = sum(sorted(sizes.values())[-at_once:])
         return self.artifact_bytes + fetched + (0 if self.needs is None else self.needs.disk_bytes)
 
@@ -197,7 +198,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
     shards, places = lay_out(assignment.groups, limits.shard_bytes)
     workers, tasks = _fit(checkpoint, recipe, assignment, limits)
     calibrated = tuple(target for target in assignment.targets if is_calibrated(recipe, target))
-    needs = calibration_needs(checkpoint, recipe, calibrated) if calibrated else None
+    observed = tuple(
+        target for target in assignment.targets if target.scheme != KEEP and recipe.schemes[target.scheme].static
+    )
+    needs = calibration_needs(checkpoint, recipe, (*calibrated, *observed)) if calibrated or observed else None
     if needs is not None and limits.max_ram is not None:
         check_room(needs.ram_bytes, limits.max_ram)
     vision = checkpoint.config.vision is not None
@@ -214,6 +218,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
         accelerated=limits.accelerated,
         manifest=Manifest.of(checkpoint, recipe),
         calibrated=calibrated,
+        observed=observed,
         needs=needs,
     )
 

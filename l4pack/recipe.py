@@ -15,7 +15,7 @@ from l4pack.datafile import read_yaml, validate
 from l4pack.errors import RecipeError, UsageError
 from l4pack.formats import check_accepts, load_format
 from l4pack.model.tensors import QUANTIZABLE, Role
-from l4pack.quant.scheme import NumberType, Scheme
+from l4pack.quant.scheme import NumberType, Scheme, Strategy
 from l4pack.resources import data_folder
 
 KEEP = "keep"
@@ -35,6 +35,7 @@ class Activations(StrEnum):
     NONE = "none"
     DYNAMIC_TOKEN = "dynamic_token"
     DYNAMIC_GROUP = "dynamic_group"
+    STATIC_TENSOR = "static_tensor"
 
 
 class _Data(BaseModel):
@@ -78,12 +79,21 @@ class RecipeScheme(Scheme):
             raise ValueError("method: gptq solves integer schemes")
         if self.method is not Method.GPTQ and self.gptq is not None:
             raise ValueError("gptq: its options are for method gptq")
+        if self.static and self.strategy is not Strategy.TENSOR:
+            raise ValueError(
+                "activations: static_tensor goes with strategy tensor; no runtime reads another for experts"
+            )
         return self
+
+    @property
+    def static(self) -> bool:
+        """Whether inputs are rounded with a scale that is fixed beforehand."""
+        return self.activations is Activations.STATIC_TENSOR
 
     @property
     def calibrated(self) -> bool:
         """Whether a text must be run through the model to find the numbers."""
-        return self.method is Method.GPTQ
+        return self.method is Method.GPTQ or self.static
 
 
 class Rule(_Data):
@@ -173,7 +183,9 @@ class Recipe(_Data):
         if rule.roles == "all":
             raise ValueError(f"{where}.roles: 'all' takes scheme '{KEEP}' only; name the roles to quantize")
         if self.schemes[rule.scheme].calibrated and Role.ATTENTION in rule.roles:
-            raise ValueError(f"{where}.roles: gptq solves MLPs; give attention a scheme with method rtn, or keep it")
+            raise ValueError(
+                f"{where}.roles: only MLPs are calibrated; keep attention, or give it a scheme that is not"
+            )
         fixed = [role.value for role in rule.roles if role not in QUANTIZABLE]
         if fixed:
             raise ValueError(f"{where}.roles: no runtime reads a quantized {fixed[0]}; give it scheme '{KEEP}'")

@@ -82,7 +82,7 @@ def _calibration_record(plan: Plan) -> dict[str, Any] | None:
     if plan.needs is None:
         return None
     text = None if plan.text is None else plan.text.record
-    return {"matrices": len(plan.calibrated), "tokens": plan.needs.tokens, "streams": plan.needs.streams,
+    return {"matrices": len(plan.calibrated) + len(plan.observed), "tokens": plan.needs.tokens, "streams": plan.needs.streams,
             "ram_bytes": plan.needs.ram_bytes, "hidden_bytes": plan.needs.disk_bytes, "text": text}  # fmt: skip
 
 

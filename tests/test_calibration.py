@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import build
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from l4pack.calibration import walk
@@ -347,3 +348,72 @@ def test_options_of_calibration_are_refused_where_nothing_is_calibrated(l4pack, 
     ended = l4pack("quantize", source, "--recipe", "int4-rtn", "--samples", 3, "--out", tmp_path / "out")
     assert ended.code == 2
     assert ended.err.startswith("error: recipe int4-rtn needs no calibration, --samples means nothing to it\nhint: ")
+
+
+# Fixed scales of FP8 activations.
+
+
+def test_fp8_input_scales_are_the_largest_inputs_of_each_layer(source, text, tmp_path, l4pack):
+    static = load_recipe("fp8-static").calibrating(samples=SAMPLES, sequence_length=LENGTH)
+    plan = with_text(make_plan(open_source(str(source)), static), str(text))
+    out = run_plan(plan, tmp_path / "out").out
+    assert {path.name: path.stat().st_size for path in out.iterdir()} == plan.files
+    ended = l4pack("verify", out, "--against", source, "--json")
+    assert json.loads(ended.out)["ok"] is True
+    prefix = "language_model.model.layers."
+    scales = {name: value for name, value in load_file(out / "model.safetensors").items() if "input_scale" in name}
+    assert len(scales) == len(plan.observed) == 60
+    for layer in (1, 3):
+        for projections in (("gate_proj", "up_proj"), ("down_proj",)):
+            names = [
+                f"{prefix}{layer}.feed_forward.experts.{expert}.{projection}.input_scale"
+                for expert in range(8)
+                for projection in projections
+            ]
+            assert len({scales[name].item() for name in names}) == 1
+    tokens = torch.tensor([item.tokens for item in plan.text.sequences])
+    largest = largest_inputs(source, tokens)
+    for name, amax in largest.items():
+        scale = scales[f"{prefix}0.feed_forward.{name}.input_scale"]
+        assert (scale.dtype, tuple(scale.shape)) == (torch.bfloat16, (1,))
+        # Down's inputs come from gate and up as quantized.
+        assert scale.item() == pytest.approx(amax / 448, rel=2**-8 if name != "down_proj" else 0.1)
+    config = json.loads((out / "config.json").read_bytes())["quantization_config"]["config_groups"]["group_0"]
+    assert (config["input_activations"]["dynamic"], config["input_activations"]["strategy"]) == (False, "tensor")
+
+
+def largest_inputs(source: Path, tokens: torch.Tensor) -> dict[str, float]:
+    """Largest magnitudes that transformers gives the matrices of layer 0's dense MLP."""
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+    dense = model.language_model.model.layers[0].feed_forward
+    largest: dict[str, float] = {}
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        hook = lambda _, args, name=name: largest.__setitem__(name, args[0].abs().max().item())  # noqa: E731
+        dense.get_submodule(name).register_forward_pre_hook(hook)
+    with torch.no_grad():
+        model(input_ids=tokens)
+    return largest
+
+
+def test_static_activations_go_with_one_scale_a_matrix():
+    values = load_recipe("fp8-static").model_dump()
+    values["schemes"]["fp8"]["strategy"] = "channel"
+    with pytest.raises(ValueError, match="static_tensor goes with strategy tensor"):
+        Recipe.model_validate(values)
+
+
+def test_coverage_command(source, text, l4pack):
+    command = ["coverage", source, "--text", text, "--samples", SAMPLES, "--sequence-length", LENGTH, "--json"]
+    ended = l4pack(*command)
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert found["experts"] == 16
+    assert [sum(layer["tokens"]) for layer in found["layers"]] == [SAMPLES * LENGTH] * 2
+    assert found["cold_experts"] == sum(layer["tokens"].count(0) for layer in found["layers"]) == len(found["cold"])
+    few = [*command[:4], "--samples", 1, "--sequence-length", 2, "--json"]
+    assert l4pack(*few).code == 0
+    ended = l4pack(*few, "--max-cold", 0.1)
+    assert ended.code == 6
+    assert "experts saw no token" in ended.err
+    assert "--max-cold" in ended.err
+    assert l4pack("coverage", "llama-4-scout").code == 4

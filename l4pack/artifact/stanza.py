@@ -25,6 +25,7 @@ _ACTIVATIONS: dict[Activations, dict[str, Any] | None] = {
     Activations.NONE: None,
     Activations.DYNAMIC_TOKEN: {"strategy": "token"},
     Activations.DYNAMIC_GROUP: {"strategy": "group", "group_size": 128},
+    Activations.STATIC_TENSOR: {"strategy": "tensor", "dynamic": False, "observer": "memoryless_minmax"},
 }
 
 
@@ -66,7 +67,7 @@ def _group(scheme: RecipeScheme, targets: list[str]) -> dict[str, Any]:
             block_structure=list(scheme.block_structure) if scheme.block_structure else None,
             observer="memoryless_minmax" if scheme.observer.value == "minmax" else "memoryless_mse",
         ),
-        "input_activations": None if activations is None else _arguments(type="float", dynamic=True, **activations),
+        "input_activations": None if activations is None else _arguments(**{"type": "float", "dynamic": True, **activations}),
         "output_activations": None,
     }
 

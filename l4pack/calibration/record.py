@@ -22,7 +22,7 @@ def record_bytes(plan: Plan) -> int:
     """Size of the file."""
     text = plan.checkpoint.config.text
     experts = len(text.moe_layers) * text.num_local_experts
-    matrices = sum(_PER_MATRIX + len(target.module) for target in plan.calibrated)
+    matrices = sum(_PER_MATRIX + len(target.module) for target in (*plan.calibrated, *plan.observed))
     return _HEAD + matrices + _PER_LAYER * text.num_hidden_layers + _PER_EXPERT * experts
 
 

@@ -14,19 +14,22 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers.activations import ACT2FN
 
 from l4pack.artifact.quantized import dequantized
 from l4pack.calibration.coverage import Coverage
+from l4pack.calibration.inputs import InputScales, stored_scale
 from l4pack.calibration.mlp import Matrices, result_of, solve_mlp, stored
 from l4pack.calibration.needs import BLOCK_ROWS, asymmetric
 from l4pack.calibration.output import Output
 from l4pack.calibration.rows import UnitRows, blocks, expert_rows
 from l4pack.checkpoint.reader import NUMPY_TYPES
 from l4pack.errors import QualityError, SourceError, StoppedError
+from l4pack.execute import INPUT_SCALE
+from l4pack.quant.floats import FloatName
 from l4pack.quant.quantize import NonFiniteError
 from l4pack.stream.embed import embed
 from l4pack.stream.hidden import Packed
@@ -71,6 +74,7 @@ class CalibrationRun:
         self._options = plan.recipe.calibration
         self._config = plan.checkpoint.config
         self._targets = {target.module: target for target in plan.calibrated}
+        self._inputs = InputScales(plan.observed)
         self._made = {linear.module: name for linear, name in plan.assigned if name is not None}
         self._packed = Packed(plan.text.sequences)
         self._device = torch.device(device)
@@ -92,7 +96,8 @@ class CalibrationRun:
         """Walk to the last layer. Raises StoppedError, QualityError when a gate is missed, SourceError."""
         done = self._done()
         finished = {module for found in self._output.journal.results.values() for module in found.get("matrices", ())}
-        self._advance(sum(self._plan.target_bytes(self._targets[module]) for module in finished))
+        done_before = [target for module, target in self._targets.items() if module in finished]
+        self._advance(sum(map(self._plan.target_bytes, done_before)))
         for stream in self._streams:
             stream.side = done % 2
         try:
@@ -138,7 +143,21 @@ class CalibrationRun:
         for one, stream in zip(passes, self._streams, strict=True):
             one.finish()
             stream.release()
+        self._write_input_scales(layer)
         self._save(layer)
+
+    def _write_input_scales(self, layer: int) -> None:
+        found = self._inputs.finish()
+        if not found:
+            return
+        matrices = {}
+        for module, amax in found.items():
+            tensor = next(one for one in self._plan.targets[module].tensors if one.name.endswith(f".{INPUT_SCALE}"))
+            scale = stored_scale(amax, cast(FloatName, tensor.dtype))
+            self._output.writer.write(tensor.name, 0, scale)
+            matrices[module] = {"method": "rtn", "input_amax": float(f"{amax:.6g}")}
+        self._output.writer.sync()
+        self._output.journal.record(results={f"input scales of layer {layer}": {"matrices": matrices}})
 
     def _record_coverage(self, layer: int, one: LayerPass) -> None:
         if one.routing is None:
@@ -157,7 +176,9 @@ class CalibrationRun:
             self._solve(unit, weights, targets, passes)
         for one in passes[:-1]:
             one.feed_forward(unit, one.mlp(unit, weights))
-        passes[-1].feed_forward(unit, passes[-1].mlp(unit, self._as_written(unit, weights)))
+        module = passes[-1].mlp(unit, self._as_written(unit, weights))
+        self._inputs.watch(unit, module, names)
+        passes[-1].feed_forward(unit, module)
 
     @torch.inference_mode()
     def _solve(self, unit: Unit, weights: UnitWeights, targets: Mapping[str, Target], passes: list[LayerPass]) -> None:
@@ -204,6 +225,8 @@ class CalibrationRun:
         target = self._plan.targets[module]
         arrays = {}
         for tensor in target.tensors:
+            if tensor.name.endswith(f".{INPUT_SCALE}"):
+                continue
             raw = self._output.writer.read(tensor.name)
             arrays[tensor.name.removeprefix(f"{module}.")] = raw.view(NUMPY_TYPES[tensor.dtype]).reshape(tensor.shape)
         scheme, linear = self._plan.recipe.schemes[target.scheme], target.linear
@@ -214,10 +237,10 @@ class CalibrationRun:
         results = [
             found for unit in self._output.journal.results.values() for found in unit.get("matrices", {}).values()
         ]
-        rounded = sum(found["method"] == "rtn" for found in results)
+        rounded = sum(found["method"] == "rtn" for found in results if "reason" in found)
         allowed = self._options.max_fallbacks * len(self._targets)
         if rounded > allowed:
-            last = next(found["reason"] for found in reversed(results) if found["method"] == "rtn")
+            last = next(found["reason"] for found in reversed(results) if found.get("reason"))
             raise QualityError(
                 f"{rounded} of {len(results)} matrices could only be rounded to nearest ({last}); "
                 f"the gate is {self._options.max_fallbacks:.1%} of all {len(self._targets)}",

@@ -64,7 +64,7 @@ def plan_view(plan: Plan) -> list[RenderableType]:
         lines.append(f"          peak device memory {human_bytes(plan.peak_vram_bytes)}")
     if plan.needs is not None:
         lines.append(
-            f"calibrated  {len(plan.calibrated):,} matrices, with {'' if plan.text else 'at most '}"
+            f"calibrated  {len(plan.calibrated) + len(plan.observed):,} matrices, with {'' if plan.text else 'at most '}"
             f"{plan.needs.tokens:,} tokens; hidden states take {human_bytes(plan.needs.disk_bytes)} of disk meanwhile"
         )
     lines += [f"[yellow]note[/yellow]      {console.plain(warning)}" for warning in plan.warnings()]

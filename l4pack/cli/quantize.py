@@ -68,7 +68,7 @@ def quantize(
     if dry_run:
         console.show_json(plan_record(made)) if as_json else console.show(*plan_view(made))
         return
-    if made.calibrated:
+    if made.needs is not None:
         made = with_text(made, text)
     if not as_json:
         console.talk(*plan_view(made))
