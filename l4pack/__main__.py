@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 
 from l4pack.errors import L4packError
 
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+INTERRUPTED = 130
 HINTS = {
     **dict.fromkeys(OUT_OF_SPACE, "free some space, then run the same command again"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder you may write to"),
@@ -17,25 +19,58 @@ HINTS = {
 
 def main() -> None:
     """The `l4pack` command."""
+    try:
+        ended = _run()
+    except KeyboardInterrupt:
+        ended = INTERRUPTED
+    if ended == INTERRUPTED:
+        sys.stderr.write("error: interrupted\nhint: run the same command again\n")
+    sys.exit(ended)
+
+
+def _run() -> int:
+    """Run one command; its exit code."""
     from l4pack.cli import console
     from l4pack.cli.app import app
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name the terminal can't show is no reason to fail
     try:
-        app()
+        ended = app(prog_name="l4pack", standalone_mode=False)
+        return ended if isinstance(ended, int) else 0
     except L4packError as error:
         console.error(error.message, error.hint)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except BrokenPipeError:
         # The reader of a pipe left; stdout must not be flushed into it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        return 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        console.error(f"{where}{error.strerror or error}", HINTS.get(error.errno or 0, ""))
-        sys.exit(3 if error.errno in OUT_OF_SPACE else 1)
-    except KeyboardInterrupt:
-        console.error("interrupted")
-        sys.exit(130)
+        console.error(f"{where}{error.strerror or error}", HINTS.get(error.errno or 0, "check the path and the disk"))
+        return 3 if error.errno in OUT_OF_SPACE else 1
+    except Exception as error:
+        _refuse_usage(error)
+        raise
+
+
+def _refuse_usage(error: Exception) -> None:
+    """End with one line and a hint for a command line that Typer can't parse; other errors are left alone.
+
+    Typer brings its own copy of Click in some versions, so its errors are known by what they offer, not by their class.
+    """
+    from l4pack.cli import console
+
+    context, explain = getattr(error, "ctx", None), getattr(error, "format_message", None)
+    if explain is None:
+        return
+    message = str(explain()).strip()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        console.show_text(f"{message}\n")
+        sys.exit(2)
+    words = context.command_path if context is not None else "l4pack"
+    console.error(f"{message[:1].lower()}{message[1:]}".removesuffix("."), f"see {words} --help")
+    sys.exit(2)
 
 
 if __name__ == "__main__":

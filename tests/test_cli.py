@@ -130,12 +130,26 @@ def test_an_unknown_name_gets_a_hint(l4pack, arguments, code, hint):
     assert hint in ended.err.splitlines()[1]
 
 
-@pytest.mark.parametrize("arguments", [["quantise"], ["plan"], ["plan", "x", "--nonsense"], ["quantize", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["quantise"], ["plan"], ["plan", "x", "--nonsense"], ["quantize", "x"], ["--bogus"]]
+)
 def test_usage_errors_end_with_2(l4pack, arguments):
     ended = l4pack(*arguments)
     assert ended.code == 2
     assert ended.out == ""
-    assert "Usage" in ended.err
+    error, hint = ended.err.splitlines()
+    assert error.startswith("error: ")
+    assert hint.startswith("hint: see l4pack ")
+
+
+def test_a_stop_before_a_command_has_begun(l4pack, monkeypatch):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("l4pack.cli.app.app", interrupted)
+    ended = l4pack("plan", "demo")
+    assert ended.code == 130
+    assert ended.err.splitlines() == ["error: interrupted", "hint: run the same command again"]
 
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]

@@ -70,7 +70,7 @@ LIES = {
     "past the end": ({"a": entry(0, 16)}, 8, "truncated"),
     "file too long": ({"a": entry(0, 8)}, 9, "longer than its header says"),
     "backwards": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, 8, "needs 8"),
-    "negative": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, 8, "needs 8"),
+    "negative": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, 8, "describes tensor a wrongly"),
     "wrong dtype for the bytes": ({"a": entry(0, 8, "BF16", [2])}, 8, "gives tensor a 8 bytes; BF16"),
     "unknown dtype": ({"a": entry(0, 8, "F31", [2])}, 8, "unknown dtype 'F31'"),
     "dtype is a number": ({"a": entry(0, 8, 5)}, 8, "describes tensor a wrongly"),

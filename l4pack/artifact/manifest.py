@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,13 +60,18 @@ def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
     for entry in sorted(checkpoint.entries.values(), key=lambda entry: entry.name):
         headers.update(f"{entry.name} {entry.dtype} {entry.shape}\n".encode())
     return {
-        "name": repo.rpartition("/")[2] if repo else Path(checkpoint.name).absolute().name,
+        "name": repo.rpartition("/")[2] if repo else _folder_name(checkpoint.name),
         "repository": repo,
         "revision": revision,
         "parameters": checkpoint.layout.parameters,
         "weight_bytes": checkpoint.weight_bytes,
         "headers_sha256": headers.hexdigest(),
     }
+
+
+def _folder_name(name: str) -> str:
+    """A folder's own name, with a mark for bytes that are no text."""
+    return os.fsencode(Path(name).absolute().name).decode(errors="replace")
 
 
 def repository(checkpoint: Checkpoint) -> tuple[str | None, str | None]:

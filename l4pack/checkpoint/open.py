@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from l4pack.errors import SourceError
 from l4pack.model.config import KNOWN_MODELS
 
 DEMO = "demo"
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)
 
 
 def open_source(text: str, *, fetch_folder: Path | None = None) -> Checkpoint:
@@ -18,6 +20,11 @@ def open_source(text: str, *, fetch_folder: Path | None = None) -> Checkpoint:
     With `fetch_folder`, a Hub source's shards are fetched there one by one and dropped after use.
     Raises SourceError or HubError.
     """
+    try:
+        Path(text).stat()
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            raise SourceError(f"{text}: {error.strerror}", hint="give a folder that can be read") from error
     bare = open_bare(text)
     if bare is not None:
         return bare

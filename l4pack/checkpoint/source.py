@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,9 +24,18 @@ from l4pack.quant.floats import FloatName
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 100_000_000
+MAX_NAME_BYTES = 255  # what file systems take
+_SHARD_NAME = re.compile(r"\w[\w.\-]*\.safetensors")
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
-_NOT_CARRIED = {"config.json", INDEX_NAME, "README.md", "l4pack-manifest.json", "l4pack-calibration.json", "accuracy.json"}
+_NOT_CARRIED = {
+    "config.json",
+    INDEX_NAME,
+    "README.md",
+    "l4pack-manifest.json",
+    "l4pack-calibration.json",
+    "accuracy.json",
+}
 
 
 class Store(Protocol):
@@ -124,7 +134,7 @@ class Checkpoint:
             digest.update(repr(entry).encode())
         if self.store is not None:
             for file in (*self.shards, *sorted(self.companions)):
-                digest.update(f"{file}={self.store.identity(file)}".encode())
+                digest.update(os.fsencode(f"{file}={self.store.identity(file)}"))
         return digest.hexdigest()
 
 
@@ -180,7 +190,7 @@ def parse_index(raw: bytes) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{INDEX_NAME} has no readable weight_map", hint="download it again") from error
     for name, file in items.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.\-]*\.safetensors", file):
+        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file) or len(file.encode()) > MAX_NAME_BYTES:
             raise SourceError(
                 f"{INDEX_NAME} places {name} in {file!r}, which is not a shard of this folder",
                 hint="the index was tampered with or damaged: download it again",
@@ -222,6 +232,10 @@ def _companions(folder: Path) -> dict[str, int]:
     if home.parent.name == "snapshots":  # a Hub cache keeps the contents in a folder beside the snapshots
         home = home.parent.parent
     for path in files:
+        if not path.name.isprintable():
+            raise SourceError(
+                f"{path.name!a} in {folder} is no name for a published file", hint="rename the file, or remove it"
+            )
         if not path.resolve().is_relative_to(home):
             raise SourceError(
                 f"{path.name} is a link that leaves {folder}, and would be published with the artifact",

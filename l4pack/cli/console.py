@@ -36,7 +36,7 @@ def show(*items: RenderableType) -> None:
 
 def show_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout, and nothing else."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def show_text(text: str) -> None:

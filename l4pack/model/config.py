@@ -140,7 +140,8 @@ def load_config(path: Path) -> Llama4Config:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise SourceError(f"{path}: larger than any config.json", hint="point at a Llama 4 checkpoint folder")
-        raw = json.loads(path.read_bytes())
+        raw = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        json.dumps(raw, ensure_ascii=False).encode()  # half a surrogate pair can't be written again
     except OSError as error:
         raise SourceError(f"{path}: {error.strerror}", hint="point at a folder with a config.json") from error
     except (ValueError, RecursionError) as error:
@@ -159,6 +160,10 @@ def known_config(name: str) -> Llama4Config:
 def _section(raw: Mapping[str, Any], where: str, key: str) -> Mapping[str, Any]:
     """A section of the configuration; transformers fills one that is absent with its defaults."""
     return _mapping({} if raw.get(key) is None else raw[key], where, key)
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _mapping(value: Any, where: str, key: str) -> Mapping[str, Any]:

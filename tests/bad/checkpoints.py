@@ -6,6 +6,7 @@ Each spoiler is handed a copy of a tiny Scout in three shards.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -159,10 +160,13 @@ SPOILERS: dict[str, Bad] = {
     "wrong dtype": Bad(edit_header(lambda h: first_tensor(h).update(dtype="F32")), f"{FIRST} gives tensor .* F32 .* needs"),
     "unknown dtype": Bad(edit_header(lambda h: first_tensor(h).update(dtype="F12")), "unknown dtype 'F12'"),
     "dtype of the same width": Bad(rewrite(ROUTER, lambda t: t.view(torch.int16)), f"{ROUTER} is I16; l4pack reads"),
+    "offsets of thousands of digits": Bad(edit_header(lambda h: first_tensor(h).update(data_offsets=[-(10**4299), 10**4299])), "describes tensor .* wrongly"),
+    "offsets that are no numbers": Bad(edit_header(lambda h: first_tensor(h).update(data_offsets=[False, True])), "describes tensor .* wrongly"),
     "name twice in a header": Bad(write(FIRST, (18).to_bytes(8, "little") + b'{"a": 1, "a": 2}  '), "a name appears twice"),
     "index leads outside": Bad(move_outside, r"'\.\./elsewhere\.safetensors', which is not a shard of this folder"),
     "index with an absolute path": Bad(edit_index(lambda m: m.update({ROUTER: "/etc/passwd"})), "'/etc/passwd', which is not"),
     "index into a folder": Bad(edit_index(lambda m: m.update({ROUTER: "a/b.safetensors"})), "which is not a shard of this folder"),
+    "index with a name no file can have": Bad(edit_index(lambda m: m.update({ROUTER: "a" * 300 + ".safetensors"})), "which is not a shard of this folder"),
     "index that is not JSON": Bad(write(INDEX, b"{"), f"{INDEX} has no readable weight_map"),
     "index at odds with a shard": Bad(edit_index(lambda m: m.update({"ghost": FIRST})), "places ghost in .* does not hold it"),
     "missing shard": Bad(remove(SECOND), f"1 of 3 shards are missing, the first is {SECOND}"),
@@ -182,6 +186,10 @@ SPOILERS: dict[str, Bad] = {
     "no model type": Bad(edit_config(lambda c: c.pop("model_type")), "model_type is None, not a Llama 4 model"),
     "configuration that is not JSON": Bad(write("config.json", b"{'model_type'}"), "not JSON"),
     "configuration that is a list": Bad(write("config.json", b"[]"), "the file is not an object"),
+    "NaN in the configuration": Bad(edit_config(lambda c: c.update(extra=NAN)), "NaN is not a JSON number"),
+    "infinity in the configuration": Bad(edit_config(lambda c: c["text_config"].update(rms_norm_eps=INFINITY)), "Infinity is not a JSON number"),
+    "half a character in the configuration": Bad(edit_config(lambda c: c.update(extra="\ud800")), "not JSON .*surrogates"),
+    "file name that is no text": Bad(lambda f: (f / os.fsdecode(b"notes-\xff.txt")).write_text("x"), "is no name for a published file"),
     "impossible number in the configuration": Bad(edit_config(lambda c: c["text_config"].update(hidden_size=-1)), r"text_config\.hidden_size"),
     "already quantized": Bad(edit_config(lambda c: c.update(quantization_config={"quant_method": "fp8"})), "is quantized already"),
     "empty folder": Bad(empty, "has no config.json"),
