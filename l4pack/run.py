@@ -30,11 +30,13 @@ from l4pack.execute import Executor, Quantizer
 from l4pack.job import Job
 from l4pack.plan import CONFIG_NAME, Plan, check_room
 from l4pack.quant.quantize import quantize_block
-from l4pack.units import human_bytes
+from l4pack.units import MIB, human_bytes
 
 _JOURNAL = "journal.jsonl"
 _ARTIFACT = "artifact"
 _HIDDEN = "hidden"
+_OWN_NAMES = {_JOURNAL, f"{_JOURNAL}.tmp", _ARTIFACT, _HIDDEN, "lock", "fetched"}
+_COPY_CHUNK = 8 * MIB
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,17 @@ def work_folder(out: Path) -> Path:
     """The folder beside `out` where work lies until it is complete. Raises UsageError."""
     if out.is_symlink() or out.name in ("", "..") or out.is_mount():
         raise UsageError(f"{out} can't be made in one step", hint="give --out a new folder's name")
-    return out.with_name(f"{out.name}.partial")
+    work = out.with_name(f"{out.name}.partial")
+    if work.is_symlink() or (work.exists() and not _is_own(work)):
+        raise UsageError(
+            f"{work}, where the work would lie, is not l4pack's", hint="move it away, or choose another --out"
+        )
+    return work
+
+
+def _is_own(work: Path) -> bool:
+    """Whether a folder holds nothing but what a job leaves in it: the end of the job removes it with all it holds."""
+    return work.is_dir() and {path.name for path in work.iterdir()} <= _OWN_NAMES
 
 
 def _taken(plan: Plan, out: Path) -> bool:
@@ -121,7 +133,8 @@ def _work(
     """Write all shards and the manifest; returns the source bytes that an earlier run was done with."""
     folder = work / _ARTIFACT
     folder.mkdir(exist_ok=True)
-    journal = Journal(work / _JOURNAL, plan.digest())
+    begun_as = plan.digest()
+    journal = Journal(work / _JOURNAL, begun_as)
     try:
         _check_begun(plan, journal, folder)
         _check_disk(plan, folder)
@@ -132,11 +145,13 @@ def _work(
                 job = Job(plan, store, journal, reader, writer, executor, advance, stop)
                 job.run()
                 writer.sync()
-                if plan.calibrated:
+                if plan.needs is not None:
                     _calibrate(plan, Output(journal, writer, executor), work, advance, stop, device)
                 journal.record(digests=_digests_left(plan, journal, writer))
         finally:
             writer.close()
+        if plan.digest() != begun_as:
+            raise _changed(plan)
         write_atomic(folder / MANIFEST_NAME, plan.manifest.to_json(journal.digests))
         return job.resumed_bytes
     finally:
@@ -173,7 +188,9 @@ def _digests_left(plan: Plan, journal: Journal, writer: ShardWriter) -> dict[str
 def _check_begun(plan: Plan, journal: Journal, folder: Path) -> None:
     """Refuse to go on with shards that somebody removed or changed."""
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    if journal.finished and any(sizes.get(shard.file) != shard.nbytes for shard in plan.shards):
+    lost = journal.finished and any(sizes.get(shard.file) != shard.nbytes for shard in plan.shards)
+    strange = {name.removesuffix(".tmp") for name in sizes} - plan.files.keys()
+    if lost or strange:
         raise UsageError(f"{folder} was changed since the job stopped", hint="add --restart to begin again")
 
 
@@ -190,13 +207,23 @@ def _check_disk(plan: Plan, folder: Path) -> None:
 
 def _finish(plan: Plan, store: Store, folder: Path, out: Path) -> None:
     """Add the other files, config.json last, and let the artifact appear under its name."""
-    for file in plan.checkpoint.companions:
-        write_atomic(folder / file, store.path(file).read_bytes())
+    for file, nbytes in plan.checkpoint.companions.items():
+        with store.path(file).open("rb") as stream:
+            write_atomic(folder / file, iter(lambda: stream.read(_COPY_CHUNK), b""))
+        if (folder / file).stat().st_size != nbytes:
+            raise _changed(plan)
     if plan.index_json is not None:
         write_atomic(folder / INDEX_NAME, plan.index_json)
     write_atomic(folder / CONFIG_NAME, plan.config_json)
     folder.replace(out)
     sync_folder(out.parent)
+
+
+def _changed(plan: Plan) -> SourceError:
+    return SourceError(
+        f"{plan.checkpoint.name} was changed while the job ran",
+        hint="begin again with --restart once it stays as it is",
+    )
 
 
 def _peak_rss() -> int:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 
 import pytest
 from bad.checkpoints import SPOILERS
 from bad.recipes import GOOD, RECIPES
+
+from l4pack.checkpoint.open import open_source
+from l4pack.checkpoint.open_files import allow_open_files
+from l4pack.errors import SourceError, UsageError
+from l4pack.plan import make_plan
+from l4pack.recipe import load_recipe
+from l4pack.run import run_plan
 
 
 def check_refused(ended, code):
@@ -57,6 +65,9 @@ ARGUMENTS = {
     "empty size": (["--max-ram", ""], 2, "'' is not a size"),
     "unknown recipe": (["--recipe", "int4-rnt"], 2, "no recipe is named 'int4-rnt'(.|\n)*did you mean int4-rtn"),
     "missing recipe file": (["--recipe", "mine.yaml"], 2, "no recipe is named 'mine.yaml'"),
+    "unknown option": (["--bogus"], 2, "no such option: --bogus(.|\n)*hint: see l4pack quantize --help"),
+    "option without its value": (["--max-ram"], 2, "requires an argument"),
+    "words for a number": (["--samples", "many"], 2, "invalid value for '--samples'"),
     "unknown place to compute": (["--compute", "abacus"], 2, "'abacus' is not a place to compute"),
     "CUDA that is not there": (["--compute", "cuda:9"], 2, "this machine has no cuda:9"),
 }
@@ -71,7 +82,7 @@ def test_a_bad_option(checkpoint, tmp_path, l4pack, options, code, message):
 
 
 @pytest.mark.parametrize("command", ["inspect", "plan", "quantize"])
-@pytest.mark.parametrize("source", ["nowhere", "a/b/c", "", "line\nbreak\x1b[31m"])
+@pytest.mark.parametrize("source", ["nowhere", "a/b/c", "", "line\nbreak\x1b[31m", "n" * 300])
 def test_a_source_that_is_none(tmp_path, l4pack, monkeypatch, command, source):
     monkeypatch.chdir(tmp_path)
     options = ["--out", "out"] if command == "quantize" else []
@@ -91,3 +102,74 @@ def test_a_pipe_among_the_shards_does_not_block(checkpoint, tmp_path, l4pack):
     (source / "model.safetensors").unlink()
     os.mkfifo(source / "model.safetensors")
     check_refused(l4pack("quantize", source, "--out", tmp_path / "out"), 4)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_work_is_never_put_where_something_else_lies(checkpoint, tmp_path, l4pack, kind):
+    """The end of a job removes its work folder with all it holds."""
+    work, precious = tmp_path / "out.partial", tmp_path / "elsewhere" / "precious"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    if kind == "file":
+        work.write_text("mine")
+    elif kind == "folder":
+        precious.parent.rename(work)
+        precious = work / "precious"
+    else:
+        work.symlink_to(precious.parent)
+    check_refused(l4pack("quantize", checkpoint("scout"), "--recipe", "int4-rtn", "--out", tmp_path / "out"), 2)
+    assert precious.read_text() == "mine"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_slipped_into_the_work_does_not_become_part_of_the_artifact(checkpoint, tmp_path, l4pack):
+    folder = tmp_path / "out.partial" / "artifact"
+    folder.mkdir(parents=True)
+    (folder / "slipped-in.py").write_text("x")
+    command = ("quantize", checkpoint("scout"), "--recipe", "int4-rtn", "--out", tmp_path / "out")
+    check_refused(l4pack(*command), 2)
+    assert l4pack(*command, "--restart").code == 0
+    assert not (tmp_path / "out" / "slipped-in.py").exists()
+
+
+@pytest.mark.parametrize("line", ['{"finished": 5}', '{"digests": []}', '{"finished": [[]]}', '{"digests": {"a": 1}}'])
+def test_a_journal_somebody_wrote_in(checkpoint, tmp_path, l4pack, line):
+    plan = make_plan(open_source(str(checkpoint("scout"))), load_recipe("int4-rtn"))
+    work = tmp_path / "out.partial"
+    work.mkdir()
+    (work / "journal.jsonl").write_text(f'{{"plan":"{plan.digest()}"}}\n{line}\n')
+    command = ("quantize", checkpoint("scout"), "--recipe", "int4-rtn", "--out", tmp_path / "out")
+    check_refused(l4pack(*command), 2)
+    assert l4pack(*command, "--restart").code == 0
+
+
+def test_a_source_changed_while_the_job_ran(checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint("scout"), tmp_path / "source")
+    plan = make_plan(open_source(str(source)), load_recipe("int4-rtn"))
+    touched = iter([source / "model.safetensors"])
+
+    def touch(_: int) -> None:
+        for path in touched:
+            os.utime(path, ns=(0, 0))
+
+    with pytest.raises(SourceError, match="was changed while the job ran"):
+        run_plan(plan, tmp_path / "out", advance=touch)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_named_in_bytes_that_are_no_text(checkpoint, tmp_path, l4pack):
+    source = shutil.copytree(checkpoint("scout"), tmp_path / os.fsdecode(b"llama-\xff"))
+    command = ("quantize", source, "--recipe", "int4-rtn", "--out", tmp_path / "out", "--json")
+    assert l4pack(*command).code == 0
+
+
+def test_more_shards_than_a_process_may_open(monkeypatch):
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    allow_open_files(100)
+    assert asked == []
+    allow_open_files(2000)
+    assert asked == [(2256, 4096)]
+    with pytest.raises(UsageError, match="5,000 files would be open"):
+        allow_open_files(5000)

@@ -13,6 +13,8 @@ from typing import Any
 
 from l4pack.errors import L4packError, UsageError
 
+_ENTRY: dict[str, type[Any]] = {"finished": list, "digests": dict, "results": dict}
+
 
 class Journal:
     """An append-only file of JSON lines; a line torn by a crash is dropped."""
@@ -21,6 +23,8 @@ class Journal:
         """Open the journal of a job, or begin one. Raises UsageError when it belongs to another plan."""
         self.path = path
         lines = list(_whole_lines(path)) if path.exists() else []
+        if not all(map(_is_entry, lines[1:])):
+            raise UsageError(f"{path} was changed since the job stopped", hint="add --restart to begin again")
         if lines and lines[0] != {"plan": plan_digest}:
             raise UsageError(
                 f"{path.parent} was begun with another source, recipe, option or version",
@@ -65,6 +69,13 @@ class Journal:
         os.close(self._descriptor)
 
 
+def _is_entry(line: dict[str, Any]) -> bool:
+    """Whether a line could be one that `record` wrote."""
+    if not all(isinstance(line.get(key, kind()), kind) for key, kind in _ENTRY.items()):
+        return False
+    return all(isinstance(text, str) for text in (*line.get("finished", ()), *line.get("digests", {}).values()))
+
+
 def _line(value: dict[str, Any]) -> str:
     return json.dumps(value, separators=(",", ":")) + "\n"
 
@@ -93,11 +104,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write a file so that a reader sees the old one or the whole new one, even after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as stream:
-        stream.write(data)
+        stream.writelines((data,) if isinstance(data, bytes) else data)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)

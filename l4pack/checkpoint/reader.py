@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l4pack.checkpoint.header import DTYPE_BITS, TensorEntry
+from l4pack.checkpoint.open_files import allow_open_files
 from l4pack.errors import SourceError
 
 # BF16 has no NumPy type; its bit patterns are read as uint16.
@@ -35,6 +36,7 @@ class Reader:
         self._entries = entries
         self._path_of = path_of
         self._files: dict[str, int] = {}
+        allow_open_files(2 * len({entry.file for entry in entries.values()}))  # two checkpoints may be compared
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:

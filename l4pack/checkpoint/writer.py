@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l4pack.checkpoint.journal import sync_folder
+from l4pack.checkpoint.open_files import allow_open_files
 from l4pack.checkpoint.shards import Place, Shard
 from l4pack.units import MIB
 
@@ -26,6 +27,7 @@ class ShardWriter:
         self._lock = threading.Lock()
         self._dirty: set[str] = set()
         self._files: dict[str, int] = {}
+        allow_open_files(2 * len(shards))  # the reader of as many source shards has its own
         for shard in shards:
             descriptor = os.open(folder / shard.file, os.O_RDWR | os.O_CREAT, 0o644)
             self._files[shard.file] = descriptor
