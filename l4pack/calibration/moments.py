@@ -11,8 +11,8 @@ COLUMNS = 1024  # the Hessian is symmetric: only tiles of this width on and abov
 class Moments:
     """Weighted sums over tokens of x x^T, and with `cross` of (x' - x) x^T: float32 [in, in], divided at the end.
 
-    Sums run over blocks of tokens in float32: the relative error of an entry is below 2e-7 times the number of blocks
-    plus that of one block's product (measured: under 1e-5 of the diagonal's scale at 524,288 tokens).
+    Sums are kept in float32: against float64, no entry is off by more than 2.2e-6 of the mean diagonal after 524,288
+    tokens in 256 blocks (measured; dampening adds 10,000 times as much).
     """
 
     def __init__(self, width: int, *, cross: bool, device: torch.device) -> None:
