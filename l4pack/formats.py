@@ -38,6 +38,7 @@ class Accepts(_Data):
     num_bits: list[int]
     strategies: list[Strategy]
     group_sizes: list[int] = []
+    block_structures: list[tuple[int, int]] = []
     symmetric: list[bool]
     activations: list[str]
 
@@ -117,6 +118,8 @@ def check_accepts(spec: FormatSpec, scheme: Scheme, activations: str, where: str
         wrong.append(("strategy", scheme.strategy.value, [strategy.value for strategy in accepts.strategies]))
     if scheme.group_size is not None and scheme.group_size not in accepts.group_sizes:
         wrong.append(("group_size", scheme.group_size, accepts.group_sizes))
+    if scheme.block_structure is not None and scheme.block_structure not in accepts.block_structures:
+        wrong.append(("block_structure", list(scheme.block_structure), [list(b) for b in accepts.block_structures]))
     if scheme.symmetric not in accepts.symmetric:
         wrong.append(("symmetric", scheme.symmetric, accepts.symmetric))
     if activations not in accepts.activations:

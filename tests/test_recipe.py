@@ -121,6 +121,8 @@ MISTAKES = {
     "4-bit float": (scheme(**{**FP8, "num_bits": 4, "strategy": "channel"}), "num_bits must be 8", ""),
     "asymmetric fp8": (scheme(**FP8, strategy="channel", symmetric=False), "FP8 is symmetric", ""),
     "block without structure": (scheme(**FP8, strategy="block"), "needs block_structure", ""),
+    "block of nothing": (scheme(**FP8, strategy="block", block_structure=[0, 128]), r"schemes\.a\.block_structure", ""),
+    "block that slices would cut": (scheme(**FP8, strategy="block", block_structure=[256, 128]), r"block_structure: format float-quantized can't hold \[256, 128\]", ""),
     "block of three": (scheme(**FP8, strategy="block", block_structure=[1, 2, 3]), r"schemes\.a\.block_structure", ""),
     "mse of a tensor": (scheme(**FP8, strategy="tensor", observer="mse"), "observer 'mse' is for finer strategies", ""),
     "int4 with activations": (scheme(activations="dynamic_token"), r"schemes\.a\.activations: format", ""),

@@ -54,6 +54,7 @@ class ScaleDtype(StrEnum):
     FLOAT32 = "float32"
 
 
+BlockSide = Annotated[int, Field(gt=0, le=65536)]
 GroupSize = Annotated[int, Field(gt=0, multiple_of=8, le=1024)]
 
 
@@ -66,7 +67,7 @@ class Scheme(BaseModel):
     type: NumberType = NumberType.INT
     strategy: Strategy = Strategy.GROUP
     group_size: GroupSize | None = None
-    block_structure: tuple[int, int] | None = None
+    block_structure: tuple[BlockSide, BlockSide] | None = None
     symmetric: bool = True
     observer: Observer = Observer.MINMAX
     scale_rule: ScaleRule = ScaleRule.FULL_RANGE
