@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -137,9 +136,7 @@ def disk_rate(folder: Path) -> float:
 
 def walk(layers: int, tokens: int) -> dict[str, Any]:
     """A whole walk over a made-up model of hidden 1024, 8 experts of 2048."""
-    folder = FOLDER.parent / f"walk-{layers}"
-    _small(folder, layers)
-    checkpoint, compute = open_folder(folder), Compute.of("cpu")
+    checkpoint, compute = open_folder(FOLDER.parent / f"walk-{layers}"), Compute.of("cpu")
     packed = Packed([TokenSequence(tuple(range(SEQUENCE)))] * (tokens // SEQUENCE))
     with (
         tempfile.TemporaryDirectory(dir=FOLDER.parent) as work,
@@ -193,7 +190,13 @@ def one(what: str, *numbers: str) -> None:
     else:
         compute = Compute.of(numbers[1])
         found = (streamed if what == "streamed" else upstream)(open_folder(FOLDER), compute, int(numbers[0]))
-    print(json.dumps({**found, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    print(json.dumps({**found, "rss": peak_rss()}))
+
+
+def peak_rss() -> int:
+    """Bytes; `getrusage` would count what the parent held when it started this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def growth() -> None:
@@ -202,6 +205,7 @@ def growth() -> None:
         "| layers | tokens | seconds | CPU s | CPU ms a layer and 1000 tokens | peak RSS |\n|---|---|---|---|---|---|"
     )
     for layers, tokens in ((2, 4096), (4, 4096), (8, 4096), (4, 2048), (4, 8192), (4, 16384)):
+        _small(FOLDER.parent / f"walk-{layers}", layers)
         found = in_process("walk", layers, tokens)
         rate = 1e6 * found["cpu_seconds"] / layers / tokens
         print(
