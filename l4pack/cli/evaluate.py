@@ -18,68 +18,86 @@ from l4pack.units import human_bytes, human_seconds, parse_size
 _GATES = "Quality gates (exit 6)"
 _TEXT = "Text"
 
+TextSource = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE|DIR|SET", help="Text, JSONL or a folder; or wikitext2, c4, demo.", rich_help_panel=_TEXT
+    ),
+]
+Samples = Annotated[int, typer.Option(help="Most sequences taken.", rich_help_panel=_TEXT)]
+SequenceLength = Annotated[
+    int | None,
+    typer.Option(help="Tokens a sequence; 2048 or the model's context.", show_default=False, rich_help_panel=_TEXT),
+]
+Seed = Annotated[int, typer.Option(help="Which sequences are taken.", rich_help_panel=_TEXT)]
+Task = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE|NAME", help="Questions in JSONL, or a task of lm-eval; may be repeated.", show_default=False
+    ),
+]
+Limit = Annotated[int | None, typer.Option(help="Most questions of each lm-eval task.", show_default=False)]
+Backend = Annotated[
+    str, typer.Option(metavar="ENGINE", help="What runs lm-eval tasks: streamed, vllm or transformers.")
+]
+Needle = Annotated[
+    int | None,
+    typer.Option(metavar="TOKENS", help="Retrieve numbers hidden in so many tokens.", show_default=False),
+]
+MaxKl = Annotated[float | None, typer.Option(help="Most mean KL, in nats.", rich_help_panel=_GATES)]
+MinAgreement = Annotated[
+    float | None, typer.Option(help="Least share of tokens with the same likeliest token.", rich_help_panel=_GATES)
+]
+MaxPerplexityRatio = Annotated[
+    float | None, typer.Option(help="Most perplexity over the original's.", rich_help_panel=_GATES)
+]
+MinRecovery = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TASK=SHARE", help="Least accuracy over the original's.", show_default=False, rich_help_panel=_GATES
+    ),
+]
+SaveReference = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Keep the original's answers there.", show_default=False)
+]
+Reference = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Compare with answers kept before.", show_default=False)
+]
+WeightsOnly = Annotated[
+    bool, typer.Option("--weights-only", help="Leave inputs unrounded where the runtime would round them.")
+]
+Compute = Annotated[str, typer.Option(metavar="WHERE", help="cpu, cuda, cuda:N, or auto.")]
+MaxVram = Annotated[str | None, typer.Option(metavar="SIZE", help="Most device memory to take.", show_default=False)]
+Work = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where hidden states go; DIR.evaluate.partial.", show_default=False),
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")]
+
 
 def evaluate(
     artifact: Artifact,
     against: Against = None,
-    text: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE|DIR|SET", help="Text, JSONL or a folder; or wikitext2, c4, demo.", rich_help_panel=_TEXT
-        ),
-    ] = "demo",
-    samples: Annotated[int, typer.Option(help="Most sequences taken.", rich_help_panel=_TEXT)] = 32,
-    sequence_length: Annotated[
-        int | None,
-        typer.Option(help="Tokens a sequence; 2048 or the model's context.", show_default=False, rich_help_panel=_TEXT),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Which sequences are taken.", rich_help_panel=_TEXT)] = 0,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE|NAME", help="Questions in JSONL, or a task of lm-eval; may be repeated.", show_default=False
-        ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Most questions of each lm-eval task.", show_default=False)] = None,
-    backend: Annotated[
-        str, typer.Option(metavar="ENGINE", help="What runs lm-eval tasks: streamed, vllm or transformers.")
-    ] = "streamed",
-    needle: Annotated[
-        int | None,
-        typer.Option(metavar="TOKENS", help="Retrieve numbers hidden in so many tokens.", show_default=False),
-    ] = None,
-    max_kl: Annotated[float | None, typer.Option(help="Most mean KL, in nats.", rich_help_panel=_GATES)] = None,
-    min_agreement: Annotated[
-        float | None, typer.Option(help="Least share of tokens with the same likeliest token.", rich_help_panel=_GATES)
-    ] = None,
-    max_perplexity_ratio: Annotated[
-        float | None, typer.Option(help="Most perplexity over the original's.", rich_help_panel=_GATES)
-    ] = None,
-    min_recovery: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TASK=SHARE", help="Least accuracy over the original's.", show_default=False, rich_help_panel=_GATES
-        ),
-    ] = None,
-    save_reference: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the original's answers there.", show_default=False)
-    ] = None,
-    reference: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Compare with answers kept before.", show_default=False)
-    ] = None,
-    weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Leave inputs unrounded where the runtime would round them.")
-    ] = False,
-    compute: Annotated[str, typer.Option(metavar="WHERE", help="cpu, cuda, cuda:N, or auto.")] = "auto",
+    text: TextSource = "demo",
+    samples: Samples = 32,
+    sequence_length: SequenceLength = None,
+    seed: Seed = 0,
+    task: Task = None,
+    limit: Limit = None,
+    backend: Backend = "streamed",
+    needle: Needle = None,
+    max_kl: MaxKl = None,
+    min_agreement: MinAgreement = None,
+    max_perplexity_ratio: MaxPerplexityRatio = None,
+    min_recovery: MinRecovery = None,
+    save_reference: SaveReference = None,
+    reference: Reference = None,
+    weights_only: WeightsOnly = False,
+    compute: Compute = "auto",
     max_ram: MaxRam = None,
-    max_vram: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Most device memory to take.", show_default=False)
-    ] = None,
-    work: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where hidden states go; DIR.evaluate.partial.", show_default=False),
-    ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
+    max_vram: MaxVram = None,
+    work: Work = None,
+    restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare an artifact with its original, layer by layer: perplexity, KL divergence, agreement, tasks.
