@@ -54,9 +54,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gptq mse act asym, 2 sweeps": gptq("mse", True, 1.0, sweeps=2),
     "gptq mse act asym, 4 sweeps": gptq("mse", True, 1.0, sweeps=4),
     "gptq mse act asym, 8 sweeps": gptq("mse", True, 1.0, sweeps=8),
-    "gptq mse act asym, 2 sweeps, refit": gptq("mse", True, 1.0, sweeps=2, refit_scales=True),
-    "gptq mse act asym, 4 sweeps, refit": gptq("mse", True, 1.0, sweeps=4, refit_scales=True),
-    "gptq mse act asym, 8 sweeps, refit": gptq("mse", True, 1.0, sweeps=8, refit_scales=True),
     "gptq mse act asym, 16 sweeps": gptq("mse", True, 1.0, sweeps=16),
 }
 
@@ -93,7 +90,10 @@ def measure(recipe: Recipe, options: argparse.Namespace, folder: Path) -> dict[s
         compute="cpu",
     )
     found = evaluate(open_folder(out), source, settings)
-    return {"seconds": seconds, **{key: found[key] for key in ("kl_mean", "kl_standard_error", "top1_agreement", "tokens")}}
+    return {
+        "seconds": seconds,
+        **{key: found[key] for key in ("kl_mean", "kl_standard_error", "top1_agreement", "tokens")},
+    }
 
 
 def main() -> None:

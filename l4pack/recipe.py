@@ -44,8 +44,7 @@ class _Data(BaseModel):
 
 class GptqOptions(_Data):
     """How GPTQ solves a matrix: `dampening` is a fraction of the Hessian's mean diagonal; `sweeps` of coordinate descent
-    follow, in which every column may change its level once all others are known, and with `refit_scales` every group
-    its scale.
+    follow, in which every column may change its level once all others are known.
 
     `asymmetric` is the share of the mismatch between the original model's inputs and the quantized one's that the
     weights make up for: 0 walks the quantized model alone, 1 aims at the original layer's own output.
@@ -54,7 +53,6 @@ class GptqOptions(_Data):
     act_order: bool = True
     dampening: Annotated[float, Field(gt=0, le=1)] = 0.01
     sweeps: Annotated[int, Field(ge=0, le=32)] = 0
-    refit_scales: bool = False
     asymmetric: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 

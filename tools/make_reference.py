@@ -56,7 +56,6 @@ MEANINGS = {
     "act_order": "Round the columns that matter most first. Groups keep their places, so no index is stored.",
     "dampening": "Added to the Hessian's diagonal, as a fraction of its mean; raised by steps if that is not enough.",
     "sweeps": "Passes of coordinate descent after GPTQ.",
-    "refit_scales": "Whether a sweep also refits each group's scale to its levels.",
     "asymmetric": "Share of the input error made so far that weights make up for; 0 runs the quantized model alone.",
     "samples": "Most sequences taken.",
     "sequence_length": "Tokens of a sequence; `null`: 2048, or the model's context if that is shorter.",

@@ -81,10 +81,8 @@ def _solve(
     problem: gptq.Problem, matrices: Matrices, name: str, scheme: RecipeScheme, dtypes: Mapping[str, FloatName]
 ) -> gptq.Solution:
     assert scheme.gptq is not None
-    sweeps, refit = scheme.gptq.sweeps, scheme.gptq.refit_scales
-    return gptq.solve_problem(
-        problem, matrices.weights[name], scheme, sweeps=sweeps, refit=refit, source_dtype=dtypes[name]
-    )
+    sweeps = scheme.gptq.sweeps
+    return gptq.solve_problem(problem, matrices.weights[name], scheme, sweeps=sweeps, source_dtype=dtypes[name])
 
 
 def weights_of(solution: gptq.Solution) -> Tensor:

@@ -122,7 +122,6 @@ def solve(
     block_size: int = 128,
     cross: Tensor | None = None,
     sweeps: int = 0,
-    refit: bool = False,
     source_dtype: FloatName = "BF16",
 ) -> Solution:
     """Quantize `weight` (float32 [out, in]) for inputs with second moments `hessian` (float32 [in, in], any factor).
@@ -134,9 +133,7 @@ def solve(
     NonFiniteError for a weight that is not finite.
     """
     problem = prepare(hessian, cross=cross, act_order=act_order, dampening=dampening)
-    return solve_problem(
-        problem, weight, scheme, block_size=block_size, sweeps=sweeps, refit=refit, source_dtype=source_dtype
-    )
+    return solve_problem(problem, weight, scheme, block_size=block_size, sweeps=sweeps, source_dtype=source_dtype)
 
 
 def prepare(
@@ -157,7 +154,6 @@ def solve_problem(
     *,
     block_size: int = 128,
     sweeps: int = 0,
-    refit: bool = False,
     source_dtype: FloatName = "BF16",
 ) -> Solution:
     """`solve` for one of the matrices of a problem, some output rows at a time: rows don't depend on each other."""
@@ -170,7 +166,7 @@ def solve_problem(
     if scheme.scale_dtype is ScaleDtype.SOURCE:
         dtypes = {name: dtype for dtype, name in STORED.items()}
         scheme = scheme.model_copy(update={"scale_dtype": dtypes[source_dtype]})
-    settings = _Settings(scheme, block_size, sweeps, refit)
+    settings = _Settings(scheme, block_size, sweeps)
     pieces = range(0, len(weight), ROWS_AT_ONCE)
     return _joined([_solve_piece(problem, weight[first : first + ROWS_AT_ONCE], settings, first) for first in pieces])
 
@@ -180,7 +176,6 @@ class _Settings:
     scheme: Scheme
     block_size: int
     sweeps: int
-    refit: bool
 
 
 def _solve_piece(problem: Problem, weight: Tensor, settings: _Settings, first: int) -> Solution:
@@ -203,8 +198,8 @@ def _solve_piece(problem: Problem, weight: Tensor, settings: _Settings, first: i
         start = round_to_nearest(target, scheme, problem.diagonal)
     solved, _ = solve_columns(target, factor, start, scheme, settings.block_size)
     if settings.sweeps:
-        size, sweeps, refit = settings.block_size, settings.sweeps, settings.refit
-        solved = descend(target, problem.hessian, factor.added, solved, scheme, size, sweeps=sweeps, refit=refit)
+        size, sweeps = settings.block_size, settings.sweeps
+        solved = descend(target, problem.hessian, factor.added, solved, scheme, size, sweeps=sweeps)
     return _better_rows(target, problem.hessian, factor, solved, nearest, scheme, dead)
 
 
@@ -327,62 +322,29 @@ def descend(
     block_size: int,
     *,
     sweeps: int = 1,
-    refit: bool = False,
 ) -> Rounded:
     """Sweeps of coordinate descent from `start`: each column takes its best level given all the others.
 
-    GPTQ decides a column before it knows how those after it will be rounded; a sweep lets it decide again. With
-    `refit`, a group first takes the scale that is best for its levels, as the dtype of scales can write it; a scale
-    for more columns than a block stays. No step raises the damped loss. R H, R the error, is kept up to date.
+    GPTQ decides a column before it knows how those after it will be rounded; a sweep lets it decide again. No step
+    raises the damped loss. Scales and zero points stay. R H, R the error, is kept up to date.
     """
     columns = target.shape[1] // start.scale.shape[1]
-    step, refit = (columns, refit) if columns <= block_size else (block_size, False)
-    moving = Rounded(start.levels.clone(), start.scale.clone(), start.zero_point)
+    levels = start.levels.clone()
     residual = (target - start.values()).to(hessian.dtype)
     pull = residual @ hessian + residual * added
     del residual
     for _ in range(sweeps):
-        for first in range(0, target.shape[1], step):
-            block = slice(first, min(first + step, target.shape[1]))
+        for first in range(0, target.shape[1], block_size):
+            block = slice(first, min(first + block_size, target.shape[1]))
+            group = torch.arange(block.start, block.stop, device=target.device) // columns
+            scale, zero_point = (values[:, group].to(hessian.dtype) for values in (start.scale, start.zero_point))
             part = hessian[block, block] + torch.diag(added[block])
-            change = _descend_columns(moving, block, first // columns, pull[:, block], part, scheme, refit)
+            moved, own_pull = levels[:, block].contiguous(), pull[:, block].clone(memory_format=torch.contiguous_format)
+            change = descend_block(moved, own_pull, part, scale, zero_point, scheme.num_bits)
+            levels[:, block] = moved
             pull[:, block].addcmul_(change, added[block], value=-1)
             pull.addmm_(change, hessian[block], alpha=-1)
-    return moving
-
-
-def _descend_columns(
-    moving: Rounded, block: slice, group: int, pull: Tensor, hessian: Tensor, scheme: Scheme, refit: bool
-) -> Tensor:
-    """One block of a sweep: `moving` changes in place, `pull` does not; returns the change of values [out, n]."""
-    levels, pull = moving.levels[:, block].contiguous(), pull.contiguous()
-    zero_point = moving.zero_point[:, group : group + 1].to(pull.dtype).expand_as(pull)
-    change = torch.zeros_like(pull)
-    if refit:
-        moving.scale[:, group], change = refit_scale(moving.scale[:, group], levels - zero_point, pull, hessian)
-        pull = pull - change @ hessian
-    else:
-        pull = pull.clone()
-    scale = moving.scale[:, group, None].to(pull.dtype).expand_as(pull)
-    change = change + descend_block(levels, pull, hessian, scale, zero_point, scheme.num_bits)
-    moving.levels[:, block] = levels
-    return change
-
-
-def refit_scale(scale: Tensor, centred: Tensor, pull: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale [out] of a group that suits its levels best, and how its values [out, n] change with it.
-
-    `centred` [out, n] are levels less zero point, `pull` is R H of the group, `hessian` [n, n] its part of H. A scale
-    stays where its dtype has none that is better.
-    """
-    slope = (pull * centred).sum(1)
-    curvature = ((centred @ hessian) * centred).sum(1)
-    old = scale.to(pull.dtype)
-    wanted = (old + slope / curvature.clamp(min=torch.finfo(pull.dtype).tiny)).to(scale.dtype)
-    step = wanted.to(pull.dtype) - old
-    better = (2 * step * slope > step.square() * curvature) & (wanted > 0)
-    step = torch.where(better, step, torch.zeros_like(step))
-    return torch.where(better, wanted, scale), step[:, None] * centred
+    return Rounded(levels, start.scale, start.zero_point)
 
 
 def _better_rows(
