@@ -1,6 +1,6 @@
 """llm-compressor's half of `against_llmcompressor.py`: runs in an environment of its own, knows nothing of l4pack.
 
-    python llmcompressor_side.py MODEL TOKENS.json OUT    prints one JSON object: seconds and peak memory
+python llmcompressor_side.py MODEL TOKENS.json OUT    prints one JSON object: seconds and peak memory
 """
 
 from __future__ import annotations
