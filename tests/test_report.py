@@ -154,6 +154,12 @@ def test_default_place_and_unknown_device(l4pack, made):
     assert l4pack("report", made, "--device", "toaster").code == 2
 
 
+def test_a_folder_named_by_a_dot(l4pack, made, monkeypatch):
+    monkeypatch.chdir(made)
+    assert l4pack("report", ".").code == 0
+    assert (made.parent / "Llama-tiny-Int4.report.html").is_file()
+
+
 def test_same_record_same_page(page, made):
     assert page(made) == page(made)
 

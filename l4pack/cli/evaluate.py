@@ -111,7 +111,7 @@ def evaluate(
     from l4pack.stream.text import TextChoice
 
     settings = Settings(
-        work=work or artifact.with_name(f"{artifact.resolve().name}.evaluate.partial"),
+        work=work or beside(artifact, ".evaluate.partial"),
         text=TextChoice(text, samples, sequence_length, seed),
         tasks=tuple(Path(name) for name in task or () if name.endswith(".jsonl")),
         harness=tuple(name for name in task or () if not name.endswith(".jsonl")),
@@ -132,6 +132,12 @@ def evaluate(
     write_accuracy(artifact, record, gates, recovery)
     console.show_json(record) if as_json else console.show(*accuracy_view(record))
     require(record["gates"])
+
+
+def beside(artifact: Path, ending: str) -> Path:
+    """A path next to an artifact's folder, named after it; `.` and links too."""
+    place = artifact if artifact.name not in ("", "..") else artifact.resolve()
+    return place.with_name(place.name + ending)
 
 
 def _size(text: str | None) -> int | None:

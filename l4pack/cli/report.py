@@ -10,6 +10,7 @@ import typer
 from l4pack.checkpoint.journal import write_atomic
 from l4pack.checkpoint.source import open_folder
 from l4pack.cli import console
+from l4pack.cli.evaluate import beside
 from l4pack.cli.options import Artifact, DeviceName
 
 
@@ -32,6 +33,6 @@ def report(
     checkpoint = open_folder(artifact)
     accuracy = read_accuracy(artifact) if (artifact / ACCURACY_NAME).exists() else None
     page = render_report(checkpoint, accuracy, open_subject(str(artifact)), device)
-    path = out or artifact.with_name(f"{artifact.resolve().name}.report.html")
+    path = out or beside(artifact, ".report.html")
     write_atomic(path, page.encode())
     console.show(f"[bold]{console.plain(path)}[/bold]  open it in a browser")
