@@ -24,7 +24,7 @@ _SCALE_DTYPES = {ScaleDtype.BFLOAT16: "BF16", ScaleDtype.FLOAT16: "F16", ScaleDt
 SizeText = Annotated[
     str, Field(pattern=r"^((in|out)(/(pack|group|rows|columns))?|[0-9]+)$", coerce_numbers_to_str=True)
 ]
-Condition = Literal["asymmetric", "attention", "block_attention", "static_activations", "weight_only_experts"]
+Condition = Literal["asymmetric", "attention", "block_attention", "static_activations", "weight_only_experts", "mixed"]
 
 
 class _Data(BaseModel):
@@ -147,13 +147,19 @@ def stored_tensors(
     ]
 
 
-def reader_limits(spec: FormatSpec, scheme: Scheme, roles: Collection[Role], *, weight_only: bool) -> list[str]:
-    """What runtimes can't do with matrices of these roles under a scheme, each as `RUNTIME VERSION what`."""
+def reader_limits(
+    spec: FormatSpec, scheme: Scheme, roles: Collection[Role], *, weight_only: bool, mixed: bool
+) -> list[str]:
+    """What runtimes can't do with matrices of these roles under a scheme, each as `RUNTIME VERSION what`.
+
+    `mixed` says that the artifact has other schemes beside this one.
+    """
     attention, experts = Role.ATTENTION in roles, Role.ROUTED_EXPERT in roles
     holds: dict[Condition, bool] = {
         "asymmetric": not scheme.symmetric,
         "attention": attention,
         "block_attention": attention and scheme.strategy is Strategy.BLOCK,
+        "mixed": mixed,
         "weight_only_experts": experts and weight_only and scheme.type is NumberType.FLOAT,
     }
     limits = [(reader, limit) for reader in spec.readers for limit in reader.limits]

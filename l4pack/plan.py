@@ -178,10 +178,11 @@ class Plan:
     def warnings(self) -> list[str]:
         """What a runtime can't do with this artifact, from the format files."""
         found: list[str] = []
+        mixed = len(self.recipe.schemes) > 1
         for key, scheme in self.recipe.schemes.items():
             roles = {linear.role for linear, name in self.assigned if name == key}
             weight_only = scheme.activations is Activations.NONE
-            found += reader_limits(load_format(scheme.format), scheme, roles, weight_only=weight_only)
+            found += reader_limits(load_format(scheme.format), scheme, roles, weight_only=weight_only, mixed=mixed)
         return list(dict.fromkeys(found))
 
 

@@ -279,12 +279,13 @@ def _check_together(shown: Mapping[str, tuple[Linear, str]], found: Findings) ->
 
 def _check_readers(examiner: _Examiner, declared: Declared, found: Findings) -> None:
     """What a runtime can't do with the schemes the file really uses, from the format files."""
+    mixed = len(declared.groups) > 1
     for group in declared.groups:
         using = [linear for linear, name in examiner.shown.values() if name == group.name]
         if group.scheme is None or group.format is None or not using:
             continue
         roles = {linear.role for linear in using}
-        for text in reader_limits(group.format, group.scheme, roles, weight_only=group.weight_only):
+        for text in reader_limits(group.format, group.scheme, roles, weight_only=group.weight_only, mixed=mixed):
             found.warning("runtime", f"config_groups.{group.name}", text)
 
 
