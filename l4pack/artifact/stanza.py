@@ -67,7 +67,9 @@ def _group(scheme: RecipeScheme, targets: list[str]) -> dict[str, Any]:
             block_structure=list(scheme.block_structure) if scheme.block_structure else None,
             observer="memoryless_minmax" if scheme.observer.value == "minmax" else "memoryless_mse",
         ),
-        "input_activations": None if activations is None else _arguments(**{"type": "float", "dynamic": True, **activations}),
+        "input_activations": None
+        if activations is None
+        else _arguments(**{"type": "float", "dynamic": True, **activations}),
         "output_activations": None,
     }
 
