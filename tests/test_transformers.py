@@ -48,7 +48,9 @@ def model_class(kind):
 
 def load(folder, kind, **options):
     model, info = model_class(kind).from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
-    wrong = {key: set(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    wrong = {name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]}
+    if "quantization_config" in options:  # transformers names fixed activation scales that it has no use for
+        wrong = {name for name in wrong if not name.endswith(".input_scale")}
     assert not wrong
     return model.eval()
 

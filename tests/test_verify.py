@@ -113,7 +113,7 @@ def rules(result: Verification, level: str = "error") -> set[str]:
 def rounded_recipes() -> list[str]:
     """Recipes that need no calibration text."""
     recipes = [load_recipe(name) for name in recipe_names()]
-    return [recipe.name for recipe in recipes if {scheme.method for scheme in recipe.schemes.values()} == {"rtn"}]
+    return [recipe.name for recipe in recipes if recipe.calibration is None]
 
 
 @pytest.mark.parametrize("kind", ["scout", "maverick", "text"])
