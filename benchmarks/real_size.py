@@ -26,7 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from l4pack.assign import PlannedTensor
+from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.shards import lay_out
+from l4pack.checkpoint.source import open_folder
 from l4pack.model.config import known_config, parse_config
 from l4pack.model.tensors import TensorSpec, catalogue
 from l4pack.recipe import KEEP
@@ -134,17 +136,20 @@ def repeated(
 
 
 def eager_seconds(source: Path, experts: int) -> float:
-    """Seconds eager torch and compressed-tensors' packer need for `experts` experts, reading included."""
+    """Seconds eager torch and compressed-tensors' packer need for `experts` experts, reading included.
+
+    Not read through safetensors' own reader: it maps the whole file, which a small machine may refuse.
+    """
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-    from safetensors import safe_open
 
+    checkpoint = open_folder(source)
     started = time.monotonic()
-    with safe_open(source / "model.safetensors", "pt") as stream:
+    with Reader(checkpoint.entries, lambda file: source / file) as reader:
         for name in ("gate_up_proj", "down_proj"):
-            fused = stream.get_slice(f"model.layers.0.feed_forward.experts.{name}")
             for expert in range(experts):
-                weight = fused[expert : expert + 1][0].T.contiguous().float()
+                stored = reader.matrix(f"model.layers.0.feed_forward.experts.{name}", expert)
+                weight = torch.from_numpy(stored).view(torch.bfloat16).T.contiguous().float()
                 groups = weight.unflatten(-1, (-1, 128))
                 scale = (groups.abs().amax(-1, keepdim=True) / 7.5).bfloat16().float()
                 levels = (groups / scale).round().clamp(-8, 7).to(torch.int8).flatten(-2)
