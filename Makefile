@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # The whole chain on the demo model that ships with the package.
 demo: venv
-	$(BIN)/l4pack build demo --recipe int4 --out $(DEMO_OUT) --device h100 --context 4096
+	$(BIN)/l4pack build demo --recipe int4 --out $(DEMO_OUT) --device h100 --context 2048
 
 test: venv
 	$(BIN)/python -m pytest

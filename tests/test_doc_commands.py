@@ -30,3 +30,12 @@ def test_commands_of_a_page_end_well(page, l4pack, tmp_path, monkeypatch):
         ended = l4pack(*arguments)
         assert ended.code == 0, f"{command}\n{ended.err}"
         assert ended.out.strip(), command
+
+
+def test_make_demo_ends_well(l4pack, tmp_path):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    command = re.search(r"^demo: venv\n\t\$\(BIN\)/l4pack (.*)$", makefile, re.MULTILINE)[1]
+    ended = l4pack(*shlex.split(command.replace("$(DEMO_OUT)", str(tmp_path / "demo-out"))))
+    assert ended.code == 0, ended.err
+    assert "KL" in ended.out
+    assert "fits h100" in ended.out
