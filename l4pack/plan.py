@@ -149,16 +149,15 @@ class Plan:
     def disk_bytes(self) -> int:
         """Disk a run needs at its peak, the artifact included.
 
-        A source fetched as the run goes adds one shard for every worker, and one that is fetched ahead. A calibrated
-        run reads every layer again, and keeps what it fetched.
+        A source fetched as the run goes adds one shard for every worker, and one that is fetched ahead;
+        calibrated recipes are not run so.
         """
         fetched = 0
         if self.checkpoint.store is not None and self.checkpoint.store.fetches:
             sizes: dict[str, int] = defaultdict(int)
             for entry in self.checkpoint.entries.values():
                 sizes[entry.file] += entry.nbytes
-            at_once = len(sizes) if self.needs else self.workers + 1
-            fetched = sum(sorted(sizes.values())[-at_once:])
+            fetched = sum(sorted(sizes.values())[-(self.workers + 1) :])
         return self.artifact_bytes + fetched + (0 if self.needs is None else self.needs.disk_bytes)
 
     @property
@@ -224,12 +223,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
     )
 
 
-def check_room(needed: int, room: int, what: str = "memory", option: str = "--max-ram") -> None:
+def check_room(needed: int, room: int, what: str = "memory", hint: str = "raise --max-ram, or free memory") -> None:
     """Raise BudgetError when a job needs more than there is."""
     if needed > room:
         raise BudgetError(
             f"the job needs {human_bytes(needed)} of {what}, the limit is {human_bytes(room)}",
-            hint=f"raise {option}, or free memory",
+            hint=hint,
         )
 
 
@@ -254,7 +253,7 @@ def _fit(
         if fits(tasks, workers):
             return workers, tasks
     check_room(peak_ram(tasks, 1, accelerated=accelerated), room)
-    check_room(peak_vram(tasks, 1), limits.max_vram or 0, "device memory", "--max-vram")
+    check_room(peak_vram(tasks, 1), limits.max_vram or 0, "device memory", "raise --max-vram, or free memory")
     return 1, tasks
 
 

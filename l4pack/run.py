@@ -165,7 +165,9 @@ def _ready_to_calibrate(plan: Plan, needs: Needs) -> Plan:
             "a calibrated recipe needs the whole source at hand",
             hint="leave --fetch-as-you-go out, or take a recipe without calibration, such as int4-rtn",
         )
-    check_room(needs.ram_bytes, psutil.virtual_memory().available, option="the machine's memory")
+    check_room(
+        needs.ram_bytes, psutil.virtual_memory().available, hint="free memory, or take a recipe without calibration"
+    )
     return plan if plan.text is not None else with_text(plan)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from l4pack.checkpoint.header import TensorEntry, tensor_bytes
+from l4pack.checkpoint.header import TensorEntry, TypedTensor, tensor_bytes
 from l4pack.model.config import Llama4Config
 from l4pack.model.names import classify, split_suffix
 from l4pack.model.tensors import Role, catalogue
@@ -16,15 +16,9 @@ from l4pack.model.tensors import Role, catalogue
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 
 
-class StoredTensor(Protocol):
+class StoredTensor(TypedTensor, Protocol):
     """A tensor of an artifact: written, or planned."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
     @property
     def role(self) -> Role: ...
     @property

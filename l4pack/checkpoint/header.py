@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from l4pack.errors import SourceError
 
@@ -36,6 +36,17 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+
+
+class TypedTensor(Protocol):
+    """Anything with a tensor's name, safetensors dtype and shape."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:

@@ -7,22 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from l4pack.checkpoint.header import DTYPE_BITS, LENGTH_BYTES
+from l4pack.checkpoint.header import DTYPE_BITS, LENGTH_BYTES, TypedTensor
 from l4pack.checkpoint.source import INDEX_NAME, SINGLE_NAME
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _METADATA = {"format": "pt"}  # transformers refuses files without it
 
 
-class Sized(Protocol):
+class Sized(TypedTensor, Protocol):
     """A tensor to be written."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
     @property
     def nbytes(self) -> int: ...
 
