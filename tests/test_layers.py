@@ -18,6 +18,8 @@ LAYERS = [
     ["__main__"],
     ["cli"],
     ["build", "publish"],
+    ["fit"],
+    ["sensitivity"],
     ["run"],
     ["job"],
     ["evaluate"],

@@ -1,0 +1,115 @@
+"""The file that `measure` writes and `fit` reads: what changing one unit alone does to the model's answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from l4pack.checkpoint.journal import write_atomic
+from l4pack.datafile import validate
+from l4pack.errors import UsageError
+from l4pack.model.tensors import Role
+from l4pack.recipe import RecipeScheme
+
+SCHEMA_VERSION = 1
+MAX_BYTES = 64 * 1024 * 1024
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelId(_Data):
+    """The model that was measured: its name, the digest of its headers and configuration, and its decoder layers."""
+
+    name: str
+    fingerprint: str
+    layers: Annotated[int, Field(gt=0)]
+
+
+class Change(_Data):
+    """One unit, all matrices of a role in a layer, given one option while the rest stays as it is.
+
+    `error` is ||y' - y||^2 / ||y||^2 of the unit's own output on the original inputs, summed over the measured tokens.
+    `kl` is the mean over tokens of KL(original || changed) in nats, with its standard error over sequences; of a change
+    that was not `measured` but predicted from `error`, the standard error is the prediction's.
+    """
+
+    layer: Annotated[int, Field(ge=0)]
+    role: Role
+    option: str
+    error: NonNegative
+    kl: Annotated[float, Field(allow_inf_nan=False)]
+    kl_standard_error: NonNegative
+    measured: bool
+
+
+class Joint(_Data):
+    """Many units changed at once: what the sum of their single changes predicts, and what was measured."""
+
+    title: str
+    choice: dict[str, str]  # role -> option, or "layer.role" -> option
+    predicted: float
+    measured: float
+    standard_error: NonNegative
+
+
+class Linearity(_Data):
+    """How well errors predict KL within a unit: of `count` changes that were both predicted and measured, the median
+    and the 90th percentile of |ln(predicted / measured)|."""
+
+    count: Annotated[int, Field(ge=0)]
+    median: NonNegative
+    p90: NonNegative
+
+
+class Sensitivity(_Data):
+    """Everything one measurement found. A unit without a change for an option was not given it."""
+
+    schema_version: Literal[1] = 1
+    l4pack: str
+    model: ModelId
+    text: dict[str, Any]
+    calibration: dict[str, Any]
+    options: dict[str, RecipeScheme]
+    changes: Annotated[list[Change], Field(min_length=1)]
+    joint: list[Joint] = []
+    linearity: Linearity | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Sensitivity:
+        seen = set()
+        for change in self.changes:
+            if change.option not in self.options:
+                raise ValueError(f"changes: option '{change.option}' is not one of options")
+            if change.layer >= self.model.layers:
+                raise ValueError(f"changes: layer {change.layer} of a model of {self.model.layers}")
+            seen.add((change.layer, change.role, change.option))
+        if len(seen) != len(self.changes):
+            raise ValueError("changes: one is there twice")
+        return self
+
+    def write(self, path: Path) -> None:
+        """Put the record at `path`, all at once."""
+        write_atomic(path, (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode())
+
+
+def read_sensitivity(path: Path) -> Sensitivity:
+    """A measurement from its file. Raises UsageError (not there, not JSON) or RecipeError (a wrong key)."""
+    hint = "make one with: l4pack measure SOURCE --out sensitivity.json"
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", hint=hint) from error
+    try:
+        value = json.loads(raw) if len(raw) <= MAX_BYTES else None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} is not a measurement", hint=hint)
+    return validate(Sensitivity, value, path.name)
