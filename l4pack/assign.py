@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from l4pack.artifact import kv_cache
 from l4pack.checkpoint.header import DTYPE_BITS, tensor_bytes
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import RecipeError
@@ -13,7 +14,7 @@ from l4pack.formats import load_format, stored_tensors
 from l4pack.model.tensors import Linear, Role, TensorSpec, canonical_naming, catalogue, rename
 from l4pack.quant.layout import Layout
 from l4pack.quant.scheme import Strategy
-from l4pack.recipe import KEEP, Method, Recipe
+from l4pack.recipe import KEEP, KV_CACHE, Method, Recipe, RecipeScheme
 from l4pack.units import MIB
 
 COPY_CHUNK = 16 * MIB
@@ -80,7 +81,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Assignment:
-    """The fate of every tensor: `groups` are the artifact's tensors in model order, a module's together."""
+    """The fate of every tensor: `groups` are the artifact's tensors in model order, a module's together.
+
+    Scales of the KV cache come last: calibration finds them, and so leaves one shard incomplete until then.
+    """
 
     groups: tuple[tuple[PlannedTensor, ...], ...]
     targets: tuple[Target, ...]
@@ -111,7 +115,22 @@ def assign(checkpoint: Checkpoint, recipe: Recipe) -> Assignment:
             copies.append((name, kept))
             groups.append((kept,))
     _check_rules(recipe, runtime.tensors, config.text.num_hidden_layers)
+    groups += _kv_scales(checkpoint, recipe)
     return Assignment(tuple(groups), tuple(targets), tuple(copies), tuple(schemes))
+
+
+def _kv_scales(checkpoint: Checkpoint, recipe: Recipe) -> list[tuple[PlannedTensor, ...]]:
+    if recipe.kv_cache is None:
+        return []
+    text, prefix = checkpoint.config.text, canonical_naming(checkpoint.config).text
+    shape = kv_cache.scale_shape(recipe.kv_cache.strategy, text.num_key_value_heads)
+    return [
+        tuple(
+            PlannedTensor(name, kv_cache.DTYPE, shape, Role.ATTENTION, layer, None, KV_CACHE)
+            for name in kv_cache.scale_names(prefix, layer)
+        )
+        for layer in range(text.num_hidden_layers)
+    ]
 
 
 def source_dtype(checkpoint: Checkpoint, name: str) -> str:
@@ -145,26 +164,34 @@ def _check_rules(recipe: Recipe, tensors: Sequence[TensorSpec], num_layers: int)
 
 
 def _target(checkpoint: Checkpoint, recipe: Recipe, old: Linear, new: Linear, scheme: str) -> Target:
-    dtype = source_dtype(checkpoint, old.tensor)
-    if scheme == KEEP:
-        shapes: list[tuple[str, str, tuple[int, ...]]] = [("weight", dtype, (new.out_features, new.in_features))]
+    numbers = None if scheme == KEEP else recipe.schemes[scheme]
+    if numbers is not None and not divides(numbers, new):
+        raise RecipeError(
+            f"recipe {recipe.name}: schemes.{scheme}.group_size {numbers.group_size} does not divide the "
+            f"{new.in_features} input features of {new.module}",
+            hint="choose a group size that divides every matrix, or strategy channel",
+        )
+    tensors = module_tensors(new, scheme, numbers, source_dtype(checkpoint, old.tensor))
+    return Target(old, new.module, scheme, tensors)
+
+
+def divides(scheme: RecipeScheme, linear: Linear) -> bool:
+    """Whether a scheme's groups divide a matrix."""
+    return scheme.strategy is not Strategy.GROUP or linear.in_features % scheme.group_columns(linear.in_features) == 0
+
+
+def module_tensors(linear: Linear, name: str, scheme: RecipeScheme | None, dtype: str) -> tuple[PlannedTensor, ...]:
+    """The artifact's tensors for one matrix of source dtype `dtype` under a scheme called `name`; None keeps it."""
+    if scheme is None:
+        shapes: list[tuple[str, str, tuple[int, ...]]] = [("weight", dtype, (linear.out_features, linear.in_features))]
     else:
-        numbers = recipe.schemes[scheme]
-        group = numbers.group_columns(new.in_features)
-        if numbers.strategy is Strategy.GROUP and new.in_features % group:
-            raise RecipeError(
-                f"recipe {recipe.name}: schemes.{scheme}.group_size {group} does not divide the "
-                f"{new.in_features} input features of {new.module}",
-                hint="choose a group size that divides every matrix, or strategy channel",
-            )
-        spec, size = load_format(numbers.format), (new.out_features, new.in_features)
-        stored = stored_tensors(spec, numbers, *size, dtype, static=numbers.static)
+        spec, size = load_format(scheme.format), (linear.out_features, linear.in_features)
+        stored = stored_tensors(spec, scheme, *size, dtype, static=scheme.static)
         shapes = [(tensor.suffix, tensor.dtype, tensor.shape) for tensor in stored]
-    tensors = tuple(
-        PlannedTensor(f"{new.module}.{suffix}", kind, shape, new.role, new.layer, new.expert, scheme)
+    return tuple(
+        PlannedTensor(f"{linear.module}.{suffix}", kind, shape, linear.role, linear.layer, linear.expert, name)
         for suffix, kind, shape in shapes
     )
-    return Target(old, new.module, scheme, tensors)
 
 
 def cut(checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, slab_bytes: int) -> tuple[Task, ...]:

@@ -48,6 +48,7 @@ class Job:
         self._left_in_source.update(plan.checkpoint.entries[target.linear.tensor].file for target in plan.calibrated)
         self._left_in_shard.update(plan.places[f"{target.module}.input_scale"].file for target in plan.observed)
         self._left_in_shard.update(plan.places[tensor.name].file for t in plan.calibrated for tensor in t.tensors)
+        self._left_in_shard.update(plan.places[tensor.name].file for tensor in plan.kv_scales)
         self._hashing: list[Future[dict[str, str]]] = []
 
     def run(self) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from l4pack import __version__
+from l4pack.artifact.kv_cache import cache_limits
 from l4pack.artifact.manifest import MANIFEST_NAME, Manifest
 from l4pack.artifact.stanza import quantization_config
 from l4pack.assign import Action, Assignment, PlannedTensor, Target, Task, assign, cut, is_calibrated, source_dtype
@@ -25,7 +26,7 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import BudgetError, SourceError
 from l4pack.formats import load_format, reader_limits
 from l4pack.model.tensors import Linear
-from l4pack.recipe import KEEP, Activations, Recipe
+from l4pack.recipe import KEEP, KV_CACHE, Activations, Recipe
 from l4pack.units import MIB, human_bytes
 
 if TYPE_CHECKING:
@@ -124,6 +125,11 @@ class Plan:
         """Weight bytes a whole run reads."""
         return sum(task.read_bytes for task in self.tasks) + sum(map(self.target_bytes, self.calibrated))
 
+    @property
+    def kv_scales(self) -> list[PlannedTensor]:
+        """Scales of the KV cache, a layer's keys and values side by side; calibration finds them."""
+        return [tensor for tensor in self.tensors if tensor.scheme == KV_CACHE]
+
     @cached_property
     def targets(self) -> dict[str, Target]:
         """What becomes of each matrix that is not copied as it is, by module."""
@@ -164,7 +170,7 @@ class Plan:
     def bits_per_weight(self) -> float:
         """Bits per parameter over the quantized matrices, scales included."""
         numel = sum(linear.numel for linear, name in self.assigned if name is not None)
-        nbytes = sum(tensor.nbytes for tensor in self.tensors if tensor.scheme != KEEP)
+        nbytes = sum(tensor.nbytes for tensor in self.tensors if tensor.scheme in self.recipe.schemes)
         return 8 * nbytes / numel
 
     def digest(self) -> str:
@@ -182,6 +188,9 @@ class Plan:
             roles = {linear.role for linear, name in self.assigned if name == key}
             weight_only = scheme.activations is Activations.NONE
             found += reader_limits(load_format(scheme.format), scheme, roles, weight_only=weight_only, mixed=mixed)
+            if self.recipe.kv_cache is not None:
+                vision = self.checkpoint.config.vision is not None
+                found += cache_limits(load_format(scheme.format), self.recipe.kv_cache.strategy, vision=vision)
         return list(dict.fromkeys(found))
 
 
@@ -201,7 +210,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
     observed = tuple(
         target for target in assignment.targets if target.scheme != KEEP and recipe.schemes[target.scheme].static
     )
-    needs = calibration_needs(checkpoint, recipe, (*calibrated, *observed)) if calibrated or observed else None
+    looked_at = (*calibrated, *observed)
+    if recipe.kv_cache is not None and not looked_at:  # the walk computes with what tasks have made
+        looked_at = tuple(target for target in assignment.targets if target.scheme != KEEP)
+    needs = calibration_needs(checkpoint, recipe, looked_at) if looked_at else None
     if needs is not None and limits.max_ram is not None:
         check_room(needs.ram_bytes, limits.max_ram)
     vision = checkpoint.config.vision is not None
@@ -212,7 +224,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
         shards=tuple(shards),
         places=places,
         tasks=tasks,
-        stanza=quantization_config(recipe.schemes, assignment.schemes, vision=vision),
+        stanza=quantization_config(recipe.schemes, assignment.schemes, vision=vision, kv_cache=recipe.kv_cache),
         assigned=assignment.schemes,
         workers=workers,
         accelerated=limits.accelerated,

@@ -19,6 +19,7 @@ from l4pack.quant.scheme import NumberType, Scheme, Strategy
 from l4pack.resources import data_folder
 
 KEEP = "keep"
+KV_CACHE = "kv_cache"  # what scales of the KV cache have in place of a scheme
 MAX_EXTENDS = 8
 
 
@@ -134,6 +135,20 @@ class Calibration(_Data):
     max_fallbacks: Annotated[float, Field(ge=0, le=1)] = 0.05
 
 
+class KVStrategy(StrEnum):
+    """How many keys, or values, of a layer's cache share a scale: all of them, or those of one head."""
+
+    TENSOR = "tensor"
+    HEAD = "head"
+
+
+class KVCache(_Data):
+    """A KV cache that a runtime keeps in FP8 (E4M3), with scales found by calibration."""
+
+    dtype: Literal["fp8"]
+    strategy: KVStrategy = KVStrategy.TENSOR
+
+
 class Promise(_Data):
     """What a recipe was made for: checked when the artifact is built."""
 
@@ -152,18 +167,22 @@ class Recipe(_Data):
     title: str
     schemes: Annotated[dict[str, RecipeScheme], Field(min_length=1)]
     rules: Annotated[list[Rule], Field(min_length=1)]
+    kv_cache: KVCache | None = None
     calibration: Calibration | None = None
     promise: Promise | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        calibrated = [name for name, scheme in self.schemes.items() if scheme.calibrated]
+        calibrated = [f"schemes.{name}" for name, scheme in self.schemes.items() if scheme.calibrated]
+        calibrated += [] if self.kv_cache is None else [KV_CACHE]
         if calibrated and self.calibration is None:
-            raise ValueError(f"calibration: missing, and schemes.{calibrated[0]} needs one ({{}} takes the defaults)")
+            raise ValueError(f"calibration: missing, and {calibrated[0]} needs one ({{}} takes the defaults)")
         if self.calibration is not None and not calibrated:
-            raise ValueError("calibration: no scheme needs one")
+            raise ValueError("calibration: no scheme needs one, and neither does a kv_cache")
         if KEEP in self.schemes:
             raise ValueError(f"schemes: '{KEEP}' is the name for leaving tensors as they are")
+        if KV_CACHE in self.schemes:
+            raise ValueError(f"schemes: '{KV_CACHE}' is the name for scales of the KV cache")
         for number, rule in enumerate(self.rules):
             self._check_rule(rule, f"rules.{number}")
         unused = set(self.schemes) - {rule.scheme for rule in self.rules}

@@ -9,12 +9,13 @@ from pydantic import ValidationError
 
 from l4pack.artifact.declared import Declared
 from l4pack.artifact.findings import Findings
+from l4pack.artifact.kv_cache import cache_arguments
 from l4pack.artifact.opened import Artifact
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.model.config import MULTIMODAL, Llama4Config
+from l4pack.recipe import KVStrategy
 
 _STANZA = "quantization_config"
-_KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 _SECTIONS = ("text_config", "vision_config")
 # Spelled differently by different versions of transformers, or of the file and not of the model.
 _RESPELLED = {
@@ -86,10 +87,12 @@ def _check_kv_cache(stanza: Mapping[str, Any], found: Findings) -> None:
     scheme = stanza.get("kv_cache_scheme")
     if not isinstance(scheme, Mapping):
         return
-    for key, wanted in _KV_CACHE.items():
-        if scheme.get(key) != wanted:
+    allowed = [cache_arguments(strategy) for strategy in KVStrategy]
+    for key in allowed[0]:
+        taken = list(dict.fromkeys(repr(arguments[key]) for arguments in allowed))
+        if repr(scheme.get(key)) not in taken:
             where = f"{_STANZA}.kv_cache_scheme.{key}"
-            found.error("stanza", where, f"is {scheme.get(key)!r}, vLLM takes {wanted!r} only")
+            found.error("stanza", where, f"is {scheme.get(key)!r}, vLLM takes {' or '.join(taken)} only")
 
 
 def check_config(artifact: Artifact, found: Findings) -> None:

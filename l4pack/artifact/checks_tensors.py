@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from l4pack.artifact.declared import Declared, Group, Runtime
 from l4pack.artifact.findings import Findings
+from l4pack.artifact.kv_cache import cache_limits, scale_names, scale_shape
 from l4pack.artifact.opened import Artifact
 from l4pack.checkpoint.header import TensorEntry
 from l4pack.checkpoint.source import WEIGHT_DTYPES
@@ -20,6 +21,7 @@ from l4pack.formats import reader_limits, stored_tensors
 from l4pack.model.names import classify, split_suffix
 from l4pack.model.tensors import Linear, Role, TensorSpec
 from l4pack.quant.scheme import Scheme
+from l4pack.recipe import KVStrategy
 
 PLAIN = "plain"
 _CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -239,18 +241,19 @@ def _is_fused(module: str) -> bool:
 
 def _take_kv_scales(examiner: _Examiner) -> tuple[str, ...]:
     """KV-cache scales of the text model's attention, when the stanza has a scheme for them."""
+    if not examiner.declared.kv_cache:
+        return ()
     names = []
-    prefix = examiner.artifact.layout.naming.text
-    for layer in range(examiner.artifact.config.text.num_hidden_layers):
-        parts = examiner.left.get(f"{prefix}layers.{layer}.self_attn", {})
-        for suffix in ("k_scale", "v_scale"):
-            if examiner.declared.kv_cache and suffix in parts:
-                entry = parts.pop(suffix)
-                if examiner.right(entry, WEIGHT_DTYPES, (1,)):
-                    names.append(entry.name)
-            elif examiner.declared.kv_cache and not examiner.artifact.unreadable:
-                where = f"{prefix}layers.{layer}.self_attn.{suffix}"
-                examiner.found.warning("kv-scale", where, "is missing: runtimes take 1.0")
+    text = examiner.artifact.config.text
+    shape = scale_shape(examiner.declared.kv_strategy or KVStrategy.TENSOR, text.num_key_value_heads)
+    for layer in range(text.num_hidden_layers):
+        for name in scale_names(examiner.artifact.layout.naming.text, layer):
+            module, suffix = split_suffix(name)
+            entry = examiner.left.get(module, {}).pop(suffix, None)
+            if entry is None and not examiner.artifact.unreadable:
+                examiner.found.warning("kv-scale", name, "is missing: runtimes take 1.0")
+            elif entry is not None and examiner.right(entry, WEIGHT_DTYPES, shape):
+                names.append(name)
     return tuple(names)
 
 
@@ -287,6 +290,10 @@ def _check_readers(examiner: _Examiner, declared: Declared, found: Findings) -> 
         roles = {linear.role for linear in using}
         for text in reader_limits(group.format, group.scheme, roles, weight_only=group.weight_only, mixed=mixed):
             found.warning("runtime", f"config_groups.{group.name}", text)
+        if declared.kv_strategy is not None:
+            vision = examiner.artifact.config.vision is not None
+            for text in cache_limits(group.format, declared.kv_strategy, vision=vision):
+                found.warning("runtime", "kv_cache_scheme", text)
 
 
 def _check_dtypes(artifact: Artifact, plain: list[Linear], others: tuple[TensorSpec, ...], found: Findings) -> None:

@@ -118,11 +118,11 @@ class ValueChecks:
             if differs:
                 result.found.error("kept", name, "its bytes differ from the source's")
 
-    def kv_scale(self, name: str, result: Result) -> float:
-        """Check one KV-cache scale; returns it."""
+    def kv_scale(self, name: str, result: Result) -> list[float]:
+        """Check one KV-cache scale of a layer or of its heads; returns its numbers."""
         value = widen(self._whole(self._entries[name], result))
         _check_positive(name, value, result, rule="kv-scale")
-        return float(value[0])
+        return [float(number) for number in value.reshape(-1)]
 
     def _whole(self, entry: TensorEntry, result: Result) -> NDArray[Any]:
         array = self._reader.tensor(entry.name)

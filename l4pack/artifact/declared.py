@@ -17,9 +17,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from l4pack.artifact.findings import Findings
+from l4pack.artifact.kv_cache import declared_strategy
 from l4pack.errors import RecipeError
 from l4pack.formats import FormatSpec, check_accepts, format_names, load_format
 from l4pack.quant.scheme import Scheme
+from l4pack.recipe import KVStrategy
 
 MAX_PATTERN = 2000
 _SCHEME_KEYS = ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric")
@@ -57,6 +59,7 @@ class Declared:
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
     kv_cache: bool
+    kv_strategy: KVStrategy | None  # None where there is no KV cache scheme, or none that runtimes take
 
     def group(self, runtime: Runtime, module: str, classes: tuple[str, ...] = ("Linear",)) -> Group | None:
         """The group whose scheme a runtime gives a module, or None where it takes the module as it is."""
@@ -115,7 +118,8 @@ def read_declared(stanza: Mapping[str, Any], found: Findings) -> Declared:
         if isinstance(group, Mapping):
             read.append(_group(str(name), group, stanza, found))
     ignore = _strings(stanza.get("ignore") or [], "ignore", found)
-    return Declared(tuple(read), ignore, bool(stanza.get("kv_cache_scheme")))
+    cache = stanza.get("kv_cache_scheme")
+    return Declared(tuple(read), ignore, bool(cache), declared_strategy(cache))
 
 
 def _group(name: str, group: Mapping[str, Any], stanza: Mapping[str, Any], found: Findings) -> Group:

@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from l4pack.artifact.kv_cache import cache_arguments
 from l4pack.model.tensors import Linear, Role
-from l4pack.recipe import Activations, RecipeScheme
+from l4pack.recipe import Activations, KVCache, RecipeScheme
 
 _MODULES = {
     Role.ROUTED_EXPERT: r"feed_forward\.experts\.\d+\.(gate|up|down)_proj",
@@ -21,7 +22,7 @@ _MODULES = {
 _NEVER = ("re:.*lm_head$", "re:.*router$")
 _VISION = ("re:.*vision_model.*", "re:.*multi_modal_projector.*")
 
-_ACTIVATIONS: dict[Activations, dict[str, Any] | None] = {
+ACTIVATIONS: dict[Activations, dict[str, Any] | None] = {
     Activations.NONE: None,
     Activations.DYNAMIC_TOKEN: {"strategy": "token"},
     Activations.DYNAMIC_GROUP: {"strategy": "group", "group_size": 128},
@@ -30,7 +31,11 @@ _ACTIVATIONS: dict[Activations, dict[str, Any] | None] = {
 
 
 def quantization_config(
-    schemes: Mapping[str, RecipeScheme], assigned: Sequence[tuple[Linear, str | None]], *, vision: bool
+    schemes: Mapping[str, RecipeScheme],
+    assigned: Sequence[tuple[Linear, str | None]],
+    *,
+    vision: bool,
+    kv_cache: KVCache | None = None,
 ) -> dict[str, Any]:
     """The stanza for matrices and the scheme names they got (None: kept as they were).
 
@@ -47,14 +52,14 @@ def quantization_config(
         "format": min(formats) if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if kv_cache is None else _kv_cache(kv_cache),
         "ignore": [*_NEVER, *(_VISION if vision else ()), *_patterns(assigned, {None})],
         "config_groups": groups,
     }
 
 
 def _group(scheme: RecipeScheme, targets: list[str]) -> dict[str, Any]:
-    activations = _ACTIVATIONS[scheme.activations]
+    activations = ACTIVATIONS[scheme.activations]
     return {
         "targets": targets,
         "format": scheme.format,
@@ -72,6 +77,10 @@ def _group(scheme: RecipeScheme, targets: list[str]) -> dict[str, Any]:
         else _arguments(**{"type": "float", "dynamic": True, **activations}),
         "output_activations": None,
     }
+
+
+def _kv_cache(kv_cache: KVCache) -> dict[str, Any]:
+    return _arguments(**{**cache_arguments(kv_cache.strategy), "observer": "memoryless_minmax"})
 
 
 def _arguments(**values: Any) -> dict[str, Any]:

@@ -173,7 +173,7 @@ class _Work:
     def kv_scales(self) -> Result:
         """All KV-cache scales at once: each positive, and not all of them 1."""
         result = Result()
-        values = {self._values.kv_scale(name, result) for name in self._contents.kv_scales}
+        values = {number for name in self._contents.kv_scales for number in self._values.kv_scale(name, result)}
         if values == {1.0}:
             message = f"all {len(self._contents.kv_scales)} scales are 1: they were never computed"
             result.found.error("kv-scale", self._contents.kv_scales[0], message)

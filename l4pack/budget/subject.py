@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+from l4pack.artifact.kv_cache import SUFFIXES as KV_SUFFIXES
 from l4pack.checkpoint.header import TensorEntry, TypedTensor, tensor_bytes
 from l4pack.model.config import Llama4Config
 from l4pack.model.names import classify, split_suffix
@@ -81,10 +82,11 @@ class Subject:
 
     @property
     def kv_dtype(self) -> str:
-        """What a runtime's `auto` makes of the KV cache: FP8 when the artifact holds KV scales."""
+        """What a runtime's `auto` makes of the KV cache: FP8 when the artifact has, or will have, a scheme for it."""
         stanza = self.config.raw.get("quantization_config")
         scheme = stanza.get("kv_cache_scheme") if isinstance(stanza, dict) else None
-        return "fp8" if scheme else "bfloat16"
+        to_come = self.recipe is not None and any(kind.suffix in KV_SUFFIXES for kind in self.kinds)
+        return "fp8" if scheme or to_come else "bfloat16"
 
 
 def from_entries(name: str, config: Llama4Config, entries: Iterable[TensorEntry]) -> Subject:

@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 from l4pack.artifact.quantized import dequantized
 from l4pack.calibration.coverage import Coverage
 from l4pack.calibration.inputs import InputScales, stored_scale
+from l4pack.calibration.kv_cache import CacheRange
 from l4pack.calibration.mlp import Matrices, result_of, solve_mlp, stored
 from l4pack.calibration.needs import BLOCK_ROWS, asymmetric
 from l4pack.calibration.output import Output
@@ -133,7 +134,8 @@ class CalibrationRun:
         weights = ready.take(attention)
         for one in passes[:-1]:
             one.attention(weights)
-        passes[-1].attention(self._as_written(attention, weights))
+        cache = self._cache_range()
+        passes[-1].attention(self._as_written(attention, weights), cache)
         for one in passes:
             one.route()
         self._record_coverage(layer, passes[0])
@@ -144,6 +146,8 @@ class CalibrationRun:
             one.finish()
             stream.release()
         self._write_input_scales(layer)
+        if cache is not None:
+            self._write_cache_scales(layer, cache)
         self._save(layer)
 
     def _write_input_scales(self, layer: int) -> None:
@@ -159,12 +163,24 @@ class CalibrationRun:
         self._output.writer.sync()
         self._output.journal.record(results={f"input scales of layer {layer}": {"matrices": matrices}})
 
+    def _cache_range(self) -> CacheRange | None:
+        wanted = self._plan.recipe.kv_cache
+        return None if wanted is None else CacheRange(wanted.strategy, self._config.text.num_key_value_heads)
+
+    def _write_cache_scales(self, layer: int, cache: CacheRange) -> None:
+        tensors = [tensor for tensor in self._plan.kv_scales if tensor.layer == layer]
+        for tensor, scale in zip(tensors, cache.scales(), strict=True):
+            self._output.writer.write(tensor.name, 0, scale)
+        self._output.writer.sync()
+        self._output.journal.record(results={f"KV cache of layer {layer}": {"kv_cache": {str(layer): cache.record()}}})
+
     def _record_coverage(self, layer: int, one: LayerPass) -> None:
         if one.routing is None:
             return
         tokens = one.routing.counts()
         self._coverage.add(layer, tokens)
-        self._coverage.check()
+        if self._plan.calibrated or self._plan.observed:  # what enters the KV cache, no expert decides
+            self._coverage.check()
         self._output.journal.record(results={str(layer): {"tokens": tokens}})
 
     def _unit(self, unit: Unit, weights: UnitWeights, passes: list[LayerPass]) -> None:

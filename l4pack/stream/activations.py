@@ -37,7 +37,7 @@ class Activations:
         if self.strategy == "group":
             values = values.reshape(*values.shape[:-1], -1, self.group_size or values.shape[-1])
         scale = self._scale(values)
-        rounded = (_round_float if self.levels == "float" else _round_int)(values / scale) * scale
+        rounded = (round_e4m3 if self.levels == "float" else _round_int)(values / scale) * scale
         return (rounded.flatten(-2) if self.strategy == "group" else rounded).to(inputs.dtype)
 
     def _scale(self, values: Tensor) -> Tensor:
@@ -50,7 +50,8 @@ class Activations:
         return (amax / largest).clamp(min=SMALLEST_TOKEN_SCALE if self.levels == "float" else 1e-30)
 
 
-def _round_float(values: Tensor) -> Tensor:
+def round_e4m3(values: Tensor) -> Tensor:
+    """float32 values rounded to E4M3, those beyond its range to its ends."""
     return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
 
 

@@ -10,7 +10,7 @@ layer is complete, so a run that is killed goes on from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from l4pack.errors import L4packError
 from l4pack.stream.hidden import Buffer, Packed, Piece, batches
-from l4pack.stream.kv import BlockCache, causal_mask
+from l4pack.stream.kv import BlockCache, Entry, PassingCache, causal_mask, unchanged
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.units import Part, Unit, UnitWeights, place
 
@@ -108,11 +108,16 @@ class LayerPass:
         self._layer: Any = skeleton.layer(index)
         self.moe = index in skeleton.config.text.moe_layers
         self.routing: Routing | None = None
+        self._entry: Entry = unchanged
 
     @torch.inference_mode()
-    def attention(self, weights: UnitWeights) -> None:
-        """Write input + attention to the middle. Raises L4packError when it is not finite."""
+    def attention(self, weights: UnitWeights, entry: Entry | None = None) -> None:
+        """Write input + attention to the middle; keys and values enter the cache as the weights have it, or by `entry`.
+
+        Raises L4packError when the output is not finite.
+        """
         place(self._layer, weights)
+        self._entry = entry or weights.kv_cache or unchanged
         text = self._skeleton.config.text
         chunk = text.attention_chunk_size if self.index in text.rope_layers else None
         for batch in batches(self._packed.pieces(chunk), self._blocks.attention):
@@ -122,12 +127,16 @@ class LayerPass:
                 self._attend(batch)
             self.let_go()
 
-    def attention_of(self, inputs: Tensor, positions: Tensor) -> Tensor:
-        """What attention adds to inputs [batch, length, hidden] that stand at `positions` [batch, length]."""
+    def attention_of(self, inputs: Tensor, positions: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """What attention adds to inputs [batch, length, hidden] that stand at `positions` [batch, length].
+
+        Rows of which only the first `lengths` inputs are a text's have the rest to fill up the batch.
+        """
         added, _ = self._layer.self_attn(
             hidden_states=self._layer.input_layernorm(inputs),
             position_embeddings=self._skeleton.rotary(positions),
             attention_mask=None,
+            past_key_values=PassingCache(self._entry, lengths or [inputs.shape[1]] * len(inputs)),
         )
         result: Tensor = added
         return result
@@ -205,14 +214,15 @@ class LayerPass:
         inputs = [source[piece.start : piece.start + piece.length] for piece in batch]
         padded = self._to_device(pad_sequence(inputs, batch_first=True))
         first = torch.tensor([[piece.position] for piece in batch])
-        outputs = (padded + self.attention_of(padded, first + torch.arange(padded.shape[1]))).cpu()
+        positions = first + torch.arange(padded.shape[1])
+        outputs = (padded + self.attention_of(padded, positions, [piece.length for piece in batch])).cpu()
         for piece, output in zip(batch, outputs, strict=True):
             self._store_attention(piece.start, output[: piece.length], target)
 
     def _attend_in_blocks(self, piece: Piece) -> None:
         """A piece too long to attend at once: queries by blocks, keys and values of the whole piece kept."""
         source, target = self._stream.current.data, self._stream.middle.data
-        cache = BlockCache(piece.length)
+        cache = BlockCache(piece.length, self._entry)
         for start in range(0, piece.length, self._blocks.attention):
             stop = min(start + self._blocks.attention, piece.length)
             inputs = self._to_device(source[piece.start + start : piece.start + stop])[None]

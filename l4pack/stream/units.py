@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from l4pack.model.config import Llama4Config
 from l4pack.model.tensors import canonical_naming
+from l4pack.stream.kv import RoundedCache
 from l4pack.stream.weights import LinearWeight, Weights
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -43,10 +44,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class UnitWeights:
-    """A unit's matrices and small tensors, by their names below the layer (attention) or the MLP."""
+    """A unit's matrices and small tensors, by their names below the layer (attention) or the MLP.
+
+    Attention may have a KV cache that is not kept as it is.
+    """
 
     linears: Mapping[str, LinearWeight]
     tensors: Mapping[str, Tensor]
+    kv_cache: RoundedCache | None = None
 
 
 def feed_forward_unit(config: Llama4Config, layer: int) -> Unit:
@@ -87,6 +92,7 @@ def load_unit(weights: Weights, unit: Unit) -> UnitWeights:
     return UnitWeights(
         {local: by_module[module] for local, module in names.items()},
         {local: weights.tensor(name) for local, name in _small_tensors(weights, unit).items()},
+        weights.kv_cache(unit.layer) if unit.part is Part.ATTENTION else None,
     )
 
 

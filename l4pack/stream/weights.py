@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from l4pack.artifact.kv_cache import declared_strategy, scale_names, scale_shape
 from l4pack.artifact.quantized import (
     MODULE_SUFFIXES,
     SCALE_SUFFIXES,
@@ -23,10 +24,12 @@ from l4pack.artifact.quantized import (
 )
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint, detect_layout
-from l4pack.errors import SourceError
+from l4pack.errors import L4packError, SourceError
 from l4pack.model.tensors import Linear, canonical_naming, catalogue, rename
+from l4pack.quant.floats import FloatName
 from l4pack.quant.layout import Layout
 from l4pack.stream.activations import Activations, activations_of
+from l4pack.stream.kv import RoundedCache
 
 _VIEWS = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -56,7 +59,7 @@ class Weights:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self._round_activations = round_activations
         self._quantization = Quantization(checkpoint.config.raw)
-        self._model_dtype = _DTYPES.get(checkpoint.config.dtype or "bfloat16", torch.bfloat16)
+        self.model_dtype = _DTYPES.get(checkpoint.config.dtype or "bfloat16", torch.bfloat16)
         self._reader = Reader(checkpoint.entries, checkpoint.store.path)
         self._naming = canonical_naming(checkpoint.config)
         source = detect_layout(checkpoint.config, checkpoint.entries)
@@ -102,6 +105,35 @@ class Weights:
     def holds(self, name: str) -> bool:
         """Whether a tensor of this runtime name is there."""
         return self._own(name) in self.checkpoint.entries
+
+    def kv_cache(self, layer: int) -> RoundedCache | None:
+        """What the cache makes of a layer's keys and values; None when it keeps them as they are.
+
+        Raises L4packError for a cache that can't be simulated.
+        """
+        scheme = (self.checkpoint.config.raw.get("quantization_config") or {}).get("kv_cache_scheme")
+        if not scheme or not self._round_activations:
+            return None
+        strategy = declared_strategy(scheme)
+        if strategy is None:
+            raise L4packError(
+                "config.json: its kv_cache_scheme is not one that runtimes take, and is not simulated",
+                hint="add --weights-only to evaluate the weights alone",
+            )
+        shape = scale_shape(strategy, self.checkpoint.config.text.num_key_value_heads)
+        key, value = (self._kv_scale(name, shape) for name in scale_names(self._naming.text, layer))
+        return RoundedCache(key, value)
+
+    def _kv_scale(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A scale as float32; one that is not there is 1, as runtimes take it."""
+        own = self._own(name)
+        if own not in self.checkpoint.entries:
+            return torch.ones(shape, device=self.device)
+        return self._stored(own, self._read(own)).to(self.device, torch.float32).reshape(shape)
+
+    def float_name(self, module: str) -> FloatName:
+        """The dtype that the checkpoint stores a plain matrix in."""
+        return self.checkpoint.float_names[self._linears[module].tensor]
 
     def nbytes(self, modules: Iterable[str]) -> int:
         """Bytes in the files of the given matrices."""
@@ -159,7 +191,7 @@ class Weights:
             stored = {suffix: self._stored(f"{linear.module}.{suffix}", array) for suffix, array in arrays.items()}
             weight = decompressed(_wide_scales(stored), scheme, form, module)
         if scheme.input_activations is None:
-            weight = weight.to(self._model_dtype)
+            weight = weight.to(self.model_dtype)
         activations = None
         if self._round_activations:
             scale = arrays.get("input_scale")
