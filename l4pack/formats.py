@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cache
 from typing import Annotated, Literal
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from l4pack.checkpoint.header import DTYPE_BITS
 from l4pack.datafile import read_yaml, validate
 from l4pack.errors import RecipeError
-from l4pack.model.tensors import Role
+from l4pack.model.tensors import QUANTIZABLE, Role
 from l4pack.quant.scheme import NumberType, ScaleDtype, Scheme, Strategy
 from l4pack.resources import data_folder
 
@@ -24,7 +25,11 @@ _SCALE_DTYPES = {ScaleDtype.BFLOAT16: "BF16", ScaleDtype.FLOAT16: "F16", ScaleDt
 SizeText = Annotated[
     str, Field(pattern=r"^((in|out)(/(pack|group|rows|columns))?|[0-9]+)$", coerce_numbers_to_str=True)
 ]
-Condition = Literal["asymmetric", "attention", "block_attention", "static_activations", "weight_only_experts", "mixed"]
+Condition = Literal[
+    "asymmetric", "asymmetric_attention", "attention", "block_attention", "kv_cache", "kv_cache_by_head",
+    "kv_cache_vision", "mixed", "static_activations", "weight_only_experts",
+]  # fmt: skip
+Multiple = Annotated[int, Field(gt=0)] | Literal["pack", "group", "rows", "columns"]
 
 
 class _Data(BaseModel):
@@ -58,10 +63,32 @@ class TensorRule(_Data):
         return self
 
 
+class Severity(StrEnum):
+    """What becomes of a case a runtime can't do: worth knowing, does not load, or loads and answers wrongly."""
+
+    NOTE = "note"
+    REFUSES = "refuses"
+    MISREADS = "misreads"
+
+
 class Limit(_Data):
     """A case a runtime does not read rightly."""
 
     when: Condition
+    severity: Severity = Severity.NOTE
+    says: str
+
+
+class ShapeLimit(_Data):
+    """A multiple that a matrix's size must be on each GPU, after tensor parallelism has cut it."""
+
+    size: Literal["out", "in"]
+    multiple: Multiple
+    strategies: Annotated[list[Strategy], Field(min_length=1)] = list(Strategy)
+    roles: Annotated[list[Role], Field(min_length=1)] = list(QUANTIZABLE)
+    projections: Annotated[list[str], Field(min_length=1)] | None = None
+    when: Condition | None = None
+    severity: Severity = Severity.REFUSES
     says: str
 
 
@@ -71,6 +98,7 @@ class Reader(_Data):
     runtime: str
     version: str
     limits: list[Limit] = []
+    shapes: list[ShapeLimit] = []
 
 
 class FormatSpec(_Data):
@@ -81,6 +109,15 @@ class FormatSpec(_Data):
     accepts: Accepts
     tensors: list[TensorRule]
     readers: list[Reader]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalMatrix:
+    """The part of a matrix that one GPU holds: its projection (`down_proj`), and `[out_features, in_features]` there."""
+
+    projection: str
+    out_features: int
+    in_features: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,16 +191,58 @@ def reader_limits(
 
     `mixed` says that the artifact has other schemes beside this one.
     """
+    holds = _conditions(scheme, roles, weight_only=weight_only, mixed=mixed)
+    limits = [(reader, limit) for reader in spec.readers for limit in reader.limits]
+    return [f"{reader.runtime} {reader.version} {limit.says}" for reader, limit in limits if holds.get(limit.when)]
+
+
+def hindrances(
+    spec: FormatSpec,
+    scheme: Scheme,
+    role: Role,
+    matrices: Collection[LocalMatrix],
+    runtimes: Collection[str],
+    *,
+    weight_only: bool,
+) -> list[str]:
+    """Why a runtime of these can't load `matrices` of one role under a scheme, or would answer wrongly; empty: it can."""
+    holds = _conditions(scheme, {role}, weight_only=weight_only, mixed=False)
+    found = []
+    for reader in spec.readers:
+        if reader.runtime in runtimes:
+            cases: list[Limit | ShapeLimit] = [limit for limit in reader.limits if holds.get(limit.when)]
+            cases += [
+                limit
+                for limit in reader.shapes
+                if (limit.when is None or holds.get(limit.when)) and _breaks(limit, scheme, role, matrices)
+            ]
+            serious = [limit for limit in cases if limit.severity is not Severity.NOTE]
+            found += [f"{reader.runtime} {reader.version} {limit.says}" for limit in serious]
+    missing = sorted(set(runtimes) - {reader.runtime for reader in spec.readers})
+    return found + [f"{runtime} does not read {spec.name}" for runtime in missing]
+
+
+def _conditions(scheme: Scheme, roles: Collection[Role], *, weight_only: bool, mixed: bool) -> dict[Condition, bool]:
     attention, experts = Role.ATTENTION in roles, Role.ROUTED_EXPERT in roles
-    holds: dict[Condition, bool] = {
+    return {
         "asymmetric": not scheme.symmetric,
+        "asymmetric_attention": attention and not scheme.symmetric,
         "attention": attention,
         "block_attention": attention and scheme.strategy is Strategy.BLOCK,
         "mixed": mixed,
         "weight_only_experts": experts and weight_only and scheme.type is NumberType.FLOAT,
     }
-    limits = [(reader, limit) for reader in spec.readers for limit in reader.limits]
-    return [f"{reader.runtime} {reader.version} {limit.says}" for reader, limit in limits if holds.get(limit.when)]
+
+
+def _breaks(limit: ShapeLimit, scheme: Scheme, role: Role, matrices: Collection[LocalMatrix]) -> bool:
+    if role not in limit.roles or scheme.strategy not in limit.strategies:
+        return False
+    for matrix in matrices:
+        sizes = _sizes(scheme, matrix.out_features, matrix.in_features)
+        multiple = limit.multiple if isinstance(limit.multiple, int) else sizes[limit.multiple]
+        if (limit.projections is None or matrix.projection in limit.projections) and sizes[limit.size] % multiple:
+            return True
+    return False
 
 
 def _sizes(scheme: Scheme, out_features: int, in_features: int) -> dict[str, int]:

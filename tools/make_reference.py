@@ -181,8 +181,8 @@ def readers(spec: FormatSpec) -> str:
     """What each runtime does with the format."""
     rows = []
     for reader in spec.readers:
-        limits = "; ".join(limit.says for limit in reader.limits) or "no known limits"
-        rows.append(f"- {reader.runtime} {reader.version}: {limits}")
+        limits = "; ".join(f"{limit.severity}: {limit.says}" for limit in (*reader.limits, *reader.shapes))
+        rows.append(f"- {reader.runtime} {reader.version}: {limits or 'no known limits'}")
     return "\n".join(rows) + "\n"
 
 
