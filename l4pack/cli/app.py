@@ -14,6 +14,7 @@ from l4pack.cli.coverage import coverage
 from l4pack.cli.evaluate import evaluate
 from l4pack.cli.inspect import inspect
 from l4pack.cli.licence import licence
+from l4pack.cli.measure import measure
 from l4pack.cli.package import package
 from l4pack.cli.plan import plan
 from l4pack.cli.push import push
@@ -49,7 +50,7 @@ def _root(
 
 
 for command in (
-    inspect, plan, quantize, verify, evaluate, coverage, report, licence, package, push, recipes, formats, devices,
+    inspect, plan, quantize, verify, evaluate, coverage, measure, report, licence, package, push, recipes, formats, devices,
 ):  # fmt: skip
     app.command()(command)
 app.command(name="build")(build_command)

@@ -10,7 +10,7 @@ The sums are kept relative to the largest logit so far, in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,11 +102,44 @@ def score_pair(reference: Answers, artifact: Answers, rows: tuple[Tensor, Tensor
         for block in _blocks(len(targets)):
             a = _logits(reference.normed(rows[0][block]), heads[0])
             b = _logits(artifact.normed(rows[1][block]), heads[1])
-            powers, factor = ours.add(block, tokens.start, a)
-            theirs.add(block, tokens.start, b)
-            gap[block] = (gap[block].to(a.device) * factor + (powers * (a - b)).sum(1)).cpu()
-    kl = gap / ours.total - ours.log_sum() + theirs.log_sum()
-    return PairedScores(ours.scores("original"), theirs.scores("artifact"), kl)
+            scaled = ours.add(block, tokens.start, a)
+            _add_pair(gap, theirs, block, tokens.start, (a, b), scaled)
+    return PairedScores(ours.scores("original"), theirs.scores("artifact"), _divergence(gap, ours, theirs))
+
+
+@torch.inference_mode()
+def divergences(reference: Answers, changed: Sequence[Answers], rows: Tensor, targets: Tensor) -> list[Tensor]:
+    """KL(reference || each of `changed`) of every scored token, float64, where all have the reference's head.
+
+    The head is read once, whatever the number of models. Raises L4packError.
+    """
+    ours, theirs = _Online(targets), [_Online(targets) for _ in changed]
+    gaps = [torch.zeros(len(targets), dtype=torch.float64) for _ in changed]
+    for tokens in _chunks(reference.vocabulary):
+        head = reference.head(tokens)
+        for block in _blocks(len(targets)):
+            a = _logits(reference.normed(rows[block]), head)
+            scaled = ours.add(block, tokens.start, a)
+            for answers, online, gap in zip(changed, theirs, gaps, strict=True):
+                b = _logits(answers.normed(rows[block]), head)
+                _add_pair(gap, online, block, tokens.start, (a, b), scaled)
+    ours.scores("original")
+    for online in theirs:
+        online.scores("changed")
+    return [_divergence(gap, ours, online) for gap, online in zip(gaps, theirs, strict=True)]
+
+
+def _add_pair(
+    gap: Tensor, theirs: _Online, block: slice, first: int, pair: tuple[Tensor, Tensor], scaled: tuple[Tensor, Tensor]
+) -> None:
+    """Add a chunk's part of sum p (a - b), for logits a and b and what `_Online.add` said of a."""
+    (a, b), (powers, factor) = pair, scaled
+    theirs.add(block, first, b)
+    gap[block] = (gap[block].to(a.device) * factor + (powers * (a - b)).sum(1)).cpu()
+
+
+def _divergence(gap: Tensor, ours: _Online, theirs: _Online) -> Tensor:
+    return gap / ours.total - ours.log_sum() + theirs.log_sum()
 
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:

@@ -49,22 +49,44 @@ class Change(_Data):
 
 
 class Joint(_Data):
-    """Many units changed at once: what the sum of their single changes predicts, and what was measured."""
+    """Many units changed at once: what the sum of their single changes predicts, and what was measured.
+
+    `difference_standard_error` is that of measured - predicted, both on the same tokens.
+    """
 
     title: str
     choice: dict[str, str]  # role -> option, or "layer.role" -> option
     predicted: float
     measured: float
     standard_error: NonNegative
+    difference_standard_error: NonNegative = 0
 
 
-class Linearity(_Data):
-    """How well errors predict KL within a unit: of `count` changes that were both predicted and measured, the median
-    and the 90th percentile of |ln(predicted / measured)|."""
+class Fit(_Data):
+    """Of `count` changes that were both predicted and measured, the median and the 90th percentile of
+    |ln(predicted / measured)|."""
 
     count: Annotated[int, Field(ge=0)]
     median: NonNegative
     p90: NonNegative
+
+
+class Linearity(Fit):
+    """How well errors predict KL within a unit, from its coarsest and its finest integer option; also by `families` of
+    options (int4, int8, fp8)."""
+
+    families: dict[str, Fit] = {}
+
+
+class Total(_Data):
+    """Single changes of one role to one option, added up over the layers; the standard error knows that all were
+    measured on the same tokens."""
+
+    role: Role
+    option: str
+    units: Annotated[int, Field(gt=0)]
+    kl: Annotated[float, Field(allow_inf_nan=False)]
+    kl_standard_error: NonNegative
 
 
 class Sensitivity(_Data):
@@ -77,6 +99,7 @@ class Sensitivity(_Data):
     calibration: dict[str, Any]
     options: dict[str, RecipeScheme]
     changes: Annotated[list[Change], Field(min_length=1)]
+    totals: list[Total] = []
     joint: list[Joint] = []
     linearity: Linearity | None = None
 

@@ -1,0 +1,206 @@
+"""`l4pack measure`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import RenderableType
+
+from l4pack.checkpoint.open import open_source
+from l4pack.cli import console
+from l4pack.cli.evaluate import MaxVram, SequenceLength, TextSource
+from l4pack.cli.options import AsJson, Compute, MaxRam, Source
+from l4pack.errors import UsageError
+from l4pack.units import human_bytes, human_seconds, parse_size
+
+WORST = 8
+
+
+def measure(
+    source: Source,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File to write.")] = Path("sensitivity.json"),
+    text: TextSource = "demo",
+    samples: Annotated[int, typer.Option(help="Most sequences measured on.", rich_help_panel="Text")] = 32,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|DIR|SET",
+            help="Text that calibrated options are solved for; other sequences of --text unless given.",
+            show_default=False,
+            rich_help_panel="Text",
+        ),
+    ] = None,
+    calibration_samples: Annotated[
+        int, typer.Option(help="Most sequences calibrated on.", rich_help_panel="Text")
+    ] = 256,
+    sequence_length: SequenceLength = None,
+    seed: Annotated[int, typer.Option(help="Which sequences are taken.", rich_help_panel="Text")] = 0,
+    options: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,…", help="Options to measure, all unless given; a wrong name lists them.", show_default=False
+        ),
+    ] = None,
+    direct: Annotated[
+        str,
+        typer.Option(
+            metavar="WHICH",
+            help="Measure `all` changes, or two `anchors` a unit and predict the rest; `auto`: all where that is cheap, "
+            "else anchors, and whatever they predict badly.",
+        ),
+    ] = "auto",
+    streams: Annotated[
+        int | None,
+        typer.Option(help="Most altered streams at once; what half of the free disk holds.", show_default=False),
+    ] = None,
+    compute: Compute = "auto",
+    max_ram: MaxRam = None,
+    max_vram: MaxVram = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what quantizing each part of a model costs: every unit alone, with every option a runtime can serve.
+
+    Example: `l4pack measure demo --samples 8 --out sensitivity.json`
+    """
+    from l4pack.sensitivity.measure import Direct, Settings, prepare
+    from l4pack.stream.text import TextChoice
+
+    if direct not in list(Direct):
+        raise UsageError(f"--direct {direct} is not known", hint=f"choose {', '.join(Direct)}")
+    settings = Settings(
+        out=out,
+        text=TextChoice(text, samples, sequence_length, seed),
+        calibration=calibration,
+        calibration_samples=calibration_samples,
+        options=tuple(name.strip() for name in options.split(",")) if options is not None else (),
+        direct=Direct(direct),
+        streams=streams,
+        compute=compute,
+        max_ram=None if max_ram is None else parse_size(max_ram),
+        max_vram=None if max_vram is None else parse_size(max_vram),
+        restart=restart,
+    )
+    prepared = prepare(open_source(source), settings)
+    plan = {**prepared.costs.record(), "method": prepared.direct.value}
+    if dry_run:
+        console.show_json({"plan": plan}) if as_json else console.show(*plan_view(plan))
+        return
+    if not as_json:
+        console.talk(*plan_view(plan))
+    record, run = _run(prepared)
+    if as_json:
+        console.show_json({**record, "plan": plan, "run": run})
+    else:
+        console.show(*record_view(record), f"{out}: {human_seconds(run['seconds'])}, "
+                     f"peak memory {human_bytes(run['peak_rss_bytes'])}")  # fmt: skip
+
+
+def _run(prepared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    import resource
+    import time
+
+    from l4pack.run import stop_signals
+    from l4pack.sensitivity.measure import measure as run
+    from l4pack.stream.walk import Progress
+
+    started = time.monotonic()
+    with console.progress("measuring", prepared.costs.read_bytes) as bar, stop_signals() as stop:
+        record = run(prepared, Progress(bar.advance, bar.label, stop)).model_dump(mode="json")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return record, {
+        "device": prepared.compute.describe(), "seconds": time.monotonic() - started, "peak_rss_bytes": peak,
+    }  # fmt: skip
+
+
+def plan_view(plan: dict[str, Any]) -> list[RenderableType]:
+    """What a measurement takes, for people."""
+    table = console.table("Plan", "")
+    rest = plan["changes"] - plan["direct"]
+    predicted = f", {rest:,} predicted" if rest else ""
+    rows = [
+        ("single changes", f"{plan['changes']:,}: {plan['direct']:,} measured{predicted}"),
+        ("joint changes", f"{plan['joint']:,}"),
+        ("altered streams at once", f"{plan['streams']:,}, in {plan['waves']:,} passes over the weights"),
+        ("tokens", f"{plan['tokens']:,} measured, {plan['calibration_tokens']:,} calibrated on"),
+        ("read", human_bytes(plan["read_bytes"])),
+        ("disk meanwhile", human_bytes(plan["disk_bytes"])),
+        ("peak memory", human_bytes(plan["peak_ram_bytes"])),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return [table, ""]
+
+
+def record_view(record: dict[str, Any]) -> list[RenderableType]:
+    """A measurement for people."""
+    text = record["text"]
+    head = (
+        f"[bold]{console.plain(record['model']['name'])}[/bold]: KL(original || changed) in nats, of single changes "
+        f"added up over layers, on {text['tokens']:,} tokens of {console.plain(text['source'])}"
+    )
+    return [head, "", _totals(record), "", _worst(record), "", *_linearity(record), "", _joint(record)]
+
+
+def _totals(record: dict[str, Any]) -> RenderableType:
+    roles = list(dict.fromkeys(total["role"] for total in record["totals"]))
+    table = console.table("Option", *(f">{role.replace('_', ' ')}" for role in roles))
+    cells = {(_stem(total["option"]), total["role"]): total for total in record["totals"]}
+    for option in dict.fromkeys(option for option, _ in cells):
+        row = (cells.get((option, role)) for role in roles)
+        table.add_row(option, *("" if one is None else _number(one["kl"], one["kl_standard_error"]) for one in row))
+    return table
+
+
+def _worst(record: dict[str, Any]) -> RenderableType:
+    table = console.table("Hurts most", "Option", ">KL", ">Relative error")
+    for change in sorted(record["changes"], key=lambda change: -change["kl"])[:WORST]:
+        how = "" if change["measured"] else " (predicted)"
+        table.add_row(
+            f"layer {change['layer']}, {change['role'].replace('_', ' ')}",
+            change["option"],
+            _number(change["kl"], change["kl_standard_error"]) + how,
+            f"{change['error']:.3g}",
+        )
+    return table
+
+
+def _linearity(record: dict[str, Any]) -> list[RenderableType]:
+    fit = record["linearity"]
+    if not fit["count"]:
+        return ["no change was both measured and predicted"]
+    families = ", ".join(f"{name} {_factor(one['median'])}" for name, one in fit["families"].items())
+    return [
+        f"predicted from the relative error, {fit['count']:,} measured changes are off by a factor of "
+        f"{_factor(fit['median'])} in the median, {_factor(fit['p90'])} at the 90th percentile ({families})"
+    ]
+
+
+def _joint(record: dict[str, Any]) -> RenderableType:
+    table = console.table("Changed together", ">Sum of singles", ">Measured", ">Measured / sum")
+    for joint in record["joint"]:
+        ratio = f"{joint['measured'] / joint['predicted']:.2f}" if joint["predicted"] > 0 else ""
+        table.add_row(
+            console.plain(joint["title"]),
+            f"{joint['predicted']:.3g}",
+            _number(joint["measured"], joint["standard_error"]),
+            ratio,
+        )
+    return table
+
+
+def _stem(option: str) -> str:
+    return option.removesuffix("-rtn")
+
+
+def _number(value: float, error: float) -> str:
+    return f"{value:.3g} ± {error:.1g}"
+
+
+def _factor(log: float) -> str:
+    import math
+
+    return f"{math.exp(log):.2f}"

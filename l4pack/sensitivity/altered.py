@@ -1,0 +1,107 @@
+"""A unit's weights as a scheme leaves them: quantized, and turned back into what a runtime multiplies with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from l4pack.calibration.mlp import Matrices, solve_mlp, weights_of
+from l4pack.calibration.rows import Block, UnitRows, blocks, expert_rows
+from l4pack.errors import SourceError
+from l4pack.quant.dequantize import dequantize
+from l4pack.quant.floats import STORED, FloatName
+from l4pack.quant.layout import Layout
+from l4pack.quant.quantize import NonFiniteError, quantize_block
+from l4pack.quant.scheme import ScaleDtype
+from l4pack.recipe import Activations as RecipeActivations
+from l4pack.recipe import Method, RecipeScheme
+from l4pack.stream.activations import Activations
+from l4pack.stream.layer import LayerPass
+from l4pack.stream.units import Part, Unit, UnitWeights, module_names
+from l4pack.stream.weights import LinearWeight, Weights
+
+_SCALE_DTYPES = {name: dtype for dtype, name in STORED.items()}
+Blocks = Callable[[], Iterable[Block]]
+
+
+def altered(
+    weights: Weights, unit: Unit, original: UnitWeights, scheme: RecipeScheme, activation: str, inputs: Blocks | None
+) -> UnitWeights:
+    """The unit with all its matrices given `scheme`. `inputs` are those a calibrated scheme is solved for.
+
+    Weight-only schemes give weights rounded to the model's dtype; where inputs are rounded too, weights are the exact
+    products of code and scale and inputs are rounded as they come (as `stream.weights` reads an artifact). Raises
+    SourceError for a weight that is not finite.
+    """
+    names = module_names(weights.checkpoint.config, unit)
+    dtypes = {local: weights.float_name(module) for local, module in names.items()}
+    try:
+        if scheme.method is Method.GPTQ:
+            assert inputs is not None
+            made = _solved(original, scheme, dtypes, activation, weights.model_dtype, inputs)
+        else:
+            made = {name: rounded(linear.weight, scheme, dtypes[name]) for name, linear in original.linears.items()}
+    except NonFiniteError as error:
+        raise SourceError(
+            f"{unit}: a weight at output {error.row}, input {error.column} is infinite or NaN",
+            hint="the checkpoint is damaged: download it again",
+        ) from error
+    rounding = _rounding(scheme)
+    linears = {}
+    for name, linear in original.linears.items():
+        value = made[name] if rounding is not None else made[name].to(weights.model_dtype)
+        linears[name] = LinearWeight(value.to(linear.weight.device, linear.weight.dtype), rounding)
+    return UnitWeights(linears, original.tensors)
+
+
+def rounded(weight: Tensor, scheme: RecipeScheme, dtype: FloatName) -> Tensor:
+    """A matrix [out, in] rounded to nearest, as float32; `dtype` is the checkpoint's."""
+    if scheme.scale_dtype is ScaleDtype.SOURCE:
+        scheme = scheme.model_copy(update={"scale_dtype": _SCALE_DTYPES[dtype]})
+    quantized = quantize_block(weight.float().cpu().numpy(), Layout.OUT_IN, "F32", scheme)
+    return torch.from_numpy(dequantize(quantized, scheme, *weight.shape))
+
+
+def calibration_inputs(unit: Unit, one: LayerPass, tokens: int, min_tokens: int) -> Blocks:
+    """A unit's inputs on the calibration text, of which there are `tokens`; a thin expert borrows to `min_tokens`.
+
+    Nothing before the unit is changed, so the original's inputs are the unit's own: only the down projection, which
+    sees what quantized gate and up make of them, has something to make up for.
+    """
+    taken = UnitRows(tokens)
+    if unit.part is Part.EXPERT and unit.expert is not None and one.routing is not None:
+        taken = expert_rows(unit.expert, one.routing, one.routing, min_tokens)
+
+    def generate() -> Iterator[Block]:
+        for block in blocks(taken, one, one):
+            original = None if block.original is None else block.original.float()
+            yield Block(block.inputs.float(), original, block.weights, block.kept)
+
+    return generate
+
+
+def _solved(
+    original: UnitWeights,
+    scheme: RecipeScheme,
+    dtypes: dict[str, FloatName],
+    activation: str,
+    model_dtype: torch.dtype,
+    inputs: Blocks,
+) -> dict[str, Tensor]:
+    matrices = {name: linear.weight.float() for name, linear in original.linears.items()}
+    function: Any = ACT2FN[activation]
+    solutions = solve_mlp(Matrices(matrices, function, model_dtype), inputs, scheme, dtypes)
+    return {name: weights_of(solution) for name, solution in solutions.items()}
+
+
+def _rounding(scheme: RecipeScheme) -> Activations | None:
+    """What a runtime does to the inputs of a matrix; only FP8 schemes round them."""
+    if scheme.activations is RecipeActivations.DYNAMIC_TOKEN:
+        return Activations("float", "token")
+    if scheme.activations is RecipeActivations.DYNAMIC_GROUP and scheme.block_structure is not None:
+        return Activations("float", "group", scheme.block_structure[1])
+    return None

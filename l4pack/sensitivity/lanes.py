@@ -1,0 +1,86 @@
+"""The hidden states of many altered streams, in three files whatever their number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from l4pack.stream.hidden import Buffer
+from l4pack.stream.layer import Stream
+
+SCRATCH = "scratch"
+
+
+class _Rows(Buffer):
+    """Some rows of a buffer, as a buffer of their own."""
+
+    def __init__(self, whole: Buffer, rows: slice) -> None:
+        self._whole = whole
+        self.data = whole.data[rows]
+
+    def flush(self) -> None:
+        """Wait until the whole file is on disk."""
+        self._whole.flush()
+
+    def release(self) -> None:
+        """Let the whole file's pages go."""
+        self._whole.release()
+
+    def close(self) -> None:
+        """Let go of the data; the file belongs to all lanes."""
+        del self.data
+
+
+class Lane(Stream):
+    """One altered stream."""
+
+    def __init__(self, name: str, sides: Sequence[Buffer], middle: Buffer, rows: slice) -> None:
+        self.name = name
+        self._sides = [_Rows(side, rows) for side in sides]
+        self.middle = _Rows(middle, rows)
+        self.side = 0
+
+
+class Lanes:
+    """A lane for each of `names`, and one to try things in, of `rows` rows each."""
+
+    def __init__(self, folder: Path, names: Sequence[str], rows: int, width: int, dtype: torch.dtype) -> None:
+        """Raises BudgetError when the disk is too full."""
+        count = len(names) + 1
+        self._paths = [folder / f"altered-{end}.hidden" for end in ("0", "1", "middle")]
+        self._buffers = [Buffer(path, count * rows, width, dtype) for path in self._paths]
+        spans = [slice(number * rows, (number + 1) * rows) for number in range(count)]
+        sides, middle = self._buffers[:2], self._buffers[2]
+        self._lanes = {
+            name: Lane(name, sides, middle, span) for name, span in zip((*names, SCRATCH), spans, strict=True)
+        }
+
+    def __getitem__(self, name: str) -> Lane:
+        return self._lanes[name]
+
+    def get(self, name: str) -> Lane | None:
+        """A lane, if there is one of that name."""
+        return self._lanes.get(name)
+
+    def set_side(self, side: int) -> None:
+        """Say which file holds the next layer's inputs."""
+        for lane in self._lanes.values():
+            lane.side = side
+
+    def flush(self, side: int) -> None:
+        """Wait until one file is on disk."""
+        self._buffers[side].flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        for lane in self._lanes.values():
+            lane.close()
+        for buffer in self._buffers:
+            buffer.close()
+
+    def remove(self) -> None:
+        """Delete the closed files."""
+        for path in self._paths:
+            path.unlink()

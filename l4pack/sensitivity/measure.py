@@ -1,0 +1,320 @@
+"""Measuring what every unit costs under every option: which changes are run, in which waves, and what is made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from l4pack import __version__
+from l4pack.calibration.walk import reproducible
+from l4pack.checkpoint.journal import locked
+from l4pack.checkpoint.source import Checkpoint
+from l4pack.errors import SourceError, UsageError
+from l4pack.evaluate.statistics import clusters
+from l4pack.recipe import Calibration
+from l4pack.sensitivity.changes import Change, Mixture, Single, anchors, mixtures_of, singles_of
+from l4pack.sensitivity.costs import (
+    CHEAP_FLOP,
+    Costs,
+    flop_of,
+    layer_bytes,
+    memory_for,
+    stream_bytes,
+    streams_at_once,
+)
+from l4pack.sensitivity.options import Options, family, options_for
+from l4pack.sensitivity.predict import Clusters, Estimate, Predictor, added
+from l4pack.sensitivity.record import Change as ChangeRecord
+from l4pack.sensitivity.record import Joint, ModelId, Sensitivity, Total
+from l4pack.sensitivity.state import State
+from l4pack.sensitivity.texts import Texts, load_texts
+from l4pack.sensitivity.walk import Job, Wave
+from l4pack.stream.compute import Compute
+from l4pack.stream.hidden import Packed
+from l4pack.stream.layer import Blocks
+from l4pack.stream.modules import Skeleton
+from l4pack.stream.text import TextChoice
+from l4pack.stream.walk import Model, Progress
+from l4pack.stream.weights import Weights
+
+
+class Direct(StrEnum):
+    """Which changes are measured, the rest being predicted."""
+
+    ALL = "all"
+    ANCHORS = "anchors"
+    AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure, on what, and where."""
+
+    out: Path
+    text: TextChoice = field(default_factory=TextChoice)
+    calibration: str | None = None
+    calibration_samples: int = Calibration().samples
+    options: tuple[str, ...] = ()
+    direct: Direct = Direct.AUTO
+    streams: int | None = None
+    compute: str = "auto"
+    max_ram: int | None = None
+    max_vram: int | None = None
+    restart: bool = False
+
+    @property
+    def work(self) -> Path:
+        """Where hidden states go meanwhile."""
+        return self.out.with_name(f"{self.out.name}.partial")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A measurement that can begin: everything read but the weights."""
+
+    checkpoint: Checkpoint
+    settings: Settings
+    options: Options
+    texts: Texts
+    compute: Compute
+    blocks: Blocks
+    direct: Direct
+    singles: tuple[Single, ...]
+    mixtures: tuple[Mixture, ...]
+    costs: Costs
+
+    def first(self) -> list[Change]:
+        """The changes that are measured whatever is found."""
+        return [*self.mixtures, *_direct(self.checkpoint, self.options, self.singles, self.direct)]
+
+    def digest(self) -> str:
+        """What the job is: an interrupted one goes on only with the same."""
+        calibration = self.texts.calibration
+        parts = {
+            "version": __version__,
+            "model": self.checkpoint.fingerprint(),
+            "text": self.texts.measured.record,
+            "calibration": None if calibration is None else calibration.record,
+            "options": {name: scheme.model_dump(mode="json") for name, scheme in self.options.schemes.items()},
+            "direct": self.direct.value,
+            "streams": self.costs.streams,
+            "blocks": vars(self.blocks),
+            "compute": str(self.compute.dtype),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
+    """Check and plan everything that can be without reading a weight.
+
+    Raises SourceError (quantized already, no weights, no tokenizer), UsageError (options, text), BudgetError.
+    """
+    _check_source(checkpoint)
+    _check_out(settings.out)
+    options = options_for(checkpoint.config, settings.options)
+    texts = load_texts(
+        checkpoint, settings.text, settings.calibration, settings.calibration_samples, needed=options.calibrated
+    )
+    compute = Compute.of(settings.compute)
+    limit = compute.limit(settings.max_ram, settings.max_vram)
+    text = checkpoint.config.text
+    blocks, peak = memory_for(text, compute.dtype, limit, calibrated=options.calibrated)
+    singles, mixtures = singles_of(checkpoint.config, options), mixtures_of(checkpoint.config, options)
+    rows = _tokens(texts)
+    streams = streams_at_once(text, rows, compute.dtype, settings.streams, settings.work)
+    direct = _resolved(settings.direct, checkpoint, singles, rows[0])
+    measured = len(_direct(checkpoint, options, singles, direct))
+    streams = min(streams, measured + len(mixtures))
+    waves = math.ceil((measured + len(mixtures)) / streams)
+    costs = Costs(
+        changes=len(singles),
+        direct=measured,
+        joint=len(mixtures),
+        streams=streams,
+        waves=waves,
+        tokens=rows[0],
+        calibration_tokens=rows[1],
+        read_bytes=waves * layer_bytes(checkpoint),
+        disk_bytes=stream_bytes(text, (streams + 2) * rows[0] + rows[1], compute.dtype),
+        peak_ram_bytes=peak,
+    )
+    return Prepared(
+        checkpoint, settings, options, texts, compute, blocks, direct, tuple(singles), tuple(mixtures), costs
+    )
+
+
+def measure(prepared: Prepared, progress: Progress | None = None) -> Sensitivity:
+    """Run a measurement and write its file. Raises StoppedError; an interrupted one goes on when called again."""
+    settings, work = prepared.settings, prepared.settings.work
+    if settings.restart and work.exists():
+        shutil.rmtree(work)
+    work.mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(locked(work))
+        stack.enter_context(reproducible())
+        state = State(work, prepared.digest())
+        job = _job(prepared, stack, progress or Progress())
+        runner = _Runner(job, prepared, state)
+        runner.run(prepared.first())
+        if prepared.direct is Direct.AUTO:
+            off = Predictor(prepared.singles, prepared.options, state).off()
+            runner.run([single for single in prepared.singles if family(single.option) in off])
+        found = _record(prepared, state, runner.clusters)
+        found.write(settings.out)
+    shutil.rmtree(work)
+    return found
+
+
+class _Runner:
+    """Runs changes in waves."""
+
+    def __init__(self, job: Job, prepared: Prepared, state: State) -> None:
+        self._job, self._prepared, self._state = job, prepared, state
+        lengths = [len(item.tokens) - item.score_from for item in job.measured.sequences]
+        self.clusters = Clusters(clusters(lengths))
+
+    def run(self, changes: Sequence[Change]) -> None:
+        """Measure what is not measured yet."""
+        size = self._prepared.costs.streams
+        while left := [change for change in changes if change.key not in self._state.kl]:
+            later = {change.key for change in left[size:]}
+            self._wave(left[:size], later)
+
+    def _wave(self, changes: Sequence[Change], later: set[str]) -> None:
+        unknown = {single.key for single in self._prepared.singles if single.key not in self._state.errors}
+        wave = Wave(self._job, changes, frozenset(unknown - later), self._state)
+        with closing(wave):
+            found = wave.run()
+            self._state.wave_done({key: self.clusters.sums(kl) for key, kl in found.items()})
+        wave.lanes.remove()
+
+
+def _check_source(checkpoint: Checkpoint) -> None:
+    if checkpoint.config.raw.get("quantization_config") or checkpoint.config.raw.get("compression_config"):
+        raise SourceError(
+            f"{checkpoint.name} is quantized already",
+            hint="measure the original checkpoint: its answers are the measure",
+        )
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir() or not out.parent.is_dir():
+        reason = "is a folder" if out.is_dir() else "lies in a folder that is not there"
+        raise UsageError(f"--out {out} {reason}", hint="give the name of a file to write")
+
+
+def _resolved(asked: Direct, checkpoint: Checkpoint, singles: Sequence[Single], tokens: int) -> Direct:
+    """`auto` measures everything where that is cheap."""
+    text = checkpoint.config.text
+    layers = sum(text.num_hidden_layers - single.layer for single in singles)
+    if asked is Direct.AUTO and flop_of(text, layers, tokens) <= CHEAP_FLOP:
+        return Direct.ALL
+    return asked
+
+
+def _direct(checkpoint: Checkpoint, options: Options, singles: Iterable[Single], direct: Direct) -> list[Single]:
+    """Single changes to measure at first; `auto` tries every option in the first, middle and last layer."""
+    if direct is Direct.ALL:
+        return list(singles)
+    last = checkpoint.config.text.num_hidden_layers - 1
+    probed = {0, last // 2, last} if direct is Direct.AUTO else set()
+    return [single for single in singles if single.layer in probed or single.option in anchors(options, single.role)]
+
+
+def _tokens(texts: Texts) -> tuple[int, int]:
+    calibration = texts.calibration
+    return texts.measured.record["tokens"], 0 if calibration is None else calibration.record["tokens"]
+
+
+def _job(prepared: Prepared, stack: ExitStack, progress: Progress) -> Job:
+    checkpoint, compute, texts = prepared.checkpoint, prepared.compute, prepared.texts
+    weights = stack.enter_context(Weights(checkpoint, compute.device, compute.dtype))
+    return Job(
+        model=Model("original", weights, Skeleton(checkpoint.config, compute.device, compute.dtype)),
+        measured=Packed(texts.measured.sequences),
+        calibration=None if texts.calibration is None else Packed(texts.calibration.sequences),
+        options=prepared.options,
+        blocks=prepared.blocks,
+        work=prepared.settings.work,
+        progress=progress,
+        min_tokens=Calibration().min_tokens,
+        release=prepared.settings.max_ram is not None,
+    )
+
+
+def _record(prepared: Prepared, state: State, cluster: Clusters) -> Sensitivity:
+    checkpoint, options = prepared.checkpoint, prepared.options
+    predictor = Predictor(prepared.singles, options, state)
+    found = {single: predictor.estimate(single) for single in prepared.singles}
+    known = {single: estimate for single, estimate in found.items() if estimate is not None}
+    calibration = prepared.texts.calibration
+    return Sensitivity(
+        l4pack=__version__,
+        model=ModelId(
+            name=Path(checkpoint.name).name,
+            fingerprint=checkpoint.fingerprint(),
+            layers=checkpoint.config.text.num_hidden_layers,
+        ),
+        text=prepared.texts.measured.record,
+        calibration={} if calibration is None else calibration.record,
+        options=dict(options.schemes),
+        changes=[_change(single, state, cluster, estimate) for single, estimate in known.items()],
+        totals=_totals(options, cluster, known),
+        joint=[_joint(mixture, prepared, state, cluster, known) for mixture in prepared.mixtures],
+        linearity=predictor.linearity(),
+    )
+
+
+def _change(single: Single, state: State, cluster: Clusters, estimate: Estimate) -> ChangeRecord:
+    mean, error = cluster.mean_and_error(estimate.sums)
+    return ChangeRecord(
+        layer=single.layer,
+        role=single.role,
+        option=single.option,
+        error=state.errors[single.key],
+        kl=mean,
+        kl_standard_error=math.hypot(error, mean * estimate.spread),
+        measured=estimate.measured,
+    )
+
+
+def _totals(options: Options, cluster: Clusters, known: dict[Single, Estimate]) -> list[Total]:
+    totals = []
+    for role, names in options.by_role.items():
+        for option in names:
+            found = [estimate for single, estimate in known.items() if (single.role, single.option) == (role, option)]
+            mean, error = _sum(cluster, found)
+            totals.append(Total(role=role, option=option, units=len(found), kl=mean, kl_standard_error=error))
+    return totals
+
+
+def _sum(cluster: Clusters, found: Sequence[Estimate]) -> tuple[float, float]:
+    """KL of several changes added up; predictions are taken to be off independently of one another."""
+    mean, error = cluster.mean_and_error(added(found))
+    spread = [cluster.mean_and_error(estimate.sums)[0] * estimate.spread for estimate in found]
+    return mean, math.hypot(error, *spread)
+
+
+def _joint(
+    mixture: Mixture, prepared: Prepared, state: State, cluster: Clusters, known: dict[Single, Estimate]
+) -> Joint:
+    parts = [known[single] for single in mixture.singles(prepared.checkpoint.config)]
+    predicted, _ = _sum(cluster, parts)
+    sums = state.kl[mixture.key]
+    measured, error = cluster.mean_and_error(sums)
+    gap = [one - other for one, other in zip(sums, added(parts), strict=True)]
+    return Joint(
+        title=mixture.title,
+        choice=dict(mixture.choice),
+        predicted=predicted,
+        measured=measured,
+        standard_error=error,
+        difference_standard_error=cluster.mean_and_error(gap)[1],
+    )

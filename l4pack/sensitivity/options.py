@@ -1,0 +1,120 @@
+"""What a matrix may be given: every scheme that a target runtime reads, under the name a recipe would call it by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from l4pack.errors import UsageError
+from l4pack.formats import load_format, reader_limits
+from l4pack.model.config import Llama4Config
+from l4pack.model.tensors import QUANTIZABLE, Role, catalogue
+from l4pack.quant.scheme import NumberType, Observer, Strategy
+from l4pack.recipe import Activations, GptqOptions, Method, RecipeScheme
+
+GROUPS = (32, 64, 128)
+ROUNDED = "-rtn"  # ends the name of what attention gets where MLPs are calibrated
+RUNTIME = "vllm"
+
+
+def _int4(group: int, *, calibrated: bool) -> RecipeScheme:
+    return RecipeScheme(
+        format="pack-quantized",
+        num_bits=4,
+        group_size=group,
+        observer=Observer.MSE,
+        method=Method.GPTQ if calibrated else Method.RTN,
+        gptq=GptqOptions(sweeps=4) if calibrated else None,
+    )
+
+
+def _int8(group: int) -> RecipeScheme:
+    return RecipeScheme(format="pack-quantized", num_bits=8, group_size=group)
+
+
+_FP8 = RecipeScheme(
+    format="float-quantized",
+    num_bits=8,
+    type=NumberType.FLOAT,
+    strategy=Strategy.CHANNEL,
+    activations=Activations.DYNAMIC_TOKEN,
+)
+_FP8_BLOCK = RecipeScheme(
+    format="float-quantized",
+    num_bits=8,
+    type=NumberType.FLOAT,
+    strategy=Strategy.BLOCK,
+    block_structure=(128, 128),
+    activations=Activations.DYNAMIC_GROUP,
+)
+OPTIONS: dict[str, RecipeScheme] = {
+    **{f"int4-g{group}": _int4(group, calibrated=True) for group in GROUPS},
+    **{f"int4-g{group}{ROUNDED}": _int4(group, calibrated=False) for group in GROUPS},
+    **{f"int8-g{group}": _int8(group) for group in GROUPS},
+    "fp8": _FP8,
+    "fp8-block": _FP8_BLOCK,
+}
+"""Every option by name, BF16 aside, which costs nothing."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one measurement: schemes by name, and the names each role is given."""
+
+    schemes: Mapping[str, RecipeScheme]
+    by_role: Mapping[Role, tuple[str, ...]]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any is solved for a text."""
+        return any(scheme.calibrated for scheme in self.schemes.values())
+
+
+def options_for(config: Llama4Config, wanted: Sequence[str] = ()) -> Options:
+    """The options that the matrices of a model can be given; `wanted` names some of them, none means all.
+
+    `int4-g128` means both the calibrated option of MLPs and the rounded one of attention. Raises UsageError.
+    """
+    unknown = [name for name in wanted if name not in OPTIONS]
+    if unknown:
+        raise UsageError(f"'{unknown[0]}' is not an option", hint=f"options: {', '.join(OPTIONS)}")
+    chosen = {
+        name: scheme
+        for name, scheme in OPTIONS.items()
+        if not wanted or name in wanted or name.removesuffix(ROUNDED) in wanted
+    }
+    by_role = {role: _of_role(config, role, chosen) for role in QUANTIZABLE}
+    by_role = {role: names for role, names in by_role.items() if names}
+    used = {name for names in by_role.values() for name in names}
+    if not used:
+        raise UsageError(
+            f"no matrix of this model can be given {', '.join(chosen)}", hint="its shapes don't divide into the groups"
+        )
+    return Options({name: scheme for name, scheme in chosen.items() if name in used}, by_role)
+
+
+def family(option: str) -> str:
+    """The kind of number: `int4`, `int8`, `fp8`."""
+    return option.partition("-")[0]
+
+
+def bits(scheme: RecipeScheme) -> float:
+    """Bits a weight, 16-bit scales of groups included."""
+    return scheme.num_bits + (16 / scheme.group_size if scheme.group_size else 0)
+
+
+def _of_role(config: Llama4Config, role: Role, chosen: Mapping[str, RecipeScheme]) -> tuple[str, ...]:
+    widths = {linear.in_features for linear in catalogue(config).linears if linear.role is role}
+    if not widths:
+        return ()
+    return tuple(name for name, scheme in chosen.items() if _fits(name, scheme, role, widths))
+
+
+def _fits(name: str, scheme: RecipeScheme, role: Role, widths: set[int]) -> bool:
+    if scheme.calibrated if role is Role.ATTENTION else name.endswith(ROUNDED):
+        return False
+    if any(width % (scheme.group_size or 1) for width in widths):
+        return False
+    weight_only = scheme.activations is Activations.NONE
+    limits = reader_limits(load_format(scheme.format), scheme, {role}, weight_only=weight_only, mixed=False)
+    return not any(limit.startswith(RUNTIME) for limit in limits)

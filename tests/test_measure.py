@@ -1,0 +1,407 @@
+"""A change's KL and error are those of whole models changed by hand; waves, kills and predictions change nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import whole_model
+from torch import Tensor
+from whole_model import one_thread  # noqa: F401
+
+from l4pack.checkpoint.open import open_source
+from l4pack.evaluate.statistics import clusters, mean_and_error
+from l4pack.model.tensors import Role
+from l4pack.quant.dequantize import dequantize
+from l4pack.quant.layout import Layout
+from l4pack.quant.quantize import quantize_block
+from l4pack.recipe import RecipeScheme
+from l4pack.sensitivity.changes import Single
+from l4pack.sensitivity.measure import Direct, Settings, measure, prepare
+from l4pack.sensitivity.options import OPTIONS, options_for
+from l4pack.sensitivity.predict import Clusters, Predictor
+from l4pack.sensitivity.record import read_sensitivity
+from l4pack.sensitivity.state import State
+from l4pack.stream.activations import Activations
+from l4pack.stream.text import TextChoice
+
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "sleeps", "under", "old", "apple", "tree")
+LENGTH, SAMPLES = 96, 4
+SMALL = {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "held-out.txt"
+    generator = torch.Generator().manual_seed(5)
+    path.write_text(" ".join(WORDS[index] for index in torch.randint(0, len(WORDS), (1500,), generator=generator)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def measured(checkpoint, text_file, tmp_path_factory):
+    """A measurement, each made once; keywords change its settings."""
+    made = {}
+
+    def run(kind="scout", **changes):
+        key = repr((kind, sorted(changes.items())))
+        if key not in made:
+            settings = settings_for(text_file, tmp_path_factory.mktemp("out") / "sensitivity.json", **changes)
+            prepared = prepare(open_source(str(checkpoint(kind, **SMALL))), settings)
+            made[key] = prepared, measure(prepared)
+        return made[key]
+
+    return run
+
+
+def settings_for(text_file, out, **changes):
+    usual = {"text": TextChoice(str(text_file), SAMPLES, LENGTH), "calibration_samples": 4, "compute": "cpu"}
+    return Settings(out=out, **{**usual, **changes})
+
+
+def change_of(record, layer, role, option):
+    return next(one for one in record.changes if (one.layer, one.role.value, one.option) == (layer, role, option))
+
+
+def by_hand(weight: Tensor, scheme: RecipeScheme) -> Tensor:
+    """What a runtime multiplies with: [out, in] rounded to nearest, with BF16 scales."""
+    stored = scheme.model_copy(update={"scale_dtype": "bfloat16"})
+    quantized = quantize_block(weight.numpy().copy(), Layout.OUT_IN, "F32", stored)
+    values = torch.from_numpy(dequantize(quantized, stored, *weight.shape))
+    return values if scheme.type == "float" else values.bfloat16().float()
+
+
+def modules_of(model, layer: int, role: str) -> list[torch.nn.Linear]:
+    block = model.language_model.model.layers[layer]
+    within = {
+        "attention": block.self_attn,
+        "shared_expert": getattr(block.feed_forward, "shared_expert", None),
+        "dense_mlp": block.feed_forward,
+    }[role]
+    return [module for module in within.modules() if isinstance(module, torch.nn.Linear)]
+
+
+def changed_whole_model(folder, layer, role, scheme, activations=None):
+    """transformers' own model with one unit's weights replaced, and its inputs rounded if need be."""
+    model = whole_model.load(folder)
+    if role == "routed_expert":
+        experts = model.language_model.model.layers[layer].feed_forward.experts
+        for number in range(experts.gate_up_proj.shape[0]):
+            for matrix in (*experts.gate_up_proj.data[number].chunk(2, dim=1), experts.down_proj.data[number]):
+                matrix.copy_(by_hand(matrix.T.contiguous(), scheme).T)
+        return model
+    for module in modules_of(model, layer, role):
+        module.weight.data = by_hand(module.weight.data, scheme)
+        if activations is not None:
+            module.register_forward_pre_hook(lambda _, inputs: (activations(inputs[0]),))
+    return model
+
+
+def kl_by_hand(original, changed, sequences):
+    """KL of every scored token, from all logits of two whole models."""
+    ids = [list(sequence.tokens) for sequence in sequences]
+    found = []
+    for ours, theirs in zip(whole_model.logits(original, ids), whole_model.logits(changed, ids), strict=True):
+        p, q = whole_model.log_probabilities(ours[:-1]), whole_model.log_probabilities(theirs[:-1])
+        found.append((p.exp() * (p - q)).sum(1))
+    return torch.cat(found)
+
+
+CASES = [
+    ("scout", 0, "attention", "int4-g32-rtn", None),
+    ("scout", 1, "attention", "fp8", Activations("float", "token")),
+    ("scout", 0, "routed_expert", "int8-g128", None),
+    ("scout", 1, "shared_expert", "fp8", Activations("float", "token")),
+    ("scout", 1, "shared_expert", "fp8-block", Activations("float", "group", 128)),
+    ("maverick", 0, "dense_mlp", "int8-g64", None),
+    ("maverick", 1, "routed_expert", "int8-g32", None),
+]
+
+
+@pytest.mark.parametrize(("kind", "layer", "role", "option", "activations"), CASES)
+def test_kl_is_that_of_a_whole_model_changed_by_hand(measured, checkpoint, kind, layer, role, option, activations):
+    prepared, record = measured(kind)
+    folder = checkpoint(kind, **SMALL)
+    sequences = prepared.texts.measured.sequences
+    changed = changed_whole_model(folder, layer, role, OPTIONS[option], activations)
+    kl = kl_by_hand(whole_model.load(folder), changed, sequences)
+    mean, error = mean_and_error(kl, clusters([LENGTH - 1] * len(sequences)))
+    found = change_of(record, layer, role, option)
+    assert found.measured
+    assert found.kl == pytest.approx(mean, rel=2e-3)
+    assert found.kl_standard_error == pytest.approx(error, rel=2e-3)
+    assert mean > 0
+
+
+def outputs(model, layer, role, sequences):
+    """What a unit of a whole model gives, for every token."""
+    block = model.language_model.model.layers[layer]
+    unit = {"attention": lambda: block.self_attn, "shared_expert": lambda: block.feed_forward.shared_expert,
+            "dense_mlp": lambda: block.feed_forward, "routed_expert": lambda: block.feed_forward.experts}[role]()  # fmt: skip
+    seen = []
+    hook = unit.register_forward_hook(lambda _, __, output: seen.append(output))
+    whole_model.logits(model, [sequence.tokens for sequence in sequences])
+    hook.remove()
+    return [one[0] if isinstance(one, tuple) else one for one in seen]
+
+
+@pytest.mark.parametrize(("kind", "layer", "role", "option", "activations"), CASES)
+def test_errors_are_those_of_the_units_outputs(measured, checkpoint, kind, layer, role, option, activations):
+    prepared, record = measured(kind)
+    folder = checkpoint(kind, **SMALL)
+    sequences = prepared.texts.measured.sequences
+    original = outputs(whole_model.load(folder), layer, role, sequences)
+    changed = outputs(changed_whole_model(folder, layer, role, OPTIONS[option], activations), layer, role, sequences)
+    moved = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(original, changed, strict=True))
+    size = sum(float(one.double().square().sum()) for one in original)
+    assert change_of(record, layer, role, option).error == pytest.approx(moved / size, rel=1e-3)
+
+
+def test_calibrated_options_beat_rounding_where_they_were_solved(measured):
+    """Nothing but the text differs between what int4 was solved for and what it is measured on."""
+    _, record = measured("scout")
+    for layer in (0, 1):
+        solved = change_of(record, layer, "shared_expert", "int4-g32").error
+        assert 0 < solved < 0.05
+        assert solved < change_of(record, layer, "shared_expert", "int4-g128").error
+
+
+def test_every_unit_has_every_option_it_can_be_served_with(measured):
+    _, record = measured("maverick")
+    names = {name for name in OPTIONS if not name.endswith("-rtn")}
+    attention = {name for name in OPTIONS if name not in ("int4-g32", "int4-g64", "int4-g128", "fp8-block")}
+    for layer, roles in enumerate((("dense_mlp",), ("shared_expert", "routed_expert"))):
+        for role, wanted in [("attention", attention), *((role, names) for role in roles)]:
+            found = {one.option for one in record.changes if (one.layer, one.role.value) == (layer, role)}
+            assert found == wanted
+    assert record.options.keys() == OPTIONS.keys()
+
+
+def test_calibration_and_measured_text_share_nothing(measured):
+    prepared, record = measured("scout")
+    both = prepared.texts
+    ours, theirs = ({one.tokens for one in text.sequences} for text in (both.measured, both.calibration))
+    assert not ours & theirs
+    assert (len(ours), len(theirs)) == (4, 4)
+    assert record.text["tokens_sha256"] != record.calibration["tokens_sha256"]
+    assert record.text["sha256"] == record.calibration["sha256"]
+
+
+def test_waves_give_the_numbers_of_one_pass(measured):
+    prepared, together = measured("scout")
+    apart_prepared, apart = measured("scout", streams=17)
+    assert prepared.costs.waves == 1
+    assert apart_prepared.costs.waves > 3
+    assert apart == together
+
+
+def test_joint_changes_are_held_against_the_sum_of_singles(measured, checkpoint):
+    prepared, record = measured("scout")
+    joint = next(one for one in record.joint if one.choice == {"attention": "int4-g128-rtn"})
+    singles = [change_of(record, layer, "attention", "int4-g128-rtn") for layer in (0, 1)]
+    assert joint.predicted == pytest.approx(sum(one.kl for one in singles), rel=1e-9)
+    folder = checkpoint("scout", **SMALL)
+    changed = whole_model.load(folder)
+    for layer in (0, 1):
+        for module in modules_of(changed, layer, "attention"):
+            module.weight.data = by_hand(module.weight.data, OPTIONS["int4-g128-rtn"])
+    kl = kl_by_hand(whole_model.load(folder), changed, prepared.texts.measured.sequences)
+    assert joint.measured == pytest.approx(float(kl.mean()), rel=2e-3)
+
+
+def test_a_mixture_by_layer_is_held_against_a_whole_model(measured, checkpoint):
+    prepared, record = measured("scout", options=("int8-g64", "fp8"))
+    joint = next(one for one in record.joint if "0.attention" in one.choice)
+    changed = whole_model.load(checkpoint("scout", **SMALL))
+    assert joint.choice["0.shared_expert"] == joint.choice["1.routed_expert"] == "int8-g64"
+    for layer in (0, 1):
+        for role in ("attention", "shared_expert"):
+            for module in modules_of(changed, layer, role):
+                module.weight.data = by_hand(module.weight.data, OPTIONS["int8-g64"])
+        experts = changed.language_model.model.layers[layer].feed_forward.experts
+        for number in range(experts.gate_up_proj.shape[0]):
+            for matrix in (*experts.gate_up_proj.data[number].chunk(2, dim=1), experts.down_proj.data[number]):
+                matrix.copy_(by_hand(matrix.T.contiguous(), OPTIONS["int8-g64"]).T)
+    kl = kl_by_hand(whole_model.load(checkpoint("scout", **SMALL)), changed, prepared.texts.measured.sequences)
+    assert joint.measured == pytest.approx(float(kl.mean()), rel=5e-3)
+
+
+def test_without_calibrated_options_no_text_is_kept_back(measured):
+    prepared, record = measured("scout", options=("int8-g64", "fp8"))
+    assert prepared.texts.calibration is None
+    assert record.calibration == {}
+
+
+def test_totals_add_up(measured):
+    _, record = measured("scout")
+    for total in record.totals:
+        changes = [one for one in record.changes if (one.role, one.option) == (total.role, total.option)]
+        assert total.units == len(changes) == 2
+        assert total.kl == pytest.approx(sum(one.kl for one in changes))
+        assert total.kl_standard_error <= sum(one.kl_standard_error for one in changes) * (1 + 1e-9)
+
+
+def test_errors_of_sums_are_those_of_the_tokens():
+    cluster = clusters([40, 100, 70])
+    kl = torch.rand(210, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean, error = Clusters(cluster).mean_and_error(Clusters(cluster).sums(kl))
+    assert (mean, error) == pytest.approx(mean_and_error(kl, cluster), rel=1e-12)
+
+
+@pytest.fixture
+def predictor(checkpoint, tmp_path):
+    """A predictor with given errors and KL a token (two clusters, half each) of layer 0's attention."""
+
+    def make(errors, kl):
+        config = open_source(str(checkpoint("scout", **SMALL))).config
+        options = options_for(config)
+        singles = [Single(0, Role.ATTENTION, option) for option in errors]
+        state = State(tmp_path, "job")
+        state.errors = {single.key: errors[single.option] for single in singles}
+        state.kl = {single.key: [kl[single.option] / 2] * 2 for single in singles if single.option in kl}
+        return Predictor(singles, options, state)
+
+    return make
+
+
+def test_predictions_follow_the_nearest_measured_error(predictor):
+    errors = {"int4-g128-rtn": 0.04, "int4-g64-rtn": 0.02, "int8-g64": 0.0002, "int8-g32": 0.0001}
+    made = predictor(errors, {"int4-g128-rtn": 0.8, "int8-g32": 0.001})
+    coarse, fine = (made.estimate(Single(0, Role.ATTENTION, option)) for option in ("int4-g64-rtn", "int8-g64"))
+    assert sum(coarse.sums) == pytest.approx(0.4)
+    assert sum(fine.sums) == pytest.approx(0.002)
+    assert not coarse.measured
+    assert not fine.measured
+    # Each anchor predicts the other: 0.8 * 0.0001 / 0.04 = 0.002 for 0.001, and 0.4 for 0.8.
+    fit = made.linearity()
+    assert (fit.count, fit.median, fit.p90) == pytest.approx((2, math.log(2), math.log(2)))
+    assert coarse.spread == pytest.approx(math.log(2))
+    assert made.off() == {"int4", "int8"}
+
+
+def test_a_family_that_is_predicted_well_is_not_measured(predictor):
+    errors = {"int4-g128-rtn": 0.04, "int4-g64-rtn": 0.02, "int8-g32": 0.0001, "fp8": 0.001}
+    made = predictor(errors, {"int4-g128-rtn": 0.4, "int8-g32": 0.00105, "int4-g64-rtn": 0.21})
+    assert made.linearity().families["int4"].median == pytest.approx(math.log(0.21 / 0.2), rel=1e-6)
+    assert made.off() == {"fp8"}  # never put to the test
+
+
+def test_anchors_measure_two_options_a_unit_and_predict_the_rest(measured):
+    _, everything = measured("scout")
+    prepared, record = measured("scout", direct=Direct.ANCHORS)
+    assert prepared.costs.direct == 12
+    assert {one.option for one in record.changes if one.measured} == {"int4-g128", "int4-g128-rtn", "int8-g32"}
+    for ours, theirs in zip(record.changes, everything.changes, strict=True):
+        assert (ours.error, ours.layer, ours.role) == (theirs.error, theirs.layer, theirs.role)
+        if ours.measured:
+            assert ours == theirs
+    one, known = (change_of(record, 0, "attention", option) for option in ("int4-g64-rtn", "int4-g128-rtn"))
+    assert one.kl == pytest.approx(known.kl * one.error / known.error)
+    assert one.kl_standard_error > 0
+    # What the anchors predict is within a small factor of what was measured, far from the noise of tiny changes.
+    for one in record.changes:
+        if one.option.startswith("int4"):
+            assert one.kl == pytest.approx(change_of(everything, one.layer, one.role.value, one.option).kl, rel=0.6)
+
+
+def test_auto_measures_everything_where_that_is_cheap(measured):
+    prepared, _ = measured("scout")
+    assert prepared.settings.direct is Direct.AUTO
+    assert prepared.direct is Direct.ALL
+
+
+def test_auto_measures_the_families_it_predicts_badly(measured, monkeypatch):
+    monkeypatch.setattr("l4pack.sensitivity.measure.CHEAP_FLOP", 0)
+    monkeypatch.setattr("l4pack.sensitivity.predict.TOLERANCE", -1)
+    prepared, record = measured("scout", options=("int8-g32", "int8-g64", "int8-g128"), streams=9)
+    assert prepared.direct is Direct.AUTO
+    assert all(one.measured for one in record.changes)
+
+
+@pytest.fixture
+def command(checkpoint, text_file, tmp_path):
+    """Arguments of a small measurement."""
+    options = ["--text", text_file, "--samples", SAMPLES, "--sequence-length", LENGTH, "--calibration-samples", 4]
+    source = checkpoint("scout", **SMALL)
+    return lambda out="s.json": [source, "--out", tmp_path / out, *options, "--compute", "cpu"]
+
+
+def test_the_file_and_what_is_printed(l4pack, command, tmp_path):
+    arguments = [*command(), "--options", "int4-g64,fp8"]
+    ended = l4pack("measure", *arguments, "--json")
+    assert ended.code == 0, ended.err
+    printed = json.loads(ended.out)
+    record = read_sensitivity(tmp_path / "s.json")
+    assert {key: printed[key] for key in record.model_dump()} == record.model_dump(mode="json")
+    assert printed["plan"]["streams"] == len(record.changes) + len(record.joint)
+    assert printed["run"]["seconds"] > 0
+    assert set(record.options) == {"int4-g64", "int4-g64-rtn", "fp8"}
+    assert not (tmp_path / "s.json.partial").exists()
+    again = l4pack("measure", *command("t.json"), "--options", "int4-g64,fp8")
+    assert again.code == 0, again.err
+    assert (tmp_path / "t.json").read_bytes() == (tmp_path / "s.json").read_bytes()
+    assert "Measured / sum" in again.out
+    assert "int4-g64 " in again.out
+
+
+def test_a_plan_alone_measures_nothing(l4pack, command, tmp_path):
+    ended = l4pack("measure", *command(), "--dry-run", "--streams", 10, "--json")
+    plan = json.loads(ended.out)["plan"]
+    assert (plan["streams"], plan["waves"]) == (10, math.ceil((plan["changes"] + plan["joint"]) / 10))
+    assert plan["tokens"] == SAMPLES * LENGTH
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_killed_and_gone_on_with_it_ends_in_the_same_bytes(l4pack, command, tmp_path, layers):
+    arguments = [*map(str, command()), "--options", "int4-g128,int8-g64", "--streams", "12"]
+    script = Path(__file__).with_name("killed_measurement.py")
+    killed = subprocess.run([sys.executable, script, str(layers), *arguments], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (tmp_path / "s.json.partial" / "state.json").exists()
+    assert not (tmp_path / "s.json").exists()
+    assert l4pack("measure", *arguments).code == 0
+    whole = [*map(str, command("whole.json")), "--options", "int4-g128,int8-g64", "--streams", "12"]
+    assert l4pack("measure", *whole).code == 0
+    assert (tmp_path / "s.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_work_of_another_job_is_refused(l4pack, command, tmp_path):
+    script = Path(__file__).with_name("killed_measurement.py")
+    arguments = [*map(str, command()), "--options", "int8-g64"]
+    subprocess.run([sys.executable, script, "1", *arguments], capture_output=True)
+    ended = l4pack("measure", *command(), "--options", "int8-g32")
+    assert (ended.code, "--restart" in ended.err) == (2, True)
+    assert l4pack("measure", *command(), "--options", "int8-g32", "--restart").code == 0
+
+
+def test_bad_inputs_are_one_line_with_a_hint(l4pack, command, artifact, checkpoint, text_file, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("the quick brown fox " * 7)
+    source = str(checkpoint("scout", **SMALL))
+    cases = [
+        ([*command(), "--options", "int3"], 2, "'int3' is not an option"),
+        ([*command(), "--direct", "some"], 2, "--direct some"),
+        ([*command(), "--streams", 0], 2, "--streams 0"),
+        ([*command(), "--calibration-samples", 0], 2, "--calibration-samples 0"),
+        ([*command(), "--calibration", text_file, "--samples", 99], 2, "not measured on too"),
+        ([*command(), "--max-ram", "900MB"], 3, "takes at least"),
+        ([source, "--text", short, "--sequence-length", 96, "--out", tmp_path / "x.json"], 2, "too little to measure"),
+        ([source, "--out", tmp_path], 2, "is a folder"),
+        ([source, "--out", tmp_path / "no" / "x.json"], 2, "a folder that is not there"),
+        ([artifact("int4-rtn"), "--text", text_file, "--out", tmp_path / "x.json"], 4, "quantized already"),
+        (["llama-4-scout", "--out", tmp_path / "x.json"], 4, ""),
+    ]
+    for arguments, code, message in cases:
+        ended = l4pack("measure", *arguments)
+        assert (ended.code, ended.out) == (code, ""), (arguments, ended.err)
+        assert message in ended.err, arguments
+        assert "hint: " in ended.err, arguments
+        assert len(ended.err.strip().splitlines()) == 2, ended.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt"]
