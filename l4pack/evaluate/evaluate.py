@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 ORIGINAL, ARTIFACT = "original", "artifact"
+ROUNDED_CACHE = "FP8, keys and values rounded as vLLM stores them; queries are not"
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def evaluate(
     record["worst"] = worst_units(record["layers"])
     if stored is not None or kept is not None:
         record["reference"] = _reference_record(stored.record if stored else kept or {})
-    record["run"] = _run_record(compute, settings, blocks, started)
+    record["run"] = _run_record(artifact, compute, settings, blocks, started)
     shutil.rmtree(settings.work)
     return record
 
@@ -349,11 +350,16 @@ def _reference_record(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key.startswith("storage")}
 
 
-def _run_record(compute: Compute, settings: Settings, blocks: object, started: float) -> dict[str, Any]:
+def _run_record(
+    artifact: Checkpoint, compute: Compute, settings: Settings, blocks: object, started: float
+) -> dict[str, Any]:
+    stanza = artifact.config.raw.get("quantization_config") or {}
+    rounded_cache = bool(stanza.get("kv_cache_scheme")) and not settings.weights_only
     return {
         "device": compute.describe(),
         "dtype": str(compute.dtype).removeprefix("torch."),
         "activations": "not rounded" if settings.weights_only else "rounded as the runtime does",
+        "kv_cache": ROUNDED_CACHE if rounded_cache else "as computed",
         "blocks": vars(blocks),
         "seed": settings.text.seed,
         "versions": {"l4pack": __version__, "python": platform.python_version(), **_versions()},
