@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from models import build
 from safetensors.torch import load_file, save_file
 from test_calibration_resume import TEXT, Killed, killed_after
 from test_stream import assert_close, streamed_logits, token_rows
-from transformers import DynamicCache
+from transformers import AutoModelForImageTextToText, DynamicCache
 from whole_model import one_thread  # noqa: F401
 
 from l4pack.artifact.verify import verify_artifact
@@ -330,3 +331,16 @@ def test_verify_finds_a_scale_that_is_wrong(made, tmp_path, value, rule):
     found = verify_artifact(folder)
     errors = [(finding.rule, finding.where) for finding in found.findings if finding.level == "error"]
     assert [error for error in errors if error[0] != "companion"] == [(rule, name)]
+
+
+def test_transformers_loads_the_scales_and_misses_those_of_the_vision_tower(made):
+    """What the formats warn of: everything else arrives."""
+    _, folder = made["scout-head"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert {name.rpartition(".")[2] for name in info["missing_keys"]} == {"k_scale", "v_scale"}
+    assert all("vision_model" in name for name in info["missing_keys"])
+    assert not info["unexpected_keys"] | info["mismatched_keys"]
+    for name, scale in scales_of(folder).items():
+        torch.testing.assert_close(model.get_parameter(name), scale, check_dtype=False, rtol=4e-3, atol=0)
