@@ -47,7 +47,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(calibration: dict[str, object] | None = None, **options: object) -> Recipe:
+    """Every MLP solved in Int4."""
     values = load_recipe("int4").model_dump()
+    values["schemes"] = {"int4": values["schemes"]["int4"]}
+    values["rules"] = [
+        {"roles": ["routed_expert", "shared_expert", "dense_mlp"], "scheme": "int4"},
+        {"roles": "all", "scheme": "keep"},
+    ]
     values["schemes"]["int4"]["gptq"].update(options)
     values["calibration"].update(samples=SAMPLES, sequence_length=LENGTH, **(calibration or {}))
     return Recipe.model_validate(values)

@@ -73,10 +73,13 @@ def test_levels_are_those_of_optimal_brain_quantization(name, act_order):
         weight().numpy(), damped, spread(start.scale), spread(start.zero_point), scheme.num_bits, order
     )
     for block_size in (7, 128, IN):
-        solved, losses = gptq.solve_columns(weight(), factor, start, scheme, block_size)
+        solved, errors = gptq.solve_columns(weight(), factor, start, scheme, block_size)
         np.testing.assert_array_equal(solved.levels.numpy(), expected)
         quantized = (expected - spread(start.zero_point)) * spread(start.scale)
-        np.testing.assert_allclose(losses.numpy(), oracle.row_losses(weight().numpy(), quantized, damped), rtol=1e-9)
+        losses = errors.square().sum(1).numpy()
+        np.testing.assert_allclose(losses, oracle.row_losses(weight().numpy(), quantized, damped), rtol=1e-9)
+        pull = gptq.pull_of(errors, factor).numpy()
+        np.testing.assert_allclose(pull, (weight().double().numpy() - quantized) @ damped, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -225,22 +228,14 @@ def test_scales_are_stored_in_the_sources_dtype(source, dtype):
     assert solution.scale.dtype is dtype
 
 
-def test_a_triangular_matrix_is_inverted_by_halves(monkeypatch):
-    monkeypatch.setattr(gptq, "INVERT_AT_ONCE", 10)
-    lower = random(97, 97).double().tril() + 12 * torch.eye(97)
-    inverse = lower.clone()
-    gptq.invert_lower(inverse)
-    torch.testing.assert_close(inverse @ lower, torch.eye(97, dtype=torch.float64))
-
-
 def test_sweeps_at_once_are_sweeps_one_by_one():
     scheme, h = SCHEMES["int4-g32"], hessian().double()
     factor = gptq.factorize(h, act_order=True, dampening=0.01)
     one = at_once = gptq.round_to_nearest(weight(), scheme, h.diagonal().float())
     options = {"scheme": scheme, "block_size": 128}
     for _ in range(3):
-        one = gptq.descend(weight().double(), h, factor.added, one, **options)
-    at_once = gptq.descend(weight().double(), h, factor.added, at_once, sweeps=3, **options)
+        one, _ = gptq.descend(weight().double(), h, factor.added, one, **options)
+    at_once, _ = gptq.descend(weight().double(), h, factor.added, at_once, sweeps=3, **options)
     assert torch.equal(one.levels, at_once.levels)
     assert torch.equal(one.scale, at_once.scale)
 
@@ -258,8 +253,9 @@ def test_a_sweep_never_raises_the_loss_and_stops_at_a_level_no_column_wants_to_l
 
     losses = [loss(solved)]
     for _ in range(40):
-        solved = gptq.descend(weight().double(), h, factor.added, solved, scheme, block_size=70)
+        solved, gain = gptq.descend(weight().double(), h, factor.added, solved, scheme, block_size=70)
         losses.append(loss(solved))
+        np.testing.assert_allclose(losses[-2] - losses[-1], gain.numpy(), rtol=1e-6, atol=1e-9 * losses[0].max())
         assert (losses[-1] <= losses[-2] * (1 + 1e-12)).all()
         if (losses[-1] == losses[-2]).all():
             break
@@ -275,16 +271,39 @@ def test_a_sweep_never_raises_the_loss_and_stops_at_a_level_no_column_wants_to_l
             assert (oracle.row_losses(weight().numpy(), quantized.numpy(), damped) >= losses[-1] * (1 - 1e-9)).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_torch_descent_is_the_kernel(dtype):
-    h = hessian().to(dtype)
-    scale = random(OUT, IN, seed=7).abs().to(dtype) * 0.01 + 0.005
-    zero_point = torch.zeros_like(scale)
-    start = (random(OUT, IN, seed=8) * 3).round().clamp(-8, 7).to(torch.int8)
-    pull = ((weight() - start * scale) @ h).to(dtype)
-    ours, theirs = start.clone(), start.clone()
-    kernel = gptq_blocks.descend_block(ours, pull.clone(), h, scale, zero_point, 4)
-    plain = gptq_blocks.descend_block_torch(theirs, pull.clone(), h, scale, zero_point, 4)
-    assert (ours == theirs).float().mean() > 0.999
-    assert ((kernel - plain).abs() < 1e-5).float().mean() > 0.999
-    assert (ours != start).any()
+@pytest.mark.parametrize("name", SCHEMES)
+def test_torch_descent_is_the_kernel(name):
+    scheme, h = SCHEMES[name], hessian().double()
+    start = gptq.round_to_nearest(weight(), scheme, None)
+    added = torch.full((IN,), 0.01 * h.diagonal().mean().item(), dtype=torch.float64)
+    residual = weight().double() - start.values()
+    pull = residual @ h + residual * added
+    qparams = start.scale.double(), start.zero_point.double()
+    ours, theirs = start.levels.clone(), start.levels.clone()
+    kernel = gptq_blocks.descend(ours, pull.clone(), h, added, *qparams, scheme.num_bits, block_size=50, sweeps=3)
+    plain = gptq_blocks.descend_torch(theirs, pull, h, added, *qparams, scheme.num_bits, 50, 3)
+    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(kernel, plain, rtol=1e-9, atol=1e-12)
+    assert (ours != start.levels).float().mean() > 0.05
+
+
+def test_a_shift_found_first_is_the_one_found_for_each_matrix():
+    x = inputs()
+    cross = 0.1 * (x.roll(1, 1) - x).T @ x / len(x)
+    h, scheme = hessian(x).double(), SCHEMES["int4-g32"]
+    shared = gptq.prepare(h, cross=cross.double(), outputs=IN + 1)
+    assert shared.shifting
+    ours = gptq.solve_problem(shared, weight().double(), scheme, sweeps=2)
+    plain = gptq.solve_problem(gptq.prepare(h, cross=cross.double()), weight().double(), scheme, sweeps=2)
+    assert torch.equal(ours.levels, plain.levels)
+    assert ours.error == pytest.approx(plain.error, rel=1e-6)
+
+
+def test_rows_in_pieces_are_rows_at_once():
+    h, scheme = hessian().double(), SCHEMES["int4-g64-asym-mse"]
+    problem = gptq.prepare(h, cross=0.01 * h)
+    whole = gptq.solve_problem(problem, weight().double(), scheme, sweeps=2)
+    pieces = gptq.solve_problem(problem, weight().double(), scheme, sweeps=2, rows_at_once=13)
+    for field in ("levels", "scale", "zero_point"):
+        assert torch.equal(getattr(pieces, field), getattr(whole, field))
+    assert (pieces.rtn_rows, pieces.error) == (whole.rtn_rows, pytest.approx(whole.error, rel=1e-9))

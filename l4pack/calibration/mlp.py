@@ -45,13 +45,14 @@ def solve_mlp(
     """
     options = scheme.gptq
     assert options is not None
-    first = _problem((block for block in blocks()), matrices.weights[GATE].shape[1], options)
+    inner, hidden = matrices.weights[GATE].shape
+    first = _problem(blocks(), hidden, options, outputs=2 * inner)
     solutions = {name: _solve(first, matrices, name, scheme, dtypes) for name in (GATE, UP)}
     del first
     solved = {name: weights_of(solution).to(matrices.model_dtype).float() for name, solution in solutions.items()}
     after = Matrices(solved, matrices.activation, matrices.model_dtype)
-    inner = (_inner(block, matrices, after) for block in blocks())
-    second = _problem(inner, matrices.weights[DOWN].shape[1], options)
+    second = _problem((_inner(block, matrices, after) for block in blocks()), inner, options, outputs=hidden)
+    del solved, after
     return solutions | {DOWN: _solve(second, matrices, DOWN, scheme, dtypes)}
 
 
@@ -63,7 +64,7 @@ def _inner(block: Block, before: Matrices, after: Matrices) -> Block:
     return Block(inputs, original, block.weights, block.kept)
 
 
-def _problem(blocks: Iterable[Block], width: int, options: GptqOptions) -> gptq.Problem:
+def _problem(blocks: Iterable[Block], width: int, options: GptqOptions, outputs: int) -> gptq.Problem:
     moments: Moments | None = None
     for block in blocks:
         if moments is None:
@@ -74,7 +75,9 @@ def _problem(blocks: Iterable[Block], width: int, options: GptqOptions) -> gptq.
     hessian, cross_moments = moments.finish()
     if cross_moments is not None:
         cross_moments *= options.asymmetric
-    return gptq.prepare(hessian, cross=cross_moments, act_order=options.act_order, dampening=options.dampening)
+    return gptq.prepare(
+        hessian, cross=cross_moments, act_order=options.act_order, dampening=options.dampening, outputs=outputs
+    )
 
 
 def _solve(

@@ -7,7 +7,7 @@ order with no index (compressed-tensors' activation ordering `static`).
 
 The upper factor U of H^-1 = U^T U needs no inverse of H: with J the reversal of indices and L the lower factor of
 J H J, it is U = J L^-1 J. It also gives the loss for nothing: the errors E that the solver records satisfy
-W - Q = E U, hence (W - Q) H (W - Q)^T = E E^T.
+W - Q = E U, hence (W - Q) H (W - Q)^T = E E^T, and (W - Q) H = E U^-T, from which coordinate descent starts.
 
 With asymmetric calibration the goal is not W x but W x', x' the input before anything was quantized. The weights that
 would meet it best, W + W C H^-1 with C the covariance of x' - x with x, become the target, and the rest stays as it is
@@ -25,19 +25,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from l4pack.quant import torch_ops
+from l4pack.quant import gptq_blocks, torch_ops
 from l4pack.quant.floats import STORED, FloatName
-from l4pack.quant.gptq_blocks import descend_block, solve_block
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, quantize_block
 from l4pack.quant.scheme import NumberType, ScaleDtype, Scheme
+from l4pack.quant.triangular import (
+    divide_by_upper_transposed,
+    invert_lower,
+    quadratic_form,
+    reverse,
+    times_upper,
+    times_upper_transposed,
+)
 
 DAMPENING_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Fractions of the mean diagonal tried in turn, from the one asked for, until H can be factored."""
 
 NOT_FINITE = "the Hessian is not finite"
 NOT_DEFINITE = "no dampening up to 1.0 made the Hessian positive definite"
-INVERT_AT_ONCE = 256
 ROWS_AT_ONCE = 2048  # output rows solved together: bounds the memory beside the factor
 
 
@@ -98,13 +104,17 @@ class Factor:
 
 @dataclass(frozen=True)
 class Problem:
-    """What all matrices with the same inputs share: moments, and the factor of the Hessian (None: none was found)."""
+    """What all matrices with the same inputs share: moments, and the factor of the Hessian (None: none was found).
+
+    `cross` is C, or C H^-1 if it is `shifting`.
+    """
 
     hessian: Tensor
     cross: Tensor | None
     diagonal: Tensor
     factor: Factor | None
     reason: str
+    shifting: bool = False
 
     @property
     def finite(self) -> bool:
@@ -137,14 +147,38 @@ def solve(
 
 
 def prepare(
-    hessian: Tensor, *, cross: Tensor | None = None, act_order: bool = True, dampening: float = 0.01
+    hessian: Tensor,
+    *,
+    cross: Tensor | None = None,
+    act_order: bool = True,
+    dampening: float = 0.01,
+    outputs: int = 0,
 ) -> Problem:
-    """Factor a Hessian once, for `solve_problem` of every matrix that sees these inputs."""
+    """Factor a Hessian once, for `solve_problem` of every matrix that sees these inputs.
+
+    `outputs` is how many rows they have together: for more than there are inputs, it is less work to find C H^-1 first,
+    which takes the place of `cross`.
+    """
     diagonal = hessian.diagonal().clamp(min=0)
-    if not all(bool(matrix.isfinite().all()) for matrix in (hessian, cross) if matrix is not None):
+    if not all(_finite(matrix) for matrix in (hessian, cross) if matrix is not None):
         return Problem(hessian, cross, diagonal, None, NOT_FINITE)
     factor = factorize(hessian, act_order=act_order, dampening=dampening)
-    return Problem(hessian, cross, diagonal, factor, "" if factor else NOT_DEFINITE)
+    if factor is None:
+        return Problem(hessian, cross, diagonal, None, NOT_DEFINITE)
+    shifting = cross is not None and outputs > len(hessian)
+    if cross is not None and shifting:
+        for rows in _parts_of(cross):
+            _times_inverse(rows, factor)
+    return Problem(hessian, cross, diagonal, factor, "", shifting)
+
+
+def _parts_of(rows: Tensor) -> list[Tensor]:
+    """Views of some rows each."""
+    return [rows[first : first + ROWS_AT_ONCE] for first in range(0, len(rows), ROWS_AT_ONCE)]
+
+
+def _finite(matrix: Tensor) -> bool:
+    return all(bool(rows.isfinite().all()) for rows in _parts_of(matrix))
 
 
 def solve_problem(
@@ -155,6 +189,7 @@ def solve_problem(
     block_size: int = 128,
     sweeps: int = 0,
     source_dtype: FloatName = "BF16",
+    rows_at_once: int = ROWS_AT_ONCE,
 ) -> Solution:
     """`solve` for one of the matrices of a problem, some output rows at a time: rows don't depend on each other."""
     if scheme.type is NumberType.FLOAT:
@@ -167,8 +202,8 @@ def solve_problem(
         dtypes = {name: dtype for dtype, name in STORED.items()}
         scheme = scheme.model_copy(update={"scale_dtype": dtypes[source_dtype]})
     settings = _Settings(scheme, block_size, sweeps)
-    pieces = range(0, len(weight), ROWS_AT_ONCE)
-    return _joined([_solve_piece(problem, weight[first : first + ROWS_AT_ONCE], settings, first) for first in pieces])
+    pieces = range(0, len(weight), rows_at_once)
+    return _joined([_solve_piece(problem, weight[first : first + rows_at_once], settings, first) for first in pieces])
 
 
 @dataclass(frozen=True)
@@ -189,18 +224,20 @@ def _solve_piece(problem: Problem, weight: Tensor, settings: _Settings, first: i
         return _rtn(nearest, scheme, float("nan"), problem.reason, 0)
     factor = problem.factor
     if factor is None:
-        residual = weight - nearest.values()
-        loss = float(((residual @ problem.hessian) * residual).sum())
-        return _rtn(nearest, scheme, loss, problem.reason, dead)
+        rtn_error = float(quadratic_form(weight - nearest.values(), problem.hessian).sum())
+        return _rtn(nearest, scheme, rtn_error, problem.reason, dead)
     target, start = weight, nearest
     if problem.cross is not None:
-        target = _asymmetric_target(weight, problem.cross, factor)
+        target = _asymmetric_target(weight, problem)
         start = round_to_nearest(target, scheme, problem.diagonal)
-    solved, _ = solve_columns(target, factor, start, scheme, settings.block_size)
+    solved, errors = solve_columns(target, factor, start, scheme, settings.block_size)
+    loss = errors.double().square().sum(1)
     if settings.sweeps:
-        size, sweeps = settings.block_size, settings.sweeps
-        solved = descend(target, problem.hessian, factor.added, solved, scheme, size, sweeps=sweeps)
-    return _better_rows(target, problem.hessian, factor, solved, nearest, scheme, dead)
+        size, sweeps, pull = settings.block_size, settings.sweeps, pull_of(errors, factor)
+        solved, gain = descend(target, problem.hessian, factor.added, solved, scheme, size, sweeps=sweeps, pull=pull)
+        loss -= gain
+    loss -= ((target - solved.values()).double().square() * factor.added).sum(1)
+    return _better_rows(target, problem.hessian, factor, solved, loss.clamp(min=0), nearest, scheme, dead)
 
 
 def _joined(pieces: list[Solution]) -> Solution:
@@ -235,38 +272,44 @@ def factorize(hessian: Tensor, *, act_order: bool, dampening: float) -> Factor |
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
     backwards = order.flip(0)
-    damped = hessian[backwards[:, None], backwards]
+    damped = torch.empty_like(hessian, memory_format=torch.contiguous_format)
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     for fraction in (dampening, *(step for step in DAMPENING_LADDER if step > dampening)):
         added = torch.where(alive, fraction * mean, mean - diagonal)
-        damped.diagonal().copy_((diagonal + added)[backwards])
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        _permute(hessian, backwards, damped)
+        damped.diagonal().add_(added[backwards])
+        lower = damped.T  # the same numbers in the order of memory that LAPACK works in without a copy
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if int(failed) == 0:
             invert_lower(lower)
-            if bool(lower.isfinite().all()):
-                return Factor(lower.flip(0, 1), order, added, fraction)
+            if _finite(lower):
+                reverse(lower)
+                return Factor(lower, order, added, fraction)
     return None
 
 
-def invert_lower(lower: Tensor) -> None:
-    """Invert a lower triangular matrix in place, by halves: nearly all of it is matrix products."""
-    size = len(lower)
-    if size <= INVERT_AT_ONCE:
-        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-        return
-    half = size // 2
-    first, last, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
-    invert_lower(first)
-    invert_lower(last)
-    below.copy_(-(last @ below) @ first)
+def _permute(matrix: Tensor, order: Tensor, into: Tensor) -> None:
+    """Rows and columns of a square matrix in another order, without a second copy on the way."""
+    for rows, target in zip(_parts_of(order), _parts_of(into), strict=True):
+        target.copy_(matrix[rows][:, order])
 
 
-def _asymmetric_target(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
-    """W + W C H^-1, in the original column order."""
-    shift = (weight @ cross)[:, factor.order] @ factor.upper.T @ factor.upper
-    target = weight.clone()
-    target[:, factor.order] += shift
-    return target
+def _times_inverse(rows: Tensor, factor: Factor) -> None:
+    """rows <- rows H^-1 of the damped Hessian, in the original column order."""
+    permuted = rows[:, factor.order]
+    times_upper_transposed(permuted, factor.upper)
+    times_upper(permuted, factor.upper)
+    rows[:, factor.order] = permuted
+
+
+def _asymmetric_target(weight: Tensor, problem: Problem) -> Tensor:
+    """W + W C H^-1."""
+    assert problem.cross is not None
+    assert problem.factor is not None
+    shift = weight @ problem.cross
+    if not problem.shifting:
+        _times_inverse(shift, problem.factor)
+    return shift.add_(weight)
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> Rounded:
@@ -294,11 +337,13 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, importance: Tensor | None) 
 def solve_columns(
     target: Tensor, factor: Factor, start: Rounded, scheme: Scheme, block_size: int
 ) -> tuple[Rounded, Tensor]:
-    """GPTQ's blocked loop; also the loss of each row under the damped Hessian, float64 [out]."""
+    """GPTQ's blocked loop; also its errors E [out, in], columns in the order of their visits.
+
+    With R the target less what was rounded, R = E U, and the sum of a row's squares is its loss under the damped Hessian.
+    """
     order, upper = factor.order, factor.upper
     remaining = target[:, order].to(upper.dtype)
     levels = torch.empty(target.shape, dtype=torch.int8, device=target.device)
-    loss = torch.zeros(len(target), dtype=torch.float64, device=target.device)
     columns = target.shape[1] // start.scale.shape[1]
     for first in range(0, target.shape[1], block_size):
         last = min(first + block_size, target.shape[1])
@@ -306,11 +351,19 @@ def solve_columns(
         scale, zero_point = (values[:, group].to(upper.dtype) for values in (start.scale, start.zero_point))
         block = remaining[:, first:last].contiguous()
         part = upper[first:last, first:last].contiguous()
-        block_levels, errors = solve_block(block, part, scale, zero_point, scheme.num_bits)
+        block_levels, errors = gptq_blocks.solve_block(block, part, scale, zero_point, scheme.num_bits)
         levels[:, order[first:last]] = block_levels
-        loss += errors.double().square().sum(1)
+        remaining[:, first:last] = errors
         remaining[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
-    return Rounded(levels, start.scale, start.zero_point), loss
+    return Rounded(levels, start.scale, start.zero_point), remaining
+
+
+def pull_of(errors: Tensor, factor: Factor) -> Tensor:
+    """R H of the damped Hessian in the original column order, from the errors of `solve_columns`, which are used up."""
+    divide_by_upper_transposed(errors, factor.upper)
+    pull = torch.empty_like(errors)
+    pull[:, factor.order] = errors
+    return pull
 
 
 def descend(
@@ -322,36 +375,37 @@ def descend(
     block_size: int,
     *,
     sweeps: int = 1,
-) -> Rounded:
+    pull: Tensor | None = None,
+) -> tuple[Rounded, Tensor]:
     """Sweeps of coordinate descent from `start`: each column takes its best level given all the others.
 
     GPTQ decides a column before it knows how those after it will be rounded; a sweep lets it decide again. No step
-    raises the damped loss. Scales and zero points stay. R H, R the error, is kept up to date.
+    raises the damped loss; the second result is by how much it fell, float64 [out]. Scales and zero points stay. `pull`
+    is that of `start`, if it is known already, and is used up.
     """
-    columns = target.shape[1] // start.scale.shape[1]
     levels = start.levels.clone()
-    residual = (target - start.values()).to(hessian.dtype)
-    pull = residual @ hessian + residual * added
-    del residual
-    for _ in range(sweeps):
-        for first in range(0, target.shape[1], block_size):
-            block = slice(first, min(first + block_size, target.shape[1]))
-            group = torch.arange(block.start, block.stop, device=target.device) // columns
-            scale, zero_point = (values[:, group].to(hessian.dtype) for values in (start.scale, start.zero_point))
-            part = hessian[block, block] + torch.diag(added[block])
-            moved, own_pull = levels[:, block].contiguous(), pull[:, block].clone(memory_format=torch.contiguous_format)
-            change = descend_block(moved, own_pull, part, scale, zero_point, scheme.num_bits)
-            levels[:, block] = moved
-            pull[:, block].addcmul_(change, added[block], value=-1)
-            pull.addmm_(change, hessian[block], alpha=-1)
-    return Rounded(levels, start.scale, start.zero_point)
+    if pull is None:
+        residual = (target - start.values()).to(hessian.dtype)
+        pull = torch.addcmul(residual @ hessian, residual, added)
+    scale, zero_point = (part.to(hessian.dtype).contiguous() for part in (start.scale, start.zero_point))
+    gain = gptq_blocks.descend(
+        levels, pull, hessian, added, scale, zero_point, scheme.num_bits, block_size=block_size, sweeps=sweeps
+    )
+    return Rounded(levels, start.scale, start.zero_point), gain
 
 
 def _better_rows(
-    target: Tensor, hessian: Tensor, factor: Factor, solved: Rounded, nearest: Rounded, scheme: Scheme, dead: int
+    target: Tensor,
+    hessian: Tensor,
+    factor: Factor,
+    solved: Rounded,
+    loss: Tensor,
+    nearest: Rounded,
+    scheme: Scheme,
+    dead: int,
 ) -> Solution:
-    """Keep, row by row, whichever of the solved and the nearest levels has the lower undamped loss."""
-    loss, rtn_loss = (_losses(target - rounded.values(), hessian) for rounded in (solved, nearest))
+    """Keep, row by row, whichever of the solved levels, of known loss, and the nearest has the lower undamped loss."""
+    rtn_loss = quadratic_form((target - nearest.values()).to(hessian.dtype), hessian)
     keep = rtn_loss < loss
     kept = int(keep.sum())
     rtn_error = float(rtn_loss.sum())
@@ -372,12 +426,6 @@ def _better_rows(
         kept,
         dead,
     )
-
-
-def _losses(residual: Tensor, hessian: Tensor) -> Tensor:
-    """R H R^T's diagonal, summed in float64: [out]."""
-    residual = residual.to(hessian.dtype)
-    return ((residual @ hessian).double() * residual).sum(1)
 
 
 def _parts(rounded: Rounded) -> tuple[Tensor, Tensor, Tensor]:

@@ -89,32 +89,122 @@ def _solve_block_cpu(
     return torch.from_numpy(levels), torch.from_numpy(errors)
 
 
-def descend_block(
-    levels: Tensor, pull: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
+def descend(
+    levels: Tensor,
+    pull: Tensor,
+    hessian: Tensor,
+    added: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    num_bits: int,
+    *,
+    block_size: int,
+    sweeps: int,
 ) -> Tensor:
-    """Move the columns of a block [out, n] in turn, `levels` in place; returns how the values changed [out, n].
+    """Move `levels` [out, in] in place; returns by how much each row's damped loss fell, float64 [out].
 
-    `pull` is R H of the block, `hessian` [n, n] its part of the damped H.
+    `pull` [out, in] is R H of the damped Hessian and is used up; `added` [in] is the damping that `hessian` lacks; `scale`
+    and `zero_point` are [out, groups]. Every column takes its best level in turn, `sweeps` times.
     """
-    if pull.device.type == "cpu":
-        return _descend_block_cpu(levels, pull, hessian, scale, zero_point, num_bits)
-    return descend_block_torch(levels, pull, hessian, scale, zero_point, num_bits)
+    apply = _descend_cpu if pull.device.type == "cpu" else descend_torch
+    return apply(levels, pull, hessian, added, scale, zero_point, num_bits, block_size, sweeps)
 
 
-def descend_block_torch(
-    levels: Tensor, pull: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
+def descend_torch(
+    levels: Tensor,
+    pull: Tensor,
+    hessian: Tensor,
+    added: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    num_bits: int,
+    block_size: int,
+    sweeps: int,
 ) -> Tensor:
-    """`descend_block` in torch operations, for any device."""
+    """`descend` in torch operations, for any device: after each block its moves are multiplied into all of `pull`."""
+    width = pull.shape[1]
+    group = torch.arange(width, device=pull.device) // (width // scale.shape[1])
+    gain = torch.zeros(len(pull), dtype=torch.float64, device=pull.device)
+    for _ in range(sweeps):
+        for first in range(0, width, block_size):
+            block = slice(first, min(first + block_size, width))
+            part = hessian[block, block] + torch.diag(added[block])
+            scales, zeros = scale[:, group[block]], zero_point[:, group[block]]
+            own = pull[:, block].clone()
+            change = _descend_block(levels[:, block], own, part, scales, zeros, num_bits, gain)
+            pull[:, block].addcmul_(change, added[block], value=-1)
+            pull.addmm_(change, hessian[block], alpha=-1)
+    return gain
+
+
+def _descend_block(
+    levels: Tensor, pull: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, gain: Tensor
+) -> Tensor:
+    """One turn of a block's columns, everything given for them alone; returns how the values changed [out, n]."""
     lowest, highest = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
     change = torch.empty_like(pull)
     for i in range(pull.shape[1]):
         s, z, old = scale[:, i], zero_point[:, i], levels[:, i].to(pull.dtype)
         wanted = (old - z) * s + pull[:, i] / hessian[i, i]
         level = ((wanted / s).round() + z).clamp(lowest, highest)
-        change[:, i] = (level - old) * s
-        pull.addr_(change[:, i], hessian[i], alpha=-1)
+        moved = (level - old) * s
+        gain += moved.double() * (2 * pull[:, i].double() - moved.double() * hessian[i, i].double())
+        change[:, i] = moved
+        pull.addr_(moved, hessian[i], alpha=-1)
         levels[:, i] = level.to(torch.int8)
     return change
+
+
+@kernel
+def _catch_up(own: NDArray[Any], first: int, moves: NDArray[Any], scale: NDArray[Any], panel: NDArray[Any]) -> None:
+    """Take what the columns outside a block moved by since its last turn off `own`, the block's part of a row's pull."""
+    group = panel.shape[0] // scale.size
+    fours = moves.view(np.int64)  # nearly all zero: four columns are passed over at a time
+    for four in range(fours.size):
+        if fours[four] == 0:
+            continue
+        for j in range(4 * four, min(4 * four + 4, panel.shape[0])):
+            if moves[j] != 0 and not first <= j < first + own.size:
+                moved = own.dtype.type(moves[j]) * scale[j // group]
+                factors = panel[j]
+                for k in range(own.size):
+                    own[k] -= moved * factors[k]
+
+
+@kernel
+def _take_turn(
+    levels: NDArray[np.int8],
+    own: NDArray[Any],
+    panel: NDArray[Any],
+    added: NDArray[Any],
+    scale: NDArray[Any],
+    zero_point: NDArray[Any],
+    num_bits: int,
+    moves: NDArray[np.int16],
+    columns: tuple[int, int],
+) -> float:
+    """Let a block's columns, from the first and as many to a group as given, move in one row; what its loss falls by."""
+    number = own.dtype.type
+    lowest, highest = number(-(1 << (num_bits - 1))), number((1 << (num_bits - 1)) - 1)
+    first, group = columns
+    gain = 0.0
+    for i in range(own.size):
+        s = scale[(first + i) // group]
+        z = zero_point[(first + i) // group]
+        old = number(levels[i])
+        factors = panel[first + i]
+        curvature = factors[i] + added[i]
+        wanted = (old - z) * s + own[i] / curvature
+        level = min(max(np.rint(wanted / s) + z, lowest), highest)
+        moves[i] = np.int16(level - old)
+        if level != old:
+            levels[i] = np.int8(level)
+            moved = (level - old) * s
+            gain += np.float64(moved) * (2 * np.float64(own[i]) - np.float64(moved) * np.float64(curvature))
+            for k in range(own.size):
+                own[k] -= moved * factors[k]
+            own[i] -= moved * added[i]
+    return gain
 
 
 @kernel
@@ -122,44 +212,66 @@ def _descend_rows(
     levels: NDArray[np.int8],
     pull: NDArray[Any],
     hessian: NDArray[Any],
+    added: NDArray[Any],
     scale: NDArray[Any],
     zero_point: NDArray[Any],
     num_bits: int,
-    change: NDArray[Any],
+    block_size: int,
+    sweeps: int,
+    gain: NDArray[np.float64],
 ) -> None:
-    """`descend_block` for some rows, in the dtype of `pull`, which is overwritten."""
-    lowest = pull.dtype.type(-(1 << (num_bits - 1)))
-    highest = pull.dtype.type((1 << (num_bits - 1)) - 1)
-    for o in range(pull.shape[0]):
-        row = pull[o]
-        for i in range(pull.shape[1]):
-            s = scale[o, i]
-            z = zero_point[o, i]
-            old = pull.dtype.type(levels[o, i])
-            wanted = (old - z) * s + row[i] / hessian[i, i]
-            level = min(max(np.rint(wanted / s) + z, lowest), highest)
-            moved = (level - old) * s
-            change[o, i] = moved
-            if moved != 0:
-                levels[o, i] = np.int8(level)
-                factors = hessian[i]
-                for k in range(row.size):
-                    row[k] -= moved * factors[k]
+    """`descend` for some rows, in the dtype of `pull`.
+
+    Few levels move, so moves are not multiplied into all of `pull`: at its turn, a block looks up which columns moved
+    since its last one. What that reads of the Hessian, the columns of the block, stays in cache for all rows.
+    """
+    rows, columns = pull.shape
+    group = columns // scale.shape[1]
+    moves = np.zeros((rows, (columns + 3) // 4 * 4), np.int16)
+    panel = np.empty((columns, block_size), pull.dtype)
+    for _ in range(sweeps):
+        for first in range(0, columns, block_size):
+            last = min(first + block_size, columns)
+            for j in range(columns):
+                panel[j, : last - first] = hessian[j, first:last]
+            for o in range(rows):
+                own = pull[o][first:last]
+                _catch_up(own, first, moves[o], scale[o], panel)
+                gain[o] += _take_turn(
+                    levels[o][first:last],
+                    own,
+                    panel,
+                    added[first:last],
+                    scale[o],
+                    zero_point[o],
+                    num_bits,
+                    moves[o][first:last],
+                    (first, group),
+                )
 
 
-def _descend_block_cpu(
-    levels: Tensor, pull: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
+def _descend_cpu(
+    levels: Tensor,
+    pull: Tensor,
+    hessian: Tensor,
+    added: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    num_bits: int,
+    block_size: int,
+    sweeps: int,
 ) -> Tensor:
-    """`descend_block` by the Numba kernel."""
-    arrays = [tensor.contiguous().numpy() for tensor in (pull, scale, zero_point)]
-    moved, factor, change = levels.numpy(), hessian.contiguous().numpy(), np.empty_like(arrays[0])
+    """`descend` by the Numba kernel, rows shared between threads."""
+    arrays = [tensor.numpy() for tensor in (levels, pull, scale, zero_point)]
+    curvature, damping = hessian.contiguous().numpy(), added.numpy()
+    gain = np.zeros(len(pull))
 
     def rows(part: slice) -> None:
-        pulls, scales, zeros = (array[part] for array in arrays)
-        _descend_rows(moved[part], pulls, factor, scales, zeros, num_bits, change[part])
+        moved, pulls, scales, zeros = (array[part] for array in arrays)
+        _descend_rows(moved, pulls, curvature, damping, scales, zeros, num_bits, block_size, sweeps, gain[part])
 
     _share_rows(rows, len(pull))
-    return torch.from_numpy(change)
+    return torch.from_numpy(gain)
 
 
 def _share_rows(work: Callable[[slice], None], count: int) -> None:
