@@ -63,8 +63,10 @@ def plan_view(plan: Plan) -> list[RenderableType]:
     if plan.accelerated:
         lines.append(f"          peak device memory {human_bytes(plan.peak_vram_bytes)}")
     if plan.needs is not None:
+        calibrated = f"{len(plan.calibrated) + len(plan.observed):,} matrices"
+        calibrated += f" and {len(plan.kv_scales):,} scales of the KV cache" if plan.kv_scales else ""
         lines.append(
-            f"calibrated  {len(plan.calibrated) + len(plan.observed):,} matrices, with {'' if plan.text else 'at most '}"
+            f"calibrated  {calibrated}, with {'' if plan.text else 'at most '}"
             f"{plan.needs.tokens:,} tokens; hidden states take {human_bytes(plan.needs.disk_bytes)} of disk meanwhile"
         )
     lines += [f"[yellow]note[/yellow]      {console.plain(warning)}" for warning in plan.warnings()]
