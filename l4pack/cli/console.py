@@ -59,6 +59,11 @@ def error(message: str, hint: str = "") -> None:
         sys.stderr.write(f"hint: {_one_line(hint)}\n")
 
 
+def warning(message: str) -> None:
+    """One line on stderr, whoever watches."""
+    sys.stderr.write(f"warning: {_one_line(message)}\n")
+
+
 def _one_line(text: str) -> str:
     printable = "".join(char if char.isprintable() else " " for char in text)
     return " ".join(printable.split())

@@ -1,1 +1,1 @@
-"""Choosing what each part gets, so that the artifact fits and hurts least."""
+"""Choosing a scheme for every part of a model: the least predicted KL under a budget of bytes."""

@@ -1,0 +1,192 @@
+"""`l4pack fit`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import RenderableType
+
+from l4pack.checkpoint.open import open_source
+from l4pack.cli import console
+from l4pack.cli.options import AsJson, Source
+from l4pack.units import human_bytes, human_gib, parse_size
+
+if TYPE_CHECKING:
+    from l4pack.fit.record import Chosen, FitRecord
+
+_BUDGET = "Budget (one of --device, --max-bytes, --bits)"
+
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="NAME", help="Must fit this; see `l4pack devices`.", show_default=False,
+        rich_help_panel=_BUDGET,
+    ),
+]  # fmt: skip
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context", metavar="TOKENS", help="Tokens a sequence on it; 131072 unless given.", show_default=False,
+        rich_help_panel=_BUDGET,
+    ),
+]  # fmt: skip
+Sequences = Annotated[
+    int | None,
+    typer.Option(
+        "--sequences", metavar="N", help="Sequences at once on it; 1 unless given.", show_default=False,
+        rich_help_panel=_BUDGET,
+    ),
+]  # fmt: skip
+KVDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-dtype", metavar="auto|bfloat16|fp8", help="What KV is kept in on it.", show_default=False,
+        rich_help_panel=_BUDGET,
+    ),
+]  # fmt: skip
+MaxBytes = Annotated[
+    str | None,
+    typer.Option(
+        "--max-bytes", metavar="SIZE", help="Most bytes of all the artifact's files, for example 65GB.",
+        show_default=False, rich_help_panel=_BUDGET,
+    ),
+]  # fmt: skip
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        "--bits", metavar="NUMBER", help="Most bits a weight, over all matrices of attention and MLPs: scales counted, "
+        "kept ones at 16.", show_default=False, rich_help_panel=_BUDGET,
+    ),
+]  # fmt: skip
+Runtime = Annotated[
+    str,
+    typer.Option("--runtime", metavar="NAME", help="What must load it: vllm, sglang, transformers, or any of them."),
+]
+SensitivityFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--sensitivity", metavar="FILE", help="What `l4pack measure` found; a shipped stand-in unless given.",
+        show_default=False,
+    ),
+]  # fmt: skip
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Recipe to write.")]
+Chart = Annotated[
+    Path | None,
+    typer.Option("--chart", metavar="FILE", help="Draw the frontier there, as .png or .svg.", show_default=False),
+]
+
+
+def fit(
+    source: Source,
+    device: Device = None,
+    context: Context = None,
+    sequences: Sequences = None,
+    kv_dtype: KVDtype = None,
+    max_bytes: MaxBytes = None,
+    bits: Bits = None,
+    runtime: Runtime = "vllm",
+    sensitivity: SensitivityFile = None,
+    out: Out = Path("fit.yaml"),
+    chart: Chart = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose what each part is quantized to, so that the artifact fits and hurts least; write it as a recipe.
+
+    Example: `l4pack fit llama-4-scout --max-bytes 65GB --out scout-65gb.yaml`
+    """
+    from l4pack.checkpoint.journal import write_atomic
+    from l4pack.fit.budgets import Wish
+    from l4pack.fit.chart import check_chart, draw_chart
+    from l4pack.fit.fit import fit as run
+    from l4pack.fit.losses import shipped_sensitivity
+    from l4pack.fit.recipe import check_file
+    from l4pack.fit.record import fit_record
+    from l4pack.sensitivity.record import read_sensitivity
+
+    size = None if max_bytes is None else parse_size(max_bytes)
+    wish = Wish(size, bits, device, context, sequences, kv_dtype, runtime)
+    wish.check()
+    check_file(out)
+    if chart is not None:
+        check_chart(chart)
+    checkpoint = open_source(source)
+    found = shipped_sensitivity(checkpoint) if sensitivity is None else read_sensitivity(sensitivity)
+    fitted = run(checkpoint, found, wish, out.stem)
+    record = fit_record(fitted, out)
+    write_atomic(out, fitted.recipe_text.encode())
+    if chart is not None:
+        write_atomic(chart, draw_chart(record, chart))
+    warn_of_stand_in(record)
+    console.show_json(record.model_dump(mode="json")) if as_json else console.show(*fit_view(record, chart))
+
+
+def warn_of_stand_in(record: FitRecord) -> None:
+    """Say on stderr that the losses are another model's."""
+    if record.stand_in:
+        console.warning(
+            f"the sensitivities are a stand-in's, measured on {record.measured_on} and carried over by role and depth; "
+            "measure the model itself with l4pack measure, and give --sensitivity"
+        )
+
+
+def fit_view(record: FitRecord, chart: Path | None = None) -> list[RenderableType]:
+    """A fit for people: what each role got, what was predicted, and what more bytes would buy."""
+    proven = "proven optimal" if record.optimal else f"within {100 * record.gap:.2g} % of the optimum"
+    lines: list[RenderableType] = [
+        f"[bold]{console.plain(record.model)}[/bold] for {record.runtime}: {console.plain(record.budget)}",
+        "",
+        _choice_table(record),
+        "",
+        f"artifact   {record.artifact_bytes:,} bytes ({human_bytes(record.artifact_bytes)}), "
+        f"{record.bits_per_weight:.3f} bits a weight of attention and MLPs",
+        f"predicted  KL {record.predicted_kl:.4g} nats, {proven}",
+    ]
+    if record.headroom_bytes is not None:
+        lines.append(f"memory     fits, {human_gib(record.headroom_bytes)} to spare on each GPU")
+    lines += ["", _sizes_table(record), ""]
+    lines += [
+        f"[yellow]left out[/yellow]   {one['option']} for {one['role']}: {console.plain(one['why'])}"
+        for one in record.left_out
+    ]
+    if chart is not None:
+        lines.append(f"chart      [bold]{console.plain(chart)}[/bold]")
+    if record.recipe is not None:
+        recipe = console.plain(record.recipe)
+        lines.append(f"recipe     [bold]{recipe}[/bold]   l4pack quantize SOURCE --recipe {recipe} --out DIR")
+    return lines
+
+
+def _choice_table(record: FitRecord) -> RenderableType:
+    groups: dict[tuple[str, str], list[Chosen]] = defaultdict(list)
+    for one in record.choice:
+        groups[one.role, one.option].append(one)
+    table = console.table("Role", "Option", "Layers", ">Bytes", ">Share of KL")
+    for (role, option), members in sorted(groups.items()):
+        kl = sum(one.kl for one in members)
+        share = f"{100 * kl / record.predicted_kl:.1f} %" if record.predicted_kl else ""
+        layers = _ranges([one.layer for one in members])
+        table.add_row(role, console.plain(option), layers, human_bytes(sum(one.bytes for one in members)), share)
+    return table
+
+
+def _sizes_table(record: FitRecord) -> RenderableType:
+    """What was chosen between a little less and a little more, and one scheme for all beside it."""
+    here = record.weight_bytes, record.predicted_kl
+    table = console.table("What bytes buy", ">Weights", ">Predicted KL", ">Against the choice")
+    rows = [(f"best of {size.name}", size) for size in record.steps]
+    rows += [(f"{size.name} for all", size) for size in record.uniform if size.predicted_kl]
+    for label, size in rows:
+        change = "" if not here[1] else f"x {size.predicted_kl / here[1]:.3g}"
+        table.add_row(console.plain(label), human_bytes(size.bytes), f"{size.predicted_kl:.4g}", change)
+    return table
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0-3, 7, 9-11`."""
+    ordered = sorted(numbers)
+    starts = [number for number in ordered if number - 1 not in ordered]
+    ends = [number for number in ordered if number + 1 not in ordered]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

@@ -1,0 +1,95 @@
+"""The recipe that a solution amounts to, as a plain file that `quantize` runs."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from l4pack.datafile import validate
+from l4pack.errors import UsageError
+from l4pack.fit.solve import Picks
+from l4pack.fit.units import Unit
+from l4pack.model.tensors import Role
+from l4pack.recipe import KEEP, Promise, Recipe, RecipeScheme, load_recipe
+
+LIKE = "int4"  # calibrated as this shipped recipe is
+_NAME = re.compile(r"[^a-z0-9._-]+")
+
+
+def recipe_values(
+    name: str,
+    title: str,
+    units: Sequence[Unit],
+    picks: Picks,
+    options: Mapping[str, RecipeScheme],
+    promise: Promise | None = None,
+) -> dict[str, Any]:
+    """A recipe's keys, as short as they can be: layers are named only where those of a role differ."""
+    rules = _rules(units, picks)
+    used = dict.fromkeys(rule["scheme"] for rule in rules)
+    values: dict[str, Any] = {
+        "name": name,
+        "title": title,
+        "schemes": {option: _plain(options[option]) for option in used},
+        "rules": [*rules, {"roles": "all", "scheme": KEEP}],
+    }
+    if any(options[option].calibrated for option in used):
+        values["calibration"] = _plain(load_recipe(LIKE).calibration)
+    if promise is not None:
+        values["promise"] = _plain(promise)
+    return values
+
+
+def parse_values(values: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe those keys make. Raises RecipeError."""
+    return validate(Recipe, dict(values), where)
+
+
+def recipe_text(values: Mapping[str, Any], comments: Sequence[str]) -> str:
+    """A recipe's file: comments that say where it is from, then its keys."""
+    head = "".join(f"# {line}\n" for line in comments)
+    return head + yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=110)
+
+
+def check_file(path: Path) -> None:
+    """Raise UsageError for a name that recipes can't be read from."""
+    if path.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"{path}: a recipe's file ends in .yaml", hint="for example --out fit.yaml")
+
+
+def one_line(text: str) -> str:
+    """A comment's text, whatever names it holds, on one line."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+
+
+def recipe_name(stem: str) -> str:
+    """The nearest allowed name to a file's stem."""
+    return _NAME.sub("-", stem.lower()).strip("-._")[:64] or "fit"
+
+
+def _rules(units: Sequence[Unit], picks: Picks) -> list[dict[str, Any]]:
+    layers: dict[tuple[Role, str], list[int]] = defaultdict(list)
+    counts: dict[Role, int] = defaultdict(int)
+    for unit, pick in zip(units, picks, strict=True):
+        layers[unit.role, unit.choices[pick].option].append(unit.layer)
+        counts[unit.role] += 1
+    together: dict[tuple[str, tuple[int, ...] | None], list[Role]] = defaultdict(list)
+    for (role, option), numbers in sorted(layers.items(), key=lambda item: (list(Role).index(item[0][0]), item[1])):
+        if option != KEEP:
+            together[option, None if len(numbers) == counts[role] else tuple(numbers)].append(role)
+    return [
+        {"roles": [role.value for role in roles]}
+        | ({} if numbers is None else {"layers": list(numbers)})
+        | {"scheme": option}
+        for (option, numbers), roles in together.items()
+    ]
+
+
+def _plain(model: Any) -> dict[str, Any]:
+    values: dict[str, Any] = model.model_dump(mode="json", exclude_defaults=True)
+    return values

@@ -1,0 +1,109 @@
+"""What `fit` decided, as data: the other half of its recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from l4pack.fit.fit import Fitted
+from l4pack.fit.frontier import Point
+
+MAX_BYTES = 16 * 1024 * 1024
+Bytes = Annotated[int, Field(ge=0)]
+Kl = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Chosen(_Data):
+    """What one unit got."""
+
+    layer: int
+    role: str
+    option: str
+    bytes: Bytes
+    kl: Kl
+
+
+class Size(_Data):
+    """One artifact: bytes of its tensors, its predicted KL, and a name where it has one."""
+
+    name: str
+    bytes: Bytes
+    predicted_kl: Kl
+
+
+class FitRecord(_Data):
+    """Everything `fit --json` says. Bytes and nats are plain numbers."""
+
+    model: str
+    budget: str
+    runtime: str
+    stand_in: bool
+    measured_on: str
+    weight_bytes: Bytes
+    artifact_bytes: Bytes
+    bits_per_weight: float
+    predicted_kl: Kl
+    gap: Annotated[float, Field(ge=0)]
+    optimal: bool
+    headroom_bytes: int | None = None
+    recipe: str | None = None
+    choice: list[Chosen]
+    uniform: list[Size]
+    steps: list[Size]
+    frontier: list[Size]
+    left_out: list[dict[str, str]] = []
+
+
+def fit_record(fitted: Fitted, recipe: Path | None = None) -> FitRecord:
+    """The record of a fit whose recipe was written to `recipe`."""
+    picked = [unit.choices[pick] for unit, pick in zip(fitted.units, fitted.solution.picks, strict=True)]
+    return FitRecord(
+        model=fitted.model,
+        budget=fitted.budget,
+        runtime=fitted.wish.runtime,
+        stand_in=fitted.losses.stand_in,
+        measured_on=fitted.losses.measured_on,
+        weight_bytes=fitted.weight_bytes,
+        artifact_bytes=fitted.artifact_bytes,
+        bits_per_weight=fitted.bits,
+        predicted_kl=fitted.solution.loss,
+        gap=fitted.solution.gap,
+        optimal=fitted.solution.optimal,
+        headroom_bytes=None if fitted.memory is None else fitted.memory.headroom_bytes,
+        recipe=None if recipe is None else str(recipe),
+        choice=[
+            Chosen(layer=unit.layer, role=unit.role.value, option=one.option, bytes=one.nbytes, kl=one.kl)
+            for unit, one in zip(fitted.units, picked, strict=True)
+        ],
+        uniform=[_size(point) for point in fitted.uniform],
+        steps=[_size(point) for point in fitted.steps],
+        frontier=[_size(point) for point in fitted.frontier],
+        left_out=[
+            {"option": option, "role": role.value, "why": "; ".join(reasons)}
+            for (option, role), reasons in fitted.left_out.items()
+        ],
+    )
+
+
+def record_json(record: FitRecord, **more: Any) -> bytes:
+    """The record's file, with other keys beside its own."""
+    return (json.dumps({**more, **record.model_dump(mode="json")}, indent=1) + "\n").encode()
+
+
+def read_fit(path: Path) -> FitRecord | None:
+    """A record from its file, or None where there is none that can be read."""
+    try:
+        return FitRecord.model_validate_json(path.read_bytes()) if path.stat().st_size <= MAX_BYTES else None
+    except (OSError, ValidationError):
+        return None
+
+
+def _size(point: Point) -> Size:
+    return Size(name=point.name, bytes=point.nbytes, predicted_kl=point.kl)

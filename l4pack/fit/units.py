@@ -1,0 +1,142 @@
+"""The units of a model and what each may be given: exact bytes in the files and on a GPU, and what a runtime can't load."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from l4pack.assign import PlannedTensor, divides, module_tensors, source_dtype
+from l4pack.budget.model import Budget
+from l4pack.budget.subject import Subject
+from l4pack.budget.weights import ROW_SPLIT, weights_by_role
+from l4pack.checkpoint.source import Checkpoint
+from l4pack.fit.losses import Losses, UnitKey
+from l4pack.formats import LocalMatrix, hindrances, load_format
+from l4pack.model.config import TextConfig
+from l4pack.model.tensors import Linear, Role, canonical_naming, catalogue
+from l4pack.recipe import KEEP, Activations, RecipeScheme
+
+RUNTIMES = ("vllm", "sglang", "transformers")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One option of a unit: its bytes in the files, its tensors as one GPU's memory counts them, its predicted KL."""
+
+    option: str
+    nbytes: int
+    kl: float
+    tensors: tuple[PlannedTensor, ...]
+    calibrated: bool
+
+
+@dataclass(frozen=True)
+class Unit:
+    """All matrices of a role in a layer; `choices` begin with leaving them as they are."""
+
+    layer: int
+    role: Role
+    numel: int
+    choices: tuple[Choice, ...]
+
+    @property
+    def key(self) -> UnitKey:
+        """Layer and role."""
+        return self.layer, self.role
+
+
+@dataclass(frozen=True)
+class Units:
+    """Every unit of a model in order of layers, and why options were left out: (option, role) -> reasons."""
+
+    units: tuple[Unit, ...]
+    left_out: Mapping[tuple[str, Role], tuple[str, ...]]
+
+
+def model_units(checkpoint: Checkpoint, losses: Losses, runtime: str, tp: int) -> Units:
+    """The units of a model with the options that `runtime` (or `any`: every one) can load on `tp` GPUs."""
+    runtimes = RUNTIMES if runtime == "any" else (runtime,)
+    catalogued = catalogue(checkpoint.config, canonical_naming(checkpoint.config), fused=False).linears
+    dtypes = [source_dtype(checkpoint, linear.tensor) for linear in checkpoint.layout.linears]
+    matrices = sorted(zip(catalogued, dtypes, strict=True), key=lambda pair: _key(pair[0]))
+    sizes = _Sizes(losses.options)
+    left_out: dict[tuple[str, Role], tuple[str, ...]] = {}
+    units = []
+    for (layer, role), grouped in groupby(matrices, key=lambda pair: _key(pair[0])):
+        members = list(grouped)
+        local = [_local(linear, checkpoint.config.text, tp) for linear, _ in members]
+        choices = [sizes.choice(members, KEEP, 0.0)]
+        for name, kl in sorted(losses.kl.get((layer, role), {}).items()):
+            reasons = _reasons(losses.options[name], role, members, local, runtimes)
+            if reasons:
+                left_out[name, role] = reasons
+            else:
+                choices.append(sizes.choice(members, name, kl))
+        units.append(Unit(layer, role, sum(linear.numel for linear, _ in members), tuple(choices)))
+    return Units(tuple(units), left_out)
+
+
+def device_bytes(units: Sequence[Unit], found: Budget) -> list[list[int]]:
+    """Bytes of every choice of every unit on the GPU that holds its layer, as the memory model of `found` counts them."""
+    setting = replace(found.setting, pp=1)
+    known: dict[int, int] = {}
+    for unit in units:
+        for choice in unit.choices:
+            if id(choice.tensors) not in known:
+                # A runtime that unpacks holds what an unquantized model takes.
+                tensors = unit.choices[0].tensors if found.runtime.unpacks else choice.tensors
+                subject = Subject("unit", found.subject.config, tensors)
+                known[id(choice.tensors)] = sum(weights_by_role(subject, setting, found.runtime)[0].values())
+    return [[known[id(choice.tensors)] for choice in unit.choices] for unit in units]
+
+
+Member = tuple[Linear, str]  # a matrix, and its dtype in the source
+
+
+class _Sizes:
+    """The tensors of a unit under an option; units of equal shape share them, as only sizes matter here."""
+
+    def __init__(self, options: Mapping[str, RecipeScheme]) -> None:
+        self._options = options
+        self._known: dict[tuple[object, ...], tuple[PlannedTensor, ...]] = {}
+
+    def choice(self, members: Sequence[Member], option: str, kl: float) -> Choice:
+        shapes = tuple((linear.projection, linear.out_features, linear.in_features, dtype) for linear, dtype in members)
+        key = (option, members[0][0].role, shapes)
+        scheme = self._options.get(option)
+        if key not in self._known:
+            self._known[key] = tuple(
+                tensor for linear, dtype in members for tensor in module_tensors(linear, option, scheme, dtype)
+            )
+        tensors = self._known[key]
+        calibrated = scheme is not None and scheme.calibrated
+        return Choice(option, sum(tensor.nbytes for tensor in tensors), kl, tensors, calibrated)
+
+
+def _key(linear: Linear) -> UnitKey:
+    return linear.layer, linear.role
+
+
+def _local(linear: Linear, text: TextConfig, tp: int) -> LocalMatrix:
+    """What one of `tp` GPUs holds of a matrix, rounded up; KV heads are repeated beyond their number."""
+    parts = min(tp, text.num_key_value_heads) if linear.projection in ("k_proj", "v_proj") else tp
+    rows, columns = (1, parts) if linear.projection in ROW_SPLIT else (parts, 1)
+    return LocalMatrix(linear.projection, -(-linear.out_features // rows), -(-linear.in_features // columns))
+
+
+def _reasons(
+    scheme: RecipeScheme,
+    role: Role,
+    members: Sequence[Member],
+    local: Collection[LocalMatrix],
+    runtimes: Collection[str],
+) -> tuple[str, ...]:
+    """Why a role can't be given a scheme: l4pack can't make it, or a runtime can't load it."""
+    if scheme.calibrated and role is Role.ATTENTION:
+        return ("only MLPs are calibrated",)
+    if not all(divides(scheme, linear) for linear, _ in members):
+        return (f"groups of {scheme.group_size} do not divide every matrix",)
+    weight_only = scheme.activations is Activations.NONE
+    spec = load_format(scheme.format)
+    return tuple(hindrances(spec, scheme, role, set(local), runtimes, weight_only=weight_only))
