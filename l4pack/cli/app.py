@@ -12,6 +12,7 @@ from l4pack.cli.budget import budget_app, devices
 from l4pack.cli.build import build_command
 from l4pack.cli.coverage import coverage
 from l4pack.cli.evaluate import evaluate
+from l4pack.cli.fit import fit
 from l4pack.cli.inspect import inspect
 from l4pack.cli.licence import licence
 from l4pack.cli.measure import measure
@@ -50,7 +51,8 @@ def _root(
 
 
 for command in (
-    inspect, plan, quantize, verify, evaluate, coverage, measure, report, licence, package, push, recipes, formats, devices,
+    inspect, plan, measure, fit, quantize, verify, evaluate, coverage, report, licence, package, push, recipes,
+    formats, devices,
 ):  # fmt: skip
     app.command()(command)
 app.command(name="build")(build_command)

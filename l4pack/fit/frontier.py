@@ -52,14 +52,14 @@ def uniform_points(ground: Ground) -> list[Point]:
 def frontier(ground: Ground, others: Sequence[Point]) -> list[Point]:
     """About POINTS artifacts from the smallest to the original, and those of `others` that nothing smaller beats."""
     on_hull = [ground.point("", picks) for picks in hull(ground.losses, ground.nbytes)]
-    first, last = on_hull[0].nbytes, on_hull[-1].nbytes
+    best: list[Point] = []
+    for point in sorted({*on_hull, *others}, key=lambda point: (point.nbytes, point.kl, point.name)):
+        if not best or point.kl < best[-1].kl:
+            best.append(point)
+    first, last = best[0].nbytes, best[-1].nbytes
     budgets = [first + (last - first) * step // (POINTS - 1) for step in range(POINTS)]
-    chosen = [max((point for point in on_hull if point.nbytes <= budget), key=lambda p: p.nbytes) for budget in budgets]
-    found: list[Point] = []
-    for point in sorted({*chosen, *others}, key=lambda point: (point.nbytes, point.kl, point.name)):
-        if not found or point.kl < found[-1].kl:
-            found.append(point)
-    return found
+    shown = {max(index for index, point in enumerate(best) if point.nbytes <= budget) for budget in budgets}
+    return [point for index, point in enumerate(best) if index in shown or point.name]
 
 
 def steps_around(ground: Ground, picks: Picks) -> list[Point]:
