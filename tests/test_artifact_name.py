@@ -14,13 +14,14 @@ from l4pack.recipe import load_recipe, recipe_names
 RULE = policy_named("llama4").name
 SCOUT = "Llama-4-Scout-17B-16E-Instruct"
 DERIVED = {
-    "int4": "W4A16-g128",
+    "int4": "W4A16-g128-mixed",
+    "int4-uniform": "W4A16-g128",
     "int4-rtn": "W4A16-g128",
     "fp8": "FP8-dynamic",
     "fp8-block": "FP8-block",
     "meta-int4": "W4A16-g128",
     "meta-fp8": "FP8-dynamic",
-    "scout-int4-1xh100": "W4A16-g128",
+    "scout-int4-1xh100": "W4A16-g128-mixed",
 }
 
 

@@ -30,7 +30,7 @@ from l4pack.subject import open_subject
 ROOT = Path(__file__).parents[1]
 BAD = Path(__file__).parent / "bad"
 Run = Callable[..., Any]
-SCOUT = ("llama-4-scout", "--recipe", "int4")
+SCOUT = ("llama-4-scout", "--recipe", "int4-uniform")
 
 
 def test_the_verdict_comes_first_then_lines_bar_and_limits(l4pack: Run) -> None:
@@ -38,7 +38,7 @@ def test_the_verdict_comes_first_then_lines_bar_and_limits(l4pack: Run) -> None:
     assert ended.code == 0
     lines = ended.out.splitlines()
     assert lines[0].startswith("fits on h100: ")
-    assert lines[1].startswith("llama-4-scout int4, 1 sequence of 8,192 tokens, BF16 KV, vLLM 0.33")
+    assert lines[1].startswith("llama-4-scout int4-uniform, 1 sequence of 8,192 tokens, BF16 KV, vLLM 0.33")
     assert "routed experts" in ended.out
     bar = next(line for line in lines if line.startswith("█"))
     assert len(bar) == 72
@@ -170,7 +170,7 @@ def test_a_check_that_cannot_be_made_fails_and_says_why(l4pack: Run, folder: str
 def checks(tmp_path: Path) -> Path:
     """One check that holds, one that is too tight, one that does not fit."""
     file = tmp_path / "l4pack-budget.yaml"
-    scout = {"source": "llama-4-scout", "recipe": "int4", "device": "2xh100", "context": 131_072}
+    scout = {"source": "llama-4-scout", "recipe": "int4-uniform", "device": "2xh100", "context": 131_072}
     file.write_text(
         yaml.safe_dump(
             {
@@ -209,7 +209,7 @@ def test_checks_as_json_are_their_own_baseline(l4pack: Run, checks: Path, tmp_pa
     assert (record["fits"], record["passed"], record["failed"]) == (False, 1, 2)
     same = json.loads(l4pack("budget", "check", checks, "--json", "--baseline", saved).out)
     assert [check["change"] for check in same["checks"]] == ["", "", ""]
-    checks.write_text(checks.read_text().replace("recipe: int4", "recipe: fp8"))
+    checks.write_text(checks.read_text().replace("recipe: int4-uniform", "recipe: fp8"))
     moved = l4pack("budget", "check", checks, "--baseline", saved).out
     assert "since the baseline: weights grew by 49.77 GB, context shrank by" in moved
     record["checks"] = record["checks"][:1]

@@ -186,7 +186,7 @@ def row(claim: str) -> str:
 @pytest.mark.parametrize(
     ("claim", "model", "recipe", "device", "load", "runtime", "fits"),
     [
-        ("Scout Int4 on one", "scout", "int4", "h100", Load(16_384), "vllm", True),
+        ("Scout Int4 on one", "scout", "int4-uniform", "h100", Load(16_384), "vllm", True),
         ("Scout FP8 on two", "scout", "fp8", "2xh100", Load(131_072), "vllm", True),
         ("Maverick FP8 on one 8xH100", "maverick", "fp8", "8xh100", Load(131_072), "vllm", True),
         ("vLLM at launch, Scout BF16, 8xH100", "scout", None, "8xh100", Load(1_000_000), "vllm-0.8", True),
@@ -194,7 +194,7 @@ def row(claim: str) -> str:
         ("vLLM at launch, Maverick FP8, 8xH100", "maverick", "meta-fp8", "8xh100", Load(430_000), "vllm-0.8", True),
         ("vLLM at launch, Maverick FP8, 8xH200", "maverick", "meta-fp8", "8xh200", Load(1_048_576), "vllm-0.8", True),
         ("SGLang docs", "scout", None, "8xh100", Load(1_000_000, utilization=0.824, hybrid=False), "sglang", True),
-        ("10 M tokens on one H100", "scout", "int4", "h100", Load(10_485_760), "vllm", False),
+        ("10 M tokens on one H100", "scout", "int4-uniform", "h100", Load(10_485_760), "vllm", False),
     ],
 )
 def test_published_contexts(
@@ -214,7 +214,7 @@ def test_published_sizes() -> None:
     assert f"{scout.weight_bytes:,}" in row("Scout BF16 checkpoint")
     assert f"{fp8.weight_bytes / GIB:.2f} GiB" in row("Scout FP8 on one")
     assert not made("scout", "fp8", "h100", Load(1)).fits
-    assert made("scout", "int4", "h100", Load(1)).subject.weight_bytes / 1e9 == pytest.approx(64.87, abs=0.01)
+    assert made("scout", "int4-uniform", "h100", Load(1)).subject.weight_bytes / 1e9 == pytest.approx(64.87, abs=0.01)
 
 
 def test_the_room_that_vllm_reported() -> None:

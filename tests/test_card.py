@@ -143,18 +143,22 @@ def commands(text: str) -> list[list[str]]:
 def test_commands_fit_the_artifact():
     rows = [Fit("1 x RTX 5090", 1, 0), Fit("H100", 1, 131072), Fit("8 x H100", 8, 1000000)]
     text = render_card(facts(fits=rows))
-    vllm, sglang, make = commands(text)
+    vllm, make = commands(text)
     assert vllm[:3] == ["vllm", "serve", f"ORG/{NAME}"]
     assert vllm[3:] == ["--tensor-parallel-size", "1", "--max-model-len", "131072", "--kv-cache-dtype", "fp8"]
-    assert sglang[3:] == [
-        "--model-path", f"ORG/{NAME}", "--tp", "1", "--context-length", "131072", "--kv-cache-dtype", "fp8_e4m3",
-    ]  # fmt: skip
     assert make == ["l4pack", "quantize", BASE, "--recipe", "scout-int4-1xh100", "--out", NAME]
     assert "| 1 x RTX 5090 | none |" in text
     assert "| H100 | 131,072 tokens |" in text
-    assert "does not read" not in text
+    assert "SGLang does not read quantized attention" in text
     snippet = text.split("```python\n")[1].split("```")[0]
     compile(snippet, "card", "exec")
+
+
+def test_sglang_gets_a_command_when_it_reads_the_artifact():
+    text = render_card(facts("maverick-int4-4xh100", fits=[Fit("4 x H100", 4, 131072)]))
+    assert "does not read" not in text
+    _, sglang, _ = commands(text)
+    assert sglang[3:] == ["--model-path", f"ORG/{NAME}", "--tp", "4", "--context-length", "131072"]
 
 
 def test_without_a_promise_and_a_budget_the_commands_promise_nothing():
@@ -166,8 +170,9 @@ def test_without_a_promise_and_a_budget_the_commands_promise_nothing():
 @pytest.mark.parametrize(
     ("recipe", "rows"),
     [
-        ("int4", ["routed expert, shared expert, dense mlp | W4A16-g128", "attention, router, norm"]),
-        ("meta-fp8", ["routed expert | FP8-dynamic (as in the original in some layers)"]),
+        ("int4-uniform", ["routed expert, shared expert | W4A16-g128", "attention, router, norm"]),
+        ("int4", ["routed expert | W4A16-g128", "shared expert | W8A16-g128", "attention, router, norm"]),
+        ("meta-fp8", ["routed expert | as in the original in layers 0, 47; FP8-dynamic in layers 1-46"]),
     ],
 )
 def test_every_role_is_accounted_for(recipe, rows):

@@ -20,7 +20,7 @@ from l4pack.plan import make_plan
 from l4pack.recipe import Recipe, Rule, load_recipe, recipe_names
 
 NAMED_IN_THE_DESIGN = {
-    "int4", "int4-rtn", "fp8", "fp8-block", "meta-int4", "meta-fp8",
+    "int4", "int4-uniform", "int4-rtn", "fp8", "fp8-block", "meta-int4", "meta-fp8",
     "scout-int4-1xh100", "scout-fp8-2xh100", "maverick-fp8-8xh100", "maverick-int4-4xh100",
 }  # fmt: skip
 
@@ -39,7 +39,7 @@ def test_a_shipped_recipe_loads_under_its_own_name_and_plans(name):
 
 MLP = {Role.ROUTED_EXPERT, Role.SHARED_EXPERT, Role.DENSE_MLP}
 MEANT = {
-    "int4": (MLP, set()), "int4-rtn": (MLP, set()), "fp8": (MLP, set()), "fp8-block": (MLP, set()),
+    "int4": (MLP, set()), "int4-uniform": (MLP, set()), "int4-rtn": (MLP, set()), "fp8": (MLP, set()), "fp8-block": (MLP, set()),
     "meta-int4": ({Role.ROUTED_EXPERT, Role.SHARED_EXPERT}, set()), "meta-fp8": ({Role.ROUTED_EXPERT}, {0, 47}),
 }  # fmt: skip
 
@@ -53,8 +53,24 @@ def test_what_the_generic_recipes_quantize(name, meant, model):
         assert (scheme is not None) == (linear.role in roles and linear.layer not in spared), linear.module
 
 
+BITS = {
+    "int4": {Role.ROUTED_EXPERT: 4, Role.SHARED_EXPERT: 8, Role.DENSE_MLP: 8, Role.ATTENTION: None},
+    "int4-uniform": {Role.ROUTED_EXPERT: 4, Role.SHARED_EXPERT: 4, Role.DENSE_MLP: 4, Role.ATTENTION: None},
+    "scout-int4-1xh100": {Role.ROUTED_EXPERT: 4, Role.SHARED_EXPERT: 8, Role.DENSE_MLP: 8, Role.ATTENTION: 8},
+    "maverick-int4-4xh100": {Role.ROUTED_EXPERT: 4, Role.SHARED_EXPERT: 8, Role.DENSE_MLP: 8, Role.ATTENTION: None},
+}
+
+
+@pytest.mark.parametrize(("name", "bits"), BITS.items(), ids=BITS)
+@pytest.mark.parametrize("model", ["llama-4-scout", "llama-4-maverick"])
+def test_the_bits_that_int4_recipes_give_each_role(name, bits, model):
+    recipe = load_recipe(name)
+    for linear, scheme in make_plan(open_source(model), recipe).assigned:
+        assert (recipe.schemes[scheme].num_bits if scheme else None) == bits[linear.role], linear.module
+
+
 def test_promise_recipes_are_their_parent_and_a_promise():
-    for name, parent in (("scout-int4-1xh100", "int4"), ("maverick-fp8-8xh100", "fp8")):
+    for name, parent in (("maverick-int4-4xh100", "int4"), ("maverick-fp8-8xh100", "fp8")):
         own, inherited = load_recipe(name), load_recipe(parent)
         assert own.schemes == inherited.schemes
         assert own.rules == inherited.rules

@@ -16,11 +16,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from l4pack.artifact.names import scheme_tag
+from l4pack.artifact.mixture import Layers, scheme_layers, scheme_tag, scheme_text
 from l4pack.artifact.policy import Policy, plain
 from l4pack.errors import UsageError
+from l4pack.model.config import parse_config
 from l4pack.model.tensors import Role
-from l4pack.recipe import KEEP, Recipe
+from l4pack.recipe import KEEP, KVStrategy, Recipe, recipe_names
 from l4pack.resources import data_text
 from l4pack.units import human_bytes
 
@@ -123,6 +124,7 @@ def _values(facts: CardFacts) -> dict[str, Any]:
     manifest, recipe = facts.manifest, facts.recipe
     source = manifest["source"]
     weights = sum(size for name, size in facts.files.items() if name.endswith(".safetensors"))
+    given = scheme_layers(recipe, parse_config(facts.config))
     return {
         "name": _word(facts.name),
         "licence_block": facts.policy.block.strip(),
@@ -135,40 +137,28 @@ def _values(facts: CardFacts) -> dict[str, Any]:
         "dense_size": human_bytes(2 * source["parameters"]),
         "ratio": f"{source['weight_bytes'] / weights:.2f}" if weights and source["weight_bytes"] else None,
         "shards": sum(name.endswith(".safetensors") for name in facts.files),
-        "schemes": _schemes(recipe),
+        "bits": f"{8 * weights / source['parameters']:.2f}",
+        "schemes": _schemes(recipe, given),
         "accuracy": _accuracy(facts.accuracy),
         "tasks_measured": bool((facts.accuracy or {}).get("tasks")),
         "fits": [{"device": fit.device, "tokens": _tokens(fit.max_context)} for fit in facts.fits],
-        "sglang_reads": _attention_kept(recipe),
+        "sglang_reads": set(given[Role.ATTENTION]) == {KEEP},
         "calibration": _calibration(facts),
         "fallbacks": _fallbacks(facts),
         "commands": _commands(facts),
     }
 
 
-def _schemes(recipe: Recipe) -> list[dict[str, str]]:
-    """What each role got; roles that got the same stand together."""
+def _schemes(recipe: Recipe, given: Mapping[Role, Layers]) -> list[dict[str, str]]:
+    """What each role of the model got; roles that got the same stand together."""
     got: dict[str, list[str]] = {}
-    for role in Role:
-        got.setdefault(_given(recipe, role), []).append(role.value.replace("_", " "))
-    return [{"what": what, "roles": ", ".join(roles)} for what, roles in got.items()]
-
-
-def _given(recipe: Recipe, role: Role) -> str:
-    rules = [rule for rule in recipe.rules if rule.roles == "all" or role in rule.roles]
-    whole = next((rule.scheme for rule in rules if rule.layers is None), KEEP)
-    before = [rule.scheme for rule in rules if rule.layers is not None and rule.scheme != whole]
-    other = f" ({', '.join(dict.fromkeys(_short(recipe, name) for name in before))} in some layers)" if before else ""
-    return _short(recipe, whole) + other
-
-
-def _short(recipe: Recipe, scheme: str) -> str:
-    return "as in the original" if scheme == KEEP else scheme_tag(recipe.schemes[scheme])
-
-
-def _attention_kept(recipe: Recipe) -> bool:
-    first = next((rule for rule in recipe.rules if rule.roles == "all" or Role.ATTENTION in rule.roles), None)
-    return first is None or first.scheme == KEEP
+    for role in sorted(given, key=list(Role).index):
+        got.setdefault(scheme_text(recipe, given[role]), []).append(role.value.replace("_", " "))
+    rows = [{"what": what, "roles": ", ".join(roles)} for what, roles in got.items()]
+    if recipe.kv_cache is not None:
+        each = "layer" if recipe.kv_cache.strategy is KVStrategy.TENSOR else "KV head of a layer"
+        rows.append({"what": f"FP8, with a scale of keys and one of values for each {each}", "roles": "KV cache"})
+    return rows
 
 
 def _accuracy(measured: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -233,7 +223,10 @@ def _fallbacks(facts: CardFacts) -> str:
         return "none: rounding has nothing to fall back to"
     if facts.calibration is None:
         return NOT_RECORDED
-    methods = [found.get("method") for found in facts.calibration.get("matrices", {}).values()]
+    solved = [found for found in facts.calibration.get("matrices", {}).values() if "input_amax" not in found]
+    if not solved:
+        return "none: rounding has nothing to fall back to"
+    methods = [found.get("method") for found in solved]
     listed = "; l4pack-calibration.json lists them" if "rtn" in methods else ""
     return f"{methods.count('rtn')} of {len(methods)} matrices are rounded to nearest instead{listed}"
 
@@ -273,4 +266,5 @@ def _make(facts: CardFacts) -> str:
     source = facts.manifest["source"]
     revision = f"@{_word(source['revision'])}" if source.get("revision") else ""
     name = facts.base_model or _word(source["name"])
-    return f"l4pack quantize {name}{revision} --recipe {_word(facts.recipe.name)} --out {_word(facts.name)}"
+    recipe = facts.recipe.name if facts.recipe.name in recipe_names() else f"{facts.recipe.name}.yaml"
+    return f"l4pack quantize {name}{revision} --recipe {_word(recipe)} --out {_word(facts.name)}"

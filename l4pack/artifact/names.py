@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from l4pack.artifact.mixture import recipe_tag
 from l4pack.artifact.policy import Breach, NameRule
 from l4pack.errors import LicenceError
-from l4pack.quant.scheme import Strategy
-from l4pack.recipe import Activations, Recipe, RecipeScheme
+from l4pack.recipe import Recipe
 
 MAX_NAME = 96  # the Hub's limit
 _HUB_NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
@@ -17,19 +17,7 @@ _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 def derive_name(source_name: str, recipe: Recipe) -> str:
     """The source's name with what was done to it: `Llama-4-Scout-17B-16E-Instruct-W4A16-g128`."""
-    tags = list(dict.fromkeys(scheme_tag(scheme) for scheme in recipe.schemes.values()))
-    return "-".join([source_name.strip("-. "), *tags])
-
-
-def scheme_tag(scheme: RecipeScheme) -> str:
-    """The field's short word for a scheme: `W4A16-g128`, `FP8-dynamic`, `FP8-block`."""
-    kept = scheme.activations is Activations.NONE
-    kind = scheme.activations.value.partition("_")[0]
-    if scheme.type.value == "float":
-        how = "block" if scheme.strategy is Strategy.BLOCK else "weight-only" if kept else kind
-        return f"FP{scheme.num_bits}-{how}"
-    group = f"-g{scheme.group_size}" if scheme.strategy is Strategy.GROUP else ""
-    return f"W{scheme.num_bits}A{16 if kept else 8}{group}" + ("" if scheme.symmetric else "-asym")
+    return f"{source_name.strip('-. ')}-{recipe_tag(recipe)}"
 
 
 def check_name(name: str, rule: NameRule | None) -> None:
