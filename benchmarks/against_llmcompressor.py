@@ -1,4 +1,4 @@
-"""llm-compressor's GPTQ and l4pack's int4 side by side: same checkpoint, same tokens, same modules left alone.
+"""llm-compressor's GPTQ and l4pack's side by side: same checkpoint, same tokens, same modules left alone.
 
     tools/make_llmc_venv.sh
     python benchmarks/against_llmcompressor.py SOURCE CALIBRATION HELDOUT [--samples 128] [--length 512] [--folder DIR]
@@ -7,7 +7,8 @@
 Each side is one process (its interpreter's start, loading, solving and saving included) on the same number of threads, one
 after the other. Wall time ends when the artifact is on disk; peak RSS is the process's own and its children's. Both
 artifacts are then evaluated as `l4pack evaluate` does, on all of the held-out text. `--keep` takes an artifact that is in
---folder already instead of making it again, and times nothing.
+--folder already instead of making it again, and times nothing. Recipe `int4-uniform` quantizes what llm-compressor's recipe does, to as many bits; for other
+`--recipes`, sizes are printed beside the KL.
 
 llm-compressor loads the checkpoint in `--dtype`: bfloat16, as its example has it, or float32, which is the faster one on
 CPUs without bfloat16 products.
@@ -19,10 +20,12 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,7 @@ from l4pack.evaluate.statistics import clusters, mean_and_error
 from l4pack.stream.text import TextChoice, load_text, load_tokenizer
 
 SIDE = Path(__file__).with_name("llmcompressor_side.py")
-THEIRS, OURS = "llm-compressor", "l4pack"
+THEIRS = "llm-compressor"
 VERSIONS = "VERSIONS "
 
 
@@ -49,6 +52,9 @@ class Side:
 
     seconds: float | None = None
     peak_rss_bytes: int | None = None
+    peak_anonymous_bytes: int = 0
+    cpu_seconds: float | None = None
+    weight_bytes: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     accuracy: dict[str, Any] = field(default_factory=dict)
     kl: torch.Tensor | None = None
@@ -59,9 +65,13 @@ def main() -> None:
     options = arguments()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="against-"))
     folder.mkdir(parents=True, exist_ok=True)
-    sides = {THEIRS: llmcompressor(options, folder), OURS: l4pack(options, folder)}
-    if not options.cost_only:
-        for name, side in sides.items():
+    sides = {
+        THEIRS: llmcompressor(options, folder),
+        **{name: l4pack(options, folder, name) for name in options.recipes},
+    }
+    for name, side in sides.items():
+        side.weight_bytes = open_folder(folder / name).weight_bytes
+        if not options.cost_only:
             evaluate(options, folder, name, side)
     report(options, sides)
 
@@ -76,9 +86,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="llm-compressor's")
+    parser.add_argument("--recipes", nargs="+", default=["int4-uniform"], help="l4pack's")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, default=None, help="keep the artifacts here")
-    parser.add_argument("--keep", nargs="*", choices=(THEIRS, OURS), default=[], help="artifacts not to make again")
+    parser.add_argument("--keep", nargs="*", default=[], help="artifacts not to make again")
     options = parser.parse_args()
     if not options.cost_only and options.heldout is None:
         parser.error("HELDOUT is needed, or --cost-only")
@@ -97,14 +108,14 @@ def llmcompressor(options: argparse.Namespace, folder: Path) -> Side:
     return measured(options, folder, THEIRS, command)
 
 
-def l4pack(options: argparse.Namespace, folder: Path) -> Side:
-    """`l4pack quantize` with the shipped recipe."""
+def l4pack(options: argparse.Namespace, folder: Path, recipe: str) -> Side:
+    """`l4pack quantize`."""
     command = [
-        sys.executable, "-m", "l4pack", "quantize", options.source, "--recipe", "int4", "--text", options.calibration,
-        "--samples", str(options.samples), "--sequence-length", str(options.length), "--out", str(folder / OURS),
+        sys.executable, "-m", "l4pack", "quantize", options.source, "--recipe", recipe, "--text", options.calibration,
+        "--samples", str(options.samples), "--sequence-length", str(options.length), "--out", str(folder / recipe),
         "--compute", "cpu", "--restart", "--json",
     ]  # fmt: skip
-    side = measured(options, folder, OURS, command)
+    side = measured(options, folder, recipe, command)
     side.versions = {"l4pack": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return side
 
@@ -119,15 +130,29 @@ def measured(options: argparse.Namespace, folder: Path, name: str, command: list
     with log.open("wb") as stream:
         started = time.monotonic()
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **threads})
-        _, status, usage = os.wait4(process.pid, 0)
+        status, usage = waited(process, side)
         os.sync()
     side.seconds, side.peak_rss_bytes = time.monotonic() - started, usage.ru_maxrss * 1024
+    side.cpu_seconds = usage.ru_utime + usage.ru_stime
     lines = log.read_text(errors="replace").splitlines()
     if status:
         sys.exit("\n".join([f"{name} ended with status {status}", *lines[-20:]]))
     stated = [line.removeprefix(VERSIONS) for line in lines if line.startswith(VERSIONS)]
     side.versions = json.loads(stated[-1]) if stated else {}
     return side
+
+
+def waited(process: subprocess.Popen[bytes], side: Side) -> tuple[int, resource.struct_rusage]:
+    """Wait for the end, watching the memory that is no file's."""
+    status = Path(f"/proc/{process.pid}/status")
+    while True:
+        with suppress(OSError, IndexError):
+            kilobytes = int(status.read_text().split("RssAnon:")[1].split()[0])
+            side.peak_anonymous_bytes = max(side.peak_anonymous_bytes, kilobytes * 1024)
+        ended, code, usage = os.wait4(process.pid, os.WNOHANG)
+        if ended:
+            return code, usage
+        time.sleep(0.1)
 
 
 def evaluate(options: argparse.Namespace, folder: Path, name: str, side: Side) -> None:
@@ -148,17 +173,19 @@ def evaluate(options: argparse.Namespace, folder: Path, name: str, side: Side) -
 
 
 def report(options: argparse.Namespace, sides: dict[str, Side]) -> None:
-    """A line a side, the ratios, and everything as JSON."""
-    for name, side in sides.items():
-        print(f"{name:15}" + accuracy_words(side) + cost_words(side))
-    theirs, ours = sides[THEIRS], sides[OURS]
-    print(f"{options.samples} samples of {options.length} tokens, {options.threads} threads, "
-          f"llm-compressor in {options.dtype}, {theirs.versions}, {ours.versions}")  # fmt: skip
-    found = ratios(theirs, ours)
-    print("l4pack over llm-compressor: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
-    record = {name: {**vars(side), "kl": None} for name, side in sides.items()}
+    """A line a side, each recipe's ratios to llm-compressor, and everything as JSON."""
     settings = {key: getattr(options, key) for key in ("samples", "length", "threads", "dtype")}
-    print(json.dumps({**record, "ratios": found, "difference": difference(theirs, ours), **settings}))
+    print(", ".join(f"{key} {value}" for key, value in settings.items()))
+    record: dict[str, Any] = {**settings, "sides": {}}
+    for name, side in sides.items():
+        print(f"{name:15} {side.weight_bytes / 1e6:.2f} MB" + accuracy_words(side) + cost_words(side))
+        print(f"{'':15} {side.versions}")
+        record["sides"][name] = {**vars(side), "kl": None}
+    for name in options.recipes:
+        found = ratios(sides[THEIRS], sides[name])
+        print(f"{name} over {THEIRS}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
+        record["sides"][name] |= {"ratios": found, "difference": difference(sides[THEIRS], sides[name])}
+    print(json.dumps(record))
 
 
 def accuracy_words(side: Side) -> str:
@@ -174,12 +201,15 @@ def accuracy_words(side: Side) -> str:
 def cost_words(side: Side) -> str:
     if side.seconds is None or side.peak_rss_bytes is None:
         return "  (made before)"
-    return f"  {side.seconds:.0f} s  {side.peak_rss_bytes / 1e9:.2f} GB"
+    return (
+        f"  {side.seconds:.0f} s ({side.cpu_seconds:.0f} s of CPU)  {side.peak_rss_bytes / 1e9:.2f} GB"
+        f" ({side.peak_anonymous_bytes / 1e9:.2f} GB no file's)"
+    )
 
 
 def ratios(theirs: Side, ours: Side) -> dict[str, float]:
     """Ours over theirs, of what was measured on both sides."""
-    found = {}
+    found = {"size": ours.weight_bytes / theirs.weight_bytes}
     if theirs.accuracy:
         found["KL"] = ours.accuracy["kl_mean"] / theirs.accuracy["kl_mean"]
     if theirs.seconds and ours.seconds:
@@ -195,7 +225,7 @@ def difference(theirs: Side, ours: Side) -> dict[str, float | None] | None:
         return None
     sequences = ours.accuracy["sequences"]
     mean, error = mean_and_error(ours.kl - theirs.kl, clusters([len(ours.kl) // sequences] * sequences))
-    print(f"paired difference of KL: {mean:.6f}" + (f" +- {error:.6f}" if error else ""))
+    print(f"  paired difference of KL: {mean:.6f}" + (f" +- {error:.6f}" if error else ""))
     return {"mean": mean, "standard_error": error}
 
 
