@@ -1,4 +1,4 @@
-"""The whole chain on one source: plan, quantize, verify, budget, evaluate, package, push.
+"""The whole chain on one source: fit if asked for, plan, quantize, verify, budget, evaluate, package, push.
 
 A step is left out when its result is there and still valid: results are kept beside the artifact, each bound to a
 digest of everything it depends on.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -26,19 +26,24 @@ from l4pack.budget.model import budget
 from l4pack.budget.record import budget_record
 from l4pack.budget.solve import limits as budget_limits
 from l4pack.checkpoint.journal import write_atomic
-from l4pack.checkpoint.source import open_folder
+from l4pack.checkpoint.source import Checkpoint, open_folder
 from l4pack.errors import BudgetError, L4packError
 from l4pack.evaluate.gates import require
 from l4pack.evaluate.record import ACCURACY_NAME, read_accuracy, write_accuracy
+from l4pack.fit.budgets import Wish
+from l4pack.fit.fit import fit
+from l4pack.fit.record import fit_record, read_fit
 from l4pack.plan import Plan
 from l4pack.publish import Wishes, check_ready, package_artifact, plan_push, push_artifact
 from l4pack.recipe import Gates
 from l4pack.run import run_plan, stop_signals
+from l4pack.sensitivity.identity import model_fingerprint
 from l4pack.subject import open_subject
 from l4pack.summary import plan_record
 from l4pack.units import human_bytes, human_gib, human_seconds
 
 if TYPE_CHECKING:
+    from l4pack.sensitivity.record import Sensitivity
     from l4pack.stream.text import TextChoice
 
 
@@ -104,10 +109,37 @@ class Built:
         }
 
 
-def build(plan: Plan, order: Order, watch: Watch) -> Built:
-    """Run the chain; stops at the first step that fails and keeps its error."""
+def fit_recipe(checkpoint: Checkpoint, sensitivity: Sensitivity, wish: Wish, out: Path) -> tuple[Step, Path]:
+    """Choose schemes for an artifact `out` and write the recipe beside it, or keep the one that was written for the same.
+
+    Raises UsageError, BudgetError and SourceError, as `fit` does.
+    """
+    started = time.monotonic()
+    recipe, kept = out.with_name(f"{out.name}.recipe.yaml"), out.with_name(f"{out.name}.fit.json")
+    asked = [__version__, model_fingerprint(checkpoint), sensitivity.model_dump_json(), repr(wish)]
+    record, outcome = read_fit(kept), Outcome.KEPT
+    if record is None or record.key != _fit_key(asked, recipe):
+        fitted = fit(checkpoint, sensitivity, wish, out.name)
+        write_atomic(recipe, fitted.recipe_text.encode())
+        record = fit_record(fitted, recipe).model_copy(update={"key": _fit_key(asked, recipe)})
+        write_atomic(kept, record.to_json())
+        outcome = Outcome.DONE
+    summary = f"predicted KL {record.predicted_kl:.4g} in {human_bytes(record.artifact_bytes)}: {record.budget}"
+    return Step("fit", outcome, time.monotonic() - started, summary, record.model_dump(mode="json")), recipe
+
+
+def _fit_key(asked: list[str], recipe: Path) -> str | None:
+    """Digest of what was asked and of the recipe that answers it; None when the recipe is gone."""
+    try:
+        return hashlib.sha256("\n".join([*asked, recipe.read_text()]).encode()).hexdigest()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def build(plan: Plan, order: Order, watch: Watch, before: Sequence[Step] = ()) -> Built:
+    """Run the chain after the steps done `before`; stops at the first step that fails and keeps its error."""
     chain = _Chain(plan, order, watch)
-    built = Built()
+    built = Built([*before])
     for name, step in chain.steps().items():
         started = time.monotonic()
         try:

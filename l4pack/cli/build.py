@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,23 +11,42 @@ from rich.console import RenderableType
 
 from l4pack.accelerator import AUTO, chosen
 from l4pack.artifact.upload import Target
-from l4pack.build import Built, Order, Outcome, build
+from l4pack.build import Built, Order, Outcome, Step, build, fit_recipe
 from l4pack.checkpoint.open import open_source
+from l4pack.checkpoint.source import Checkpoint
 from l4pack.cli import console
-from l4pack.cli.options import AsJson, Compute, MaxRam, Out, RecipeName, Source
+from l4pack.cli.fit import Bits, MaxBytes, Runtime, SensitivityFile, warn_of_stand_in
+from l4pack.cli.options import AsJson, Compute, MaxRam, Out, Source
 from l4pack.cli.plan import limits
+from l4pack.errors import UsageError
+from l4pack.fit.budgets import Wish
+from l4pack.fit.losses import shipped_sensitivity
 from l4pack.plan import Plan, make_plan
 from l4pack.publish import Wishes
 from l4pack.recipe import Gates, load_recipe
-from l4pack.units import human_bytes, human_seconds
+from l4pack.sensitivity.record import Sensitivity, read_sensitivity
+from l4pack.units import human_bytes, human_seconds, parse_size
 
+DEFAULT_RECIPE = "int4"
 _COLOURS = {Outcome.DONE: "green", Outcome.KEPT: "green", Outcome.NOT_ASKED: "dim", Outcome.FAILED: "red"}
 
 
 def build_command(
     source: Source,
     out: Out,
-    recipe: RecipeName = "int4",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="NAME|FILE",
+            help="A shipped recipe or a YAML file; int4 unless given.",
+            show_default=False,
+        ),
+    ] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Choose schemes by l4pack fit: to --max-bytes, --bits, or --device's load.")
+    ] = False,
     device: Annotated[
         str | None,
         typer.Option(
@@ -44,6 +64,10 @@ def build_command(
         str | None,
         typer.Option("--kv-dtype", metavar="bfloat16|fp8", help="What the KV cache is kept in.", show_default=False),
     ] = None,
+    max_bytes: MaxBytes = None,
+    bits: Bits = None,
+    runtime: Runtime = "vllm",
+    sensitivity: SensitivityFile = None,
     text: Annotated[
         str, typer.Option("--text", metavar="TEXT", help="What accuracy is measured on; held-out text that ships.")
     ] = "demo",
@@ -74,14 +98,22 @@ def build_command(
     restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the whole chain: plan, quantize, verify, budget, evaluate, package, push; go on where it stopped.
+    """Run the whole chain: fit if asked for, plan, quantize, verify, budget, evaluate, package, push; go on where it stopped.
 
     Example: `l4pack build demo --recipe int4-rtn --out demo-int4 --device h100 --context 8192`
     """
     from l4pack.stream.text import TextChoice  # imports torch
 
     chosen_device = chosen(compute)
-    plan = make_plan(open_source(source), load_recipe(recipe), limits(max_ram, None, None, chosen_device))
+    checkpoint = open_source(source)
+    before: list[Step] = []
+    if fit:
+        wish = _wish(recipe, device, context, sequences, kv_dtype, max_bytes, bits, runtime)
+        step, path = fit_recipe(checkpoint, _sensitivity(checkpoint, sensitivity), wish, out)
+        before, recipe = [step], str(path)
+    elif max_bytes or bits or sensitivity:
+        raise UsageError("--max-bytes, --bits and --sensitivity go with --fit", hint="add --fit, or leave them out")
+    plan = make_plan(checkpoint, load_recipe(recipe or DEFAULT_RECIPE), limits(max_ram, None, None, chosen_device))
     order = Order(
         out=out,
         compute=chosen_device,
@@ -95,7 +127,7 @@ def build_command(
         push=None if push is None else Target(push),
         restart=restart,
     )
-    built = build(plan, order, console.progress)
+    built = build(plan, order, console.progress, before)
     if as_json:
         console.show_json(built.record())
     else:
@@ -103,6 +135,34 @@ def build_command(
     if built.error is not None:
         console.error(built.error.message, built.error.hint)
         sys.exit(built.error.exit_code)
+
+
+def _wish(
+    recipe: str | None,
+    device: str | None,
+    context: int | None,
+    sequences: int | None,
+    kv_dtype: str | None,
+    max_bytes: str | None,
+    bits: float | None,
+    runtime: str,
+) -> Wish:
+    """What to fit to: the device's load, unless bytes or bits are named; then the device is checked afterwards."""
+    if recipe is not None:
+        raise UsageError("--fit chooses the recipe itself", hint="leave --recipe out, or --fit")
+    size = None if max_bytes is None else parse_size(max_bytes)
+    if size is not None or bits is not None:
+        wish = Wish(max_bytes=size, bits=bits, runtime=runtime)
+    else:
+        wish = Wish(device=device, context=context, sequences=sequences, kv_dtype=kv_dtype, runtime=runtime)
+    wish.check()
+    return wish
+
+
+def _sensitivity(checkpoint: Checkpoint, path: Path | None) -> Sensitivity:
+    found = shipped_sensitivity(checkpoint) if path is None else read_sensitivity(path)
+    warn_of_stand_in(found, checkpoint)
+    return found
 
 
 def build_view(plan: Plan, order: Order, built: Built) -> list[RenderableType]:

@@ -15,7 +15,9 @@ from l4pack.cli.options import AsJson, Source
 from l4pack.units import human_bytes, human_gib, parse_size
 
 if TYPE_CHECKING:
+    from l4pack.checkpoint.source import Checkpoint
     from l4pack.fit.record import Chosen, FitRecord
+    from l4pack.sensitivity.record import Sensitivity
 
 _BUDGET = "Budget (one of --device, --max-bytes, --bits)"
 
@@ -114,20 +116,22 @@ def fit(
         check_chart(chart)
     checkpoint = open_source(source)
     found = shipped_sensitivity(checkpoint) if sensitivity is None else read_sensitivity(sensitivity)
+    warn_of_stand_in(found, checkpoint)
     fitted = run(checkpoint, found, wish, out.stem)
     record = fit_record(fitted, out)
     write_atomic(out, fitted.recipe_text.encode())
     if chart is not None:
         write_atomic(chart, draw_chart(record, chart))
-    warn_of_stand_in(record)
     console.show_json(record.model_dump(mode="json")) if as_json else console.show(*fit_view(record, chart))
 
 
-def warn_of_stand_in(record: FitRecord) -> None:
-    """Say on stderr that the losses are another model's."""
-    if record.stand_in:
+def warn_of_stand_in(found: Sensitivity, checkpoint: Checkpoint) -> None:
+    """Say on stderr that the losses are another model's, where they are."""
+    from l4pack.fit.losses import is_stand_in
+
+    if is_stand_in(found, checkpoint):
         console.warning(
-            f"the sensitivities are a stand-in's, measured on {record.measured_on} and carried over by role and depth; "
+            f"the sensitivities are a stand-in's, measured on {found.model.name} and carried over by role and depth; "
             "measure the model itself with l4pack measure, and give --sensitivity"
         )
 
@@ -144,6 +148,11 @@ def fit_view(record: FitRecord, chart: Path | None = None) -> list[RenderableTyp
         f"{record.bits_per_weight:.3f} bits a weight of attention and MLPs",
         f"predicted  KL {record.predicted_kl:.4g} nats, {proven}",
     ]
+    if record.additivity is not None:
+        one = record.additivity
+        lines.append(
+            f"           such sums held within x {one.least:.2f} to {one.most:.2f} where {one.count} mixtures were measured"
+        )
     if record.headroom_bytes is not None:
         lines.append(f"memory     fits, {human_gib(record.headroom_bytes)} to spare on each GPU")
     lines += ["", _sizes_table(record), ""]

@@ -53,11 +53,16 @@ def losses_for(checkpoint: Checkpoint, sensitivity: Sensitivity) -> Losses:
     A record of another model is carried over by role and relative depth: each layer's KL is spread over its share of the
     depth, so that the sum over a role's layers stays the same for every option.
     """
-    stand_in = sensitivity.model.fingerprint != model_fingerprint(checkpoint)
+    stand_in = is_stand_in(sensitivity, checkpoint)
     cleaned = _cleaned(sensitivity.changes)
     layers = _role_layers(checkpoint)
     kl = _carried(cleaned, layers) if stand_in else _own(cleaned, layers)
     return Losses(kl, sensitivity.options, sensitivity.model.name, stand_in, tuple(sensitivity.joint))
+
+
+def is_stand_in(sensitivity: Sensitivity, checkpoint: Checkpoint) -> bool:
+    """Whether a record is of another model than this one."""
+    return sensitivity.model.fingerprint != model_fingerprint(checkpoint)
 
 
 def _role_layers(checkpoint: Checkpoint) -> dict[Role, list[int]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from l4pack.fit.fit import Fitted
 from l4pack.fit.frontier import Point
+from l4pack.sensitivity.record import Joint
 
 MAX_BYTES = 16 * 1024 * 1024
 Bytes = Annotated[int, Field(ge=0)]
@@ -38,6 +40,14 @@ class Size(_Data):
     predicted_kl: Kl
 
 
+class Additivity(_Data):
+    """What was measured over what a sum of single changes predicts: the extremes of `count` mixtures of the record."""
+
+    count: int
+    least: Kl
+    most: Kl
+
+
 class FitRecord(_Data):
     """Everything `fit --json` says. Bytes and nats are plain numbers."""
 
@@ -59,6 +69,12 @@ class FitRecord(_Data):
     steps: list[Size]
     frontier: list[Size]
     left_out: list[dict[str, str]] = []
+    additivity: Additivity | None = None
+    key: str | None = None  # digest of what was asked, where a record is kept to be found again
+
+    def to_json(self) -> bytes:
+        """The record's file."""
+        return (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode()
 
 
 def fit_record(fitted: Fitted, recipe: Path | None = None) -> FitRecord:
@@ -89,12 +105,8 @@ def fit_record(fitted: Fitted, recipe: Path | None = None) -> FitRecord:
             {"option": option, "role": role.value, "why": "; ".join(reasons)}
             for (option, role), reasons in fitted.left_out.items()
         ],
+        additivity=_additivity(fitted.losses.joint),
     )
-
-
-def record_json(record: FitRecord, **more: Any) -> bytes:
-    """The record's file, with other keys beside its own."""
-    return (json.dumps({**more, **record.model_dump(mode="json")}, indent=1) + "\n").encode()
 
 
 def read_fit(path: Path) -> FitRecord | None:
@@ -103,6 +115,11 @@ def read_fit(path: Path) -> FitRecord | None:
         return FitRecord.model_validate_json(path.read_bytes()) if path.stat().st_size <= MAX_BYTES else None
     except (OSError, ValidationError):
         return None
+
+
+def _additivity(joint: Sequence[Joint]) -> Additivity | None:
+    ratios = [max(0.0, one.measured / one.predicted) for one in joint if one.predicted > 0]
+    return Additivity(count=len(ratios), least=min(ratios), most=max(ratios)) if ratios else None
 
 
 def _size(point: Point) -> Size:
