@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from l4pack.model.tensors import Role
+from l4pack.model.tensors import Catalogue, Role
 from l4pack.recipe import Recipe
 
 
@@ -48,3 +48,8 @@ def draw_mix(seed: int, layers: dict[Role, list[int]], schemes: set[str] | None 
         "rules": [*rules, {"roles": "all", "scheme": KEEP}],
     }
     return Recipe.model_validate(values)
+
+
+def matrix_layers(layout: Catalogue) -> dict[Role, list[int]]:
+    """The layers in which a model has matrices of each role."""
+    return {role: sorted({one.layer for one in layout.linears if one.role is role}) for role in MIXED_ROLES}

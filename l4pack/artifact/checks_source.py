@@ -3,13 +3,15 @@
 A matrix that was rounded to nearest lies within half a step of the source wherever the source lies in the range of the
 scales. One that was calibrated (GPTQ and its kind) does not, so there the whole matrix, and every output row of it, may
 be `MAX_RATIO` times as far away as rounding to nearest would be. That still tells a matrix that is transposed, from
-another expert, from the wrong half of a fused tensor, or permuted: those are 1.4 times their own length away.
+another expert, from the wrong half of a fused tensor, or permuted: those are 1.4 times their own length away. GPTQ that
+makes up for what earlier matrices lost moves a matrix of eight bits further than that, so where the manifest says that
+GPTQ made it, `MAX_MOVE` of its length is allowed: three times what rounding to four bits costs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +32,10 @@ from l4pack.quant.packing import unpack_zero_points
 from l4pack.quant.qparams import QParams, qparams_of_range
 from l4pack.quant.quantize import NonFiniteError, Quantized, absmax, spread
 from l4pack.quant.scheme import NumberType, Scheme, Strategy
+from l4pack.recipe import Method
 
 MAX_RATIO = 3.0
+MAX_MOVE = 0.3
 MIN_COSINE = 0.9
 MIN_ROW_COSINE = 0.5
 _ROUNDING = 2.0**-8  # a source that quantizes without error may still be rounded to bfloat16
@@ -59,9 +63,9 @@ class Slab:
 class SourceChecks:
     """Holds an artifact's matrices against the source; one instance serves all threads."""
 
-    def __init__(self, source: Checkpoint, reader: Reader, *, strict: bool) -> None:
-        self._source, self._reader = source, reader
-        self._strict = strict  # the manifest says that all weights were rounded to nearest
+    def __init__(self, source: Checkpoint, reader: Reader, made_by: Callable[[Linear], Method | None]) -> None:
+        """`made_by` says how a matrix was made, None where that is not known."""
+        self._source, self._reader, self._made_by = source, reader, made_by
 
     def slabs(self, linears: list[Linear]) -> list[Slab]:
         """The numbers of matrices that lie in one source tensor, and there in one expert, read once."""
@@ -86,7 +90,7 @@ class SourceChecks:
         """Hold a quantized matrix against its source."""
         with np.errstate(all="ignore"):
             statistics = self._statistics(matrix, arrays, slab)
-            verdict = _verdict(statistics, matrix, strict=self._strict)
+            verdict = _verdict(statistics, matrix, self._made_by(matrix.linear))
         tally = result.tally
         tally.matrices_compared += 1
         tally.weights_compared += matrix.linear.numel
@@ -173,7 +177,7 @@ class _Verdict:
     message: str = ""
 
 
-def _verdict(statistics: NDArray[np.float64], matrix: Matrix, *, strict: bool) -> _Verdict:
+def _verdict(statistics: NDArray[np.float64], matrix: Matrix, method: Method | None) -> _Verdict:
     far, error, rtn, squares, products = statistics.sum(axis=0)
     if squares == 0:
         return _Verdict(0.0, "" if error == 0 else "the source is all zeros, the artifact is not")
@@ -182,11 +186,12 @@ def _verdict(statistics: NDArray[np.float64], matrix: Matrix, *, strict: bool) -
     cosine = products / math.sqrt(squares * max(stored, 1e-300))
     ratio = size / max(rounding, 1e-12)
     told = f"relative error {size:.3g} (rounding to nearest: {rounding:.3g}), cosine {cosine:.3f}"
-    if not math.isfinite(size) or size > MAX_RATIO * rounding + _ROUNDING:
+    limit = max(MAX_RATIO * rounding + _ROUNDING, MAX_MOVE if method is Method.GPTQ else 0.0)
+    if not math.isfinite(size) or size > limit:
         return _Verdict(ratio, f"{told}: not this matrix of the source, or its scales are wrong")
     if not far:
         return _Verdict(ratio if rounding else 0.0)
-    if strict:
+    if method is Method.RTN:
         count = f"{int(far):,} of {matrix.linear.numel:,} weights"
         return _Verdict(ratio, f"{count} are more than half a step from the source; {told}")
     if cosine < MIN_COSINE and size > 1.5 * rounding:

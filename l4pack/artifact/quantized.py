@@ -7,6 +7,7 @@ every other format (int-quantized, nvfp4, mxfp4, activation-ordered groups) thro
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -65,11 +66,15 @@ class Quantization:
         self._format = str(config.format)
 
     def scheme(self, module: str) -> QuantizationScheme:
-        """The scheme a quantized module was written with. Raises L4packError when no group names it."""
+        """The scheme a quantized module was written with. Raises L4packError when no group names it.
+
+        A group that names the module comes before one that takes the whole class, wherever it stands in the list.
+        """
         if not any(matches(pattern, module) for pattern in self._ignore):
-            for group in self._groups:
-                if any(target == "Linear" or matches(target, module) for target in group.targets):
-                    return group
+            named = (group for group in self._groups if any(matches(target, module) for target in group.targets))
+            whole = (group for group in self._groups if "Linear" in group.targets)
+            for group in chain(named, whole):
+                return group
         raise L4packError(
             f"{module} has scales, but quantization_config gives it no scheme",
             hint="runtimes would load it wrongly: quantize again",

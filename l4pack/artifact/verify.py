@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from l4pack.artifact.checks_config import check_config, check_config_kept, check_stanza
 from l4pack.artifact.checks_files import check_files
 from l4pack.artifact.checks_source import SourceChecks, source_linears
@@ -31,8 +33,10 @@ from l4pack.checkpoint.header import TensorEntry
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError
+from l4pack.model.config import Llama4Config
 from l4pack.model.tensors import Linear, rename
 from l4pack.quant.layout import Layout
+from l4pack.recipe import Method, Recipe
 
 MAX_WORKERS = 8
 MAX_MANIFEST_BYTES = 256 * 1024**2
@@ -129,7 +133,7 @@ def _read_all(
             sampled_of = None
         else:
             with Reader(against.entries, against.store.path) as source_reader:
-                checks = SourceChecks(against, source_reader, strict=_rounded(manifest))
+                checks = SourceChecks(against, source_reader, _made_by(manifest, artifact.config))
                 units, sampled_of = work.beside(against, source_reader, checks, sample, found)
                 results = _run(units, against, source_reader)
         tally = Tally()
@@ -317,13 +321,19 @@ def _digests(artifact: Artifact, manifest: Mapping[str, Any], found: Findings) -
     return digests
 
 
-def _rounded(manifest: Mapping[str, Any]) -> bool:
-    """Whether the manifest's recipe says that every weight was rounded to nearest."""
-    recipe = manifest.get("recipe")
-    schemes = recipe.get("schemes") if isinstance(recipe, dict) else None
-    if not isinstance(schemes, dict) or not schemes:
-        return False
-    return all(isinstance(scheme, dict) and scheme.get("method") == "rtn" for scheme in schemes.values())
+def _made_by(manifest: Mapping[str, Any], config: Llama4Config) -> Callable[[Linear], Method | None]:
+    """How the manifest's recipe says that a matrix was made; None where it says nothing."""
+    try:
+        recipe = Recipe.model_validate(manifest.get("recipe"))
+    except ValidationError:
+        return lambda _: None
+
+    def method(linear: Linear) -> Method | None:
+        number = recipe.rule_for(linear.role, linear.layer, config.text.num_hidden_layers)
+        scheme = None if number is None else recipe.schemes.get(recipe.rules[number].scheme)
+        return scheme.method if scheme else None
+
+    return method
 
 
 def _check_source_record(manifest: Mapping[str, Any], source: Checkpoint, found: Findings) -> None:
