@@ -27,6 +27,7 @@ Picks = tuple[int, ...]  # the index of every unit's choice
 BYTES_WORTH = 1e-6
 LARGEST_LOSS = 1e4  # the program is scaled to these, which HiGHS's absolute tolerances suit
 LARGEST_COST = 1e3
+ABSOLUTE_GAP = 1e-6  # where HiGHS stops, in the scale of LARGEST_LOSS
 MAX_ROUNDS = 20
 TIME_LIMIT = 60.0
 OPTIMAL_GAP = 1e-6
@@ -69,68 +70,82 @@ def solve(
     losses: Sequence[Sequence[float]], nbytes: Sequence[Sequence[int]], limits: Sequence[Limit]
 ) -> Solution | None:
     """The choices that lose least within all limits, fewer bytes where losses are the same; None when nothing fits."""
+    if any(sum(map(min, limit.costs)) > limit.bound for limit in limits):
+        return None
     program = _Program(losses, nbytes, limits)
-    bounds = [limit.bound for limit in limits]
-    best_bound = 0.0
-    for number in range(MAX_ROUNDS):
-        found = program.run(bounds)
+    for _ in range(MAX_ROUNDS):
+        found = program.run()
         if found is None:
             return None
         picks, proven = found
-        best_bound = proven if number == 0 else best_bound
-        excess = [max(0, total(limit.costs, picks) - limit.bound) for limit in limits]
-        if not any(excess):
+        if all(total(limit.costs, picks) <= limit.bound for limit in limits):
             value = program.value(picks)
-            gap = 0.0 if value <= best_bound else (value - best_bound) / value
+            gap = 0.0 if value - proven <= ABSOLUTE_GAP else (value - proven) / value
             return Solution(picks, float(total(losses, picks)), gap)
-        bounds = [bound - over for bound, over in zip(bounds, excess, strict=True)]
+        program.exclude(picks)
     raise L4packError(
         "the solver's answers keep exceeding the budget by a rounding error", hint="ask for a little less"
     )
 
 
 class _Program:
+    """The program in numbers that suit the solver: every unit's least cost taken off, and no choice that alone is beyond
+    a limit."""
+
     def __init__(
         self, losses: Sequence[Sequence[float]], nbytes: Sequence[Sequence[int]], limits: Sequence[Limit]
     ) -> None:
-        from scipy.sparse import csr_array  # takes a while to load
-
         sizes = [len(row) for row in losses]
         self._starts = np.cumsum([0, *sizes[:-1]])
-        units = np.repeat(np.arange(len(sizes)), sizes)
-        self._one_each = csr_array((np.ones(len(units)), (units, np.arange(len(units)))))
-        self._costs = [_flat(limit.costs) for limit in limits]
-        flat = _flat(losses)
+        self._units = np.repeat(np.arange(len(sizes)), sizes)
         span = sum(max(row) - min(row) for row in nbytes) or 1
         largest = sum(max(row) for row in losses) or 1.0
-        priced = flat + BYTES_WORTH * largest / span * _flat(nbytes)
+        priced = _flat(losses) + BYTES_WORTH * largest / span * _flat([[n - min(row) for n in row] for row in nbytes])
         self._objective = priced * (LARGEST_LOSS / (priced.max() or 1.0))
+        self._allowed = np.ones(len(priced))
+        self._rows = [self._row(limit) for limit in limits]
+        self._excluded: list[NDArray[np.float64]] = []
+
+    def _row(self, limit: Limit) -> tuple[NDArray[np.float64], float]:
+        room = limit.bound - sum(map(min, limit.costs))
+        above = _flat([[cost - min(row) for cost in row] for row in limit.costs])
+        self._allowed[above > room] = 0
+        scale = LARGEST_COST / (above[above <= room].max() or 1.0)
+        return np.minimum(above, room) * scale, room * scale
 
     def value(self, picks: Picks) -> float:
         """The objective of a solution, in the program's own scale."""
         return float(self._objective[self._starts + np.asarray(picks)].sum())
 
-    def run(self, bounds: Sequence[int]) -> tuple[Picks, float] | None:
-        """The best choices the solver finds within `bounds`, and the objective that none can beat."""
-        from scipy.optimize import Bounds, LinearConstraint, milp
+    def exclude(self, picks: Picks) -> None:
+        """Never answer `picks` again, which only rounding let in."""
+        row = np.zeros(len(self._objective))
+        row[self._starts + np.asarray(picks)] = 1
+        self._excluded.append(row)
 
-        constraints = [LinearConstraint(self._one_each, 1, 1)]
-        for costs, bound in zip(self._costs, bounds, strict=True):
-            scale = LARGEST_COST / (costs.max() or 1.0)
-            constraints.append(LinearConstraint((costs * scale)[None, :], -np.inf, bound * scale))
+    def run(self) -> tuple[Picks, float] | None:
+        """The best choices the solver finds, and the objective that none can beat; None when there are none."""
+        from scipy.optimize import Bounds, LinearConstraint, milp  # takes a while to load
+        from scipy.sparse import csr_array
+
+        count = len(self._objective)
+        one_each = csr_array((np.ones(count), (self._units, np.arange(count))))
+        constraints = [LinearConstraint(one_each, 1, 1)]
+        constraints += [LinearConstraint(row[None, :], -np.inf, bound) for row, bound in self._rows]
+        constraints += [LinearConstraint(row[None, :], -np.inf, len(self._starts) - 1) for row in self._excluded]
         with _quiet():
             result = milp(
                 self._objective,
                 constraints=constraints,
-                integrality=np.ones(len(self._objective)),
-                bounds=Bounds(0, 1),
+                integrality=np.ones(count),
+                bounds=Bounds(0, self._allowed),
                 options={"mip_rel_gap": 0.0, "time_limit": TIME_LIMIT},
             )
         if result.x is None:
             if result.status == _TIMED_OUT:
                 raise L4packError(f"the solver found nothing in {TIME_LIMIT:.0f} s", hint="measure fewer options")
             return None
-        ends = [*self._starts[1:], len(result.x)]
+        ends = [*self._starts[1:], count]
         picks = tuple(int(result.x[a:b].argmax()) for a, b in zip(self._starts, ends, strict=True))
         return picks, float(result.mip_dual_bound)
 
