@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixes import draw_mix, matrix_layers
 from vllm_artifacts import (
     GROUP_FP8,
     TENSOR_FP8,
@@ -26,6 +27,10 @@ from vllm_artifacts import (
     write_source,
 )
 
+from l4pack.checkpoint.open import open_source
+from l4pack.plan import make_plan
+from l4pack.run import run_plan
+
 ROOT = Path(__file__).resolve().parents[1]
 LOAD = ROOT / "tools" / "vllm_load.py"
 KV_BLOCKS = ROOT / "tools" / "vllm_kv_blocks.py"
@@ -33,6 +38,7 @@ BATCH = Path(__file__).with_name("vllm_batch.py")
 
 MODELS = {
     "scout": model_config(),
+    "scout-deep": model_config(layers=4),
     "maverick": model_config(interleave=2, layers=4, head_dim=128),
     "text": model_config(multimodal=False),
 }
@@ -57,6 +63,7 @@ GOOD = {
     "text-int4": ("text", {MLP: int_scheme()}),
     "text-fp8": ("text", {EVERYTHING: fp8_scheme()}),
 }
+MIXES = [(model, seed) for model in ("scout-deep", "maverick", "text") for seed in range(4)]
 
 
 def without(suffix: str) -> Callable[[Tensors], Tensors]:
@@ -109,6 +116,7 @@ BAD = {
     "no-packed-expert": (INT4, without("experts.0.down_proj.weight_packed"), "unwritten", "w2_weight_packed"),
     "no-weight-shape": (INT4, without("weight_shape"), "unwritten", "weight_shape"),
     "no-norm": (INT4, without("language_model.model.layers.0.input_layernorm.weight"), "unwritten", "input_layernorm"),
+    "group-no-kernel-has": ({MLP: int_scheme(group_size=16)}, unchanged, "build", "config.json"),
     "unknown-tensor": (INT4, with_unknown_tensor, "load", "q_proj.bias"),
     "swapped-gate-and-up": (INT4, swapped_gate_and_up, "differs", "experts.2."),
 }
@@ -152,6 +160,12 @@ def artifacts(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     for name, (schemes, change, _, _) in BAD.items():
         write_artifact(sources["scout"], root / name, schemes)
         edit_tensors(root / name, change)
+    for model, seed in MIXES:
+        source = open_source(str(sources[model]))
+        made = run_plan(
+            make_plan(source, draw_mix(seed, matrix_layers(source.layout))), root / f"{model}-mix-{seed}"
+        ).out
+        write_dequantized(made, root / f"{made.name}-values")
     write_artifact(sources["scout"], root / "one-value-changed", INT4)
     edit_tensors(root / "one-value-changed", one_value_changed)
     return root
@@ -165,6 +179,9 @@ def answers(vllm_python: str, sources: dict[str, Path], artifacts: Path) -> dict
         jobs[f"{name}-values"] = {"artifact": artifacts / name, "against": artifacts / f"{name}-values", "exact": True}
     for name in BAD:
         jobs[name] = {"artifact": artifacts / name, "against": sources["scout"], "exact": False}
+    for model, seed in MIXES:
+        made = artifacts / f"{model}-mix-{seed}"
+        jobs[made.name] = {"artifact": made, "against": artifacts / f"{made.name}-values", "exact": True}
     values = artifacts / "scout-int4-values"
     jobs["one-value-changed"] = {"artifact": artifacts / "one-value-changed", "against": values, "exact": True}
     request = {
@@ -188,6 +205,14 @@ def test_loads_to_the_very_values_the_artifact_stands_for(answers: dict[str, Any
     kinds = set(report["classes"])
     assert {"self_attn.q_proj", "feed_forward.experts.gate_proj", "feed_forward.router", "lm_head"} <= kinds
     assert ("vision_model.layernorm_pre" in kinds) is not text_only
+
+
+@pytest.mark.parametrize(("model", "seed"), MIXES)
+def test_mixes_by_role_and_layer_load_to_the_very_values(answers: dict[str, Any], model: str, seed: int) -> None:
+    report = answers["reports"][f"{model}-mix-{seed}"]
+    assert report["ok"], report["findings"]
+    assert all(entry["exact"] for entry in report["classes"].values())
+    assert {entry["num_bits"] for entry in report["classes"].values()} - {None}
 
 
 @pytest.mark.parametrize("name", GOOD)

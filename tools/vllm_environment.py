@@ -142,8 +142,10 @@ def skip_kernel_selection() -> None:
     """Let quantized layers be built without a kernel.
 
     Which kernel vLLM takes depends on the machine, and none runs here. Everything a layer checks by itself (group
-    sizes, block shapes, Marlin's tile sizes for experts) still runs.
+    sizes, block shapes, Marlin's tile sizes for experts) still runs, and so does what Marlin, the kernel that every GPU
+    from Ampere on has for integer weights, says of bits and groups.
     """
+    from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
     from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
     from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
@@ -155,9 +157,20 @@ def skip_kernel_selection() -> None:
         compressed_tensors_w8a16_fp8,
         compressed_tensors_wNa16,
     )
+    from vllm.model_executor.layers.quantization.utils.marlin_utils import MARLIN_SUPPORTED_GROUP_SIZES
 
-    compressed_tensors_wNa16.choose_mp_linear_kernel = lambda _: _NoKernel
+    def linear_kernel(config: Any) -> type:
+        if config.group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
+            raise ValueError(f"Marlin takes groups of {MARLIN_SUPPORTED_GROUP_SIZES}, not of {config.group_size}")
+        return _NoKernel
+
+    def expert_backend(weight_key: Any, **_: Any) -> tuple[Any, None]:
+        if not MarlinExperts._supports_quant_scheme(weight_key, None):
+            raise ValueError(f"Marlin has no kernel for experts in {weight_key}")
+        return WNA16MoEBackend.MARLIN, None
+
+    compressed_tensors_wNa16.choose_mp_linear_kernel = linear_kernel
     compressed_tensors_w8a8_fp8.init_fp8_linear_kernel = _NoKernel
     compressed_tensors_w8a16_fp8.init_wfp8_a16_linear_kernel = _NoKernel
-    compressed_tensors_moe_wna16.select_wna16_moe_backend = lambda **_: (WNA16MoEBackend.MARLIN, None)
+    compressed_tensors_moe_wna16.select_wna16_moe_backend = expert_backend
     compressed_tensors_moe_w8a8_fp8.select_fp8_moe_backend = lambda **_: (Fp8MoeBackend.TRITON, None)
