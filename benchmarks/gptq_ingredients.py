@@ -2,7 +2,7 @@
 
     python benchmarks/gptq_ingredients.py SOURCE CALIBRATION HELDOUT [--samples 128] [--length 512] [--only NAME ...]
 
-Every variant is the shipped int4 recipe with some of its numbers changed, calibrated with the same tokens, written as an
+Every variant is the shipped recipe int4-uniform with some of its numbers changed, calibrated with the same tokens, written as an
 artifact and evaluated as `l4pack evaluate` does, against answers of the original that are computed once.
 """
 
@@ -59,7 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def recipe_of(changes: dict[str, Any], samples: int, length: int, min_tokens: int | None) -> Recipe:
-    values = load_recipe("int4").model_dump()
+    values = load_recipe("int4-uniform").model_dump()
     values["schemes"]["int4"].update(changes)
     if changes.get("method") == "rtn":
         values["calibration"] = None

@@ -213,7 +213,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
     looked_at = (*calibrated, *observed)
     if recipe.kv_cache is not None and not looked_at:  # the walk computes with what tasks have made
         looked_at = tuple(target for target in assignment.targets if target.scheme != KEEP)
-    needs = calibration_needs(checkpoint, recipe, looked_at) if looked_at else None
+    needs = calibration_needs(checkpoint, recipe, looked_at, limits.max_ram) if looked_at else None
     if needs is not None and limits.max_ram is not None:
         check_room(needs.ram_bytes, limits.max_ram)
     vision = checkpoint.config.vision is not None

@@ -26,6 +26,7 @@ from l4pack.run import run_plan, work_folder
 
 TEXT = " ".join(f"{number * 7919 % 1000:03} is followed by {number * 104729 % 997}" for number in range(300))
 UNITS = 2 * 1 + 2 * (1 + 8)
+COMMAND = ["quantize", "--recipe", "int4-uniform", "--samples", 4, "--sequence-length", 64]
 
 
 class Killed(BaseException):
@@ -53,7 +54,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(source: Path, text: Path) -> Plan:
-    recipe = load_recipe("int4").calibrating(samples=4, sequence_length=64)
+    recipe = load_recipe("int4-uniform").calibrating(samples=4, sequence_length=64)
     return with_text(make_plan(open_source(str(source)), recipe), str(text))
 
 
@@ -127,7 +128,7 @@ def test_a_signal_stops_between_experts_and_the_same_command_goes_on(
             os.kill(os.getpid(), signal.SIGTERM)
         solve(self, *rest)
 
-    command = ["quantize", source, "--text", text, "--samples", 4, "--sequence-length", 64, "--out", tmp_path / "out"]
+    command = [*COMMAND, source, "--text", text, "--out", tmp_path / "out"]
     with monkeypatch.context() as context:
         context.setattr(CalibrationRun, "_solve", interrupted)
         ended = l4pack(*command)
@@ -149,7 +150,7 @@ def test_a_disk_that_fills_up(source, text, undisturbed, tmp_path, monkeypatch, 
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
         put(self, name, offset, data)
 
-    command = ["quantize", source, "--text", text, "--samples", 4, "--sequence-length", 64, "--out", tmp_path / "out"]
+    command = [*COMMAND, source, "--text", text, "--out", tmp_path / "out"]
     with monkeypatch.context() as context:
         context.setattr(ShardWriter, "write", full)
         ended = l4pack(*command)

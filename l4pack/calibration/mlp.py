@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from l4pack.calibration.moments import Moments
+from l4pack.calibration.needs import BLOCK_ROWS
 from l4pack.calibration.rows import Block
 from l4pack.quant import gptq
 from l4pack.quant.floats import FloatName
@@ -37,7 +39,12 @@ class Matrices:
 
 
 def solve_mlp(
-    matrices: Matrices, blocks: Blocks, scheme: RecipeScheme, dtypes: Mapping[str, FloatName]
+    matrices: Matrices,
+    blocks: Blocks,
+    scheme: RecipeScheme,
+    dtypes: Mapping[str, FloatName],
+    *,
+    rows_at_once: int = BLOCK_ROWS,
 ) -> dict[str, gptq.Solution]:
     """Solutions by projection. `blocks` gives the unit's inputs anew each time; `dtypes` are those of the source.
 
@@ -47,13 +54,14 @@ def solve_mlp(
     assert options is not None
     inner, hidden = matrices.weights[GATE].shape
     first = _problem(blocks(), hidden, options, outputs=2 * inner)
-    solutions = {name: _solve(first, matrices, name, scheme, dtypes) for name in (GATE, UP)}
+    solve = partial(_solve, matrices=matrices, scheme=scheme, dtypes=dtypes, rows_at_once=rows_at_once)
+    solutions = {name: solve(first, name) for name in (GATE, UP)}
     del first
-    solved = {name: weights_of(solution).to(matrices.model_dtype).float() for name, solution in solutions.items()}
+    solved = {name: weights_of(solution, matrices.model_dtype) for name, solution in solutions.items()}
     after = Matrices(solved, matrices.activation, matrices.model_dtype)
     second = _problem((_inner(block, matrices, after) for block in blocks()), inner, options, outputs=hidden)
     del solved, after
-    return solutions | {DOWN: _solve(second, matrices, DOWN, scheme, dtypes)}
+    return solutions | {DOWN: solve(second, DOWN)}
 
 
 def _inner(block: Block, before: Matrices, after: Matrices) -> Block:
@@ -81,19 +89,36 @@ def _problem(blocks: Iterable[Block], width: int, options: GptqOptions, outputs:
 
 
 def _solve(
-    problem: gptq.Problem, matrices: Matrices, name: str, scheme: RecipeScheme, dtypes: Mapping[str, FloatName]
+    problem: gptq.Problem,
+    name: str,
+    *,
+    matrices: Matrices,
+    scheme: RecipeScheme,
+    dtypes: Mapping[str, FloatName],
+    rows_at_once: int,
 ) -> gptq.Solution:
     assert scheme.gptq is not None
-    sweeps = scheme.gptq.sweeps
-    return gptq.solve_problem(problem, matrices.weights[name], scheme, sweeps=sweeps, source_dtype=dtypes[name])
+    return gptq.solve_problem(
+        problem,
+        matrices.weights[name],
+        scheme,
+        sweeps=scheme.gptq.sweeps,
+        source_dtype=dtypes[name],
+        rows_at_once=rows_at_once,
+    )
 
 
-def weights_of(solution: gptq.Solution) -> Tensor:
-    """float32 [out, in] of a solution."""
+def weights_of(solution: gptq.Solution, dtype: torch.dtype = torch.float32) -> Tensor:
+    """float32 [out, in] of a solution, rounded to `dtype`."""
     zero_point = torch.zeros_like(solution.scale, dtype=torch.float32)
     if solution.zero_point is not None:
         zero_point = solution.zero_point.float()
-    return gptq.Rounded(solution.levels, solution.scale, zero_point).values()
+    values = torch.empty(solution.levels.shape, device=solution.levels.device)
+    for first in range(0, len(values), BLOCK_ROWS):
+        rows = slice(first, first + BLOCK_ROWS)
+        part = gptq.Rounded(solution.levels[rows], solution.scale[rows], zero_point[rows])
+        values[rows] = part.values().to(dtype)
+    return values
 
 
 def stored(solution: gptq.Solution, num_bits: int) -> Quantized:

@@ -81,10 +81,12 @@ def _nearest_missed(expert: int, routing: Routing, wanted: int) -> Tensor:
     return elsewhere[torch.argsort(margin, stable=True)[:wanted]].sort().values
 
 
-def blocks(taken: UnitRows, quantized: LayerPass, original: LayerPass | None) -> Iterator[Block]:
+def blocks(
+    taken: UnitRows, quantized: LayerPass, original: LayerPass | None, rows_at_once: int = BLOCK_ROWS
+) -> Iterator[Block]:
     """The unit's inputs, some rows at a time."""
-    for start in range(0, taken.count, BLOCK_ROWS):
-        part = slice(start, min(start + BLOCK_ROWS, taken.count))
+    for start in range(0, taken.count, rows_at_once):
+        part = slice(start, min(start + rows_at_once, taken.count))
         rows = part if taken.rows is None else taken.rows[part]
         inputs = quantized.normed(rows)
         before = None if original is None else original.normed(rows)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -24,7 +25,7 @@ from l4pack.calibration.coverage import Coverage
 from l4pack.calibration.inputs import InputScales, stored_scale
 from l4pack.calibration.kv_cache import CacheRange
 from l4pack.calibration.mlp import Matrices, result_of, solve_mlp, stored
-from l4pack.calibration.needs import BLOCK_ROWS, asymmetric
+from l4pack.calibration.needs import asymmetric
 from l4pack.calibration.output import Output
 from l4pack.calibration.rows import UnitRows, blocks, expert_rows
 from l4pack.checkpoint.reader import NUMPY_TYPES
@@ -71,6 +72,8 @@ class CalibrationRun:
         """`folder` takes the hidden states. Raises BudgetError when the disk has no room for them."""
         assert plan.text is not None
         assert plan.recipe.calibration is not None
+        assert plan.needs is not None
+        self._rows_at_once = plan.needs.rows_at_once
         self._plan, self._output, self._stop, self._advance = plan, output, stop, advance
         self._options = plan.recipe.calibration
         self._config = plan.checkpoint.config
@@ -127,7 +130,7 @@ class CalibrationRun:
         moe = layer in self._config.text.moe_layers
         experts = [expert_unit(layer, expert) for expert in range(self._config.text.num_local_experts if moe else 0)]
         ready.plan([attention, shared, *experts])
-        blocks_of = Blocks(attention=BLOCK_ROWS, rows=BLOCK_ROWS)
+        blocks_of = Blocks(attention=self._rows_at_once, rows=self._rows_at_once)
         passes = [
             LayerPass(self._skeleton, layer, self._packed, stream, blocks_of, release=True) for stream in self._streams
         ]
@@ -208,7 +211,9 @@ class CalibrationRun:
         dtypes = {name: self._plan.checkpoint.float_names[target.linear.tensor] for name, target in targets.items()}
         original = passes[0] if len(passes) > 1 else None
         try:
-            solved = solve_mlp(matrices, lambda: blocks(taken, passes[-1], original), scheme, dtypes)
+            rows = self._rows_at_once
+            inputs = partial(blocks, taken, passes[-1], original, rows)
+            solved = solve_mlp(matrices, inputs, scheme, dtypes, rows_at_once=rows)
         except NonFiniteError as error:
             raise SourceError(
                 f"{unit}: a weight at output {error.row}, input {error.column} is infinite or NaN",

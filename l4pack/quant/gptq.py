@@ -44,6 +44,7 @@ DAMPENING_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 NOT_FINITE = "the Hessian is not finite"
 NOT_DEFINITE = "no dampening up to 1.0 made the Hessian positive definite"
+SWEEP_BLOCK = 256  # columns that take their turn in a sweep before the others learn of it
 ROWS_AT_ONCE = 2048  # output rows solved together: bounds the memory beside the factor
 
 
@@ -87,9 +88,9 @@ class Rounded:
 
     def values(self) -> Tensor:
         """float32 [out, in]."""
-        shape = (*self.scale.shape, -1)
-        levels = self.levels.float().reshape(shape) - self.zero_point[..., None]
-        return (levels * self.scale.float()[..., None]).reshape(self.levels.shape)
+        values = self.levels.float().reshape(*self.scale.shape, -1)
+        values.sub_(self.zero_point[..., None]).mul_(self.scale.float()[..., None])
+        return values.reshape(self.levels.shape)
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,9 @@ def solve_problem(
         scheme = scheme.model_copy(update={"scale_dtype": dtypes[source_dtype]})
     settings = _Settings(scheme, block_size, sweeps)
     pieces = range(0, len(weight), rows_at_once)
-    return _joined([_solve_piece(problem, weight[first : first + rows_at_once], settings, first) for first in pieces])
+    return _joined(
+        [_solve_piece(problem, weight[first : first + rows_at_once].contiguous(), settings, first) for first in pieces]
+    )
 
 
 @dataclass(frozen=True)
@@ -230,14 +233,25 @@ def _solve_piece(problem: Problem, weight: Tensor, settings: _Settings, first: i
     if problem.cross is not None:
         target = _asymmetric_target(weight, problem)
         start = round_to_nearest(target, scheme, problem.diagonal)
+    solved, loss = _solved(target, problem.hessian, factor, start, settings)
+    return _better_rows(target, problem.hessian, factor, solved, loss, nearest, scheme, dead)
+
+
+def _solved(
+    target: Tensor, hessian: Tensor, factor: Factor, start: Rounded, settings: _Settings
+) -> tuple[Rounded, Tensor]:
+    """GPTQ and its sweeps; also each row's undamped loss, float64 [out]."""
+    scheme, sweeps = settings.scheme, settings.sweeps
     solved, errors = solve_columns(target, factor, start, scheme, settings.block_size)
-    loss = errors.double().square().sum(1)
-    if settings.sweeps:
-        size, sweeps, pull = settings.block_size, settings.sweeps, pull_of(errors, factor)
-        solved, gain = descend(target, problem.hessian, factor.added, solved, scheme, size, sweeps=sweeps, pull=pull)
+    loss = (errors * errors).sum(1, dtype=torch.float64)
+    if sweeps:
+        pull = pull_of(errors, factor)
+        del errors
+        solved, gain = descend(target, hessian, factor.added, solved, scheme, SWEEP_BLOCK, sweeps=sweeps, pull=pull)
         loss -= gain
-    loss -= ((target - solved.values()).double().square() * factor.added).sum(1)
-    return _better_rows(target, problem.hessian, factor, solved, loss.clamp(min=0), nearest, scheme, dead)
+    residual = (target - solved.values()).square_()
+    loss -= residual.mul_(factor.added).sum(1, dtype=torch.float64)
+    return solved, loss.clamp_(min=0)
 
 
 def _joined(pieces: list[Solution]) -> Solution:
