@@ -16,8 +16,8 @@ layer_done = State.layer_done
 done: list[int] = []
 
 
-def note_and_die(self: Any, *arguments: Any) -> None:
-    layer_done(self, *arguments)
+def note_and_die(self: Any, *arguments: Any, **options: Any) -> None:
+    layer_done(self, *arguments, **options)
     done.append(1)
     if len(done) == LAYERS:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -174,21 +174,22 @@ def _linearity(record: dict[str, Any]) -> list[RenderableType]:
         return ["no change was both measured and predicted"]
     families = ", ".join(f"{name} {_factor(one['median'])}" for name, one in fit["families"].items())
     return [
-        f"predicted from the relative error, {fit['count']:,} measured changes are off by a factor of "
-        f"{_factor(fit['median'])} in the median, {_factor(fit['p90'])} at the 90th percentile ({families})"
+        f"predicted from the anchors by relative error, {fit['count']:,} measured changes are off by a factor of "
+        f"{_factor(fit['median'])} in the median, {_factor(fit['p90'])} at the 90th percentile ({families}); "
+        f"in proportion to the error alone {_factor(fit['proportional']['median'])} and "
+        f"{_factor(fit['proportional']['p90'])}"
     ]
 
 
 def _joint(record: dict[str, Any]) -> RenderableType:
-    table = console.table("Changed together", ">Sum of singles", ">Measured", ">Measured / sum")
+    table = console.table(
+        "Changed together", ">Measured", ">Sum of singles", ">Measured / sum", ">Combined", ">/ combined"
+    )
     for joint in record["joint"]:
-        ratio = f"{joint['measured'] / joint['predicted']:.2f}" if joint["predicted"] > 0 else ""
-        table.add_row(
-            console.plain(joint["title"]),
-            f"{joint['predicted']:.3g}",
-            _number(joint["measured"], joint["standard_error"]),
-            ratio,
-        )
+        row = [_number(joint["measured"], joint["standard_error"])]
+        for prediction in (joint["predicted"], joint["combined"]):
+            row += [f"{prediction:.3g}", f"{joint['measured'] / prediction:.2f}" if prediction > 0 else ""]
+        table.add_row(console.plain(joint["title"]), *row)
     return table
 
 

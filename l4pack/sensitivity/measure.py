@@ -8,9 +8,11 @@ import math
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+
+import torch
 
 from l4pack import __version__
 from l4pack.calibration.walk import reproducible
@@ -29,10 +31,11 @@ from l4pack.sensitivity.costs import (
     stream_bytes,
     streams_at_once,
 )
+from l4pack.sensitivity.identity import model_fingerprint, weights_digest
 from l4pack.sensitivity.options import Options, family, options_for
 from l4pack.sensitivity.predict import Clusters, Estimate, Predictor, added
 from l4pack.sensitivity.record import Change as ChangeRecord
-from l4pack.sensitivity.record import Joint, ModelId, Sensitivity, Total
+from l4pack.sensitivity.record import Joint, ModelId, Sensitivity, Total, combined
 from l4pack.sensitivity.state import State
 from l4pack.sensitivity.texts import Texts, load_texts
 from l4pack.sensitivity.walk import Job, Wave
@@ -122,7 +125,7 @@ def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
     texts = load_texts(
         checkpoint, settings.text, settings.calibration, settings.calibration_samples, needed=options.calibrated
     )
-    compute = Compute.of(settings.compute)
+    compute = replace(Compute.of(settings.compute), dtype=torch.float32)  # BF16 would drown the smallest changes
     limit = compute.limit(settings.max_ram, settings.max_vram)
     text = checkpoint.config.text
     blocks, peak = memory_for(text, compute.dtype, limit, calibrated=options.calibrated)
@@ -133,6 +136,7 @@ def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
     measured = len(_direct(checkpoint, options, singles, direct))
     streams = min(streams, measured + len(mixtures))
     waves = math.ceil((measured + len(mixtures)) / streams)
+    kept = sum(rows) * text.hidden_size * compute.dtype.itemsize if waves > 1 else 0
     costs = Costs(
         changes=len(singles),
         direct=measured,
@@ -142,7 +146,7 @@ def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
         tokens=rows[0],
         calibration_tokens=rows[1],
         read_bytes=waves * layer_bytes(checkpoint),
-        disk_bytes=stream_bytes(text, (streams + 2) * rows[0] + rows[1], compute.dtype),
+        disk_bytes=stream_bytes(text, (streams + 2) * rows[0] + rows[1], compute.dtype) + kept,
         peak_ram_bytes=peak,
     )
     return Prepared(
@@ -164,7 +168,7 @@ def measure(prepared: Prepared, progress: Progress | None = None) -> Sensitivity
         runner = _Runner(job, prepared, state)
         runner.run(prepared.first())
         if prepared.direct is Direct.AUTO:
-            off = Predictor(prepared.singles, prepared.options, state).off()
+            off = Predictor(prepared.singles, prepared.options, state, runner.clusters).off()
             runner.run([single for single in prepared.singles if family(single.option) in off])
         found = _record(prepared, state, runner.clusters)
         found.write(settings.out)
@@ -184,12 +188,13 @@ class _Runner:
         """Measure what is not measured yet."""
         size = self._prepared.costs.streams
         while left := [change for change in changes if change.key not in self._state.kl]:
-            later = {change.key for change in left[size:]}
-            self._wave(left[:size], later)
+            self._wave(left[:size], left[size:])
 
-    def _wave(self, changes: Sequence[Change], later: set[str]) -> None:
-        unknown = {single.key for single in self._prepared.singles if single.key not in self._state.errors}
-        wave = Wave(self._job, changes, frozenset(unknown - later), self._state)
+    def _wave(self, changes: Sequence[Change], later: Sequence[Change]) -> None:
+        named = {change.key for change in (*changes, *later)} | set(self._state.errors)
+        errors_only = [single for single in self._prepared.singles if single.key not in named]
+        keep_at = min((change.layer for change in later), default=None)
+        wave = Wave(self._job, changes, errors_only, self._state, keep_at=keep_at)
         with closing(wave):
             found = wave.run()
             self._state.wave_done({key: self.clusters.sums(kl) for key, kl in found.items()})
@@ -220,11 +225,11 @@ def _resolved(asked: Direct, checkpoint: Checkpoint, singles: Sequence[Single], 
 
 
 def _direct(checkpoint: Checkpoint, options: Options, singles: Iterable[Single], direct: Direct) -> list[Single]:
-    """Single changes to measure at first; `auto` tries every option in the first, middle and last layer."""
+    """Single changes to measure at first: of anchors, all in the first, middle and last layer, to test predictions."""
     if direct is Direct.ALL:
         return list(singles)
     last = checkpoint.config.text.num_hidden_layers - 1
-    probed = {0, last // 2, last} if direct is Direct.AUTO else set()
+    probed = {0, last // 2, last}
     return [single for single in singles if single.layer in probed or single.option in anchors(options, single.role)]
 
 
@@ -251,23 +256,24 @@ def _job(prepared: Prepared, stack: ExitStack, progress: Progress) -> Job:
 
 def _record(prepared: Prepared, state: State, cluster: Clusters) -> Sensitivity:
     checkpoint, options = prepared.checkpoint, prepared.options
-    predictor = Predictor(prepared.singles, options, state)
-    found = {single: predictor.estimate(single) for single in prepared.singles}
-    known = {single: estimate for single, estimate in found.items() if estimate is not None}
+    predictor = Predictor(prepared.singles, options, state, cluster)
+    known = {single: predictor.estimate(single) for single in prepared.singles}
+    changes = {single: _change(single, state, cluster, estimate) for single, estimate in known.items()}
     calibration = prepared.texts.calibration
     return Sensitivity(
         l4pack=__version__,
         model=ModelId(
             name=Path(checkpoint.name).name,
-            fingerprint=checkpoint.fingerprint(),
+            fingerprint=model_fingerprint(checkpoint),
+            weights=weights_digest(checkpoint),
             layers=checkpoint.config.text.num_hidden_layers,
         ),
         text=prepared.texts.measured.record,
         calibration={} if calibration is None else calibration.record,
         options=dict(options.schemes),
-        changes=[_change(single, state, cluster, estimate) for single, estimate in known.items()],
+        changes=list(changes.values()),
         totals=_totals(options, cluster, known),
-        joint=[_joint(mixture, prepared, state, cluster, known) for mixture in prepared.mixtures],
+        joint=[_joint(mixture, prepared, state, cluster, known, changes) for mixture in prepared.mixtures],
         linearity=predictor.linearity(),
     )
 
@@ -282,6 +288,7 @@ def _change(single: Single, state: State, cluster: Clusters, estimate: Estimate)
         kl=mean,
         kl_standard_error=math.hypot(error, mean * estimate.spread),
         measured=estimate.measured,
+        rerouting=min(max(mean, 0.0), estimate.rerouting),
     )
 
 
@@ -303,18 +310,24 @@ def _sum(cluster: Clusters, found: Sequence[Estimate]) -> tuple[float, float]:
 
 
 def _joint(
-    mixture: Mixture, prepared: Prepared, state: State, cluster: Clusters, known: dict[Single, Estimate]
+    mixture: Mixture,
+    prepared: Prepared,
+    state: State,
+    cluster: Clusters,
+    known: dict[Single, Estimate],
+    changes: dict[Single, ChangeRecord],
 ) -> Joint:
-    parts = [known[single] for single in mixture.singles(prepared.checkpoint.config)]
-    predicted, _ = _sum(cluster, parts)
+    singles = mixture.singles(prepared.checkpoint.config)
+    parts = [known[single] for single in singles]
     sums = state.kl[mixture.key]
     measured, error = cluster.mean_and_error(sums)
     gap = [one - other for one, other in zip(sums, added(parts), strict=True)]
     return Joint(
         title=mixture.title,
         choice=dict(mixture.choice),
-        predicted=predicted,
+        predicted=_sum(cluster, parts)[0],
         measured=measured,
         standard_error=error,
         difference_standard_error=cluster.mean_and_error(gap)[1],
+        combined=combined(changes[single] for single in singles),
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,10 +26,14 @@ class _Data(BaseModel):
 
 
 class ModelId(_Data):
-    """The model that was measured: its name, the digest of its headers and configuration, and its decoder layers."""
+    """The model that was measured: its name, the digest of its headers and configuration, and its decoder layers.
+
+    `weights` is the hex SHA-256 of its norms and routers, which every training changes and a copy does not.
+    """
 
     name: str
     fingerprint: str
+    weights: str = ""
     layers: Annotated[int, Field(gt=0)]
 
 
@@ -36,7 +42,8 @@ class Change(_Data):
 
     `error` is ||y' - y||^2 / ||y||^2 of the unit's own output on the original inputs, summed over the measured tokens.
     `kl` is the mean over tokens of KL(original || changed) in nats, with its standard error over sequences; of a change
-    that was not `measured` but predicted from `error`, the standard error is the prediction's.
+    that was not `measured` but predicted from `error`, the standard error is the prediction's. `rerouting` is the part
+    of it that comes of tokens which routers further on send elsewhere (see `combined`).
     """
 
     layer: Annotated[int, Field(ge=0)]
@@ -46,12 +53,14 @@ class Change(_Data):
     kl: Annotated[float, Field(allow_inf_nan=False)]
     kl_standard_error: NonNegative
     measured: bool
+    rerouting: NonNegative = 0
 
 
 class Joint(_Data):
     """Many units changed at once: what the sum of their single changes predicts, and what was measured.
 
-    `difference_standard_error` is that of measured - predicted, both on the same tokens.
+    `difference_standard_error` is that of measured - predicted, both on the same tokens. `combined` predicts it with
+    `combined` below.
     """
 
     title: str
@@ -60,6 +69,7 @@ class Joint(_Data):
     measured: float
     standard_error: NonNegative
     difference_standard_error: NonNegative = 0
+    combined: float | None = None
 
 
 class Fit(_Data):
@@ -73,9 +83,10 @@ class Fit(_Data):
 
 class Linearity(Fit):
     """How well errors predict KL within a unit, from its coarsest and its finest integer option; also by `families` of
-    options (int4, int8, fp8)."""
+    options (int4, int8, fp8), and for predictions in proportion to the error alone."""
 
     families: dict[str, Fit] = {}
+    proportional: Fit | None = None
 
 
 class Total(_Data):
@@ -119,6 +130,14 @@ class Sensitivity(_Data):
     def write(self, path: Path) -> None:
         """Put the record at `path`, all at once."""
         write_atomic(path, (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode())
+
+
+def combined(changes: Iterable[Change]) -> float:
+    """KL of single changes made at once: what grows with the error adds up; what comes of rerouted tokens adds up as
+    its squares do, because disturbances of a router's logits by different units are as good as independent."""
+    found = list(changes)
+    smooth = sum(change.kl - change.rerouting for change in found)
+    return smooth + math.sqrt(sum(change.rerouting**2 for change in found))
 
 
 def read_sensitivity(path: Path) -> Sensitivity:

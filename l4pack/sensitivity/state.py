@@ -23,6 +23,7 @@ class State:
         self.kl: dict[str, list[float]] = {}
         self._wave: list[str] = []
         self._layers = 0
+        self.kept: int | None = None  # the layer whose inputs are kept for the next streams
         if self._path.exists():
             self._read()
 
@@ -32,10 +33,16 @@ class State:
             self._wave, self._layers = list(wave), 0
         return self._layers
 
-    def layer_done(self, layer: int, errors: dict[str, float]) -> None:
-        """Note a layer whose outputs are on disk."""
+    def layer_done(self, layer: int, errors: dict[str, float], *, forget: bool = False) -> None:
+        """Note a layer whose outputs are on disk, and with `forget` that nothing is kept any more."""
         self._layers = layer + 1
         self.errors |= errors
+        self.kept = None if forget else self.kept
+        self._write()
+
+    def keep(self, layer: int) -> None:
+        """Note a layer whose inputs are kept on disk."""
+        self.kept = layer
         self._write()
 
     def wave_done(self, kl: dict[str, list[float]]) -> None:
@@ -47,6 +54,7 @@ class State:
     def _write(self) -> None:
         value = {
             "job": self._job, "errors": self.errors, "kl": self.kl, "wave": self._wave, "layers": self._layers,
+            "kept": self.kept,
         }  # fmt: skip
         write_atomic(self._path, json.dumps(value).encode())
 
@@ -55,6 +63,7 @@ class State:
             value: dict[str, Any] = json.loads(self._path.read_bytes())
             job = value["job"]
             found = dict(value["errors"]), dict(value["kl"]), list(value["wave"]), int(value["layers"])
+            kept = None if value["kept"] is None else int(value["kept"])
         except (ValueError, KeyError, TypeError):
             return
         if job != self._job:
@@ -63,3 +72,4 @@ class State:
                 hint="repeat the earlier command, or add --restart to begin again",
             )
         self.errors, self.kl, self._wave, self._layers = found
+        self.kept = kept

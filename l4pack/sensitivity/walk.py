@@ -28,8 +28,8 @@ from l4pack.sensitivity.altered import altered, calibration_inputs
 from l4pack.sensitivity.changes import Change, Mixture, Single
 from l4pack.sensitivity.lanes import SCRATCH, Lane, Lanes
 from l4pack.sensitivity.options import Options
+from l4pack.sensitivity.originals import Originals
 from l4pack.sensitivity.state import State
-from l4pack.stream.embed import embed
 from l4pack.stream.hidden import Packed
 from l4pack.stream.layer import Blocks, Forward, LayerPass, Stream
 from l4pack.stream.prefetch import Prefetch
@@ -69,47 +69,70 @@ class Job:
 class Wave:
     """Altered streams that walk together; a context manager that leaves its files for a run that goes on."""
 
-    def __init__(self, job: Job, changes: Sequence[Change], errors_of: frozenset[str], state: State) -> None:
-        """`errors_of` names the single changes whose relative error is to be found on the way."""
-        self.job, self.changes, self.errors_of = job, tuple(changes), errors_of
-        self._state = state
+    def __init__(
+        self,
+        job: Job,
+        changes: Sequence[Change],
+        errors_only: Sequence[Single],
+        state: State,
+        *,
+        keep_at: int | None = None,
+    ) -> None:
+        """`errors_only` are changes without a stream, whose relative error is found on the way. `keep_at` is the layer
+        that the next wave begins in, whose inputs are kept for it."""
+        self.job, self.changes = job, tuple(changes)
+        self.errors_only = {single.key for single in errors_only}
+        self._state, self._keep_at = state, keep_at
         self._done = state.begin([change.key for change in changes])
         width, dtype = job.model.skeleton.text.hidden_size, job.model.skeleton.dtype
         self.lanes = Lanes(job.work, [change.key for change in changes], job.measured.rows, width, dtype)
-        self.original = Stream(job.work, "original", job.measured.rows, width, dtype)
-        self._streams = [(self.original, job.measured)]
-        if job.calibration is not None:
-            stream = Stream(job.work, "calibration", job.calibration.rows, width, dtype)
-            self._streams.append((stream, job.calibration))
-        self._set_side(self._done % 2)
-
-    @property
-    def calibration(self) -> Stream | None:
-        """The original on the calibration text."""
-        return self._streams[1][0] if len(self._streams) > 1 else None
+        self.originals = Originals(job.work, job.model, job.measured, job.calibration)
+        self._first = min(change.layer for change in (*changes, *errors_only))
+        self._calibrated_to = max(map(self._last_calibrated, (*changes, *errors_only)))
 
     def run(self) -> dict[str, Tensor]:
         """Walk to the end; KL of every scored token by change. Raises StoppedError when asked to."""
-        weights, skeleton = self.job.model.weights, self.job.model.skeleton
-        if self._done == 0:
-            for stream, packed in self._streams:
-                embed(weights, skeleton, packed, stream.current)
-            for change in self.changes:
-                if isinstance(change, Mixture):
-                    self.lanes[change.key].current.data.copy_(self.original.current.data)
-        for layer in range(self._done):
+        first = self._done or self._begin()
+        self._set_side(first % 2)
+        if first and first == self._keep_at and self._state.kept != first:
+            self._keep()
+        weights = self.job.model.weights
+        for layer in range(first):
             self.count(layer_units(weights.checkpoint.config, layer))
         with Prefetch[Unit, UnitWeights](lambda unit: load_unit(weights, unit)) as ready:
-            for layer in range(self._done, self.job.layers):
+            for layer in range(first, self.job.layers):
                 self.job.progress.label(f"layer {layer + 1} of {self.job.layers}, {len(self.changes)} altered streams")
                 self._save(layer, _Layer(self, layer, ready).run())
         return self._scored()
 
+    def calibrates(self, layer: int) -> bool:
+        """Whether the calibration text is needed in a layer, or after it."""
+        return layer <= self._calibrated_to or layer < (self._keep_at or 0)
+
     def close(self) -> None:
         """Close the files, which stay."""
-        for stream, _ in self._streams:
-            stream.close()
+        self.originals.close()
         self.lanes.close()
+
+    def _begin(self) -> int:
+        """Put the first layer's inputs in place; returns that layer."""
+        first = self._first
+        if first and self._state.kept == first:
+            self._set_side(first % 2)
+            self.originals.restore()
+            return first
+        self._set_side(0)
+        self.originals.embed()
+        for change in self.changes:
+            if isinstance(change, Mixture):
+                self.lanes[change.key].current.data.copy_(self.originals.measured.current.data)
+        return 0
+
+    def _last_calibrated(self, change: Change) -> int:
+        """The last layer in which a change is solved for the calibration text; -1 for none."""
+        config, schemes = self.job.model.weights.checkpoint.config, self.job.options.schemes
+        singles = change.singles(config) if isinstance(change, Mixture) else [change]
+        return max((single.layer for single in singles if schemes[single.option].calibrated), default=-1)
 
     def take(self, unit: Unit, ready: Prefetch[Unit, UnitWeights]) -> UnitWeights:
         """A unit's weights. Raises StoppedError when asked to stop."""
@@ -125,22 +148,29 @@ class Wave:
         self.job.progress.advance(sum(unit_bytes(self.job.model.weights, unit) for unit in units))
 
     def _save(self, layer: int, errors: dict[str, float]) -> None:
-        for stream, _ in self._streams:
-            stream.following.flush()
-        self.lanes.flush((layer + 1) % 2)
-        self._state.layer_done(layer, errors)
-        self._set_side((layer + 1) % 2)
+        following = layer + 1
+        self.originals.flush()
+        self.lanes.flush(following % 2)
+        # What is kept is forgotten before it is overwritten: a run killed between has this wave's own files.
+        self._state.layer_done(layer, errors, forget=following == self._keep_at)
+        self._set_side(following % 2)
+        if following == self._keep_at:
+            self._keep()
+
+    def _keep(self) -> None:
+        assert self._keep_at is not None
+        self.originals.keep()
+        self._state.keep(self._keep_at)
 
     def _set_side(self, side: int) -> None:
-        for stream, _ in self._streams:
-            stream.side = side
+        self.originals.set_side(side)
         self.lanes.set_side(side)
 
     def _scored(self) -> dict[str, Tensor]:
         self.job.progress.label(f"scoring {len(self.changes)} altered streams")
         model, packed = self.job.model, self.job.measured
         answers = [StreamAnswers(model, self.lanes[change.key].current) for change in self.changes]
-        original = StreamAnswers(model, self.original.current)
+        original = StreamAnswers(model, self.originals.measured.current)
         found = divergences(original, answers, packed.scored_rows(), packed.targets())
         return {change.key: kl for change, kl in zip(self.changes, found, strict=True)}
 
@@ -151,10 +181,11 @@ class _Layer:
     def __init__(self, wave: Wave, layer: int, ready: Prefetch[Unit, UnitWeights]) -> None:
         self._wave, self._job, self._index, self._ready = wave, wave.job, layer, ready
         self._config = self._job.model.weights.checkpoint.config
-        self._original = self._pass(wave.original, self._job.measured)
+        self._original = self._pass(wave.originals.measured, self._job.measured)
         self._calibration: LayerPass | None = None
-        if wave.calibration is not None and self._job.calibration is not None:
-            self._calibration = self._pass(wave.calibration, self._job.calibration)
+        calibration = wave.originals.calibration
+        if calibration is not None and self._job.calibration is not None and wave.calibrates(layer):
+            self._calibration = self._pass(calibration, self._job.calibration)
         self._walking = {
             change: self._pass(wave.lanes[change.key], self._job.measured)
             for change in wave.changes
@@ -210,7 +241,7 @@ class _Layer:
         here = (self._index, role)
         single = {one.option for one in self._wave.changes if isinstance(one, Single) and one.unit == here}
         names = self._job.options.by_role.get(role, ())
-        wanted = {name for name in names if self._single(role, name).key in self._wave.errors_of}
+        wanted = {name for name in names if self._single(role, name).key in self._wave.errors_only}
         return [name for name in names if name in mixed | single | wanted]
 
     def _unaltered(self, role: Role) -> Iterator[LayerPass]:
@@ -248,15 +279,15 @@ class _Layer:
 
     def _alter_attention(self, single: Single, changed: UnitWeights) -> None:
         lane = self._lane(single)
-        if lane is None and single.key not in self._wave.errors_of:
+        if lane is None and single.key not in self._wave.errors_only:
             return
         used = lane or self._wave.lanes[SCRATCH]
-        used.current.data.copy_(self._wave.original.current.data)
+        used.current.data.copy_(self._wave.originals.measured.current.data)
         one = self._pass(used, self._job.measured)
         one.attention(changed)
         if lane is not None:
             self._walking[single] = one
-        stream = self._wave.original
+        stream = self._wave.originals.measured
         squares = [
             (
                 _squared(used.middle.data[rows], stream.middle.data[rows]),
@@ -285,7 +316,7 @@ class _Layer:
     @torch.inference_mode()
     def _alter_mlp(self, single: Single, unit: Unit, module: Forward, changed: Forward) -> None:
         lane = self._lane(single)
-        if lane is None and single.key not in self._wave.errors_of:
+        if lane is None and single.key not in self._wave.errors_only:
             return
         if lane is not None and lane not in self._begun:
             self._begun.append(lane)
@@ -306,7 +337,7 @@ class _Layer:
             one.finish()
         for lane in self._begun:
             for rows in self._rows():
-                lane.following.data[rows] += self._wave.original.following.data[rows]
+                lane.following.data[rows] += self._wave.originals.measured.following.data[rows]
 
     def _rows(self) -> Iterator[slice]:
         count, step = self._job.measured.rows, self._job.blocks.rows
