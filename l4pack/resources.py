@@ -9,7 +9,7 @@ _PACKAGE = Path(str(files("l4pack")))
 
 
 def data_folder(kind: str) -> Path:
-    """The folder of `recipes` or `formats`."""
+    """The folder of `recipes`, `formats` or `sensitivities`."""
     inside = _PACKAGE / kind
     return inside if inside.is_dir() else _PACKAGE.parent / kind
 

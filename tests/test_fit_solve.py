@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -63,7 +65,7 @@ def test_more_bytes_never_lose_more(problem, shares):
     low, high = sum(map(min, limit.costs)), sum(map(max, limit.costs))
     bounds = sorted(low + int(share * (high - low)) for share in shares)
     found = [solve(losses, limit.costs, [Limit(limit.costs, bound)]) for bound in bounds]
-    for smaller, larger in zip(found, found[1:], strict=False):
+    for smaller, larger in pairwise(found):
         assert larger.loss <= smaller.loss + worth(losses)
 
 

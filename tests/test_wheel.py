@@ -71,7 +71,7 @@ def test_every_data_file_is_in_the_wheel(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     data = [path for path in (ROOT / "l4pack").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert {str(path.relative_to(ROOT)) for path in data} <= names
-    for kind in ("recipes", "formats"):
+    for kind in ("recipes", "formats", "sensitivities"):
         assert {f"l4pack/{kind}/{path.name}" for path in (ROOT / kind).iterdir()} <= names
     assert not [name for name in names if name.startswith(("tests/", "tools/", "benchmarks/"))]
     assert not [name for name in names if name.endswith((".nbc", ".nbi", ".pyc"))]

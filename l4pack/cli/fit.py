@@ -148,10 +148,12 @@ def fit_view(record: FitRecord, chart: Path | None = None) -> list[RenderableTyp
         f"{record.bits_per_weight:.3f} bits a weight of attention and MLPs",
         f"predicted  KL {record.predicted_kl:.4g} nats, {proven}",
     ]
+    if record.predicted_kl_combined is not None:
+        lines.append(f"           {record.predicted_kl_combined:.4g} nats if rerouted tokens do not add up")
     if record.additivity is not None:
         one = record.additivity
         lines.append(
-            f"           such sums held within x {one.least:.2f} to {one.most:.2f} where {one.count} mixtures were measured"
+            f"           {one.count} mixtures had x {one.least:.2f} to {one.most:.2f} of such a sum when measured"
         )
     if record.headroom_bytes is not None:
         lines.append(f"memory     fits, {human_gib(record.headroom_bytes)} to spare on each GPU")

@@ -21,7 +21,7 @@ from l4pack.fit.units import Unit, Units, model_units
 from l4pack.model.config import KNOWN_MODELS, known_config
 from l4pack.model.tensors import Role
 from l4pack.recipe import KEEP, Promise, Recipe
-from l4pack.sensitivity.record import Sensitivity
+from l4pack.sensitivity.record import Sensitivity, combined
 
 EXACT_ROUNDS, MAX_ROUNDS = 40, 60
 
@@ -42,6 +42,7 @@ class Fitted:
     weight_bytes: int
     artifact_bytes: int
     bits: float
+    combined: float | None
     memory: Budget | None
     uniform: tuple[Point, ...]
     frontier: tuple[Point, ...]
@@ -97,11 +98,20 @@ class _Fit:
             weight_bytes=here.nbytes,
             artifact_bytes=self._plans.of(recipe).artifact_bytes,
             bits=8 * total(ground.nbytes, solution.picks) / numel,
+            combined=self._combined(solution.picks),
             memory=target.budget(recipe) if isinstance(target, Device) else None,
             uniform=tuple(uniform),
             frontier=tuple(frontier(ground, [*uniform, *steps, here])),
             steps=tuple(steps),
         )
+
+    def _combined(self, picks: Picks) -> float | None:
+        """KL by the record's own rule for many changes at once, where it measured what that needs."""
+        changes = self._losses.changes
+        if not any(change.rerouting for change in changes.values()):
+            return None
+        keys = ((*unit.key, unit.choices[pick].option) for unit, pick in zip(self._ground.units, picks, strict=True))
+        return max(0.0, combined(changes[key] for key in keys if key in changes))
 
     def _solve(self, target: Target) -> Solution:
         """Solve, ask the plan or the memory model, and lower the bounds by the least that matters until they agree."""

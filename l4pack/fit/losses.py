@@ -18,7 +18,7 @@ from l4pack.errors import UsageError
 from l4pack.model.tensors import QUANTIZABLE, Role
 from l4pack.recipe import RecipeScheme
 from l4pack.resources import data_folder
-from l4pack.sensitivity.identity import model_fingerprint
+from l4pack.sensitivity.identity import model_fingerprint, weights_digest
 from l4pack.sensitivity.record import Change, Joint, Sensitivity, read_sensitivity
 
 UnitKey = tuple[int, Role]
@@ -34,6 +34,7 @@ class Losses:
     measured_on: str
     stand_in: bool
     joint: tuple[Joint, ...]
+    changes: Mapping[tuple[int, Role, str], Change]  # of the model itself; none of a stand-in
 
 
 def shipped_sensitivity(checkpoint: Checkpoint) -> Sensitivity:
@@ -57,12 +58,17 @@ def losses_for(checkpoint: Checkpoint, sensitivity: Sensitivity) -> Losses:
     cleaned = _cleaned(sensitivity.changes)
     layers = _role_layers(checkpoint)
     kl = _carried(cleaned, layers) if stand_in else _own(cleaned, layers)
-    return Losses(kl, sensitivity.options, sensitivity.model.name, stand_in, tuple(sensitivity.joint))
+    changes = {} if stand_in else {(one.layer, one.role, one.option): one for one in sensitivity.changes}
+    return Losses(kl, sensitivity.options, sensitivity.model.name, stand_in, tuple(sensitivity.joint), changes)
 
 
 def is_stand_in(sensitivity: Sensitivity, checkpoint: Checkpoint) -> bool:
-    """Whether a record is of another model than this one."""
-    return sensitivity.model.fingerprint != model_fingerprint(checkpoint)
+    """Whether a record is of another model than this one: of other shapes, or of other weights where both are known."""
+    model = sensitivity.model
+    if model.fingerprint != model_fingerprint(checkpoint):
+        return True
+    readable = checkpoint.store is not None and not checkpoint.bare and not checkpoint.store.fetches
+    return bool(model.weights) and readable and model.weights != weights_digest(checkpoint)
 
 
 def _role_layers(checkpoint: Checkpoint) -> dict[Role, list[int]]:

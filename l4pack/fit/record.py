@@ -60,6 +60,7 @@ class FitRecord(_Data):
     artifact_bytes: Bytes
     bits_per_weight: float
     predicted_kl: Kl
+    predicted_kl_combined: Kl | None = None
     gap: Annotated[float, Field(ge=0)]
     optimal: bool
     headroom_bytes: int | None = None
@@ -90,6 +91,7 @@ def fit_record(fitted: Fitted, recipe: Path | None = None) -> FitRecord:
         artifact_bytes=fitted.artifact_bytes,
         bits_per_weight=fitted.bits,
         predicted_kl=fitted.solution.loss,
+        predicted_kl_combined=fitted.combined,
         gap=fitted.solution.gap,
         optimal=fitted.solution.optimal,
         headroom_bytes=None if fitted.memory is None else fitted.memory.headroom_bytes,

@@ -67,7 +67,10 @@ def model_units(checkpoint: Checkpoint, losses: Losses, runtime: str, tp: int) -
         members = list(grouped)
         local = [_local(linear, checkpoint.config.text, tp) for linear, _ in members]
         choices = [sizes.choice(members, KEEP, 0.0)]
-        for name, kl in sorted(losses.kl.get((layer, role), {}).items()):
+        measured = losses.kl.get((layer, role), {})
+        if not measured:
+            left_out["every option", role] = ("not measured",)
+        for name, kl in sorted(measured.items()):
             reasons = _reasons(losses.options[name], role, members, local, runtimes)
             if reasons:
                 left_out[name, role] = reasons
