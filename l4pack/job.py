@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from l4pack.assign import Task
@@ -32,13 +32,16 @@ class Job:
         executor: Executor,
         advance: Callable[[int], None] | None,
         stop: threading.Event,
+        held: Collection[str] = (),
     ) -> None:
+        """Source files `held` are let go of by somebody else."""
         self._plan, self._store, self._journal = plan, store, journal
         self._reader, self._writer, self._executor = reader, writer, executor
         self._advance, self._stop = advance or (lambda _: None), stop
         self._lock = threading.Lock()
         self._finished: list[Task] = []
         self._error: Exception | None = None
+        self._begun = False
         self._todo = [task for task in plan.tasks if task.key not in journal.finished]
         # Source bytes that an earlier run of this job was done with.
         self.resumed_bytes = sum(task.read_bytes for task in plan.tasks) - sum(task.read_bytes for task in self._todo)
@@ -46,18 +49,24 @@ class Job:
         self._left_in_shard = Counter(file for task in self._todo for file in self._shard_files(task))
         # What calibration has yet to read and to write is neither let go of nor hashed here.
         self._left_in_source.update(plan.checkpoint.entries[target.linear.tensor].file for target in plan.calibrated)
+        self._left_in_source.update(held)
         self._left_in_shard.update(plan.places[f"{target.module}.input_scale"].file for target in plan.observed)
         self._left_in_shard.update(plan.places[tensor.name].file for t in plan.calibrated for tensor in t.tensors)
         self._left_in_shard.update(plan.places[tensor.name].file for tensor in plan.kv_scales)
         self._hashing: list[Future[dict[str, str]]] = []
 
-    def run(self) -> None:
-        """Do every task left. Raises the first error of a task, or StoppedError."""
+    def run(self, files: Collection[str] | None = None) -> None:
+        """Do every task left, or every one left of some source files. Raises a task's first error, or StoppedError."""
         workers, side = self._plan.workers, ThreadPoolExecutor(2, "l4pack-side")
-        self._advance(self.resumed_bytes)
+        if not self._begun:
+            self._advance(self.resumed_bytes)
+            self._drop_left_behind()
+            self._begun = True
+        chosen = [task for task in self._todo if files is None or self._source_file(task) in files]
+        self._todo = [task for task in self._todo if files is not None and self._source_file(task) not in files]
         with side, ThreadPoolExecutor(workers, "l4pack") as pool:
             self._hash_complete_shards(side)
-            pending: set[Future[None]] = {pool.submit(self._do, task) for task in self._todo}
+            pending: set[Future[None]] = {pool.submit(self._do, task) for task in chosen}
             try:
                 while pending:
                     _, pending = wait(pending, timeout=SYNC_SECONDS)
@@ -70,6 +79,12 @@ class Job:
             raise self._error
         if self._stop.is_set():
             raise StoppedError("stopped; what is finished is kept", hint="run the same command again to go on")
+
+    def _drop_left_behind(self) -> None:
+        """Let go of files that an earlier run used up and was killed before it let go of them."""
+        for file in self._plan.checkpoint.shards:
+            if not self._left_in_source[file]:
+                self._store.release(file)
 
     def _do(self, task: Task) -> None:
         if self._stop.is_set() or self._error is not None:
@@ -111,8 +126,8 @@ class Job:
                     self._hashing.append(side.submit(self._writer.digests, shard))
 
     def _collect_digests(self) -> None:
-        for future in self._hashing:
-            self._journal.record(digests=future.result())
+        while self._hashing:
+            self._journal.record(digests=self._hashing.pop(0).result())
 
     def _source_file(self, task: Task) -> str:
         return self._plan.checkpoint.entries[task.tensor].file

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +17,7 @@ from l4pack.artifact.kv_cache import cache_limits
 from l4pack.artifact.manifest import MANIFEST_NAME, Manifest
 from l4pack.artifact.stanza import quantization_config
 from l4pack.assign import Action, Assignment, PlannedTensor, Target, Task, assign, cut, is_calibrated, source_dtype
+from l4pack.calibration.itinerary import Itinerary, file_sizes
 from l4pack.calibration.needs import Needs, calibration_needs
 from l4pack.calibration.record import RECORD_NAME, record_bytes
 from l4pack.checkpoint.header import DTYPE_BITS
@@ -153,18 +153,24 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Disk a run needs at its peak, the artifact included.
-
-        A source fetched as the run goes adds one shard for every worker, and one that is fetched ahead;
-        calibrated recipes are not run so.
-        """
+        """Disk a run needs at its peak, the artifact included."""
         fetched = 0
         if self.checkpoint.store is not None and self.checkpoint.store.fetches:
-            sizes: dict[str, int] = defaultdict(int)
-            for entry in self.checkpoint.entries.values():
-                sizes[entry.file] += entry.nbytes
-            fetched = sum(sorted(sizes.values())[-(self.workers + 1) :])
+            fetched = self._fetched_bytes()
         return self.artifact_bytes + fetched + (0 if self.needs is None else self.needs.disk_bytes)
+
+    def _fetched_bytes(self) -> int:
+        """Most bytes of a source that is fetched as the run goes.
+
+        Tasks hold one file for every worker, and one that is fetched ahead; a calibrated walk holds what `Itinerary`
+        says, after tasks are done with the files that it does not read.
+        """
+        sizes = file_sizes(self.checkpoint)
+        if self.needs is None:
+            return sum(sorted(sizes.values())[-(self.workers + 1) :])
+        walk = Itinerary.of(self.checkpoint)
+        others = [size for file, size in sizes.items() if file not in walk.walked()]
+        return max(sum(sorted(others)[-(self.workers + 1) :]), walk.peak_bytes(sizes))
 
     @property
     def bits_per_weight(self) -> float:

@@ -10,15 +10,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from l4pack.artifact.manifest import MANIFEST_NAME
+from l4pack.calibration.itinerary import Itinerary
 from l4pack.calibration.needs import Needs
 from l4pack.calibration.output import Output
 from l4pack.calibration.record import RECORD_NAME, record_json
+from l4pack.calibration.supply import Supply
 from l4pack.calibration.text import with_text
 from l4pack.checkpoint.journal import Journal, locked, sync_folder, write_atomic
 from l4pack.checkpoint.reader import Reader
@@ -27,6 +30,7 @@ from l4pack.checkpoint.source import Store
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.errors import BudgetError, SourceError, UsageError
 from l4pack.execute import Executor, Quantizer
+from l4pack.fetching import Fetching
 from l4pack.job import Job
 from l4pack.plan import CONFIG_NAME, Plan, check_room
 from l4pack.quant.quantize import quantize_block
@@ -35,7 +39,8 @@ from l4pack.units import MIB, human_bytes
 _JOURNAL = "journal.jsonl"
 _ARTIFACT = "artifact"
 _HIDDEN = "hidden"
-_OWN_NAMES = {_JOURNAL, f"{_JOURNAL}.tmp", _ARTIFACT, _HIDDEN, "lock", "fetched"}
+_FETCHED = "fetched"
+_OWN_NAMES = {_JOURNAL, f"{_JOURNAL}.tmp", _ARTIFACT, _HIDDEN, _FETCHED, "lock"}
 _COPY_CHUNK = 8 * MIB
 
 
@@ -142,11 +147,17 @@ def _work(
         try:
             with Reader(plan.checkpoint.entries, store.path) as reader:
                 executor = Executor(plan.recipe, reader, writer, plan.checkpoint.float_names, quantize)
-                job = Job(plan, store, journal, reader, writer, executor, advance, stop)
-                job.run()
-                writer.sync()
-                if plan.needs is not None:
-                    _calibrate(plan, Output(journal, writer, executor), work, advance, stop, device)
+                walked = Itinerary.of(plan.checkpoint).walked() if plan.needs is not None and store.fetches else ()
+                job = Job(plan, store, journal, reader, writer, executor, advance, stop, held=walked)
+                calibrate = partial(_calibrate, plan, Output(journal, writer, executor), work, advance, stop, device)
+                if walked:
+                    with Fetching(plan.checkpoint, store, job, reader) as supply:
+                        calibrate(supply)
+                else:
+                    job.run()
+                    writer.sync()
+                    if plan.needs is not None:
+                        calibrate(None)
                 journal.record(digests=_digests_left(plan, journal, writer))
         finally:
             writer.close()
@@ -160,11 +171,6 @@ def _work(
 
 def _ready_to_calibrate(plan: Plan, needs: Needs) -> Plan:
     """The plan with its tokens. Raises BudgetError when the machine has not the memory, UsageError, SourceError."""
-    if plan.checkpoint.store is not None and plan.checkpoint.store.fetches:
-        raise UsageError(
-            "a calibrated recipe needs the whole source at hand",
-            hint="leave --fetch-as-you-go out, or take a recipe without calibration, such as int4-rtn",
-        )
     check_room(
         needs.ram_bytes, psutil.virtual_memory().available, hint="free memory, or take a recipe without calibration"
     )
@@ -172,12 +178,18 @@ def _ready_to_calibrate(plan: Plan, needs: Needs) -> Plan:
 
 
 def _calibrate(
-    plan: Plan, output: Output, work: Path, advance: Callable[[int], None], stop: threading.Event, device: str
+    plan: Plan,
+    output: Output,
+    work: Path,
+    advance: Callable[[int], None],
+    stop: threading.Event,
+    device: str,
+    supply: Supply | None,
 ) -> None:
     """Solve the calibrated matrices and write the record of it."""
     from l4pack.calibration.walk import CalibrationRun
 
-    CalibrationRun(plan, output, work / _HIDDEN, stop, advance, device).run()
+    CalibrationRun(plan, output, work / _HIDDEN, stop, advance, device, supply).run()
     write_atomic(work / _ARTIFACT / RECORD_NAME, record_json(plan, output.journal.results))
 
 
@@ -197,7 +209,8 @@ def _check_begun(plan: Plan, journal: Journal, folder: Path) -> None:
 
 
 def _check_disk(plan: Plan, folder: Path) -> None:
-    files = (*folder.iterdir(), *(folder.parent / _HIDDEN).glob("*"))
+    beside = (folder.parent / name for name in (_HIDDEN, _FETCHED))
+    files = (*folder.iterdir(), *(path for place in beside for path in place.rglob("*") if path.is_file()))
     written = sum(path.stat().st_blocks * 512 for path in files)
     needed, free = plan.disk_bytes - written, shutil.disk_usage(folder).free
     if needed > free:

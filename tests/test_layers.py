@@ -21,6 +21,7 @@ LAYERS = [
     ["fit"],
     ["sensitivity"],
     ["run"],
+    ["fetching"],
     ["job"],
     ["evaluate"],
     ["summary", "subject"],

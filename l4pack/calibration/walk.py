@@ -28,6 +28,7 @@ from l4pack.calibration.mlp import Matrices, result_of, solve_mlp, stored
 from l4pack.calibration.needs import asymmetric
 from l4pack.calibration.output import Output
 from l4pack.calibration.rows import UnitRows, blocks, expert_rows
+from l4pack.calibration.supply import Supply
 from l4pack.checkpoint.reader import NUMPY_TYPES
 from l4pack.errors import QualityError, SourceError, StoppedError
 from l4pack.execute import INPUT_SCALE
@@ -58,7 +59,7 @@ _MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32"
 
 
 class CalibrationRun:
-    """Solves and writes the calibrated matrices of a plan; every other matrix must be in the shards already."""
+    """Solves and writes the calibrated matrices of a plan; every other matrix of a layer must be in the shards before it."""
 
     def __init__(
         self,
@@ -68,13 +69,18 @@ class CalibrationRun:
         stop: threading.Event,
         advance: Callable[[int], None],
         device: str = "cpu",
+        supply: Supply | None = None,
     ) -> None:
-        """`folder` takes the hidden states. Raises BudgetError when the disk has no room for them."""
+        """`folder` takes the hidden states; `supply` gets the source's files, which else must all be there.
+
+        Raises BudgetError when the disk has no room for the hidden states.
+        """
         assert plan.text is not None
         assert plan.recipe.calibration is not None
         assert plan.needs is not None
         self._rows_at_once = plan.needs.rows_at_once
         self._plan, self._output, self._stop, self._advance = plan, output, stop, advance
+        self._supply = supply
         self._options = plan.recipe.calibration
         self._config = plan.checkpoint.config
         self._targets = {target.module: target for target in plan.calibrated}
@@ -107,15 +113,28 @@ class CalibrationRun:
         try:
             with reproducible(), self._weights, Prefetch(self._load) as ready:
                 if done == 0:
-                    for stream in self._streams:
-                        embed(self._weights, self._skeleton, self._packed, stream.current)
+                    with self._supplied(0):
+                        for stream in self._streams:
+                            embed(self._weights, self._skeleton, self._packed, stream.current)
                 for layer in range(done, self._config.text.num_hidden_layers):
-                    self._layer(layer, ready)
+                    with self._supplied(layer + 1):
+                        self._layer(layer, ready)
                 self._settle()
         finally:
             self._saver.shutdown(wait=True)
             for stream in self._streams:
                 stream.close()
+
+    @contextmanager
+    def _supplied(self, step: int) -> Iterator[None]:
+        """A step of the walk, with its files there."""
+        if self._supply is None:
+            yield
+            return
+        self._supply.arrive(step)
+        yield
+        self._weights.close_files()
+        self._supply.leave(step)
 
     def _done(self) -> int:
         """Layers whose outputs are on disk."""

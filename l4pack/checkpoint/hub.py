@@ -228,9 +228,9 @@ class HubStore:
     def release(self, file: str) -> None:
         """Delete a shard from the private folder; the client's cache is left as it is."""
         with self._locks[file]:
-            path = self._checked.pop(file, None) if self.folder else None
-            if path is not None:
-                path.unlink(missing_ok=True)
+            if self.folder is not None:
+                self._checked.pop(file, None)
+                (self.folder / file).unlink(missing_ok=True)  # an earlier run may have left it
 
     def identity(self, file: str) -> str:
         """The digest the Hub lists for the file."""

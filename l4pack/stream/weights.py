@@ -71,6 +71,10 @@ class Weights:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close_files()
+
+    def close_files(self) -> None:
+        """Close every file, so that it can be deleted; what is read next is opened again."""
         self._reader.close()
 
     def linears(self, modules: Iterable[str]) -> dict[str, LinearWeight]:
