@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -125,6 +126,7 @@ def measured(options: argparse.Namespace, folder: Path, name: str, command: list
     side = Side()
     if name in options.keep:
         return side
+    shutil.rmtree(folder / name, ignore_errors=True)  # an artifact that is done would not be made again
     log = folder / f"{name}.log"
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(options.threads))
     with log.open("wb") as stream:
