@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from copy import deepcopy
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from whole_model import one_thread  # noqa: F401
 from l4pack.checkpoint.source import open_folder
 from l4pack.errors import BudgetError, L4packError, StoppedError, UsageError
 from l4pack.evaluate.answers import StreamAnswers
+from l4pack.model.config import known_config, parse_config
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, Piece, TokenSequence, batches
 from l4pack.stream.layer import Blocks
 from l4pack.stream.memory import blocks_for, peak_bytes
-from l4pack.stream.modules import Skeleton
+from l4pack.stream.modules import Skeleton, upstream_config
 from l4pack.stream.prefetch import Prefetch
 from l4pack.stream.walk import Model, Progress, Walk
 from l4pack.stream.weights import Weights
@@ -305,3 +307,14 @@ def test_places_to_compute_that_are_not_there(name):
 def test_state_says_which_layer_is_done(checkpoint, tmp_path):
     streamed_logits(checkpoint("text"), token_rows(), tmp_path)
     assert json.loads((tmp_path / "state.json").read_bytes())["layers"] == 4
+
+
+@pytest.mark.parametrize("name", ["llama-4-scout", "llama-4-maverick"])
+@pytest.mark.parametrize("text_only", [False, True])
+def test_transformers_leaves_a_configuration_as_it_is(name, text_only):
+    raw = known_config(name).raw
+    if text_only:
+        raw = {**raw["text_config"], "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"]}
+    config = parse_config(deepcopy(raw))
+    upstream_config(config)
+    assert config.raw == raw

@@ -6,6 +6,7 @@ here `layer.LayerPass` gathers the rows that the router gave to an expert.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,7 +68,7 @@ def upstream_config(config: Llama4Config) -> UpstreamConfig:
     try:
         kind = Multimodal if config.raw.get("model_type") == MULTIMODAL else TextOnly
         raw: dict[str, Any] = {key: value for key, value in config.raw.items() if key != "quantization_config"}
-        return kind.from_dict(raw)
+        return kind.from_dict(deepcopy(raw))  # it writes into what is nested, rope_scaling for one
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(
