@@ -1,21 +1,24 @@
 """One Scout MoE layer at its real size, calibrated and solved: wall time, peak memory, and where the time goes.
 
-    python benchmarks/real_size_gptq.py FOLDER [--experts 16] [--tokens 32768] [--threads 2]
+    python benchmarks/real_size_gptq.py FOLDER [--experts 16] [--tokens 16384] [--recipe int4] [--threads 2]
 
-Makes a checkpoint of one layer with made-up weights (16 experts: 4.4 GB), quantizes it with the shipped int4 recipe, and
-times the phases from outside. Then it measures what the machine can do at best in the same run (a large float32 product)
-and projects the layer's time to all 48 layers. With fewer experts or tokens than Scout's 16 and 524,288 it says so.
+Makes a checkpoint of one layer with made-up weights (16 experts: 4.4 GB), quantizes it with a shipped recipe and times the
+phases from outside, by wrapping the functions they are. Each phase's operations are counted, so that its GFLOP/s stand
+beside what the machine does at best, measured in the same run. Phases that go with tokens and phases that go with matrices
+are projected apart: to all of Scout and Maverick, at these tokens and at what the recipe asks for. Fails when more memory
+was resident than planned. `--hidden 1024 --inner 2048 --experts 4` is a small trial of the benchmark itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import sys
+import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +29,131 @@ from safetensors.torch import save_file
 from l4pack.calibration import mlp, moments, walk
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.writer import ShardWriter
+from l4pack.model.config import known_config, parse_config
 from l4pack.model.tensors import catalogue
 from l4pack.plan import make_plan
-from l4pack.quant import gptq
-from l4pack.recipe import load_recipe
+from l4pack.quant import gptq, gptq_blocks
+from l4pack.recipe import Recipe, load_recipe
 from l4pack.run import run_plan
 from l4pack.stream.hidden import TokenSequence
 from l4pack.stream.layer import LayerPass
+from l4pack.stream.prefetch import Prefetch
 from l4pack.stream.text import TokenText, token_digest
-from l4pack.stream.weights import Weights
+from l4pack.stream.units import Part
 
-LENGTH = 2048
-TIMES: Counter[str] = Counter()
+LENGTH, VOCABULARY = 2048, 1024
+LAYERS = 48  # of Scout; half of Maverick's 48 are MoE layers, of 128 experts each, half dense ones of twice the width
+SCOUT_EXPERTS, MAVERICK_EXPERTS = 16, 128
+TOKENS, MATRICES = "tokens", "matrices"  # what a phase's time goes with
+Count = Callable[..., float]
 
 
-def make_layer(folder: Path, experts: int) -> None:
+@dataclass
+class Phase:
+    """Seconds and floating-point operations of one kind of work."""
+
+    scales: str
+    seconds: float = 0.0
+    operations: float = 0.0
+
+
+PHASES: dict[str, Phase] = {}
+_running = threading.local()
+
+
+@contextmanager
+def phase_of(name: str, scales: str, operations: float) -> Iterator[None]:
+    """Time a phase; phases within it are taken off."""
+    stack = _running.__dict__.setdefault("stack", [])
+    stack.append(0.0)
+    started = time.monotonic()
+    yield
+    seconds = time.monotonic() - started
+    phase = PHASES.setdefault(name, Phase(scales))
+    phase.seconds += seconds - stack.pop()
+    phase.operations += operations
+    if stack:
+        stack[-1] += seconds
+
+
+def timed(owner: Any, name: str, phase: str | Callable[..., str], scales: str, count: Count | None = None) -> None:
+    """Time every call of a function; `count` is given its arguments."""
+    function: Callable[..., Any] = getattr(owner, name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        operations = 0.0 if count is None else count(*arguments, **options)
+        with phase_of(phase if isinstance(phase, str) else phase(*arguments), scales, operations):
+            return function(*arguments, **options)
+
+    setattr(owner, name, call)
+
+
+def product(rows: int, columns: int, inner: int) -> float:
+    return 2.0 * rows * columns * inner
+
+
+def of_moments(self: Any, inputs: Any, original: Any = None, *_: Any) -> float:
+    tokens, width = inputs.shape
+    triangle = product(width, min(width, (width + moments.COLUMNS) // 2), tokens)
+    return triangle + (0 if self._cross is None or original is None else product(width, width, tokens))
+
+
+def of_unit(self: Any, unit: Any, module: Any) -> float:
+    rows, _ = self.rows_of(unit)
+    tokens = self._packed.rows if rows is None else len(rows)
+    return sum(product(tokens, *part.weight.shape) for part in (module.gate_proj, module.up_proj, module.down_proj))
+
+
+def of_attention(self: Any, weights: Any, *_: Any, **__: Any) -> float:
+    linears = {name.rpartition(".")[2]: linear.weight for name, linear in weights.linears.items()}
+    scores = product(self._packed.rows, LENGTH, len(linears["q_proj"]))  # half of the keys, but keys and values
+    return scores + sum(product(self._packed.rows, *weight.shape) for weight in linears.values())
+
+
+def of_rows(rows: Any, *_: Any) -> float:
+    return float(len(rows)) * rows.shape[1] ** 2
+
+
+def name_of_unit(_: Any, unit: Any, *__: Any) -> str:
+    return f"outputs of both streams, {'experts' if unit.part is Part.EXPERT else 'shared expert'}"
+
+
+def watch() -> None:
+    """Wrap what is timed."""
+    timed(LayerPass, "attention", "attention of both streams", TOKENS, of_attention)
+    timed(LayerPass, "route", "router", TOKENS)
+    timed(LayerPass, "normed", "norms and gathering rows", TOKENS)
+    timed(LayerPass, "feed_forward", name_of_unit, TOKENS, of_unit)
+    timed(LayerPass, "finish", "adding up", TOKENS)
+    timed(moments.Moments, "add", "moments", TOKENS, of_moments)
+    timed(moments.Moments, "finish", "moments: other half", MATRICES)
+    timed(mlp.Matrices, "inner", "gate and up of both streams, for down's moments", TOKENS,
+          lambda self, x: 2 * product(*x.shape, len(self.weights[mlp.UP])))  # fmt: skip
+    timed(gptq, "factorize", "Cholesky and inverse", MATRICES, lambda h, **_: 2 / 3 * len(h) ** 3)
+    timed(gptq, "_asymmetric_target", "asymmetric target: W C", MATRICES, lambda w, _: 2 * of_rows(w))
+    timed(gptq, "_times_inverse", "asymmetric target: times H^-1", MATRICES, lambda rows, _: 2 * of_rows(rows))
+    timed(gptq, "round_to_nearest", "scales and nearest levels", MATRICES)
+    timed(gptq, "solve_columns", "GPTQ: trailing columns", MATRICES, of_rows)
+    timed(gptq_blocks, "solve_block", "GPTQ: columns of a block", MATRICES, of_rows)
+    timed(gptq, "pull_of", "sweeps: start from the errors", MATRICES, of_rows)
+    timed(gptq_blocks, "descend", "sweeps: descent", MATRICES)
+    timed(gptq, "quadratic_form", "loss of rounding to nearest", MATRICES, of_rows)
+    timed(walk, "solve_mlp", "the rest of solving", MATRICES)
+    timed(walk, "stored", "packing", MATRICES)
+    timed(walk.CalibrationRun, "_read_back", "reading back", MATRICES)
+    timed(ShardWriter, "write", "writing", MATRICES)
+    timed(ShardWriter, "sync", "waiting for the disk", MATRICES)
+    timed(Prefetch, "take", "waiting for weights", MATRICES)
+
+
+def make_layer(folder: Path, options: argparse.Namespace) -> None:
     """A text-only checkpoint of one Scout layer, fused, BF16."""
-    from l4pack.model.config import known_config, parse_config
-
     raw = {
         **known_config("llama-4-scout").raw["text_config"], "architectures": ["Llama4ForCausalLM"],
-        "model_type": "llama4_text", "num_hidden_layers": 1, "num_local_experts": experts, "vocab_size": 1024,
-        "no_rope_layers": [1], "moe_layers": [0], "layer_types": ["chunked_attention"],
+        "model_type": "llama4_text", "num_hidden_layers": 1, "num_local_experts": options.experts,
+        "vocab_size": VOCABULARY, "no_rope_layers": [1], "moe_layers": [0], "layer_types": ["chunked_attention"],
+        "hidden_size": options.hidden, "intermediate_size": options.inner,
+        "num_attention_heads": options.hidden // 128, "num_key_value_heads": min(8, options.hidden // 128),
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(raw))
@@ -66,88 +172,112 @@ def make_layer(folder: Path, experts: int) -> None:
 
 def tokens_of(count: int) -> TokenText:
     rng = np.random.default_rng(0)
-    ids = [tuple(int(t) for t in rng.integers(0, 1024, LENGTH)) for _ in range(count // LENGTH)]
+    ids = [tuple(int(t) for t in rng.integers(0, VOCABULARY, LENGTH)) for _ in range(count // LENGTH)]
     record = {"source": "random", "sha256": "0" * 64, "tokens": len(ids) * LENGTH, "tokens_sha256": token_digest(ids)}
     return TokenText(tuple(TokenSequence(one) for one in ids), record)
 
 
-def timed(owner: Any, name: str, phase: str) -> None:
-    """Count the time of a function; nested phases are taken off the outer one."""
-    function: Callable[..., Any] = getattr(owner, name)
-
-    def call(*arguments: Any, **options: Any) -> Any:
-        with phase_of(phase):
-            return function(*arguments, **options)
-
-    setattr(owner, name, call)
-
-
-_stack: list[list[float]] = []
+def seconds_of(work: Callable[[], Any], times: int = 3) -> float:
+    """The best of some runs."""
+    best = float("inf")
+    for _ in range(times):
+        started = time.monotonic()
+        work()
+        best = min(best, time.monotonic() - started)
+    return best
 
 
-@contextmanager
-def phase_of(phase: str) -> Any:
-    started = time.monotonic()
-    _stack.append([0.0])
-    yield
-    seconds = time.monotonic() - started
-    TIMES[phase] += seconds - _stack.pop()[0]
-    if _stack:
-        _stack[-1][0] += seconds
+@dataclass(frozen=True)
+class Machine:
+    """What it does at best: GFLOP/s of a float32 product and of Cholesky, GB/s read and written by a copy."""
+
+    product: float
+    cholesky: float
+    copy: float
+
+    @classmethod
+    def measured(cls) -> Machine:
+        size = 4096
+        a = torch.randn(size, size)
+        definite = torch.eye(size) + 1e-4 * (a + a.T)
+        target = torch.empty(128 * 2**20)
+        source = torch.ones_like(target)
+        return cls(
+            2 * size**3 / seconds_of(lambda: a @ a) / 1e9,
+            size**3 / 3 / seconds_of(lambda: torch.linalg.cholesky_ex(definite)) / 1e9,
+            8 * len(target) / seconds_of(lambda: target.copy_(source)) / 1e9,
+        )
+
+    def describe(self) -> str:
+        return f"product {self.product:.0f} GFLOP/s, Cholesky {self.cholesky:.0f} GFLOP/s, copy {self.copy:.0f} GB/s"
 
 
-def watch() -> None:
-    timed(moments.Moments, "add", "Hessians")
-    timed(gptq, "factorize", "factorizations")
-    timed(gptq, "round_to_nearest", "scales")
-    timed(gptq, "_asymmetric_target", "asymmetric target")
-    timed(gptq, "solve_columns", "GPTQ columns")
-    timed(gptq, "descend", "descent sweeps")
-    timed(gptq, "_better_rows", "comparison with RTN")
-    timed(mlp.Matrices, "inner", "rows through gate and up for down's Hessian")
-    timed(LayerPass, "feed_forward", "outputs of both streams")
-    timed(LayerPass, "attention", "attention of both streams")
-    timed(LayerPass, "normed", "norms and gathering")
-    timed(walk.CalibrationRun, "_read_back", "reading back")
-    timed(ShardWriter, "sync", "waiting for the disk")
-    timed(Weights, "linears", "reading weights (in a thread, beside the others)")
+def projected(tokens: float, experts: int, maverick: bool) -> float:
+    """Hours for a whole model, at `tokens` times the tokens; solving goes with the number of experts."""
+    by_token = sum(phase.seconds for phase in PHASES.values() if phase.scales == TOKENS) * tokens
+    solving = sum(phase.seconds for phase in PHASES.values() if phase.scales == MATRICES) / experts
+    if not maverick:
+        return LAYERS * (by_token + SCOUT_EXPERTS * solving) / 3600
+    dense = 2 * PHASES["outputs of both streams, shared expert"].seconds
+    dense = (dense + PHASES["attention of both streams"].seconds) * tokens
+    return LAYERS / 2 * (by_token + MAVERICK_EXPERTS * solving + dense) / 3600
 
 
-def gflops() -> float:
-    a = torch.randn(4096, 4096)
-    a @ a
-    started = time.monotonic()
-    for _ in range(3):
-        a @ a
-    return 3 * 2 * 4096**3 / (time.monotonic() - started) / 1e9
+def print_phases(seconds: float, best: Machine) -> None:
+    print(f"  {'phase':50} {'s':>8} {'share':>6} {'GFLOP':>9} {'GFLOP/s':>8} {'of best':>7}")
+    for name, phase in sorted(PHASES.items(), key=lambda item: -item[1].seconds):
+        line = f"  {name:50} {phase.seconds:8.1f} {phase.seconds / seconds:6.1%}"
+        if phase.operations:
+            rate = phase.operations / phase.seconds / 1e9
+            line += f" {phase.operations / 1e9:9.0f} {rate:8.0f} {rate / best.product:7.0%}"
+        print(line)
+    counted = sum(phase.seconds for phase in PHASES.values())
+    print(f"  {'what is not in a phase':50} {seconds - counted:8.1f}")
+
+
+def print_projection(options: argparse.Namespace, recipe: Recipe) -> None:
+    assert recipe.calibration is not None
+    asked = recipe.calibration.samples * LENGTH
+    print(f"projected from {options.experts} experts and {options.tokens:,} tokens, same machine:")
+    for model, maverick in (("Scout", False), ("Maverick", True)):
+        for count in (options.tokens, 65536, asked):
+            hours = projected(count / options.tokens, options.experts, maverick)
+            print(f"  {model:9} {count:8,} tokens: {hours:7.1f} h")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--experts", type=int, default=SCOUT_EXPERTS)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--hidden", type=int, default=5120)
+    parser.add_argument("--inner", type=int, default=8192)
+    parser.add_argument("--recipe", default="int4")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    source = options.folder / f"layer-{options.experts}"
+    best = Machine.measured()
+    source = options.folder / f"layer-{options.experts}-{options.hidden}x{options.inner}"
     if not (source / "model.safetensors.index.json").exists():
-        make_layer(source, options.experts)
-    recipe = load_recipe("int4").calibrating(samples=options.tokens // LENGTH, sequence_length=LENGTH)
+        make_layer(source, options)
+    shipped = load_recipe(options.recipe)
+    recipe = shipped.calibrating(samples=options.tokens // LENGTH, sequence_length=LENGTH, max_cold_experts=1)
     plan = make_plan(open_source(str(source)), recipe).with_text(tokens_of(options.tokens))
-    before = gflops()
     watch()
     started = time.monotonic()
-    result = run_plan(plan, options.folder / f"out-{options.experts}-{time.time_ns()}")
+    result = run_plan(plan, options.folder / f"out-{source.name}-{time.time_ns()}")
     seconds = time.monotonic() - started
-    print(f"{options.experts} experts, {options.tokens:,} tokens, {options.threads} threads: {seconds:.1f} s")
+    print(
+        f"one layer of {options.experts} experts {options.hidden} x {options.inner}, recipe {options.recipe}, "
+        f"{options.tokens:,} tokens, {options.threads} threads: {seconds:.1f} s"
+    )
     print(f"peak memory {result.peak_rss_bytes / 1e9:.2f} GB, planned {plan.peak_ram_bytes / 1e9:.2f} GB")
-    for phase, taken in TIMES.most_common():
-        print(f"  {phase:52} {taken:8.1f} s")
-    print(f"the machine's float32 product: {before:.0f} GFLOP/s before, {gflops():.0f} after")
-    print(f"48 such layers: {48 * seconds / 3600:.1f} h")
-    print(json.dumps({"seconds": seconds, "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                      "phases": dict(TIMES)}))  # fmt: skip
+    print(f"the machine at best: before {best.describe()}; after {Machine.measured().describe()}")
+    print_phases(seconds, best)
+    print_projection(options, shipped)
+    phases = {name: [phase.seconds, phase.operations] for name, phase in PHASES.items()}
+    print(json.dumps({"seconds": seconds, "peak_rss": result.peak_rss_bytes, "phases": phases}))
+    sys.exit(result.peak_rss_bytes > plan.peak_ram_bytes)
 
 
 if __name__ == "__main__":
