@@ -21,6 +21,8 @@ def best_of_all(losses, limits):
 
 def part_of(name):
     """The part of a layer that must have one scheme, from a tensor's name."""
+    if "vision_model." in name:
+        return None
     if ".self_attn." in name and re.search(r"\.(q|k|v|o)_proj\.", name):
         return "attention"
     if ".experts." in name:
@@ -56,11 +58,9 @@ def broken_rules(plan, runtime, tp=1):
         module = tensor.name.rpartition(".")[0]
         scale = shapes.get(f"{module}.weight_scale", ())
         asymmetric = f"{module}.weight_zero_point" in shapes
-        columns = tensor.shape[1] * 8 if kind == "packed" else tensor.shape[1]
-        if kind == "packed" and "weight_shape" and plan_bits(plan, tensor) == 8:
-            columns //= 2
-        group = columns // scale[1] if quantized and kind == "packed" else None
-        block = quantized and kind == "F8_E4M3" and len(scale) == 2 and scale[1] > 1
+        columns = tensor.shape[1] * (32 // plan_bits(plan, tensor) if kind == "packed" else 1)
+        group = columns // scale[1] if kind == "packed" else None
+        block = kind == "F8_E4M3" and len(scale) == 2 and scale[0] != tensor.shape[0]
         seen[layer, part].add((tensor.scheme, kind, group, asymmetric, block))
         if quantized:
             found += _matrix_rules(tensor, part, runtime, tp, columns, group, asymmetric, block)

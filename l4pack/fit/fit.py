@@ -135,7 +135,8 @@ class _Fit:
         """The smallest artifact, when it fits and nothing else does. Raises BudgetError when it doesn't."""
         rows = zip(*(limit.costs for limit in target.limits), strict=True)
         costs = [[sum(parts) for parts in zip(*unit, strict=True)] for unit in rows]
-        picks = smallest(costs)
+        sizes = zip(costs, self._ground.nbytes, strict=True)
+        picks = smallest([list(zip(*unit, strict=True)) for unit in sizes])
         recipe = self._recipe(picks)
         beyond = any(total(limit.costs, picks) > limit.bound for limit in target.limits)
         if beyond or target.excess(recipe) > 0:

@@ -50,7 +50,7 @@ def uniform_points(ground: Ground) -> list[Point]:
 
 
 def frontier(ground: Ground, others: Sequence[Point]) -> list[Point]:
-    """About POINTS artifacts from the smallest to the original, and those of `others` that nothing smaller beats."""
+    """The best artifacts within about POINTS sizes from the smallest to the original, and within those of `others`."""
     on_hull = [ground.point("", picks) for picks in hull(ground.losses, ground.nbytes)]
     best: list[Point] = []
     for point in sorted({*on_hull, *others}, key=lambda point: (point.nbytes, point.kl, point.name)):
@@ -58,8 +58,9 @@ def frontier(ground: Ground, others: Sequence[Point]) -> list[Point]:
             best.append(point)
     first, last = best[0].nbytes, best[-1].nbytes
     budgets = [first + (last - first) * step // (POINTS - 1) for step in range(POINTS)]
+    budgets += [point.nbytes for point in others]
     shown = {max(index for index, point in enumerate(best) if point.nbytes <= budget) for budget in budgets}
-    return [point for index, point in enumerate(best) if index in shown or point.name]
+    return [point for index, point in enumerate(best) if index in shown]
 
 
 def steps_around(ground: Ground, picks: Picks) -> list[Point]:

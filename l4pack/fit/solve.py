@@ -61,7 +61,7 @@ def total(values: Sequence[Sequence[Any]], picks: Picks) -> Any:
     return sum(row[pick] for row, pick in zip(values, picks, strict=True))
 
 
-def smallest(costs: Sequence[Sequence[int]]) -> Picks:
+def smallest(costs: Sequence[Sequence[Any]]) -> Picks:
     """The choice of least cost of every unit; of equals, the first."""
     return tuple(min(range(len(row)), key=row.__getitem__) for row in costs)
 
