@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from l4pack.checkpoint.source import open_folder
 from l4pack.cli import console
 from l4pack.cli.evaluate import beside
 from l4pack.cli.options import Artifact, DeviceName
+from l4pack.errors import UsageError
 
 
 def report(
@@ -21,6 +22,15 @@ def report(
         typer.Option("--out", "-o", metavar="FILE", help="Page to write; DIR.report.html.", show_default=False),
     ] = None,
     device: DeviceName = "h100",
+    fitted: Annotated[
+        Path | None,
+        typer.Option(
+            "--fit",
+            metavar="FILE",
+            help="What `fit --json` said of its recipe; DIR.fit.json where `build --fit` left it.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write one HTML page about an artifact: size, memory, errors by layer and expert, KL, gates. Needs no network.
 
@@ -32,7 +42,17 @@ def report(
 
     checkpoint = open_folder(artifact)
     accuracy = read_accuracy(artifact) if (artifact / ACCURACY_NAME).exists() else None
-    page = render_report(checkpoint, accuracy, open_subject(str(artifact)), device)
+    page = render_report(checkpoint, accuracy, open_subject(str(artifact)), device, _fitted(artifact, fitted))
     path = out or beside(artifact, ".report.html")
     write_atomic(path, page.encode())
     console.show(f"[bold]{console.plain(path)}[/bold]  open it in a browser")
+
+
+def _fitted(artifact: Path, file: Path | None) -> dict[str, Any] | None:
+    """What fit decided, from the file named or the one beside the artifact. Raises UsageError for one that is not."""
+    from l4pack.fit.record import read_fit
+
+    record = read_fit(file or beside(artifact, ".fit.json"))
+    if record is None and file is not None:
+        raise UsageError(f"{file} is not what fit says", hint="make one with: l4pack fit SOURCE ... --json > fit.json")
+    return None if record is None else record.model_dump(mode="json")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
+from itertools import pairwise
 
 WIDTH, HEIGHT = 760, 250
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 40
@@ -87,6 +88,52 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], values: Sequence[Seque
         f'<text class="axis" x="{LEFT}" y="{bottom + 34}">expert, by layer; the strongest colour is {_amount(largest, unit)}</text>'
     )
     return _svg(parts, bottom + 44, f"{unit} by layer and expert", width)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Points (x, y, what each is), with a CSS class for their colour; joined as steps, or left apart."""
+
+    style: str
+    points: Sequence[tuple[float, float, str]]
+    joined: bool = False
+
+
+def trade_off(series: Sequence[Marks], x_title: str, y_title: str) -> str:
+    """Falling steps and points over a linear x axis and a logarithmic y axis; what is not above zero has no place."""
+    shown = [replace(one, points=[point for point in one.points if point[1] > 0]) for one in series]
+    xs = [x for one in shown for x, _, _ in one.points] or [0.0, 1.0]
+    ys = [math.log10(y) for one in shown for _, y, _ in one.points] or [0.0]
+    left, right, low, high = min(xs), max(xs), math.floor(min(ys)), max(math.ceil(max(ys)), math.floor(min(ys)) + 1)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (WIDTH - LEFT - RIGHT) * (x - left) / ((right - left) or 1.0)
+        return across, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (math.log10(y) - low) / (high - low)
+
+    parts = []
+    for power in range(low, high + 1):
+        y = place(left, 10.0**power)[1]
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick end" x="{LEFT - 8}" y="{y + 4:.1f}">1e{power}</text>')
+    for step in range(6):
+        x = left + (right - left) * step / 5
+        parts.append(f'<text class="tick mid" x="{place(x, 1.0)[0]:.1f}" y="{HEIGHT - BOTTOM + 16}">{x:.4g}</text>')
+    for one in shown:
+        at = [(*place(x, y), what) for x, y, what in one.points]
+        if one.joined and at:
+            steps = [f"{x:.1f},{before:.1f} {x:.1f},{y:.1f}" for (_, before, _), (x, y, _) in pairwise(at)]
+            parts.append(
+                f'<polyline class="line {one.style}" points="{" ".join([f"{at[0][0]:.1f},{at[0][1]:.1f}", *steps])}"/>'
+            )
+        parts += [
+            f'<circle class="dot {one.style}" cx="{x:.1f}" cy="{y:.1f}" r="{3 if one.joined else 5}">'
+            f"<title>{escape(what)}</title></circle>"
+            for x, y, what in at
+        ]
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    parts.append(f'<text class="axis mid" transform="translate(12 {middle:.0f}) rotate(-90)">{escape(y_title)}</text>')
+    parts.append(_title(x_title))
+    return _svg(parts, HEIGHT, f"{y_title} by {x_title}")
 
 
 def _cell(

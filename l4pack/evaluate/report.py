@@ -21,13 +21,14 @@ from l4pack.budget.solve import limits
 from l4pack.budget.subject import Subject
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import L4packError
-from l4pack.evaluate.charts import Series, heat_map, histogram, line_chart
+from l4pack.evaluate.charts import Marks, Series, heat_map, histogram, line_chart, trade_off
 from l4pack.model.names import classify
 from l4pack.model.tensors import Role, catalogue
 from l4pack.resources import data_text
 from l4pack.units import human_bytes, human_gib, human_seconds
 
 MAX_JSON_BYTES = 200_000_000
+GB = 10**9
 _ITEM_BYTES = {"float32": 4}
 _SLICES = {
     Role.ROUTED_EXPERT: ("routed experts", "c1"), Role.SHARED_EXPERT: ("shared experts", "c2"),
@@ -59,8 +60,17 @@ class Bar:
         return sum(size for _, _, size in self.parts)
 
 
-def render_report(artifact: Checkpoint, accuracy: dict[str, Any] | None, subject: Subject, device: str) -> str:
-    """The page's HTML; sections without data are left out. Raises BudgetError or UsageError for an unknown device."""
+def render_report(
+    artifact: Checkpoint,
+    accuracy: dict[str, Any] | None,
+    subject: Subject,
+    device: str,
+    fitted: dict[str, Any] | None = None,
+) -> str:
+    """The page's HTML; sections without data are left out. `fitted` is what `fit --json` said of the recipe.
+
+    Raises BudgetError or UsageError for an unknown device.
+    """
     folder = Path(artifact.name)
     bars = _size_bars(artifact)
     memory, memory_error = _memory(subject, device)
@@ -76,8 +86,44 @@ def render_report(artifact: Checkpoint, accuracy: dict[str, Any] | None, subject
         memory_bar=_memory_bar(memory) if memory else None,
         memory_error=memory_error,
         charts={**dict.fromkeys(_CHARTS), **(_charts(accuracy) if accuracy else {})},
+        fitted=fitted,
+        frontier=_frontier(fitted) if fitted else None,
+        choices=_choices(fitted) if fitted else [],
         blocks=[(label, style) for label, style, key in _BLOCKS if accuracy and _known(accuracy["layers"], key)],
     )
+
+
+def _frontier(fitted: dict[str, Any]) -> Markup:
+    """Bytes of weights against predicted KL: the frontier, one scheme for all, and what was chosen."""
+
+    def points(sizes: Sequence[dict[str, Any]], words: str) -> list[tuple[float, float, str]]:
+        return [
+            (
+                size["bytes"] / GB,
+                size["predicted_kl"],
+                f"{size['name'] or words}: {human_bytes(size['bytes'])}, KL {size['predicted_kl']:.4g}",
+            )
+            for size in sizes
+        ]
+
+    here = {"name": "chosen", "bytes": fitted["weight_bytes"], "predicted_kl": fitted["predicted_kl"]}
+    marks = [
+        Marks("c1", points(fitted["frontier"], "frontier"), joined=True),
+        Marks("c7", points(fitted["uniform"], "one scheme for all")),
+        Marks("c2", points([here], "chosen")),
+    ]
+    return Markup(trade_off(marks, "GB of weights", "predicted KL, nats"))
+
+
+def _choices(fitted: dict[str, Any]) -> list[tuple[str, str, int, int, float]]:
+    """Role, option, number of layers, bytes and predicted KL of what was chosen."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for one in fitted["choice"]:
+        found[one["role"].replace("_", " "), one["option"]].append(one)
+    return [
+        (role, option, len(members), sum(one["bytes"] for one in members), sum(one["kl"] for one in members))
+        for (role, option), members in sorted(found.items())
+    ]
 
 
 def _number(value: float | None, digits: int = 4) -> str:

@@ -14,8 +14,8 @@ from l4pack.fit.frontier import Point
 from l4pack.sensitivity.record import Joint
 
 MAX_BYTES = 16 * 1024 * 1024
-Bytes = Annotated[int, Field(ge=0)]
-Kl = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Bytes = Annotated[int, Field(ge=0, le=2**60)]
+Kl = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class _Data(BaseModel):
