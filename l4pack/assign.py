@@ -153,11 +153,15 @@ def _scheme_for(recipe: Recipe, spec: TensorSpec, num_layers: int) -> str:
 def _check_rules(recipe: Recipe, tensors: Sequence[TensorSpec], num_layers: int) -> None:
     """Refuse a rule that decides nothing, because nothing matches or earlier rules take it all, and empty work."""
     deciding = {recipe.rule_for(spec.role, spec.layer, num_layers) for spec in tensors}
-    for number in range(len(recipe.rules)):
+    roles = {spec.role for spec in tensors}
+    for number, rule in enumerate(recipe.rules):
         if number not in deciding:
+            absent = rule.roles != "all" and roles.isdisjoint(rule.roles)
             raise RecipeError(
                 f"recipe {recipe.name}: rules.{number} matches no tensor of this model that earlier rules leave",
-                hint="mend its roles or layers, or remove the rule",
+                hint=f"this model has no {rule.roles[0]}: name it in one rule with another role, or remove the rule"
+                if absent
+                else "mend its roles or layers, or remove the rule",
             )
     if all(rule.scheme == KEEP for rule in recipe.rules):
         raise RecipeError(f"recipe {recipe.name} quantizes nothing of this model", hint="give some role a scheme")

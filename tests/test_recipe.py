@@ -248,6 +248,15 @@ def test_a_rule_that_decides_nothing_is_an_error(change):
         make_plan(open_source("llama-4-scout"), recipe)
 
 
+def test_a_role_that_the_model_lacks_may_stand_beside_one_that_it_has():
+    alone = Recipe.model_validate({**BASE, **NOTHING_LEFT["role of another model"]})
+    with pytest.raises(RecipeError) as caught:
+        make_plan(open_source("llama-4-scout"), alone)
+    assert caught.value.hint.startswith("this model has no dense_mlp: name it in one rule with another role")
+    beside = rules({"roles": ["shared_expert", "dense_mlp"], "scheme": "a"}, *BASE["rules"][1:])
+    make_plan(open_source("llama-4-scout"), Recipe.model_validate({**BASE, **beside}))
+
+
 def test_every_tensor_needs_a_rule():
     recipe = Recipe.model_validate({**BASE, **rules(BASE["rules"][0])})
     with pytest.raises(RecipeError, match=r"no rule speaks of language_model\.model\.embed_tokens\.weight"):
