@@ -28,6 +28,8 @@ from l4pack.sensitivity.state import State
 TOLERANCE = 0.2
 """Median |ln(predicted / measured)| up to which a family of options is predicted instead of measured."""
 
+TINY = 1e-30
+
 
 @dataclass(frozen=True)
 class Clusters:
@@ -166,7 +168,7 @@ class Predictor:
 
     def _nearest(self, error: float, known: Sequence[Single]) -> Single:
         def distance(one: Single) -> float:
-            return abs(math.sqrt(self._state.errors[one.key]) - math.sqrt(error))
+            return abs(math.log(max(self._state.errors[one.key], TINY) / max(error, TINY)))
 
         return min(known, key=distance)
 
