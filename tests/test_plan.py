@@ -48,7 +48,9 @@ def test_scouts_int4_weights_to_the_byte():
 def test_bits_per_weight_are_levels_and_scales():
     assert planned("llama-4-scout", "fp8").bits_per_weight == pytest.approx(8 + 16 / 5120, rel=1e-3)
     shape_words = 2 * 64 / (5120 * 8192)
-    assert planned("llama-4-scout", "int4-uniform").bits_per_weight == pytest.approx(4 + 16 / 128 + shape_words, rel=1e-9)
+    assert planned("llama-4-scout", "int4-uniform").bits_per_weight == pytest.approx(
+        4 + 16 / 128 + shape_words, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
