@@ -26,6 +26,7 @@ from l4pack.formats import LocalMatrix, hindrances, load_format
 from l4pack.model.tensors import Role
 from l4pack.plan import make_plan
 from l4pack.recipe import KEEP, RecipeScheme, load_recipe
+from l4pack.sensitivity.identity import weights_digest
 from l4pack.sensitivity.record import Change, ModelId
 from l4pack.subject import planned
 
@@ -355,12 +356,22 @@ def test_spreading_over_as_many_layers_changes_nothing():
 
 def test_other_weights_of_the_same_shape_are_a_stand_in(checkpoint):
     first, second = (open_source(str(checkpoint("scout", seed=seed))) for seed in (0, 1))
-    from l4pack.sensitivity.identity import weights_digest
-
     record = synthetic(first)
     known = record.model_copy(update={"model": record.model.model_copy(update={"weights": weights_digest(first)})})
-    assert not losses_for(first, known).stand_in
-    assert losses_for(second, known).stand_in == (weights_digest(first) != weights_digest(second))
+    assert weights_digest(first) != weights_digest(second)
+    assert [losses_for(source, known).stand_in for source in (first, second)] == [False, True]
+    assert [losses_for(source, record).stand_in for source in (first, second)] == [False, False]
+
+
+def test_a_source_on_the_hub_is_not_fetched_to_be_told_from_another(scout):
+    class Untouched:
+        def path(self, file):
+            raise AssertionError(f"{file} was asked for")
+
+    record = synthetic(scout)
+    named = record.model_copy(update={"model": record.model.model_copy(update={"weights": "another's"})})
+    assert losses_for(scout, named).stand_in
+    assert not losses_for(replace(scout, store=Untouched()), named).stand_in
 
 
 def test_the_same_question_gets_the_same_bytes(scout):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from l4pack.checkpoint.source import Checkpoint
+from l4pack.checkpoint.source import Checkpoint, LocalStore
 from l4pack.errors import UsageError
 from l4pack.model.tensors import QUANTIZABLE, Role
 from l4pack.recipe import RecipeScheme
@@ -67,8 +67,8 @@ def is_stand_in(sensitivity: Sensitivity, checkpoint: Checkpoint) -> bool:
     model = sensitivity.model
     if model.fingerprint != model_fingerprint(checkpoint):
         return True
-    readable = checkpoint.store is not None and not checkpoint.bare and not checkpoint.store.fetches
-    return bool(model.weights) and readable and model.weights != weights_digest(checkpoint)
+    here = isinstance(checkpoint.store, LocalStore) and not checkpoint.bare  # nothing is fetched to find out
+    return bool(model.weights) and here and model.weights != weights_digest(checkpoint)
 
 
 def _role_layers(checkpoint: Checkpoint) -> dict[Role, list[int]]:
