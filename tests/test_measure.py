@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,7 @@ from l4pack.sensitivity.changes import Single
 from l4pack.sensitivity.identity import model_fingerprint, weights_digest
 from l4pack.sensitivity.measure import Direct, Settings, measure, prepare
 from l4pack.sensitivity.options import OPTIONS, options_for
+from l4pack.sensitivity.originals import Originals
 from l4pack.sensitivity.predict import Clusters, Predictor
 from l4pack.sensitivity.record import Change, combined, read_sensitivity
 from l4pack.sensitivity.state import State
@@ -453,6 +456,44 @@ def test_killed_in_the_second_wave_it_goes_on_to_the_same_bytes(l4pack, command,
     assert l4pack("measure", *arguments).code == 0
     assert l4pack("measure", *command("whole.json"), *chosen).code == 0
     assert (tmp_path / "s.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+class DeathError(Exception):
+    """In place of a kill."""
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_whatever_it_dies_beside_it_ends_in_the_same_numbers(checkpoint, text_file, tmp_path, monkeypatch, before):
+    """Every time the state is written, in four waves of which later ones begin at kept inputs of layer 1."""
+    source = open_source(str(checkpoint("scout", **SMALL)))
+    settings = settings_for(text_file, tmp_path / "s.json", options=("int8-g64", "fp8"), streams=6)
+    whole = measure(prepare(source, replace(settings, out=tmp_path / "whole.json")))
+    write, restored, count = State._write, Originals.restore, {"writes": 0, "restored": 0}
+
+    def die(self):
+        count["writes"] += 1
+        if not before:
+            write(self)
+        if count["writes"] == count["alive"]:
+            raise DeathError
+        if before:
+            write(self)
+
+    def note(self):
+        count["restored"] += 1
+        restored(self)
+
+    monkeypatch.setattr(State, "_write", die)
+    monkeypatch.setattr(Originals, "restore", note)
+    found = None
+    for alive in range(2, 9):
+        count |= {"writes": 0, "alive": alive}
+        with contextlib.suppress(DeathError):
+            found = measure(prepare(source, settings))
+            break
+    assert found == whole
+    assert alive > 3
+    assert count["restored"] > 0
 
 
 @pytest.fixture
