@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from conftest import file_digests
 from models import build
 from safetensors.torch import load_file, save_file
 from test_calibration_resume import TEXT, Killed, killed_after
+from test_card import facts
 from test_stream import assert_close, streamed_logits, token_rows
 from transformers import AutoModelForImageTextToText, DynamicCache
 from whole_model import one_thread  # noqa: F401
 
+from l4pack.artifact.card import render_card
 from l4pack.artifact.verify import verify_artifact
 from l4pack.calibration.kv_cache import CacheRange
 from l4pack.calibration.record import RECORD_NAME, record_bytes, record_json
@@ -344,3 +347,14 @@ def test_transformers_loads_the_scales_and_misses_those_of_the_vision_tower(made
     assert not info["unexpected_keys"] | info["mismatched_keys"]
     for name, scale in scales_of(folder).items():
         torch.testing.assert_close(model.get_parameter(name), scale, check_dtype=False, rtol=4e-3, atol=0)
+
+
+@pytest.mark.parametrize(("strategy", "each"), [("tensor", "layer"), ("head", "KV head of a layer")])
+def test_the_card_says_that_the_cache_has_scales(strategy, each):
+    row = f"| KV cache | FP8, with a scale of keys and one of values for each {each} |"
+    plain = facts("int4-rtn")
+    assert "KV cache |" not in render_card(plain)
+    manifest = {**plain.manifest, "recipe": recipe("int4-rtn", strategy).model_dump(mode="json")}
+    card = render_card(replace(plain, manifest=manifest, calibration={"matrices": {}, "routed_tokens": {}}))
+    assert row in card
+    assert "none: rounding has nothing to fall back to" in card
