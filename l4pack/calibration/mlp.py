@@ -53,14 +53,16 @@ def solve_mlp(
     options = scheme.gptq
     assert options is not None
     inner, hidden = matrices.weights[GATE].shape
-    first = _problem(blocks(), hidden, options, outputs=2 * inner)
+    first = _problem(_moments(blocks(), hidden, options), options, outputs=2 * inner)
     solve = partial(_solve, matrices=matrices, scheme=scheme, dtypes=dtypes, rows_at_once=rows_at_once)
     solutions = {name: solve(first, name) for name in (GATE, UP)}
     del first
     solved = {name: weights_of(solution, matrices.model_dtype) for name, solution in solutions.items()}
     after = Matrices(solved, matrices.activation, matrices.model_dtype)
-    second = _problem((_inner(block, matrices, after) for block in blocks()), inner, options, outputs=hidden)
+    moments = _moments((_inner(block, matrices, after) for block in blocks()), inner, options)
     del solved, after
+    second = _problem(moments, options, outputs=hidden)
+    del moments
     return solutions | {DOWN: solve(second, DOWN)}
 
 
@@ -72,7 +74,7 @@ def _inner(block: Block, before: Matrices, after: Matrices) -> Block:
     return Block(inputs, original, block.weights, block.kept)
 
 
-def _problem(blocks: Iterable[Block], width: int, options: GptqOptions, outputs: int) -> gptq.Problem:
+def _moments(blocks: Iterable[Block], width: int, options: GptqOptions) -> Moments:
     moments: Moments | None = None
     for block in blocks:
         if moments is None:
@@ -80,12 +82,14 @@ def _problem(blocks: Iterable[Block], width: int, options: GptqOptions, outputs:
             moments = Moments(width, cross=cross, device=block.inputs.device)
         moments.add(block.inputs, block.original, block.weights)
     assert moments is not None
-    hessian, cross_moments = moments.finish()
-    if cross_moments is not None:
-        cross_moments *= options.asymmetric
-    return gptq.prepare(
-        hessian, cross=cross_moments, act_order=options.act_order, dampening=options.dampening, outputs=outputs
-    )
+    return moments
+
+
+def _problem(moments: Moments, options: GptqOptions, outputs: int) -> gptq.Problem:
+    hessian, cross = moments.finish()
+    if cross is not None:
+        cross *= options.asymmetric
+    return gptq.prepare(hessian, cross=cross, act_order=options.act_order, dampening=options.dampening, outputs=outputs)
 
 
 def _solve(

@@ -31,6 +31,7 @@ from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, quantize_block
 from l4pack.quant.scheme import NumberType, ScaleDtype, Scheme
 from l4pack.quant.triangular import (
+    TILE,
     divide_by_upper_transposed,
     invert_lower,
     quadratic_form,
@@ -174,8 +175,8 @@ def prepare(
 
 
 def _parts_of(rows: Tensor) -> list[Tensor]:
-    """Views of some rows each."""
-    return [rows[first : first + ROWS_AT_ONCE] for first in range(0, len(rows), ROWS_AT_ONCE)]
+    """Views of few rows each, so that what is made of them takes little memory."""
+    return [rows[first : first + TILE] for first in range(0, len(rows), TILE)]
 
 
 def _finite(matrix: Tensor) -> bool:
