@@ -177,7 +177,7 @@ def test_real_shapes_take_seconds(name, wish, tmp_path):
     sensitivity = synthetic(source)
     started = time.process_time()
     fitted = fit(source, sensitivity, wish)
-    assert time.process_time() - started < 15  # seconds on a quiet machine; this one may be shared
+    assert time.process_time() - started < 10  # seconds of the processor: about 4 where nothing else runs
     assert fitted.solution.optimal
     plan = plan_of(fitted, source, tmp_path)
     assert plan.weight_bytes == fitted.weight_bytes
@@ -413,3 +413,21 @@ def test_a_wish_is_told_in_words():
     assert Wish(max_bytes=65 * 10**9).words() == "65,000,000,000 bytes"
     assert Wish(bits=4.5).words() == "4.5 bits a weight"
     assert replace(Wish(device="h100"), context=4096, sequences=2).words() == "h100, 2 x 4,096 tokens"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda record: {"options": {**record.options, "int4": RecipeScheme.model_construct(**{
+            **dict(record.options["int4"]), "group_size": 16})}}, r"options\.int4\.group_size: .* can't hold 16"),
+        (lambda record: {"options": {**record.options, "int4": record.options["int4"].model_copy(
+            update={"format": "gguf"})}}, "no format is named 'gguf'"),
+        (lambda record: {"options": {**record.options, KEEP: record.options["int8"]}}, "'keep' names the original"),
+        (lambda record: {"changes": [record.changes[0].model_copy(update={"kl": 1e300})]}, "1e\\+300 nats is no measurement"),
+    ],
+    ids=["group", "format", "keep", "kl"],
+)  # fmt: skip
+def test_records_that_no_measurement_writes(scout, change, says):
+    record = synthetic(scout)
+    with pytest.raises(UsageError, match=says):
+        fit(scout, record.model_copy(update=change(record)), Wish(bits=6))

@@ -159,7 +159,7 @@ def fit_view(record: FitRecord, chart: Path | None = None) -> list[RenderableTyp
         lines.append(f"memory     fits, {human_gib(record.headroom_bytes)} to spare on each GPU")
     lines += ["", _sizes_table(record), ""]
     lines += [
-        f"[yellow]left out[/yellow]   {one['option']} for {one['role']}: {console.plain(one['why'])}"
+        f"[yellow]left out[/yellow]   {console.plain(one['option'])} for {one['role']}: {console.plain(one['why'])}"
         for one in record.left_out
     ]
     if chart is not None:

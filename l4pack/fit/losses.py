@@ -15,13 +15,15 @@ import numpy as np
 
 from l4pack.checkpoint.source import Checkpoint, LocalStore
 from l4pack.errors import UsageError
+from l4pack.formats import check_accepts, load_format
 from l4pack.model.tensors import QUANTIZABLE, Role
-from l4pack.recipe import RecipeScheme
+from l4pack.recipe import KEEP, RecipeScheme
 from l4pack.resources import data_folder
 from l4pack.sensitivity.identity import model_fingerprint, weights_digest
 from l4pack.sensitivity.record import Change, Joint, Sensitivity, read_sensitivity
 
 UnitKey = tuple[int, Role]
+MAX_KL = 1e3  # nats
 _SHIPPED = {True: "maverick", False: "demo"}  # by whether the model has dense MLPs
 
 
@@ -52,14 +54,29 @@ def losses_for(checkpoint: Checkpoint, sensitivity: Sensitivity) -> Losses:
     """The losses of a model's units.
 
     A record of another model is carried over by role and relative depth: each layer's KL is spread over its share of the
-    depth, so that the sum over a role's layers stays the same for every option.
+    depth, so that the sum over a role's layers stays the same for every option. Raises RecipeError, UsageError.
     """
+    _check(sensitivity)
     stand_in = is_stand_in(sensitivity, checkpoint)
     cleaned = _cleaned(sensitivity.changes)
     layers = _role_layers(checkpoint)
     kl = _carried(cleaned, layers) if stand_in else _own(cleaned, layers)
     changes = {} if stand_in else {(one.layer, one.role, one.option): one for one in sensitivity.changes}
     return Losses(kl, sensitivity.options, sensitivity.model.name, stand_in, tuple(sensitivity.joint), changes)
+
+
+def _check(sensitivity: Sensitivity) -> None:
+    """Refuse what no measurement holds. Raises RecipeError or UsageError."""
+    name = sensitivity.model.name
+    for option, scheme in sensitivity.options.items():
+        check_accepts(
+            load_format(scheme.format), scheme, scheme.activations, f"sensitivity of {name}: options.{option}"
+        )
+    if KEEP in sensitivity.options:
+        raise UsageError(f"sensitivity of {name}: '{KEEP}' names the original", hint="give the option another name")
+    worst = max(abs(change.kl) for change in sensitivity.changes)
+    if worst > MAX_KL:
+        raise UsageError(f"sensitivity of {name}: a KL of {worst:.3g} nats is no measurement", hint="measure again")
 
 
 def is_stand_in(sensitivity: Sensitivity, checkpoint: Checkpoint) -> bool:
