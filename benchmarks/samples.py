@@ -102,7 +102,7 @@ def draw_panel(panel: Any, name: str, points: list[dict[str, Any]]) -> None:
     panel.set_title(name)
     panel.set_xlabel(f"calibration samples of {solved[0]['length']} tokens")
     panel.set_ylabel("mean KL on held-out text, nats")
-    panel.legend(frameon=False)
+    panel.legend(frameon=False, loc="lower left")
     panel.grid(axis="y", alpha=0.3)
 
 
