@@ -31,11 +31,13 @@ from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, quantize_block
 from l4pack.quant.scheme import NumberType, ScaleDtype, Scheme
 from l4pack.quant.triangular import (
-    TILE,
+    all_finite,
     divide_by_upper_transposed,
     invert_lower,
+    permute,
     quadratic_form,
     reverse,
+    row_parts,
     times_upper,
     times_upper_transposed,
 )
@@ -162,25 +164,16 @@ def prepare(
     which takes the place of `cross`.
     """
     diagonal = hessian.diagonal().clamp(min=0)
-    if not all(_finite(matrix) for matrix in (hessian, cross) if matrix is not None):
+    if not all(all_finite(matrix) for matrix in (hessian, cross) if matrix is not None):
         return Problem(hessian, cross, diagonal, None, NOT_FINITE)
     factor = factorize(hessian, act_order=act_order, dampening=dampening)
     if factor is None:
         return Problem(hessian, cross, diagonal, None, NOT_DEFINITE)
     shifting = cross is not None and outputs > len(hessian)
     if cross is not None and shifting:
-        for rows in _parts_of(cross):
+        for rows in row_parts(cross):
             _times_inverse(rows, factor)
     return Problem(hessian, cross, diagonal, factor, "", shifting)
-
-
-def _parts_of(rows: Tensor) -> list[Tensor]:
-    """Views of few rows each, so that what is made of them takes little memory."""
-    return [rows[first : first + TILE] for first in range(0, len(rows), TILE)]
-
-
-def _finite(matrix: Tensor) -> bool:
-    return all(bool(rows.isfinite().all()) for rows in _parts_of(matrix))
 
 
 def solve_problem(
@@ -291,22 +284,16 @@ def factorize(hessian: Tensor, *, act_order: bool, dampening: float) -> Factor |
     failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     for fraction in (dampening, *(step for step in DAMPENING_LADDER if step > dampening)):
         added = torch.where(alive, fraction * mean, mean - diagonal)
-        _permute(hessian, backwards, damped)
+        permute(hessian, backwards, damped)
         damped.diagonal().add_(added[backwards])
         lower = damped.T  # the same numbers in the order of memory that LAPACK works in without a copy
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if int(failed) == 0:
             invert_lower(lower)
-            if _finite(lower):
+            if all_finite(lower):
                 reverse(lower)
                 return Factor(lower, order, added, fraction)
     return None
-
-
-def _permute(matrix: Tensor, order: Tensor, into: Tensor) -> None:
-    """Rows and columns of a square matrix in another order, without a second copy on the way."""
-    for rows, target in zip(_parts_of(order), _parts_of(into), strict=True):
-        target.copy_(matrix[rows][:, order])
 
 
 def _times_inverse(rows: Tensor, factor: Factor) -> None:

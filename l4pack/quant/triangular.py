@@ -1,4 +1,4 @@
-"""Products with triangular and symmetric matrices, in place and with half the work of dense ones.
+"""Large square matrices in little memory; triangular and symmetric ones with half the work of dense products.
 
 torch has no triangular product: here tiles of columns are dense products that leave out the zeros.
 """
@@ -75,3 +75,19 @@ def quadratic_form(rows: Tensor, symmetric: Tensor) -> Tensor:
         if tile.start:
             total += 2 * ((rows[:, : tile.start] @ symmetric[: tile.start, tile]).double() * own).sum(1)
     return total
+
+
+def row_parts(rows: Tensor) -> list[Tensor]:
+    """Views of few rows each, so that what is made of them takes little memory."""
+    return [rows[first : first + TILE] for first in range(0, len(rows), TILE)]
+
+
+def all_finite(matrix: Tensor) -> bool:
+    """Whether every element is a number."""
+    return all(bool(rows.isfinite().all()) for rows in row_parts(matrix))
+
+
+def permute(matrix: Tensor, order: Tensor, into: Tensor) -> None:
+    """Rows and columns of a square matrix in another order, without a second copy on the way."""
+    for rows, target in zip(row_parts(order), row_parts(into), strict=True):
+        target.copy_(matrix[rows][:, order])
