@@ -442,6 +442,11 @@ def test_a_plan_alone_measures_nothing(l4pack, command, tmp_path):
     plan = json.loads(ended.out)["plan"]
     assert (plan["streams"], plan["waves"]) == (10, math.ceil((plan["changes"] + plan["joint"]) / 10))
     assert plan["tokens"] == SAMPLES * LENGTH
+    # Two for each weight a token meets: attention's four matrices, three of the shared and three of a routed expert.
+    layer = 2 * (128 * (2 * 128 + 2 * 64) + 2 * 3 * 128 * 128)
+    layers = 2 * (plan["tokens"] + plan["calibration_tokens"])  # the original, on both texts
+    layers += plan["tokens"] * (2 * plan["joint"] + (2 + 1) * plan["changes"] // 2)
+    assert plan["flop"] == layer * layers
     assert list(tmp_path.iterdir()) == []
 
 

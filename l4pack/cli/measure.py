@@ -18,48 +18,59 @@ from l4pack.units import human_bytes, human_seconds, parse_size
 WORST = 8
 
 
+_TEXT = "Text"
+
+OutFile = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File to write.")]
+Samples = Annotated[int, typer.Option(help="Most sequences measured on.", rich_help_panel=_TEXT)]
+CalibrationText = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|DIR|SET",
+        help="Text that calibrated options are solved for; other sequences of --text unless given.",
+        show_default=False,
+        rich_help_panel=_TEXT,
+    ),
+]
+CalibrationSamples = Annotated[int, typer.Option(help="Most sequences calibrated on.", rich_help_panel=_TEXT)]
+Seed = Annotated[int, typer.Option(help="Which sequences are taken.", rich_help_panel=_TEXT)]
+OptionNames = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,…", help="Options to measure, all unless given; a wrong name lists them.", show_default=False
+    ),
+]
+DirectMode = Annotated[
+    str,
+    typer.Option(
+        metavar="WHICH",
+        help="Measure `all` changes, or two `anchors` a unit and predict the rest; `auto`: all where that is cheap, "
+        "else anchors, and whatever they predict badly.",
+    ),
+]
+Streams = Annotated[
+    int | None, typer.Option(help="Most altered streams at once; what half of the free disk holds.", show_default=False)
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")]
+
+
 def measure(
     source: Source,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File to write.")] = Path("sensitivity.json"),
+    out: OutFile = Path("sensitivity.json"),
     text: TextSource = "demo",
-    samples: Annotated[int, typer.Option(help="Most sequences measured on.", rich_help_panel="Text")] = 32,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|DIR|SET",
-            help="Text that calibrated options are solved for; other sequences of --text unless given.",
-            show_default=False,
-            rich_help_panel="Text",
-        ),
-    ] = None,
-    calibration_samples: Annotated[
-        int, typer.Option(help="Most sequences calibrated on.", rich_help_panel="Text")
-    ] = 256,
+    samples: Samples = 32,
+    calibration: CalibrationText = None,
+    calibration_samples: CalibrationSamples = 256,
     sequence_length: SequenceLength = None,
-    seed: Annotated[int, typer.Option(help="Which sequences are taken.", rich_help_panel="Text")] = 0,
-    options: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,…", help="Options to measure, all unless given; a wrong name lists them.", show_default=False
-        ),
-    ] = None,
-    direct: Annotated[
-        str,
-        typer.Option(
-            metavar="WHICH",
-            help="Measure `all` changes, or two `anchors` a unit and predict the rest; `auto`: all where that is cheap, "
-            "else anchors, and whatever they predict badly.",
-        ),
-    ] = "auto",
-    streams: Annotated[
-        int | None,
-        typer.Option(help="Most altered streams at once; what half of the free disk holds.", show_default=False),
-    ] = None,
+    seed: Seed = 0,
+    options: OptionNames = None,
+    direct: DirectMode = "auto",
+    streams: Streams = None,
     compute: Compute = "auto",
     max_ram: MaxRam = None,
     max_vram: MaxVram = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    restart: Restart = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure what quantizing each part of a model costs: every unit alone, with every option a runtime can serve.
@@ -126,6 +137,7 @@ def plan_view(plan: dict[str, Any]) -> list[RenderableType]:
         ("joint changes", f"{plan['joint']:,}"),
         ("altered streams at once", f"{plan['streams']:,}, in {plan['waves']:,} passes over the weights"),
         ("tokens", f"{plan['tokens']:,} measured, {plan['calibration_tokens']:,} calibrated on"),
+        ("operations", f"{plan['flop']:.2g}, solving aside: at 1 TFLOP/s {human_seconds(plan['flop'] / 1e12)}"),
         ("read", human_bytes(plan["read_bytes"])),
         ("disk meanwhile", human_bytes(plan["disk_bytes"])),
         ("peak memory", human_bytes(plan["peak_ram_bytes"])),

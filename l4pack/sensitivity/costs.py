@@ -27,7 +27,10 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class Costs:
-    """`streams` walk at once, in `waves` passes over the weights at least; bytes read, on disk and in memory."""
+    """`streams` walk at once, in `waves` passes over the weights at least; bytes read, on disk and in memory.
+
+    `flop` are the operations of running all streams once through the layers they walk; solving comes on top.
+    """
 
     changes: int
     direct: int
@@ -36,6 +39,7 @@ class Costs:
     waves: int
     tokens: int
     calibration_tokens: int
+    flop: float
     read_bytes: int
     disk_bytes: int
     peak_ram_bytes: int

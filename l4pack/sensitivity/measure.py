@@ -133,18 +133,19 @@ def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
     rows = _tokens(texts)
     streams = streams_at_once(text, rows, compute.dtype, settings.streams, settings.work)
     direct = _resolved(settings.direct, checkpoint, singles, rows[0])
-    measured = len(_direct(checkpoint, options, singles, direct))
-    streams = min(streams, measured + len(mixtures))
-    waves = math.ceil((measured + len(mixtures)) / streams)
+    changes: list[Change] = [*mixtures, *_direct(checkpoint, options, singles, direct)]
+    streams = min(streams, len(changes))
+    waves = math.ceil(len(changes) / streams)
     kept = sum(rows) * text.hidden_size * compute.dtype.itemsize if waves > 1 else 0
     costs = Costs(
         changes=len(singles),
-        direct=measured,
+        direct=len(changes) - len(mixtures),
         joint=len(mixtures),
         streams=streams,
         waves=waves,
         tokens=rows[0],
         calibration_tokens=rows[1],
+        flop=flop_of(text, text.num_hidden_layers, sum(rows)) + _flop(checkpoint, changes, rows[0]),
         read_bytes=waves * layer_bytes(checkpoint),
         disk_bytes=stream_bytes(text, (streams + 2) * rows[0] + rows[1], compute.dtype) + kept,
         peak_ram_bytes=peak,
@@ -217,11 +218,15 @@ def _check_out(out: Path) -> None:
 
 def _resolved(asked: Direct, checkpoint: Checkpoint, singles: Sequence[Single], tokens: int) -> Direct:
     """`auto` measures everything where that is cheap."""
-    text = checkpoint.config.text
-    layers = sum(text.num_hidden_layers - single.layer for single in singles)
-    if asked is Direct.AUTO and flop_of(text, layers, tokens) <= CHEAP_FLOP:
+    if asked is Direct.AUTO and _flop(checkpoint, singles, tokens) <= CHEAP_FLOP:
         return Direct.ALL
     return asked
+
+
+def _flop(checkpoint: Checkpoint, changes: Iterable[Change], tokens: int) -> float:
+    """Operations of running altered streams from where they begin."""
+    text = checkpoint.config.text
+    return flop_of(text, sum(text.num_hidden_layers - change.layer for change in changes), tokens)
 
 
 def _direct(checkpoint: Checkpoint, options: Options, singles: Iterable[Single], direct: Direct) -> list[Single]:
