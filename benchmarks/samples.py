@@ -73,7 +73,7 @@ def draw(options: argparse.Namespace) -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "l4pack"
+    mpl.rcParams |= {"svg.hashsalt": "l4pack", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     known: dict[str, list[dict[str, Any]]] = json.loads(options.points.read_text())
