@@ -11,6 +11,17 @@ from l4pack.stream.hidden import Buffer
 from l4pack.stream.layer import Stream
 
 SCRATCH = "scratch"
+ROWS_AT_ONCE = 2048
+
+
+def copy_rows(target: Buffer, source: Buffer | None) -> None:
+    """Copy all rows (None: zeros), letting pages go on the way, so that no stream need be resident as a whole."""
+    for start in range(0, len(target.data), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        target.data[rows] = 0 if source is None else source.data[rows]
+        target.release()
+        if source is not None:
+            source.release()
 
 
 class _Rows(Buffer):

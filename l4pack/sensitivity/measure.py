@@ -255,7 +255,6 @@ def _job(prepared: Prepared, stack: ExitStack, progress: Progress) -> Job:
         work=prepared.settings.work,
         progress=progress,
         min_tokens=Calibration().min_tokens,
-        release=prepared.settings.max_ram is not None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from l4pack.sensitivity.lanes import copy_rows
 from l4pack.stream.embed import embed
 from l4pack.stream.hidden import Buffer, Packed
 from l4pack.stream.layer import Stream
@@ -33,7 +34,7 @@ class Originals:
         """Copy the current inputs to where the next layers don't overwrite them."""
         for stream, packed in self._streams:
             kept = self._kept(stream, packed)
-            kept.data.copy_(stream.current.data)
+            copy_rows(kept, stream.current)
             kept.flush()
             kept.close()
 
@@ -41,7 +42,7 @@ class Originals:
         """Take the kept inputs as the current ones."""
         for stream, packed in self._streams:
             kept = self._kept(stream, packed)
-            stream.current.data.copy_(kept.data)
+            copy_rows(stream.current, kept)
             kept.close()
 
     def set_side(self, side: int) -> None:

@@ -26,11 +26,11 @@ from l4pack.model.tensors import Role
 from l4pack.sensitivity.altered import Blocks as Inputs
 from l4pack.sensitivity.altered import altered, calibration_inputs
 from l4pack.sensitivity.changes import Change, Mixture, Single
-from l4pack.sensitivity.lanes import SCRATCH, Lane, Lanes
+from l4pack.sensitivity.lanes import SCRATCH, Lane, Lanes, copy_rows
 from l4pack.sensitivity.options import Options
 from l4pack.sensitivity.originals import Originals
 from l4pack.sensitivity.state import State
-from l4pack.stream.hidden import Packed
+from l4pack.stream.hidden import Buffer, Packed
 from l4pack.stream.layer import Blocks, Forward, LayerPass, Stream
 from l4pack.stream.prefetch import Prefetch
 from l4pack.stream.units import (
@@ -58,7 +58,6 @@ class Job:
     work: Path
     progress: Progress
     min_tokens: int
-    release: bool = False
 
     @property
     def layers(self) -> int:
@@ -125,7 +124,7 @@ class Wave:
         self.originals.embed()
         for change in self.changes:
             if isinstance(change, Mixture):
-                self.lanes[change.key].current.data.copy_(self.originals.measured.current.data)
+                copy_rows(self.lanes[change.key].current, self.originals.measured.current)
         return 0
 
     def _last_calibrated(self, change: Change) -> int:
@@ -169,10 +168,24 @@ class Wave:
     def _scored(self) -> dict[str, Tensor]:
         self.job.progress.label(f"scoring {len(self.changes)} altered streams")
         model, packed = self.job.model, self.job.measured
-        answers = [StreamAnswers(model, self.lanes[change.key].current) for change in self.changes]
-        original = StreamAnswers(model, self.originals.measured.current)
+        answers = [_Answers(model, self.lanes[change.key].current) for change in self.changes]
+        original = _Answers(model, self.originals.measured.current)
         found = divergences(original, answers, packed.scored_rows(), packed.targets())
         return {change.key: kl for change, kl in zip(self.changes, found, strict=True)}
+
+
+class _Answers(StreamAnswers):
+    """A stream's answers, its pages let go as soon as they are read."""
+
+    def __init__(self, model: Model, outputs: Buffer) -> None:
+        super().__init__(model, outputs)
+        self._buffer = outputs
+
+    def normed(self, rows: Tensor) -> Tensor:
+        """See `evaluate.answers.Answers`."""
+        found = super().normed(rows)
+        self._buffer.release()
+        return found
 
 
 class _Layer:
@@ -212,7 +225,7 @@ class _Layer:
 
     def _pass(self, stream: Stream, packed: Packed) -> LayerPass:
         skeleton, job = self._job.model.skeleton, self._job
-        return LayerPass(skeleton, self._index, packed, stream, job.blocks, release=job.release)
+        return LayerPass(skeleton, self._index, packed, stream, job.blocks, release=True)
 
     def _passes(self) -> Iterator[LayerPass]:
         """Every stream that walks through the whole layer."""
@@ -282,20 +295,18 @@ class _Layer:
         if lane is None and single.key not in self._wave.errors_only:
             return
         used = lane or self._wave.lanes[SCRATCH]
-        used.current.data.copy_(self._wave.originals.measured.current.data)
+        copy_rows(used.current, self._wave.originals.measured.current)
         one = self._pass(used, self._job.measured)
         one.attention(changed)
         if lane is not None:
             self._walking[single] = one
         stream = self._wave.originals.measured
-        squares = [
-            (
-                _squared(used.middle.data[rows], stream.middle.data[rows]),
-                _squared(stream.middle.data[rows], stream.current.data[rows]),
-            )
-            for rows in self._rows()
-        ]
-        self._errors[single.key] = sum(one for one, _ in squares), sum(other for _, other in squares)
+        difference = size = 0.0
+        for rows in self._rows():
+            difference += _squared(used.middle.data[rows], stream.middle.data[rows])
+            size += _squared(stream.middle.data[rows], stream.current.data[rows])
+            used.middle.release()
+        self._errors[single.key] = difference, size
 
     def _feed_forward(self, unit: Unit, weights: UnitWeights) -> None:
         role = Role(unit.part.value)
@@ -320,7 +331,7 @@ class _Layer:
             return
         if lane is not None and lane not in self._begun:
             self._begun.append(lane)
-            lane.following.data.zero_()
+            copy_rows(lane.following, None)
         difference, size = self._errors.get(single.key, (0.0, 0.0))
         for rows, inputs in self._original.inputs(unit):
             output = module(inputs).float()
@@ -329,6 +340,7 @@ class _Layer:
             size += float(output.double().square().sum())
             if lane is not None:
                 lane.following.data[rows] += moved.to(lane.following.data)
+                lane.following.release()
         self._errors[single.key] = difference, size
 
     @torch.inference_mode()
@@ -338,6 +350,7 @@ class _Layer:
         for lane in self._begun:
             for rows in self._rows():
                 lane.following.data[rows] += self._wave.originals.measured.following.data[rows]
+                lane.following.release()
 
     def _rows(self) -> Iterator[slice]:
         count, step = self._job.measured.rows, self._job.blocks.rows
