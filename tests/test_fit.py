@@ -21,6 +21,7 @@ from l4pack.fit.budgets import Wish
 from l4pack.fit.fit import fit
 from l4pack.fit.losses import _spread, losses_for
 from l4pack.fit.recipe import recipe_name
+from l4pack.fit.record import fit_record
 from l4pack.fit.solve import Limit, solve, total
 from l4pack.formats import LocalMatrix, hindrances, load_format
 from l4pack.model.tensors import Role
@@ -230,6 +231,7 @@ def test_quantized_sources_are_refused(artifact):
         (Wish(), "one budget: none is given"),
         (Wish(bits=4, max_bytes=5), "--max-bytes and --bits"),
         (Wish(bits=4, runtime="ollama"), "no runtime is named 'ollama'"),
+        (Wish(bits=4, by="expert"), "nothing can be fitted by expert"),
         (Wish(bits=0), "0 bits a weight is no budget"),
         (Wish(bits=float("nan")), "nan bits a weight is no budget"),
         (Wish(bits=4, context=5), "--context goes with --device"),
@@ -335,6 +337,29 @@ def test_what_a_stand_in_did_not_measure_is_kept(scout, maverick):
              if unit.role is Role.DENSE_MLP}  # fmt: skip
     assert dense == {KEEP}
     assert fitted.left_out["every option", Role.DENSE_MLP] == ("not measured",)
+
+
+def test_with_a_stand_in_all_layers_of_a_role_get_the_same(scout, maverick):
+    record = synthetic(maverick, seed=3, noise=1e-4)
+    fitted = fit(scout, record, Wish(bits=7))
+    assert fitted.by == "role"
+    assert len({unit.role for unit in fitted.units}) == len(fitted.units) == 3
+    assert all("layers" not in rule for rule in fitted.recipe.model_dump(exclude_none=True)["rules"])
+    freer = fit(scout, record, Wish(bits=7, by="layer"))
+    assert freer.by == "layer"
+    assert freer.solution.loss <= fitted.solution.loss
+
+
+@pytest.mark.parametrize("wish", [Wish(bits=7), Wish(max_bytes=1_500_000), Wish(device="h100", context=1024)])
+def test_roles_as_one_are_counted_as_their_layers_are(maverick, wish, tmp_path):
+    record = synthetic(maverick, seed=5, noise=1e-4)
+    wish = replace(wish, by="role")
+    fitted = fit(maverick, record, wish)
+    plan = plan_of(fitted, maverick, tmp_path)
+    assert plan.weight_bytes == fitted.weight_bytes
+    layered = fit_record(fitted).choice
+    assert sum(one.kl for one in layered) == pytest.approx(fitted.solution.loss)
+    assert {(one.layer, one.role) for one in layered} == {(key[0], key[1].value) for key in fitted.losses.kl}
 
 
 @settings(max_examples=100, deadline=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,6 +67,13 @@ Runtime = Annotated[
     str,
     typer.Option("--runtime", metavar="NAME", help="What must load it: vllm, sglang, transformers, or any of them."),
 ]
+By = Annotated[
+    str | None,
+    typer.Option(
+        "--by", metavar="layer|role", help="Whether layers of a role may differ; layer where the model itself was "
+        "measured, role with a stand-in.", show_default=False,
+    ),
+]  # fmt: skip
 SensitivityFile = Annotated[
     Path | None,
     typer.Option(
@@ -90,6 +97,7 @@ def fit(
     max_bytes: MaxBytes = None,
     bits: Bits = None,
     runtime: Runtime = "vllm",
+    by: By = None,
     sensitivity: SensitivityFile = None,
     out: Out = Path("fit.yaml"),
     chart: Chart = None,
@@ -109,7 +117,7 @@ def fit(
     from l4pack.sensitivity.record import read_sensitivity
 
     size = None if max_bytes is None else parse_size(max_bytes)
-    wish = Wish(size, bits, device, context, sequences, kv_dtype, runtime)
+    wish = Wish(size, bits, device, context, sequences, kv_dtype, runtime, by)
     wish.check()
     check_file(out)
     if chart is not None:
@@ -174,11 +182,12 @@ def _choice_table(record: FitRecord) -> RenderableType:
     groups: dict[tuple[str, str], list[Chosen]] = defaultdict(list)
     for one in record.choice:
         groups[one.role, one.option].append(one)
+    counts = Counter(one.role for one in record.choice)
     table = console.table("Role", "Option", "Layers", ">Bytes", ">Share of KL")
     for (role, option), members in sorted(groups.items()):
         kl = sum(one.kl for one in members)
         share = f"{100 * kl / record.predicted_kl:.1f} %" if record.predicted_kl else ""
-        layers = _ranges([one.layer for one in members])
+        layers = "all" if len(members) == counts[role] else _ranges([one.layer for one in members])
         table.add_row(role, console.plain(option), layers, human_bytes(sum(one.bytes for one in members)), share)
     return table
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from l4pack.units import KIB, human_bytes, human_gib
 
 ANY_RAM = 2**60  # sizes are asked for, not whether this machine could make the artifact
 ANY = "any"
+LAYER, ROLE = KINDS = ("layer", "role")  # what may differ: every layer's parts, or roles in all layers alike
 # What is said of one tensor besides its name: in a shard's header and the manifest; in the index; of a calibrated matrix
 # in the calibration record.
 PER_TENSOR, PER_INDEXED, PER_CALIBRATED = 173, 43, 400
@@ -32,7 +33,8 @@ MARGIN, LEAST_MARGIN = 0.03, 16 * KIB
 @dataclass(frozen=True)
 class Wish:
     """What a user asks for: one of `max_bytes` (all files of the artifact), `bits` (a weight, over all matrices of
-    attention and MLPs, scales counted, kept ones too) and `device` (with a load), and the runtime that must load it."""
+    attention and MLPs, scales counted, kept ones too) and `device` (with a load), the runtime that must load it, and
+    what may differ."""
 
     max_bytes: int | None = None
     bits: float | None = None
@@ -41,6 +43,7 @@ class Wish:
     sequences: int | None = None
     kv_dtype: str | None = None
     runtime: str = "vllm"
+    by: str | None = None  # "layer" or "role"; None: by layer where the model itself was measured
 
     def check(self) -> None:
         """Raise UsageError for a wish that says nothing, or two things at once."""
@@ -52,6 +55,8 @@ class Wish:
             )
         if self.runtime not in (*RUNTIMES, ANY):
             raise UsageError(f"no runtime is named '{self.runtime}'", hint=f"use {', '.join(RUNTIMES)} or {ANY}")
+        if self.by not in (None, *KINDS):
+            raise UsageError(f"nothing can be fitted by {self.by}", hint=f"use {' or '.join(KINDS)}")
         if self.bits is not None and not 0 < self.bits <= 64:
             raise UsageError(f"{self.bits} bits a weight is no budget", hint="for example --bits 4.5")
         load = [name for name in ("context", "sequences", "kv_dtype") if getattr(self, name) is not None]
@@ -161,6 +166,12 @@ class _Files:
         return f"an artifact of at most {self._max_bytes:,} bytes ({human_bytes(self._max_bytes)})"
 
 
+def _in_stage(unit: Unit, costs: Sequence[int], layers: Collection[int]) -> list[int]:
+    """The part of a unit's bytes that lies in some layers; a role's layers are of equal size."""
+    inside = sum(layer in layers for layer in unit.layers)
+    return [cost * inside // len(unit.layers) for cost in costs]
+
+
 def described_bytes(choice: Choice, sharded: bool) -> int:
     """About what an artifact's headers, index, manifest and calibration record say of a choice's tensors, in bytes."""
     names = sum(len(tensor.name) for tensor in choice.tensors)
@@ -206,7 +217,7 @@ class Device:
         stages = stage_layers(checkpoint.config.text.num_hidden_layers, found.setting.pp)
         self.limits = []
         for stage, layers in zip(found.stages, stages, strict=True):
-            mine = [row if unit.layer in layers else [0] * len(row) for unit, row in zip(units, costs, strict=True)]
+            mine = [_in_stage(unit, row, layers) for unit, row in zip(units, costs, strict=True)]
             self.limits.append(Limit(mine, stage.headroom(high=True) + total(mine, picks)))
 
     def budget(self, recipe: Recipe) -> Budget:

@@ -12,7 +12,7 @@ from l4pack.budget.runtimes import load_runtime
 from l4pack.budget.subject import from_config
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import L4packError, SourceError, UsageError
-from l4pack.fit.budgets import ANY, Device, Plans, Target, Wish, file_costs, make_target
+from l4pack.fit.budgets import ANY, LAYER, ROLE, Device, Plans, Target, Wish, file_costs, make_target
 from l4pack.fit.frontier import Ground, Point, frontier, steps_around, uniform_points
 from l4pack.fit.losses import Losses, losses_for
 from l4pack.fit.recipe import one_line, parse_values, recipe_name, recipe_text, recipe_values
@@ -34,6 +34,7 @@ class Fitted:
     wish: Wish
     budget: str
     losses: Losses
+    by: str
     units: tuple[Unit, ...]
     left_out: Mapping[tuple[str, Role], tuple[str, ...]]
     solution: Solution
@@ -65,7 +66,9 @@ class _Fit:
     def __init__(self, checkpoint: Checkpoint, sensitivity: Sensitivity, wish: Wish, stem: str) -> None:
         self._checkpoint, self._wish, self._stem = checkpoint, wish, stem
         self._losses = losses_for(checkpoint, sensitivity)
-        self._found: Units = model_units(checkpoint, self._losses, wish.runtime, self._parallel())
+        self._by = wish.by or (ROLE if self._losses.stand_in else LAYER)
+        found = model_units(checkpoint, self._losses, wish.runtime, self._parallel())
+        self._found: Units = found if self._by == LAYER else found.alike()
         units = self._found.units
         costs = file_costs(units)
         if not any(len(unit.choices) > 1 for unit in units):
@@ -90,6 +93,7 @@ class _Fit:
             wish=wish,
             budget=target.describe(),
             losses=self._losses,
+            by=self._by,
             units=units,
             left_out=self._found.left_out,
             solution=solution,
@@ -110,7 +114,8 @@ class _Fit:
         changes = self._losses.changes
         if not any(change.rerouting for change in changes.values()):
             return None
-        keys = ((*unit.key, unit.choices[pick].option) for unit, pick in zip(self._ground.units, picks, strict=True))
+        picked = [(unit, unit.choices[pick].option) for unit, pick in zip(self._ground.units, picks, strict=True)]
+        keys = ((layer, unit.role, option) for unit, option in picked for layer in unit.layers)
         return max(0.0, combined(changes[key] for key in keys if key in changes))
 
     def _solve(self, target: Target) -> Solution:

@@ -76,8 +76,8 @@ def _rules(units: Sequence[Unit], picks: Picks) -> list[dict[str, Any]]:
     layers: dict[tuple[Role, str], list[int]] = defaultdict(list)
     counts: dict[Role, int] = defaultdict(int)
     for unit, pick in zip(units, picks, strict=True):
-        layers[unit.role, unit.choices[pick].option].append(unit.layer)
-        counts[unit.role] += 1
+        layers[unit.role, unit.choices[pick].option].extend(unit.layers)
+        counts[unit.role] += len(unit.layers)
     together: dict[tuple[str, tuple[int, ...] | None], list[Role]] = defaultdict(list)
     for (role, option), numbers in sorted(layers.items(), key=lambda item: (list(Role).index(item[0][0]), item[1])):
         if option != KEEP:

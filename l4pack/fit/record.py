@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from l4pack.fit.fit import Fitted
 from l4pack.fit.frontier import Point
+from l4pack.fit.losses import Losses
+from l4pack.fit.units import Choice, Unit
 from l4pack.sensitivity.record import Joint
 
 MAX_BYTES = 16 * 1024 * 1024
@@ -56,6 +58,7 @@ class FitRecord(_Data):
     runtime: str
     stand_in: bool
     measured_on: str
+    by: str = "layer"
     weight_bytes: Bytes
     artifact_bytes: Bytes
     bits_per_weight: float
@@ -87,6 +90,7 @@ def fit_record(fitted: Fitted, recipe: Path | None = None) -> FitRecord:
         runtime=fitted.wish.runtime,
         stand_in=fitted.losses.stand_in,
         measured_on=fitted.losses.measured_on,
+        by=fitted.by,
         weight_bytes=fitted.weight_bytes,
         artifact_bytes=fitted.artifact_bytes,
         bits_per_weight=fitted.bits,
@@ -97,8 +101,9 @@ def fit_record(fitted: Fitted, recipe: Path | None = None) -> FitRecord:
         headroom_bytes=None if fitted.memory is None else fitted.memory.headroom_bytes,
         recipe=None if recipe is None else str(recipe),
         choice=[
-            Chosen(layer=unit.layer, role=unit.role.value, option=one.option, bytes=one.nbytes, kl=one.kl)
+            Chosen(layer=layer, role=unit.role.value, option=one.option, bytes=one.nbytes // len(unit.layers), kl=kl)
             for unit, one in zip(fitted.units, picked, strict=True)
+            for layer, kl in _by_layer(fitted.losses, unit, one)
         ],
         uniform=[_size(point) for point in fitted.uniform],
         steps=[_size(point) for point in fitted.steps],
@@ -109,6 +114,12 @@ def fit_record(fitted: Fitted, recipe: Path | None = None) -> FitRecord:
         ],
         additivity=_additivity(fitted.losses.joint),
     )
+
+
+def _by_layer(losses: Losses, unit: Unit, choice: Choice) -> list[tuple[int, float]]:
+    """What a choice is predicted to cost in each of its unit's layers."""
+    found = [(layer, losses.kl.get((layer, unit.role), {})) for layer in unit.layers]
+    return [(layer, kl.get(choice.option, 0.0)) for layer, kl in found]
 
 
 def read_fit(path: Path) -> FitRecord | None:

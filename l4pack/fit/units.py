@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -33,17 +34,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Unit:
-    """All matrices of a role in a layer; `choices` begin with leaving them as they are."""
+    """All matrices of a role in some layers that get the same; `choices` begin with leaving them as they are."""
 
-    layer: int
+    layers: tuple[int, ...]
     role: Role
     numel: int
     choices: tuple[Choice, ...]
-
-    @property
-    def key(self) -> UnitKey:
-        """Layer and role."""
-        return self.layer, self.role
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,13 @@ class Units:
 
     units: tuple[Unit, ...]
     left_out: Mapping[tuple[str, Role], tuple[str, ...]]
+
+    def alike(self) -> Units:
+        """All layers of a role as one unit, with the options that each of them may be given."""
+        roles: dict[Role, list[Unit]] = defaultdict(list)
+        for unit in self.units:
+            roles[unit.role].append(unit)
+        return replace(self, units=tuple(_joined(units) for units in roles.values()))
 
 
 def model_units(checkpoint: Checkpoint, losses: Losses, runtime: str, tp: int) -> Units:
@@ -76,7 +79,7 @@ def model_units(checkpoint: Checkpoint, losses: Losses, runtime: str, tp: int) -
                 left_out[name, role] = reasons
             else:
                 choices.append(sizes.choice(members, name, kl))
-        units.append(Unit(layer, role, sum(linear.numel for linear, _ in members), tuple(choices)))
+        units.append(Unit((layer,), role, sum(linear.numel for linear, _ in members), tuple(choices)))
     return Units(tuple(units), left_out)
 
 
@@ -92,6 +95,21 @@ def device_bytes(units: Sequence[Unit], found: Budget) -> list[list[int]]:
                 subject = Subject("unit", found.subject.config, tensors)
                 known[id(choice.tensors)] = sum(weights_by_role(subject, setting, found.runtime)[0].values())
     return [[known[id(choice.tensors)] for choice in unit.choices] for unit in units]
+
+
+def _joined(units: Sequence[Unit]) -> Unit:
+    first = units[0]
+    named = [{choice.option: choice for choice in unit.choices} for unit in units]
+    everywhere = [choice.option for choice in first.choices if all(choice.option in one for one in named)]
+    choices = tuple(_together([one[option] for one in named]) for option in everywhere)
+    layers = tuple(layer for unit in units for layer in unit.layers)
+    return Unit(layers, first.role, sum(unit.numel for unit in units), choices)
+
+
+def _together(choices: Sequence[Choice]) -> Choice:
+    tensors = tuple(tensor for choice in choices for tensor in choice.tensors)
+    nbytes, kl = sum(choice.nbytes for choice in choices), sum(choice.kl for choice in choices)
+    return replace(choices[0], nbytes=nbytes, kl=kl, tensors=tensors)
 
 
 Member = tuple[Linear, str]  # a matrix, and its dtype in the source
