@@ -6,7 +6,7 @@ checks:
     device: h100
     context: 131072
     sequences: 1
-    min_headroom: 0.5GiB
+    min_headroom: 0.25GiB
 """
 
 from __future__ import annotations
