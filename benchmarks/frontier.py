@@ -137,6 +137,7 @@ def draw(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     fits = [row for row in rows if "predicted" in row]
     with rc_context({"svg.hashsalt": "l4pack", "svg.fonttype": "none"}):
@@ -160,6 +161,7 @@ def draw(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         ends = [min(row["measured"] for row in fits), max(row["predicted"] for row in fits)]
         right.plot(ends, ends, "--", color="#8b8a84")
         right.set(xlabel="predicted KL", ylabel="measured KL", xscale="log", yscale="log")
+        right.xaxis.set_minor_formatter(NullFormatter())
         for axes in (left, right):
             axes.grid(visible=True, alpha=0.3)
         figure.savefig(options.draw, metadata={"Date": None})
