@@ -58,7 +58,10 @@ BITS = {
     "int4-uniform": {Role.ROUTED_EXPERT: 4, Role.SHARED_EXPERT: 4, Role.DENSE_MLP: 4, Role.ATTENTION: None},
     "scout-int4-1xh100": {Role.ROUTED_EXPERT: 4, Role.SHARED_EXPERT: 8, Role.DENSE_MLP: 8, Role.ATTENTION: 8},
     "maverick-int4-4xh100": {
-        Role.ROUTED_EXPERT: 4, Role.SHARED_EXPERT: None, Role.DENSE_MLP: None, Role.ATTENTION: None,
+        Role.ROUTED_EXPERT: 4,
+        Role.SHARED_EXPERT: None,
+        Role.DENSE_MLP: None,
+        Role.ATTENTION: None,
     },
 }
 
