@@ -336,8 +336,8 @@ class _Layer:
         for rows, inputs in self._original.inputs(unit):
             output = module(inputs).float()
             moved = changed(inputs).float() - output
-            difference += float(moved.double().square().sum())
-            size += float(output.double().square().sum())
+            difference += _energy(moved.double())
+            size += _energy(output.double())
             if lane is not None:
                 lane.following.data[rows] += moved.to(lane.following.data)
                 lane.following.release()
@@ -366,7 +366,12 @@ def _has_rows(one: LayerPass, unit: Unit) -> bool:
 
 def _squared(first: Tensor, second: Tensor) -> float:
     """||first - second||^2."""
-    return float((first.double() - second.double()).square().sum())
+    return _energy(first.double() - second.double())
+
+
+def _energy(values: Tensor) -> float:
+    """Sum of squares, row by row first: torch shares out a sum of everything among threads, and their number would show."""
+    return float(values.square().sum(-1).sum())
 
 
 def _ratio(difference: float, size: float) -> float:
