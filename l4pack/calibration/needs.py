@@ -77,10 +77,10 @@ def _held_bytes(text: TextConfig, recipe: Recipe) -> int:
     """What is there throughout a layer: its attention, as written too if that differs, and the next unit, half of one
     matrix of it still as it is stored."""
     quantized = any(Role.ATTENTION in rule.roles for rule in recipe.rules if rule.scheme != KEEP)
-    return (2 if quantized else 1) * _attention_weights(text) + (3 * FLOAT + 2) * text.hidden_size * _widest(text)
+    return (2 if quantized else 1) * _attention_weights(text) + (3 * FLOAT + 2) * text.hidden_size * widest_mlp(text)
 
 
-def _widest(text: TextConfig) -> int:
+def widest_mlp(text: TextConfig) -> int:
     """The inner width of the largest MLP."""
     dense = text.intermediate_size_mlp if len(text.moe_layers) < text.num_hidden_layers else 0
     return max(dense, text.intermediate_size)
@@ -88,7 +88,7 @@ def _widest(text: TextConfig) -> int:
 
 def _solving_bytes(text: TextConfig, recipe: Recipe, targets: Sequence[Target], rows: int) -> int:
     """The most of one unit over its phases: its weights, and what is made of them."""
-    hidden, widest = text.hidden_size, _widest(text)
+    hidden, widest = text.hidden_size, widest_mlp(text)
     running = (
         3 * hidden * widest + hidden * widest // 2 + rows * (4 * widest + 3 * hidden)
     )  # as written, and its inputs

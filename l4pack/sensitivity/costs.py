@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from l4pack.calibration.needs import BLOCK_ROWS, SOLVE_ROWS
+from l4pack.calibration.needs import BLOCK_ROWS, SOLVE_ROWS, widest_mlp
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import BudgetError, UsageError
 from l4pack.model.config import TextConfig
@@ -98,8 +98,7 @@ def memory_for(text: TextConfig, dtype: torch.dtype, limit: int | None, *, calib
 
 def _altering_bytes(text: TextConfig, calibrated: bool) -> int:
     """An altered unit beside the original; of a calibrated one, moments, factor and rows on their way too."""
-    dense = text.intermediate_size_mlp if len(text.moe_layers) < text.num_hidden_layers else 0
-    inner = max(dense, text.intermediate_size)
+    inner = widest_mlp(text)
     widest = max(text.hidden_size, inner)
     weights = 3 * text.hidden_size * inner * FLOAT
     if not calibrated:
