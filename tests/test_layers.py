@@ -33,7 +33,7 @@ LAYERS = [
     ["recipe"],
     ["formats"],
     ["checkpoint", "hubclient", "demo"],
-    ["model", "quant"],
+    ["model", "quant", "work"],
     ["datafile"],
     ["units", "resources", "errors"],
 ]

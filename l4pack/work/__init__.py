@@ -1,0 +1,1 @@
+"""What keeps a job safe: its identity, its journal, its folder."""
