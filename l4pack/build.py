@@ -25,7 +25,6 @@ from l4pack.budget.load import Load
 from l4pack.budget.model import budget
 from l4pack.budget.record import budget_record
 from l4pack.budget.solve import limits as budget_limits
-from l4pack.checkpoint.journal import write_atomic
 from l4pack.checkpoint.source import Checkpoint, open_folder
 from l4pack.errors import BudgetError, L4packError
 from l4pack.evaluate.gates import require
@@ -41,6 +40,7 @@ from l4pack.sensitivity.identity import model_fingerprint
 from l4pack.subject import open_subject
 from l4pack.summary import plan_record
 from l4pack.units import human_bytes, human_gib, human_seconds
+from l4pack.work.files import write_atomic
 
 if TYPE_CHECKING:
     from l4pack.sensitivity.record import Sensitivity

@@ -28,7 +28,6 @@ from l4pack.budget.load import Load
 from l4pack.budget.matrix import HOSTS, matrix
 from l4pack.budget.model import budget
 from l4pack.calibration.record import RECORD_NAME
-from l4pack.checkpoint.journal import write_atomic
 from l4pack.checkpoint.source import HUB_ID, Checkpoint
 from l4pack.errors import BudgetError, L4packError, LicenceError, QualityError, SourceError, UsageError
 from l4pack.evaluate.gates import gate_results, require
@@ -38,6 +37,7 @@ from l4pack.model.config import parse_config
 from l4pack.recipe import Gates, Promise
 from l4pack.subject import open_subject
 from l4pack.units import human_gib
+from l4pack.work.files import write_atomic
 
 MAX_RECORD = 200_000_000
 MAX_SMALL_FILE = 2_000_000

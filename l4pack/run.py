@@ -23,7 +23,7 @@ from l4pack.calibration.output import Output
 from l4pack.calibration.record import RECORD_NAME, record_json
 from l4pack.calibration.supply import Supply
 from l4pack.calibration.text import with_text
-from l4pack.checkpoint.journal import Journal, locked, sync_folder, write_atomic
+from l4pack.checkpoint.journal import Journal, locked
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.shards import INDEX_NAME
 from l4pack.checkpoint.source import Store
@@ -35,6 +35,7 @@ from l4pack.job import Job
 from l4pack.plan import CONFIG_NAME, Plan, check_room
 from l4pack.quant.quantize import quantize_block
 from l4pack.units import MIB, human_bytes
+from l4pack.work.files import sync_folder, write_atomic
 
 _JOURNAL = "journal.jsonl"
 _ARTIFACT = "artifact"

@@ -17,13 +17,14 @@ import pytest
 from conftest import file_digests
 from dying_run import DyingRuns
 
-from l4pack.checkpoint.journal import Journal, locked, write_atomic
+from l4pack.checkpoint.journal import Journal, locked
 from l4pack.checkpoint.open import open_source
 from l4pack.errors import L4packError, StoppedError, UsageError
 from l4pack.execute import Executor
 from l4pack.plan import make_plan
 from l4pack.recipe import load_recipe
 from l4pack.run import run_plan
+from l4pack.work.files import write_atomic
 
 SLOW_RUN = Path(__file__).parent / "slow_run.py"
 KILLS = 20

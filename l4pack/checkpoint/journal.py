@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from l4pack.errors import L4packError, UsageError
+from l4pack.work.files import write_atomic
 
 _ENTRY: dict[str, type[Any]] = {"finished": list, "digests": dict, "results": dict}
 
@@ -102,23 +103,3 @@ def locked(folder: Path) -> Iterator[None]:
                 f"another run is working in {folder}", hint="wait for it, or choose another --out"
             ) from None
         yield
-
-
-def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Write a file so that a reader sees the old one or the whole new one, even after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.writelines((data,) if isinstance(data, bytes) else data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

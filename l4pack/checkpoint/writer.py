@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from l4pack.checkpoint.journal import sync_folder
 from l4pack.checkpoint.open_files import allow_open_files
 from l4pack.checkpoint.shards import Place, Shard
 from l4pack.units import MIB
+from l4pack.work.files import sync_folder
 
 _HASH_CHUNK = 8 * MIB
 

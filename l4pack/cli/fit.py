@@ -107,7 +107,6 @@ def fit(
 
     Example: `l4pack fit llama-4-scout --max-bytes 65GB --out scout-65gb.yaml`
     """
-    from l4pack.checkpoint.journal import write_atomic
     from l4pack.fit.budgets import Wish
     from l4pack.fit.chart import check_chart, draw_chart
     from l4pack.fit.fit import fit as run
@@ -115,6 +114,7 @@ def fit(
     from l4pack.fit.recipe import check_file
     from l4pack.fit.record import fit_record
     from l4pack.sensitivity.record import read_sensitivity
+    from l4pack.work.files import write_atomic
 
     size = None if max_bytes is None else parse_size(max_bytes)
     wish = Wish(size, bits, device, context, sequences, kv_dtype, runtime, by)

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from l4pack.checkpoint.journal import write_atomic
 from l4pack.checkpoint.source import open_folder
 from l4pack.cli import console
 from l4pack.cli.evaluate import beside
 from l4pack.cli.options import Artifact, DeviceName
 from l4pack.errors import UsageError
+from l4pack.work.files import write_atomic
 
 
 def report(

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from l4pack.checkpoint.journal import write_atomic
 from l4pack.errors import UsageError
 from l4pack.evaluate.gates import gate_results
 from l4pack.recipe import Gates
+from l4pack.work.files import write_atomic
 
 ACCURACY_NAME = "accuracy.json"
 MAX_BYTES = 200_000_000

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l4pack.checkpoint.journal import sync_folder, write_atomic
 from l4pack.errors import UsageError
 from l4pack.evaluate.answers import Answers
 from l4pack.evaluate.scoring import TOKEN_BLOCK, VOCABULARY_CHUNK, score_pair
+from l4pack.work.files import sync_folder, write_atomic
 
 RECORD_NAME, SCHEMA_VERSION = "reference.json", 1
 HIDDEN_NAME, SCALE_NAME, HEAD_NAME = "hidden.npy", "scale.npy", "head.npy"

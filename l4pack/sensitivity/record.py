@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from l4pack.checkpoint.journal import write_atomic
 from l4pack.datafile import validate
 from l4pack.errors import UsageError
 from l4pack.model.tensors import Role
 from l4pack.recipe import RecipeScheme
+from l4pack.work.files import write_atomic
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 64 * 1024 * 1024

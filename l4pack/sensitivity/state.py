@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from l4pack.checkpoint.journal import write_atomic
 from l4pack.errors import UsageError
+from l4pack.work.files import write_atomic
 
 STATE_NAME = "state.json"
 

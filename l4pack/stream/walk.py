@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from l4pack.checkpoint.journal import locked, write_atomic
+from l4pack.checkpoint.journal import locked
 from l4pack.errors import StoppedError, UsageError
 from l4pack.stream.embed import embed
 from l4pack.stream.hidden import Packed
@@ -36,6 +36,7 @@ from l4pack.stream.units import (
     unit_bytes,
 )
 from l4pack.stream.weights import Weights
+from l4pack.work.files import write_atomic
 
 STATE_NAME = "state.json"
 
