@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
 
 import torch
 
@@ -39,6 +41,13 @@ class Compute:
         if self.device.type == "cuda":
             return str(torch.cuda.get_device_name(self.device))
         return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+    def parts(self) -> dict[str, Any]:
+        """What decides the last bits of what is computed, as parts of a job's identity."""
+        parts: dict[str, Any] = {"--compute": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
+        if self.device.type == "cpu":
+            parts["threads"] = torch.get_num_threads()
+        return parts | {f"{name} version": version(name) for name in ("torch", "transformers")}
 
     def limit(self, max_ram: int | None, max_vram: int | None) -> int | None:
         """The bytes that weights and activations must fit in."""

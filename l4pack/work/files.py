@@ -1,16 +1,21 @@
-"""Files that are there whole or not at all, even after a power cut."""
+"""Files that are there whole or not at all, even after a power cut, and that are never somebody else's by a link."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
+
+from l4pack.errors import UsageError
 
 
 def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write a file so that a reader sees the old one or the whole new one, even after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
+    temporary.unlink(missing_ok=True)  # it may be a link
+    with temporary.open("xb") as stream:
         stream.writelines((data,) if isinstance(data, bytes) else data)
         stream.flush()
         os.fsync(stream.fileno())
@@ -25,3 +30,33 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_own(path: Path, flags: int, mode: int = 0o644) -> int:
+    """`os.open` for a job's own file. Raises UsageError when it is a link, has a second name, or is no plain file."""
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _not_own(path) from error
+        raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        os.close(descriptor)
+        raise _not_own(path)
+    return descriptor
+
+
+def _not_own(path: Path) -> UsageError:
+    return UsageError(
+        f"{path} is a link, and what it leads to is not the job's", hint="remove the link, or choose another folder"
+    )
+
+
+def read_own(path: Path, most: int) -> bytes:
+    """The bytes of a job's own file. Raises OSError, UsageError (see `open_own`), ValueError for more than `most`."""
+    with open(open_own(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:  # a pipe must not be waited for
+        raw = stream.read(most + 1)
+    if len(raw) > most:
+        raise ValueError(f"{path} has more than {most:,} bytes")
+    return raw

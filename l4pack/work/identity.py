@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from l4pack.errors import UsageError
+
 _SHOWN = 40  # characters of a value in a message
+_NAMED = 3  # changes in a message
+_COMMAND = 2000  # characters of a command in a message
+_DIGEST = re.compile("[0-9a-f]{40,}")
+_TOKEN = re.compile(r"\bhf_\w+")
 Parts = Mapping[str, Any]
 
 
@@ -41,13 +49,34 @@ def flat(value: Any, name: str) -> dict[str, Any]:
     return found
 
 
+def another_job(folder: Path, changes: Sequence[str], command: str | None = None) -> UsageError:
+    """What to raise for a folder begun as a job that differs by `changes` (see Identity) from the one asked for.
+
+    `command` is the earlier one, as it was typed, if that is known.
+    """
+    more = f"; and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
+    earlier = f"repeat the earlier command, {command}" if command else "repeat the earlier command"
+    return UsageError(
+        f"{folder} was begun as another job: {'; '.join(changes[:_NAMED])}{more}",
+        hint=f"{earlier}; or add --restart to begin again",
+    )
+
+
+def command_shown(command: Any) -> str | None:
+    """A command as a state or journal keeps it, fit to be shown: one printable line without tokens, or None."""
+    if not isinstance(command, str) or len(command) > _COMMAND or not command.isprintable():
+        return None
+    return _TOKEN.sub("hf_…", command)
+
+
 def _change(name: str, was: Any, now: Any) -> str:
     shown = [_short(was), _short(now)]
-    if shown[0] == shown[1]:  # digests and long texts differ where it can't be seen
-        return f"{name} has changed"
-    return f"{name} was {shown[0]} and is {shown[1]}"
+    if shown[0] == shown[1] or all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in (was, now)):
+        return f"{_short(name)} has changed"  # digests say nothing, and long texts differ where it can't be seen
+    return f"{_short(name)} was {shown[0]} and is {shown[1]}"
 
 
 def _short(value: Any) -> str:
     text = "not given" if value is None else str(value)
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
