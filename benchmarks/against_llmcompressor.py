@@ -40,7 +40,9 @@ from l4pack.checkpoint.source import open_folder
 from l4pack.evaluate import evaluate as evaluation
 from l4pack.evaluate.scoring import PairedScores, score_pair
 from l4pack.evaluate.statistics import clusters, mean_and_error
-from l4pack.stream.text import TextChoice, load_text, load_tokenizer
+from l4pack.text.choice import TextChoice
+from l4pack.text.sequences import load_text
+from l4pack.text.tokenizer import load_tokenizer
 
 SIDE = Path(__file__).with_name("llmcompressor_side.py")
 THEIRS = "llm-compressor"

@@ -25,7 +25,7 @@ from l4pack.evaluate.evaluate import Settings, evaluate
 from l4pack.plan import make_plan
 from l4pack.recipe import Recipe, load_recipe
 from l4pack.run import run_plan
-from l4pack.stream.text import TextChoice
+from l4pack.text.choice import TextChoice
 
 RTN: dict[str, Any] = {"method": "rtn", "gptq": None}
 

@@ -40,8 +40,8 @@ from l4pack.run import run_plan
 from l4pack.stream.hidden import TokenSequence
 from l4pack.stream.layer import LayerPass
 from l4pack.stream.prefetch import Prefetch
-from l4pack.stream.text import TokenText, token_digest
 from l4pack.stream.units import Part
+from l4pack.text.sequences import TokenText, token_digest
 
 LENGTH, VOCABULARY = 2048, 1024
 LAYERS = 48  # of Scout; half of Maverick's 48 are MoE layers, of 128 experts each, half dense ones of twice the width

@@ -19,7 +19,9 @@ import torch
 from gptq_ingredients import VARIANTS, measure, recipe_of
 
 from l4pack.checkpoint.open import open_source
-from l4pack.stream.text import TextChoice, load_text, load_tokenizer
+from l4pack.text.choice import TextChoice
+from l4pack.text.sequences import load_text
+from l4pack.text.tokenizer import load_tokenizer
 
 SHIPPED = "gptq mse act asym, 4 sweeps"
 ROUNDING = "rtn"

@@ -44,7 +44,7 @@ from l4pack.work.files import write_atomic
 
 if TYPE_CHECKING:
     from l4pack.sensitivity.record import Sensitivity
-    from l4pack.stream.text import TextChoice
+    from l4pack.text.choice import TextChoice
 
 
 class Outcome(StrEnum):

@@ -30,7 +30,7 @@ from l4pack.recipe import KEEP, KV_CACHE, Activations, Recipe
 from l4pack.units import MIB, human_bytes
 
 if TYPE_CHECKING:
-    from l4pack.stream.text import TokenText
+    from l4pack.text.sequences import TokenText
 
 # Resident memory of the interpreter with numpy, Numba and the compiled kernels, before the first buffer; a benchmark
 # holds it against what the operating system measures.

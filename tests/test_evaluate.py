@@ -22,7 +22,9 @@ from l4pack.errors import UsageError
 from l4pack.evaluate.scoring import PairedScores, Scores
 from l4pack.evaluate.statistics import HISTOGRAM_EDGES, clusters, mean_and_error, percentile, summarize
 from l4pack.evaluate.tasks import Question, Task, choices_made, continuation, task_record
-from l4pack.stream.text import TextChoice, load_text, load_tokenizer
+from l4pack.text.choice import TextChoice
+from l4pack.text.sequences import load_text
+from l4pack.text.tokenizer import load_tokenizer
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "sleeps", "under", "old", "apple", "tree")
 

@@ -29,6 +29,7 @@ LAYERS = [
     ["accelerator"],
     ["execute"],
     ["assign"],
+    ["text"],
     ["artifact", "budget", "stream"],
     ["recipe"],
     ["formats"],

@@ -38,7 +38,7 @@ from l4pack.sensitivity.predict import Clusters, Predictor
 from l4pack.sensitivity.record import Change, combined, read_sensitivity
 from l4pack.sensitivity.state import State
 from l4pack.stream.activations import Activations
-from l4pack.stream.text import TextChoice
+from l4pack.text.choice import TextChoice
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "sleeps", "under", "old", "apple", "tree")
 LENGTH, SAMPLES = 96, 4

@@ -48,7 +48,7 @@ def evaluated_once(artifact, checkpoint, tmp_path_factory):
     from l4pack.evaluate.evaluate import Settings, evaluate
     from l4pack.evaluate.record import write_accuracy
     from l4pack.recipe import Gates
-    from l4pack.stream.text import TextChoice
+    from l4pack.text.choice import TextChoice
 
     folder = tmp_path_factory.mktemp("report")
     made = folder / "Llama-tiny-Int4"

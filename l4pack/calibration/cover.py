@@ -19,10 +19,12 @@ from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed
 from l4pack.stream.layer import LayerPass, Routing, Stream
 from l4pack.stream.modules import Skeleton
-from l4pack.stream.text import DEMO_CALIBRATION, TextChoice, load_text, load_tokenizer
 from l4pack.stream.units import Unit
 from l4pack.stream.walk import Model, Progress, Walk
 from l4pack.stream.weights import Weights
+from l4pack.text.choice import DEMO_CALIBRATION, TextChoice
+from l4pack.text.sequences import load_text
+from l4pack.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ def with_text(plan: Plan, source: str | None = None) -> Plan:
     Raises UsageError (the text), SourceError (no tokenizer).
     """
     # Imported here because commands import this module, and torch takes seconds.
-    from l4pack.stream.text import DEMO_CALIBRATION, TextChoice, load_text, load_tokenizer
+    from l4pack.text.choice import DEMO_CALIBRATION, TextChoice
+    from l4pack.text.sequences import load_text
+    from l4pack.text.tokenizer import load_tokenizer
 
     asked = plan.recipe.calibration
     assert asked is not None

@@ -102,7 +102,7 @@ def build_command(
 
     Example: `l4pack build demo --recipe int4-rtn --out demo-int4 --device h100 --context 8192`
     """
-    from l4pack.stream.text import TextChoice  # imports torch
+    from l4pack.text.choice import TextChoice  # imports torch
 
     chosen_device = chosen(compute)
     checkpoint = open_source(source)

@@ -108,7 +108,7 @@ def evaluate(
     from l4pack.evaluate.gates import parse_recovery, require
     from l4pack.evaluate.record import write_accuracy
     from l4pack.recipe import Gates
-    from l4pack.stream.text import TextChoice
+    from l4pack.text.choice import TextChoice
 
     settings = Settings(
         work=work or beside(artifact, ".evaluate.partial"),

@@ -78,7 +78,7 @@ def measure(
     Example: `l4pack measure demo --samples 8 --out sensitivity.json`
     """
     from l4pack.sensitivity.measure import Direct, Settings, prepare
-    from l4pack.stream.text import TextChoice
+    from l4pack.text.choice import TextChoice
 
     if direct not in list(Direct):
         raise UsageError(f"--direct {direct} is not known", hint=f"choose {', '.join(Direct)}")

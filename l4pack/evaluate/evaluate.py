@@ -45,9 +45,11 @@ from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, TokenSequence
 from l4pack.stream.memory import blocks_for
 from l4pack.stream.modules import Skeleton
-from l4pack.stream.text import TextChoice, TokenText, load_text, load_tokenizer, token_digest
 from l4pack.stream.walk import Model, Progress, Walk
 from l4pack.stream.weights import Weights
+from l4pack.text.choice import TextChoice
+from l4pack.text.sequences import TokenText, load_text, token_digest
+from l4pack.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

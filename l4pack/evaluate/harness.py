@@ -22,9 +22,9 @@ from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, TokenSequence
 from l4pack.stream.memory import blocks_for
 from l4pack.stream.modules import Skeleton
-from l4pack.stream.text import token_digest
 from l4pack.stream.walk import Model, Progress, Walk
 from l4pack.stream.weights import Weights
+from l4pack.text.sequences import token_digest
 
 STREAMED = "streamed"
 ENGINES = {"vllm": "vllm", "transformers": "hf"}

@@ -14,7 +14,7 @@ from torch import Tensor
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
 from l4pack.stream.hidden import TokenSequence
-from l4pack.stream.text import load_tokenizer
+from l4pack.text.tokenizer import load_tokenizer
 
 Scorer = Callable[[Sequence[TokenSequence]], list[tuple[Tensor, Tensor]]]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
-from l4pack.stream.text import TokenText, load_tokenizer
+from l4pack.text.sequences import TokenText
+from l4pack.text.tokenizer import load_tokenizer
 
 _SHOWN = "num_hidden_layers", "hidden_size", "num_local_experts", "vocab_size"
 

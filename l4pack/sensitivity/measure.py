@@ -43,9 +43,9 @@ from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed
 from l4pack.stream.layer import Blocks
 from l4pack.stream.modules import Skeleton
-from l4pack.stream.text import TextChoice
 from l4pack.stream.walk import Model, Progress
 from l4pack.stream.weights import Weights
+from l4pack.text.choice import TextChoice
 
 
 class Direct(StrEnum):

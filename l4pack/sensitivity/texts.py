@@ -13,15 +13,9 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
 from l4pack.evaluate.statistics import clusters
 from l4pack.stream.hidden import TokenSequence
-from l4pack.stream.text import (
-    DEMO_CALIBRATION,
-    DEMO_TEXT,
-    TextChoice,
-    TokenText,
-    load_text,
-    load_tokenizer,
-    token_digest,
-)
+from l4pack.text.choice import DEMO_CALIBRATION, DEMO_TEXT, TextChoice
+from l4pack.text.sequences import TokenText, load_text, token_digest
+from l4pack.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

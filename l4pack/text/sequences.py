@@ -15,28 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from l4pack.checkpoint.source import Checkpoint
-from l4pack.errors import SourceError, UsageError
+from l4pack.errors import UsageError
 from l4pack.stream.hidden import TokenSequence
+from l4pack.text.choice import DEFAULT_LENGTH, DEMO_CALIBRATION, DEMO_TEXT, NAMED_SETS, TEXT_SUFFIXES, TextChoice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DEMO_TEXT, DEMO_CALIBRATION = "demo", "demo-calibration"
-NAMED_SETS = ("wikitext2", "c4", "c4-new")  # optimum.gptq.data
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
-DEFAULT_SAMPLES, DEFAULT_LENGTH = 32, 2048
-_TOKENIZER_FILES = ("tokenizer", "special_tokens", "chat_template", "added_tokens")
-
-
-@dataclass(frozen=True)
-class TextChoice:
-    """Which text, and how much of it."""
-
-    source: str = DEMO_TEXT
-    samples: int = DEFAULT_SAMPLES
-    sequence_length: int | None = None  # None: 2048, or the model's context if that is shorter
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,26 +37,6 @@ class _Document:
 
     text: str
     conversation: bool = False
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer; nothing is downloaded beyond its files. Raises SourceError."""
-    names = [name for name in checkpoint.companions if name.startswith(_TOKENIZER_FILES)]
-    if checkpoint.store is None or "tokenizer.json" not in names:
-        raise SourceError(
-            f"{checkpoint.name} has no tokenizer.json", hint="download the tokenizer's files into the folder"
-        )
-    paths = {name: checkpoint.store.path(name) for name in names}
-    from transformers import PreTrainedTokenizerFast
-
-    folder = paths["tokenizer.json"].parent
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SourceError(
-            f"{checkpoint.name}: tokenizer.json can't be read ({reason})", hint="download it again"
-        ) from error
 
 
 def load_text(choice: TextChoice, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> TokenText:

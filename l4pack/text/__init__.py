@@ -1,0 +1,1 @@
+"""Rows of people's files to token sequences."""
