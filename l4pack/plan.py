@@ -14,7 +14,15 @@ import psutil
 
 from l4pack import __version__
 from l4pack.artifact.kv_cache import cache_limits
-from l4pack.artifact.manifest import MANIFEST_NAME, Manifest
+from l4pack.artifact.manifest import (
+    MANIFEST_NAME,
+    UNKNOWN,
+    Contents,
+    Manifest,
+    file_record,
+    shard_record,
+    tensor_record,
+)
 from l4pack.artifact.stanza import quantization_config
 from l4pack.assign import Action, Assignment, PlannedTensor, Target, Task, assign, cut, is_calibrated, source_dtype
 from l4pack.calibration.itinerary import Itinerary, file_sizes
@@ -100,15 +108,30 @@ class Plan:
     @cached_property
     def files(self) -> dict[str, int]:
         """Every file of the artifact and its exact size."""
-        sizes = {shard.file: shard.nbytes for shard in self.shards}
+        sizes = {shard.file: shard.nbytes for shard in self.shards} | self.beside
+        sizes[MANIFEST_NAME] = len(self.manifest_json({}, {}))
+        return sizes
+
+    @cached_property
+    def beside(self) -> dict[str, int]:
+        """Every file beside the weights but the manifest, and its exact size."""
+        sizes = {}
         if self.index_json is not None:
             sizes[INDEX_NAME] = len(self.index_json)
         sizes |= self.checkpoint.companions
         sizes[CONFIG_NAME] = len(self.config_json)
         if self.needs is not None:
             sizes[RECORD_NAME] = record_bytes(self)
-        sizes[MANIFEST_NAME] = len(self.manifest.to_json({tensor.name: "0" * 64 for tensor in self.tensors}))
         return sizes
+
+    def manifest_json(self, tensors: Mapping[str, str], files: Mapping[str, str]) -> bytes:
+        """The manifest's bytes with the hex SHA-256 of tensors and of files beside the weights, as far as known."""
+        contents = Contents(
+            {name: file_record(size, files.get(name, UNKNOWN)) for name, size in self.beside.items()},
+            {shard.file: shard_record(shard.nbytes, shard.prefix) for shard in self.shards},
+            {tensor.name: tensor_record(tensor, tensors.get(tensor.name, UNKNOWN)) for tensor in self.tensors},
+        )
+        return self.manifest.to_json(contents)
 
     @property
     def artifact_bytes(self) -> int:

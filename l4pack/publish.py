@@ -268,7 +268,7 @@ def _facts(
     return CardFacts(
         name=name,
         policy=policy,
-        manifest=manifest.model_dump(mode="json", exclude={"tensors"}),
+        manifest=manifest.model_dump(mode="json", exclude={"files", "shards", "tensors"}),
         config=config,
         files=files,
         base_model=base,

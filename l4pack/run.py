@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import shutil
 import signal
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 import psutil
 
@@ -92,7 +94,8 @@ def run_plan(
             (work / _JOURNAL).unlink(missing_ok=True)
             shutil.rmtree(work / _HIDDEN, ignore_errors=True)
         resumed = _work(plan, store, work, quantize, advance or (lambda _: None), stop, device)
-        _finish(plan, store, work / _ARTIFACT, out)
+        (work / _ARTIFACT).replace(out)
+        sync_folder(out.parent)
         shutil.rmtree(work)
     return RunResult(out, time.monotonic() - started, plan.read_bytes - resumed, resumed, _peak_rss())
 
@@ -120,10 +123,12 @@ def _taken(plan: Plan, out: Path) -> bool:
         return False
     sizes = {path.name: path.stat().st_size for path in out.iterdir()} if out.is_dir() else {}
     same = all(sizes.get(name) == size for name, size in plan.files.items())
-    if same and (out / CONFIG_NAME).read_bytes() == plan.config_json:
-        head = plan.manifest.to_json({}).partition(b'"tensors"')[0]
-        if (out / MANIFEST_NAME).read_bytes().startswith(head):
-            return True
+    if (
+        same
+        and (out / CONFIG_NAME).read_bytes() == plan.config_json
+        and (out / MANIFEST_NAME).read_bytes().startswith(plan.manifest.head())
+    ):
+        return True
     raise UsageError(f"{out} exists and is not this artifact", hint="choose another --out, or remove it yourself")
 
 
@@ -136,7 +141,7 @@ def _work(
     stop: threading.Event,
     device: str,
 ) -> int:
-    """Write all shards and the manifest; returns the source bytes that an earlier run was done with."""
+    """Write every file, the manifest last; returns the source bytes that an earlier run was done with."""
     folder = work / _ARTIFACT
     folder.mkdir(exist_ok=True)
     begun_as = plan.digest()
@@ -162,9 +167,10 @@ def _work(
                 journal.record(digests=_digests_left(plan, journal, writer))
         finally:
             writer.close()
+        files = _write_beside(plan, store, folder)
         if plan.digest() != begun_as:
             raise _changed(plan)
-        write_atomic(folder / MANIFEST_NAME, plan.manifest.to_json(journal.digests))
+        write_atomic(folder / MANIFEST_NAME, plan.manifest_json(journal.digests, files))
         return job.resumed_bytes
     finally:
         journal.close()
@@ -221,18 +227,29 @@ def _check_disk(plan: Plan, folder: Path) -> None:
         )
 
 
-def _finish(plan: Plan, store: Store, folder: Path, out: Path) -> None:
-    """Add the other files, config.json last, and let the artifact appear under its name."""
+def _write_beside(plan: Plan, store: Store, folder: Path) -> dict[str, str]:
+    """Write the files beside the weights, config.json last; returns their hex SHA-256, taken of what was read."""
+    digests = {}
     for file, nbytes in plan.checkpoint.companions.items():
+        digest = hashlib.sha256()
         with store.path(file).open("rb") as stream:
-            write_atomic(folder / file, iter(lambda: stream.read(_COPY_CHUNK), b""))
+            write_atomic(folder / file, _hashed(stream, digest))
         if (folder / file).stat().st_size != nbytes:
             raise _changed(plan)
-    if plan.index_json is not None:
-        write_atomic(folder / INDEX_NAME, plan.index_json)
-    write_atomic(folder / CONFIG_NAME, plan.config_json)
-    folder.replace(out)
-    sync_folder(out.parent)
+        digests[file] = digest.hexdigest()
+    if plan.needs is not None:
+        digests[RECORD_NAME] = hashlib.sha256((folder / RECORD_NAME).read_bytes()).hexdigest()
+    for file, data in ((INDEX_NAME, plan.index_json), (CONFIG_NAME, plan.config_json)):
+        if data is not None:
+            write_atomic(folder / file, data)
+            digests[file] = hashlib.sha256(data).hexdigest()
+    return digests
+
+
+def _hashed(stream: BinaryIO, digest: hashlib._Hash) -> Iterator[bytes]:
+    while chunk := stream.read(_COPY_CHUNK):
+        digest.update(chunk)
+        yield chunk
 
 
 def _changed(plan: Plan) -> SourceError:

@@ -14,7 +14,7 @@ from test_licence import write
 
 from l4pack.artifact.card import CardFacts, Fit, render_card, with_error
 from l4pack.artifact.licence import Card, audit
-from l4pack.artifact.manifest import Manifest
+from l4pack.artifact.manifest import Contents, Manifest
 from l4pack.artifact.policy import policy_named
 from l4pack.checkpoint.open import open_source
 from l4pack.errors import UsageError
@@ -35,7 +35,7 @@ ACCURACY = {
 
 def facts(recipe: str = "scout-int4-1xh100", **changes: Any) -> CardFacts:
     source = open_source("llama-4-scout")
-    manifest = json.loads(Manifest.of(source, load_recipe(recipe)).to_json({}))
+    manifest = json.loads(Manifest.of(source, load_recipe(recipe)).to_json(Contents()))
     files = {f"model-{i:05}-of-00014.safetensors": 4_633_000_000 for i in range(1, 15)} | {"config.json": 3000}
     made = CardFacts(NAME, policy_named("llama4"), manifest, source.config.raw, files, base_model=BASE)
     return replace(made, **changes)

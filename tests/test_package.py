@@ -92,7 +92,7 @@ MANIFESTS = {
     "absent": (None, "has no l4pack-manifest"),
     "not JSON": ("{", "is not JSON"),
     "a list": ("[]", "Input should be"),
-    "another version": ({"schema_version": 2}, "schema_version"),
+    "another version": ({"schema_version": 3}, "schema_version"),
     "an unknown key": ({"clock": 1}, "clock"),
     "a repository that is none": ({"source": {"repository": "../x"}}, r"source\.repository"),
     "a digest that is none": ({"tensors": {"a": {"sha256": "abc"}}}, r"tensors\.a\.sha256"),

@@ -14,6 +14,7 @@ from models import unfuse
 from safetensors.torch import load_file
 
 from l4pack.artifact.manifest import MANIFEST_NAME
+from l4pack.checkpoint.header import read_header
 from l4pack.checkpoint.open import open_source
 from l4pack.plan import Limits, make_plan
 from l4pack.quant.layout import Layout
@@ -175,6 +176,25 @@ def test_the_other_files_come_along_and_the_card_does_not(checkpoint, tmp_path):
     for name in carried:
         assert (result.out / name).read_bytes() == (source / name).read_bytes()
     assert {path.name for path in result.out.iterdir()} - carried == {"config.json", "model.safetensors", MANIFEST_NAME}
+
+
+def test_the_manifest_holds_every_other_file(artifact):
+    made = artifact("int4")
+    manifest = json.loads((made / MANIFEST_NAME).read_text())
+    shards = {name: entry["bytes"] for name, entry in manifest["shards"].items()}
+    files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    sizes = {path.name: path.stat().st_size for path in made.iterdir()}
+    assert sizes.keys() == {*files, *shards, MANIFEST_NAME}
+    assert {name: (sizes[name], digest) for name, digest in file_digests(made).items() if name in files} == files
+    assert shards == {name: size for name, size in sizes.items() if name.endswith(".safetensors")}
+    for name, entry in manifest["shards"].items():
+        raw = (made / name).read_bytes()
+        prefix = raw[: 8 + int.from_bytes(raw[:8], "little")]
+        assert entry["header_sha256"] == hashlib.sha256(prefix).hexdigest()
+    headers = {n: e for name in shards for n, e in read_header(made / name, name).items()}
+    assert {n: (e["dtype"], tuple(e["shape"])) for n, e in manifest["tensors"].items()} == {
+        name: (entry.dtype, entry.shape) for name, entry in headers.items()
+    }
 
 
 def test_the_manifest_has_every_tensors_digest(artifact):

@@ -1,4 +1,7 @@
-"""`l4pack-manifest.json`: what an artifact was made from, how, and the digest of every tensor in it.
+"""`l4pack-manifest.json`: what an artifact was made from, how, and the digest of everything else in it.
+
+Three sections hold the artifact: `files` (size and SHA-256 of every file beside the weights), `shards` (size, and SHA-256
+of all before the first tensor) and `tensors` (dtype, shape and SHA-256). Version 1 had the tensors' digests alone.
 
 Nothing in it depends on the clock, the machine or a path, so the same input gives the same bytes.
 """
@@ -10,16 +13,18 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from l4pack import __version__
+from l4pack.checkpoint.header import TypedTensor
 from l4pack.checkpoint.source import HUB_ID, Checkpoint
 from l4pack.recipe import Recipe
 
 MANIFEST_NAME = "l4pack-manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+UNKNOWN = "0" * 64  # stands in a plan for a SHA-256 that only the run will know
 _CACHE_FOLDER = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
 
 
@@ -40,17 +45,50 @@ class Manifest:
         pinned = None if recipe.calibration is None else unknown
         return cls(source_record(checkpoint), recipe.model_dump(mode="json"), pinned)
 
-    def to_json(self, digests: Mapping[str, str]) -> bytes:
-        """The file's bytes, given the hex SHA-256 of every tensor."""
+    def head(self) -> bytes:
+        """The file's first bytes, which say what was made and from what, up to the digests."""
         value = {
             "schema_version": SCHEMA_VERSION,
             "l4pack_version": __version__,
             "source": self.source,
             "recipe": self.recipe,
             **({} if self.calibration is None else {"calibration": self.calibration}),
-            "tensors": {name: {"sha256": digest} for name, digest in sorted(digests.items())},
         }
-        return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+        return json.dumps(value, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
+
+    def to_json(self, contents: Contents) -> bytes:
+        """The file's bytes; everything in the artifact takes a line."""
+        sections = (f' "{name}": {{\n{_lines(values)}\n }}' for name, values in asdict(contents).items())
+        return self.head() + ",\n".join(["", *sections]).encode() + b"\n}\n"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in an artifact, by name: the records of its files beside the weights, its weight files and its tensors."""
+
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    shards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def file_record(nbytes: int, sha256: str = UNKNOWN) -> dict[str, Any]:
+    """One file beside the weights."""
+    return {"bytes": nbytes, "sha256": sha256}
+
+
+def shard_record(nbytes: int, prefix: bytes) -> dict[str, Any]:
+    """One weight file; `prefix` is all before its first tensor."""
+    return {"bytes": nbytes, "header_sha256": hashlib.sha256(prefix).hexdigest()}
+
+
+def tensor_record(tensor: TypedTensor, sha256: str = UNKNOWN) -> dict[str, Any]:
+    """One tensor."""
+    return {"sha256": sha256, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+
+
+def _lines(values: Mapping[str, Any]) -> str:
+    lines = (f"  {json.dumps(name, ensure_ascii=False)}: {json.dumps(value)}" for name, value in sorted(values.items()))
+    return ",\n".join(lines)
 
 
 def source_record(checkpoint: Checkpoint) -> dict[str, Any]:

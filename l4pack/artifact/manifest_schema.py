@@ -44,20 +44,38 @@ class CalibrationRecord(_Data):
     tokens_sha256: Sha256
 
 
+class FileRecord(_Data):
+    """One file beside the weights."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+class ShardRecord(_Data):
+    """One weight file: its size, and the digest of all before its first tensor."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    header_sha256: Sha256
+
+
 class TensorRecord(_Data):
     """One tensor of the artifact."""
 
     sha256: Sha256
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0)]]
 
 
 class ManifestFile(_Data):
     """A whole manifest."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     l4pack_version: str
     source: SourceRecord
     recipe: dict[str, Any]  # every default filled in, in the words of the version that wrote it
     calibration: CalibrationRecord | None = None
+    files: dict[str, FileRecord]  # all but this one, and those that `package` and `evaluate` add
+    shards: dict[str, ShardRecord]
     tensors: dict[str, TensorRecord]
 
     def made_with(self) -> Recipe:

@@ -26,7 +26,7 @@ ANY = "any"
 LAYER, ROLE = KINDS = ("layer", "role")  # what may differ: every layer's parts, or roles in all layers alike
 # What is said of one tensor besides its name: in a shard's header and the manifest; in the index; of a calibrated matrix
 # in the calibration record.
-PER_TENSOR, PER_INDEXED, PER_CALIBRATED = 173, 43, 400
+PER_TENSOR, PER_INDEXED, PER_CALIBRATED = 208, 43, 400
 MARGIN, LEAST_MARGIN = 0.03, 16 * KIB
 
 
