@@ -1,21 +1,27 @@
-"""Reading YAML that people write: bounded, plain data only, and every mistake named by its key."""
+"""Reading YAML and JSON that people write or send: bounded, plain data only, and every mistake named by its key."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from l4pack.errors import RecipeError
+from l4pack.errors import RecipeError, UsageError
 
 MAX_BYTES = 1_000_000
 ModelT = TypeVar("ModelT", bound=BaseModel)
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_NUMBER_STARTS = "+-.0123456789"
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases (which can blow up) and without repeated keys (which hide a mistake)."""
+    """YAML without aliases (which can blow up), without repeated keys (which hide a mistake), and with YAML 1.2's plain
+    numbers: 1.1's base 60 makes a duration of `1:30` and takes quadratic time on a long one."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -23,12 +29,42 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        repeated = {str(key) for key in keys if keys.count(key) > 1}
+        counts = Counter(str(key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        repeated = [key for key, count in counts.items() if count > 1]
         if repeated:
             problem = f"key '{min(repeated)}' appears twice"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        return int(self.construct_scalar(node))
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        return float(self.construct_scalar(node).lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        start: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+        for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_PlainLoader.add_constructor(_INT, _PlainLoader.construct_yaml_int)
+_PlainLoader.add_constructor(_FLOAT, _PlainLoader.construct_yaml_float)
+_PlainLoader.add_implicit_resolver(_INT, re.compile(r"[-+]?[0-9]+(?:_[0-9]+)*$"), list(_NUMBER_STARTS))
+_PlainLoader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"),
+    list(_NUMBER_STARTS),
+)
+
+
+def parse_yaml(text: bytes | str) -> Any:
+    """Plain data from YAML of bounded length. Raises yaml.YAMLError, ValueError or RecursionError, and nothing else."""
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except (TypeError, LookupError, AttributeError) as error:
+        # PyYAML lets these through for tags that don't fit their value, such as `!!bool maybe`.
+        raise ValueError(str(error)) from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -41,19 +77,42 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if len(text) > MAX_BYTES:
         raise RecipeError(f"{path} is larger than {MAX_BYTES:,} bytes", hint="is this the file you meant?")
     try:
-        value = yaml.load(text, Loader=_PlainLoader)
+        value = parse_yaml(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}, line {line}: {error.problem}", hint="mend the YAML") from error
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError, LookupError, AttributeError) as error:
-        # PyYAML lets these through for tags that don't fit their value, such as `!!bool maybe`.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not readable as YAML", hint="mend the YAML") from error
     if not isinstance(value, dict):
         raise RecipeError(f"{path} does not hold keys and values", hint="start from a shipped file")
     return value
 
 
-def validate(kind: type[ModelT], value: dict[str, Any], where: str) -> ModelT:
+def read_json(path: Path, most: int, hint: str) -> dict[str, Any]:
+    """The object in a JSON file of at most `most` bytes. Raises UsageError, with `hint`, for anything else."""
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(most + 1)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", hint=hint) from error
+    if len(raw) > most:
+        raise UsageError(f"{path} is larger than {most:,} bytes", hint=hint)
+    try:
+        value = json.loads(raw, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON", hint=hint) from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} does not hold an object", hint=hint)
+    return value
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")
+
+
+def validate(
+    kind: type[ModelT], value: dict[str, Any], where: str, hint: str = "see docs/reference/recipes.md"
+) -> ModelT:
     """Check `value` against a schema. Raises RecipeError naming the first wrong key."""
     try:
         return kind.model_validate(value)
@@ -62,5 +121,4 @@ def validate(kind: type[ModelT], value: dict[str, Any], where: str) -> ModelT:
         key = ".".join(str(part) for part in first["loc"]) or "file"
         message = first["msg"].removeprefix("Value error, ")
         known = ", ".join(kind.model_fields) if first["type"] == "extra_forbidden" and len(first["loc"]) == 1 else ""
-        hint = f"known keys: {known}" if known else "see docs/reference/recipes.md"
-        raise RecipeError(f"{where}: {key}: {message}", hint=hint) from None
+        raise RecipeError(f"{where}: {key}: {message}", hint=f"known keys: {known}" if known else hint) from None

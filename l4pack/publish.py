@@ -27,7 +27,7 @@ from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.matrix import HOSTS, matrix
 from l4pack.budget.model import budget
-from l4pack.calibration.record import RECORD_NAME
+from l4pack.calibration.record import read_calibration
 from l4pack.checkpoint.source import HUB_ID, Checkpoint
 from l4pack.errors import BudgetError, L4packError, LicenceError, QualityError, SourceError, UsageError
 from l4pack.evaluate.gates import gate_results, require
@@ -274,7 +274,7 @@ def _facts(
         base_model=base,
         languages=_languages(source),
         accuracy=_read_record(folder, ACCURACY_NAME),
-        calibration=_read_record(folder, RECORD_NAME),
+        calibration=read_calibration(folder),
         fits=_fits(folder, manifest),
         gated=wishes.gated,
     )

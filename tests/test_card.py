@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from test_licence import write
 from l4pack.artifact.card import CardFacts, Fit, render_card, with_error
 from l4pack.artifact.licence import Card, audit
 from l4pack.artifact.manifest import Contents, Manifest
+from l4pack.artifact.markdown import safe
 from l4pack.artifact.policy import policy_named
 from l4pack.checkpoint.open import open_source
 from l4pack.errors import UsageError
@@ -212,6 +214,47 @@ def test_a_template_that_cannot_be_rendered_is_a_usage_error(tmp_path, template,
         render_card(facts(), own)
     with pytest.raises(UsageError, match="can't be read"):
         render_card(facts(), tmp_path / "absent")
+
+
+ENDLESS = {
+    "loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "a long text": "{{ 'x' * 10000000000 }}", "a wide number": "{{ '%3000000000d' | format(1) }}",
+    "doubling": "{% set ns = namespace(a='x' * 1000) %}{% for i in range(99) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
+    "a long page": "{% for a in range(99999) %}{{ 'x' * 99 }}{% endfor %}",
+    "division": "{{ 1 // 0 }}", "another file": "{% include '/etc/passwd' %}", "types": "{{ name + 1 }}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
+def test_a_template_that_does_not_end_well_ends_soon(tmp_path, monkeypatch, template):
+    monkeypatch.setattr("l4pack.artifact.template.SECONDS", 1)
+    own = tmp_path / "card.jinja"
+    own.write_text(template)
+    with pytest.raises(UsageError) as caught:
+        render_card(facts(), own)
+    assert "card.jinja" in caught.value.message
+    assert len(caught.value.message) < 500
+
+
+HOSTILE = "[x](https://evil.example) <b>https://evil.example www.evil.example a@evil.example ![](x) &lt; \n# H | * _"
+
+
+def test_what_looks_like_markup_becomes_code():
+    assert safe("Int4 in groups of 128: FP8, W4A16-g128 (1.5 %)") == "Int4 in groups of 128: FP8, W4A16-g128 (1.5 %)"
+    for part in (*HOSTILE.split(" "), "https://a", "www.a", "a@b.c", "mailto:a", "[a]", "*a*", "#a", "a&lt;b", "\\"):
+        shown = safe(part)
+        assert shown.startswith("`") or (all(mark not in shown for mark in "[]<>*#&@/\\!|~") and "www" not in shown), (
+            part
+        )
+
+
+def test_no_link_or_markup_survives_from_a_record():
+    made = facts(accuracy={**ACCURACY, "text": {"source": HOSTILE}, "tasks": {HOSTILE: ACCURACY["tasks"]["arc"]}})
+    manifest = {**made.manifest, "l4pack_version": HOSTILE, "recipe": {**made.manifest["recipe"], "title": HOSTILE}}
+    text = re.sub(r"`[^`\n]*`", "", Card.parse(render_card(replace(made, manifest=manifest))).visible)
+    assert "evil" not in text
+    assert "<b>" not in text
 
 
 def test_text_from_outside_is_nothing_but_text():

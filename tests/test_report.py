@@ -199,3 +199,26 @@ def test_drawings_of_nothing_are_drawn():
     assert shapes(line_chart([], [], "x", "y"), "circle") == []
     assert len(shapes(histogram([1.0], [0, 0], "x", "y"), "rect")) == 2
     assert shapes(heat_map([], [], [], "tokens"), "rect") == []
+
+
+def test_no_label_is_markup():
+    evil = "<script>1</script>"
+    for drawing in (
+        heat_map([evil], [evil], [[1.0]], evil),
+        heat_map([evil], [evil], [[None]], evil),
+        line_chart([evil], [Series(evil, "c1", [1.0])], evil, evil),
+        histogram([1.0], [1, 2], evil, evil),
+    ):
+        assert "<script" not in drawing
+        ElementTree.fromstring(drawing)
+
+
+@pytest.mark.parametrize("value", [[], 3, "x", {"recipe": []}, {"recipe": {"name": {}}}, {"tensors": {"a": 1}}])
+def test_a_manifest_of_wrong_types_is_one_line(l4pack, made, value):
+    path = made / "l4pack-manifest.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps({**before, **value} if isinstance(value, dict) else value))
+    ended = l4pack("report", made)
+    assert ended.code in (0, 2), ended.err
+    assert "Traceback" not in ended.err
+    assert len(ended.err.splitlines()) <= 2

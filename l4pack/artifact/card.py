@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import StrictUndefined, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Environment, StrictUndefined
 
+from l4pack.artifact.markdown import code, safe, word
 from l4pack.artifact.mixture import Layers, scheme_layers, scheme_tag, scheme_text
 from l4pack.artifact.policy import Policy, plain
+from l4pack.artifact.template import render_template
 from l4pack.errors import UsageError
 from l4pack.model.config import parse_config
 from l4pack.model.tensors import Role
@@ -26,6 +27,7 @@ from l4pack.resources import data_text
 from l4pack.units import human_bytes
 
 NOT_RECORDED = "not recorded"
+MAX_TEMPLATE_BYTES = 1_000_000
 _TASK_KEYS = ("accuracy_reference", "accuracy")
 
 
@@ -67,8 +69,8 @@ class CardFacts:
 
 def render_card(facts: CardFacts, template: Path | None = None) -> str:
     """The whole README.md. Raises UsageError when the user's template can't be rendered."""
-    text = data_text("artifact", "templates", "card.md.jinja") if template is None else _read(template)
-    body = _render(text, template.name if template else "card", _values(facts)).strip()
+    values = _values(facts)
+    body = (_own_page(values) if template is None else render_template(_read(template), template.name, values)).strip()
     if plain(facts.policy.block) not in plain(body):
         body = f"{facts.policy.block.strip()}\n\n{body}"
     card = ModelCard(f"---\n{card_metadata(facts).to_yaml()}\n---\n\n{body}\n")
@@ -96,28 +98,21 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
 
 def _read(template: Path) -> str:
     try:
-        return template.read_text(encoding="utf-8")
+        with template.open("rb") as stream:
+            raw = stream.read(MAX_TEMPLATE_BYTES + 1)
+        if len(raw) > MAX_TEMPLATE_BYTES:
+            raise UsageError(
+                f"{template} is larger than {MAX_TEMPLATE_BYTES:,} bytes", hint="give a Jinja template file"
+            )
+        return raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{template}: can't be read as text", hint="give a Jinja template file") from error
 
 
-def _render(text: str, where: str, values: Mapping[str, Any]) -> str:
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=False, autoescape=False)
+def _own_page(values: Mapping[str, Any]) -> str:
+    environment = Environment(undefined=StrictUndefined, autoescape=False)
     environment.filters["code"] = code
-    try:
-        return environment.from_string(text).render(values)
-    except TemplateError as error:
-        hint = f"a template may use: {', '.join(sorted(values))}"
-        raise UsageError(f"{where}: {error.message or type(error).__name__}", hint=hint) from error
-
-
-def code(text: object) -> str:
-    """Text from outside as inline code, so that it can be nothing but text."""
-    return f"`{_word(text)}`"
-
-
-def _word(text: object) -> str:
-    return " ".join("".join(char if char.isprintable() and char not in "`|<>" else " " for char in str(text)).split())
+    return environment.from_string(data_text("artifact", "templates", "card.md.jinja")).render(values)
 
 
 def _values(facts: CardFacts) -> dict[str, Any]:
@@ -126,12 +121,12 @@ def _values(facts: CardFacts) -> dict[str, Any]:
     weights = sum(size for name, size in facts.files.items() if name.endswith(".safetensors"))
     given = scheme_layers(recipe, parse_config(facts.config))
     return {
-        "name": _word(facts.name),
+        "name": word(facts.name),
         "licence_block": facts.policy.block.strip(),
         "base": facts.base_model,
         "source": source,
-        "recipe": {"name": _word(recipe.name), "title": _word(recipe.title)},
-        "l4pack_version": _word(manifest.get("l4pack_version", "")),
+        "recipe": {"name": word(recipe.name), "title": safe(recipe.title)},
+        "l4pack_version": safe(manifest.get("l4pack_version", "")),
         "size": human_bytes(sum(facts.files.values())),
         "source_size": human_bytes(source["weight_bytes"]),
         "dense_size": human_bytes(2 * source["parameters"]),
@@ -184,7 +179,7 @@ def _rows(measured: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
     for name, task in sorted((measured.get("tasks") or {}).items()):
         pair = [with_error(task[key]["value"], task[key]["standard_error"]) for key in _TASK_KEYS]
-        rows.append((f"Task {_word(name)}, {task['questions']} questions, accuracy", pair[0], pair[1]))
+        rows.append((f"Task {safe(name)}, {task['questions']:,} questions, accuracy", pair[0], pair[1]))
     return rows
 
 
@@ -201,7 +196,7 @@ def _setting(text: Any) -> str:
     if not isinstance(text, Mapping):
         return NOT_RECORDED
     short = {key: value for key, value in text.items() if isinstance(value, str | int | float)}
-    return ", ".join(f"{_word(key.replace('_', ' '))} {_word(value)}" for key, value in sorted(short.items()))
+    return ", ".join(f"{safe(key.replace('_', ' '))} {safe(value)}" for key, value in sorted(short.items()))
 
 
 def _tokens(count: int) -> str:
@@ -233,7 +228,7 @@ def _fallbacks(facts: CardFacts) -> str:
 
 def _commands(facts: CardFacts) -> dict[str, str]:
     """Commands to serve and to make the artifact; sized for the smallest device that holds it."""
-    where = f"ORG/{_word(facts.name)}"
+    where = f"ORG/{word(facts.name)}"
     fit = next((fit for fit in facts.fits if fit.max_context), None)
     promise = facts.recipe.promise
     kv = promise is not None and promise.kv_dtype == "fp8"
@@ -264,7 +259,7 @@ def _transformers(where: str, *, multimodal: bool) -> str:
 
 def _make(facts: CardFacts) -> str:
     source = facts.manifest["source"]
-    revision = f"@{_word(source['revision'])}" if source.get("revision") else ""
-    name = facts.base_model or _word(source["name"])
+    revision = f"@{word(source['revision'])}" if source.get("revision") else ""
+    name = facts.base_model or word(source["name"])
     recipe = facts.recipe.name if facts.recipe.name in recipe_names() else f"{facts.recipe.name}.yaml"
-    return f"l4pack quantize {name}{revision} --recipe {_word(recipe)} --out {_word(facts.name)}"
+    return f"l4pack quantize {name}{revision} --recipe {word(recipe)} --out {word(facts.name)}"

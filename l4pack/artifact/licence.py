@@ -21,6 +21,7 @@ from huggingface_hub import HfApi
 from l4pack.artifact.names import name_findings
 from l4pack.artifact.policy import Breach, Duty, Policy, agrees, plain, policies
 from l4pack.checkpoint.source import HUB_ID
+from l4pack.datafile import MAX_BYTES, parse_yaml
 from l4pack.errors import HubError, LicenceError, SourceError
 from l4pack.hubclient import TIMEOUT, hub_api, hub_errors, patiently
 from l4pack.model.config import known_config
@@ -86,7 +87,7 @@ class Card:
         if match is None:
             return cls({}, text)
         try:
-            metadata = yaml.safe_load(match[1])
+            metadata = parse_yaml(match[1]) if len(match[1]) <= MAX_BYTES else None
         except (yaml.YAMLError, ValueError, RecursionError):
             metadata = None
         return cls(metadata if isinstance(metadata, dict) else {}, text[match.end() :])

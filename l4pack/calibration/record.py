@@ -10,14 +10,50 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from l4pack.datafile import read_json, validate
 
 if TYPE_CHECKING:
     from l4pack.plan import Plan
 
 RECORD_NAME = "l4pack-calibration.json"
 SCHEMA_VERSION = 1
+MAX_BYTES = 200_000_000
+HINT = "calibrate again, or remove the file"
 _HEAD, _PER_MATRIX, _PER_EXPERT, _PER_LAYER, _PER_KV_AMAX = 4096, 320, 12, 64, 16
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class MatrixRecord(_Data):
+    """What became of one matrix; `input_amax` stands alone for one whose inputs only were looked at."""
+
+    method: Literal["gptq", "rtn"] | None = None
+
+
+class CalibrationFile(_Data):
+    """As much of the file as others read."""
+
+    schema_version: Literal[1]
+    text: dict[str, Any]
+    routed_tokens: dict[str, list[Annotated[int, Field(ge=0, le=2**60)]]]
+    matrices: dict[str, MatrixRecord]
+
+
+def read_calibration(folder: Path) -> dict[str, Any] | None:
+    """An artifact's calibration record, None where it has none. Raises UsageError naming what is wrong with it."""
+    path = folder / RECORD_NAME
+    if not path.exists():
+        return None
+    value = read_json(path, MAX_BYTES, HINT)
+    validate(CalibrationFile, value, RECORD_NAME, HINT)
+    return value
 
 
 def record_bytes(plan: Plan) -> int:

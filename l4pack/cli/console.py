@@ -20,6 +20,7 @@ from rich.text import Text
 from l4pack.units import human_bytes
 
 PIPED_WIDTH = 120
+LINE_LIMIT = 1000  # characters of an error: names and values in it come from files
 
 
 def _console(*, stderr: bool) -> Console:
@@ -65,8 +66,9 @@ def warning(message: str) -> None:
 
 
 def _one_line(text: str) -> str:
-    printable = "".join(char if char.isprintable() else " " for char in text)
-    return " ".join(printable.split())
+    printable = "".join(char if char.isprintable() else " " for char in text[: 2 * LINE_LIMIT])
+    line = " ".join(printable.split())
+    return line if len(line) <= LINE_LIMIT and len(text) <= 2 * LINE_LIMIT else f"{line[: LINE_LIMIT - 1]}…"
 
 
 def table(*headings: str, title: str | None = None) -> Table:

@@ -144,13 +144,13 @@ def _cell(
     )  # fmt: skip
     return (
         f'<rect {style} x="{x + 0.5:.1f}" y="{y + 0.5:.1f}" width="{width - 1:.1f}" height="{height - 1}" rx="1">'
-        f"<title>{where}: {said}</title></rect>"
+        f"<title>{escape(where)}: {said}</title></rect>"
     )
 
 
 def _amount(value: float, unit: str) -> str:
     number = f"{value:,.0f}" if value == int(value) and value >= 1 else f"{value:.4g}"
-    return f"{number} {unit}"
+    return f"{number} {escape(unit)}"
 
 
 def _svg(parts: Sequence[str], height: float, label: str, width: float = WIDTH) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from l4pack.artifact.manifest import MANIFEST_NAME
+from l4pack.artifact.manifest_schema import read_manifest
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.model import budget
@@ -27,7 +27,6 @@ from l4pack.model.tensors import Role, catalogue
 from l4pack.resources import data_text
 from l4pack.units import human_bytes, human_gib, human_seconds
 
-MAX_JSON_BYTES = 200_000_000
 GB = 10**9
 _ITEM_BYTES = {"float32": 4}
 _SLICES = {
@@ -69,7 +68,7 @@ def render_report(
 ) -> str:
     """The page's HTML; sections without data are left out. `fitted` is what `fit --json` said of the recipe.
 
-    Raises BudgetError or UsageError for an unknown device.
+    Raises BudgetError or UsageError for an unknown device, UsageError for a manifest that can't be read.
     """
     folder = Path(artifact.name)
     bars = _size_bars(artifact)
@@ -79,7 +78,7 @@ def render_report(
     return page.from_string(data_text("evaluate", "templates", "report.html")).render(
         name=folder.name,
         accuracy=accuracy,
-        manifest=_json(folder / MANIFEST_NAME),
+        recipe=_recipe_name(folder),
         bars=bars,
         legend=_legend(bars),
         memory=memory,
@@ -130,13 +129,9 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "not measured" if value is None else f"{value:,.{digits}g}"
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    """A small JSON object, or None where there is none that can be read."""
-    try:
-        value = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_JSON_BYTES else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+def _recipe_name(folder: Path) -> str | None:
+    """What the manifest calls the recipe, None without a manifest. Raises UsageError."""
+    return str(read_manifest(folder).recipe.get("name")) if (folder / MANIFEST_NAME).exists() else None
 
 
 def _size_bars(artifact: Checkpoint) -> list[Bar]:
