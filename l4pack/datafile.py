@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -42,12 +42,11 @@ class _PlainLoader(yaml.SafeLoader):
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
         return float(self.construct_scalar(node).lower().replace(".inf", "inf").replace(".nan", "nan"))
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        start: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
-        for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
-
+_PlainLoader.yaml_implicit_resolvers = {
+    start: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+    for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _PlainLoader.add_constructor(_INT, _PlainLoader.construct_yaml_int)
 _PlainLoader.add_constructor(_FLOAT, _PlainLoader.construct_yaml_float)
 _PlainLoader.add_implicit_resolver(_INT, re.compile(r"[-+]?[0-9]+(?:_[0-9]+)*$"), list(_NUMBER_STARTS))
