@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError
+from l4pack.work.patience import quiet_stderr, within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# A tokenizer's patterns and a chat template are programs: those of a hostile checkpoint may never end. The slowest real
+# ones do a megabyte in a few seconds.
+PATIENCE_SECONDS, BYTES_A_SECOND = 30.0, 50_000
 _TOKENIZER_FILES = ("tokenizer", "special_tokens", "chat_template", "added_tokens")
 
 
@@ -25,9 +30,32 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
     folder = paths["tokenizer.json"].parent
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return _bounded(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), checkpoint.name)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(
             f"{checkpoint.name}: tokenizer.json can't be read ({reason})", hint="download it again"
         ) from error
+
+
+def _bounded(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a time limit on what it does to a text."""
+
+    def bounded(call: Callable[..., Any], file: str) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            size = len(str(args[0] if args else kwargs.get("text", kwargs.get("conversation", ""))))
+            try:
+                with quiet_stderr():
+                    return within(PATIENCE_SECONDS + size / BYTES_A_SECOND, lambda: call(*args, **kwargs))
+            except BaseException as error:
+                if not isinstance(error, TimeoutError) and type(error).__name__ != "PanicException":
+                    raise
+                raise SourceError(
+                    f"{name}: {file} finds no end on {size:,} characters of text", hint="download it again"
+                ) from error
+
+        return run
+
+    tokenizer._encode_plus = bounded(tokenizer._encode_plus, "tokenizer.json")
+    tokenizer.apply_chat_template = bounded(tokenizer.apply_chat_template, "its chat template")
+    return tokenizer
