@@ -31,7 +31,7 @@ from l4pack.text import tokenizer as tokenizers
 tokenizers.PATIENCE_SECONDS = float(sys.argv[2])
 tokenizer = tokenizers.load_tokenizer(open_folder(Path(sys.argv[1])))
 try:
-    tokenizer("a" * 3000 + "c", add_special_tokens=False, verbose=False)
+    tokenizer("a" * 3000 + "cd", add_special_tokens=False, verbose=False)
     tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
 except SourceError as error:
     print(error.message)
