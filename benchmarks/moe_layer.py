@@ -36,6 +36,7 @@ from l4pack.stream.units import Part, Unit, expert_unit, feed_forward_unit, load
 from l4pack.stream.walk import Model, Walk
 from l4pack.stream.weights import Weights
 from l4pack.units import human_bytes
+from l4pack.work.identity import Identity
 
 FOLDER = Path(".bench/scout-16")
 SEQUENCE = 512
@@ -144,7 +145,7 @@ def walk(layers: int, tokens: int) -> dict[str, Any]:
     ):
         model = Model("bench", weights, Skeleton(checkpoint.config, compute.device, compute.dtype))
         clock, cpu = time.perf_counter(), time.process_time()
-        with Walk([model], packed, Path(work), "bench") as running:
+        with Walk([model], packed, Path(work), Identity({"job": "bench"})) as running:
             running.run()
             StreamAnswers(model, running.streams[0].current)
     return {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}

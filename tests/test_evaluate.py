@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from l4pack.errors import UsageError
 from l4pack.evaluate.scoring import PairedScores, Scores
 from l4pack.evaluate.statistics import HISTOGRAM_EDGES, clusters, mean_and_error, percentile, summarize
 from l4pack.evaluate.tasks import Question, Task, choices_made, continuation, task_record
+from l4pack.stream.walk import Walk
 from l4pack.text.choice import TextChoice
 from l4pack.text.sequences import load_text
 from l4pack.text.tokenizer import load_tokenizer
@@ -208,12 +210,35 @@ def test_killed_and_gone_on_to_the_same_numbers(evaluated, checkpoint, made, tex
     assert not work.exists()
 
 
-def test_work_of_other_options_is_refused(evaluated, checkpoint, made, tmp_path):
+def test_work_of_other_options_is_refused_with_what_changed(evaluated, checkpoint, made, tmp_path, stopped_in):
     work = tmp_path / "work"
-    work.mkdir()
-    (work / "state.json").write_text(json.dumps({"job": "x", "layers": 1, "records": [{}]}))
-    assert "begun with other" in evaluated(made, checkpoint("scout"), "--work", work, code=2).err
-    evaluated(made, checkpoint("scout"), "--work", work, "--restart")
+    with stopped_in(3):
+        evaluated(made, checkpoint("scout"), "--work", work, code=75)
+    ended = evaluated(made, checkpoint("scout"), "--work", work, "--weights-only", "--seed", 2, code=2)
+    assert f"{work} was begun as another job: --seed was 0 and is 2; " in ended.err
+    assert "--weights-only was False and is True" in ended.err
+    assert f"repeat the earlier command, l4pack evaluate {made}" in ended.err
+    assert evaluated(made, checkpoint("scout"), "--work", work, "--restart", "--seed", 2)["resumed_layers"] == 0
+
+
+@pytest.fixture
+def stopped_in(monkeypatch):
+    """A context in which a walk is asked to stop when it begins a layer."""
+
+    @contextlib.contextmanager
+    def stopping(layer):
+        walk_layer = Walk._layer
+
+        def stop(self, index, ready):
+            if index + 1 == layer:
+                signal.raise_signal(signal.SIGTERM)
+            walk_layer(self, index, ready)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Walk, "_layer", stop)
+            yield
+
+    return stopping
 
 
 def test_max_ram_and_smaller_blocks_give_the_same_numbers(evaluated, checkpoint, made):

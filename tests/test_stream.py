@@ -26,8 +26,10 @@ from l4pack.stream.modules import Skeleton, upstream_config
 from l4pack.stream.prefetch import Prefetch
 from l4pack.stream.walk import Model, Progress, Walk
 from l4pack.stream.weights import Weights
+from l4pack.work.identity import Identity
 
 CPU = torch.device("cpu")
+JOB = Identity({"job": "test"})
 LENGTHS = (80, 37, 80, 5)  # longer and shorter than an attention chunk of 32
 
 
@@ -46,7 +48,7 @@ def stream_model(folder, name="original", **options):
 def streamed_logits(folder, sequences, work, blocks=None, images=None, **options):
     packed = Packed([TokenSequence(tuple(ids), pixel_values=images) for ids in sequences])
     model = stream_model(folder, **options)
-    with model.weights, Walk([model], packed, work, "job", blocks=blocks) as walk:
+    with model.weights, Walk([model], packed, work, JOB, blocks=blocks) as walk:
         walk.run()
         answers = StreamAnswers(model, walk.streams[0].current)
         rows = answers.normed(torch.arange(packed.rows)) @ answers.head(slice(0, answers.vocabulary)).T
@@ -157,9 +159,9 @@ def test_a_stopped_walk_goes_on_to_the_same_states(checkpoint, tmp_path):
     for layer in (2, 3):
         progress = Progress()
         progress.label = lambda text, stop=progress.stop, at=f"layer {layer} of 4,": stop.set() if at in text else None
-        with Walk([model], packed, tmp_path / "work", "job", progress=progress) as walk, pytest.raises(StoppedError):
+        with Walk([model], packed, tmp_path / "work", JOB, progress=progress) as walk, pytest.raises(StoppedError):
             walk.run()
-    with Walk([model], packed, tmp_path / "work", "job") as walk:
+    with Walk([model], packed, tmp_path / "work", JOB) as walk:
         assert walk.resumed_layers == 2
         walk.run()
         assert len(walk.records) == 4
@@ -177,10 +179,10 @@ def test_progress_ends_at_all_bytes(checkpoint, tmp_path, stop_in):
     if stop_in:
         stopping = Progress()
         stopping.label = lambda text: stopping.stop.set() if f"layer {stop_in} of 4," in text else None
-        with Walk([model], packed, tmp_path, "job", progress=stopping) as walk, pytest.raises(StoppedError):
+        with Walk([model], packed, tmp_path, JOB, progress=stopping) as walk, pytest.raises(StoppedError):
             walk.run()
     done = []
-    with Walk([model], packed, tmp_path, "job", progress=Progress(advance=done.append)) as walk:
+    with Walk([model], packed, tmp_path, JOB, progress=Progress(advance=done.append)) as walk:
         walk.run()
     assert sum(done) == total_bytes(model.weights.checkpoint, None)
 
@@ -188,8 +190,8 @@ def test_progress_ends_at_all_bytes(checkpoint, tmp_path, stop_in):
 def test_work_of_another_job_is_refused(checkpoint, tmp_path):
     streamed_logits(checkpoint("text"), token_rows(), tmp_path)
     packed, model = Packed([TokenSequence((1, 2, 3))]), stream_model(checkpoint("text"))
-    with pytest.raises(UsageError, match="begun with other"):
-        Walk([model], packed, tmp_path, "another job")
+    with pytest.raises(UsageError, match="begun as another job: job was test and is another"):
+        Walk([model], packed, tmp_path, Identity({"job": "another"}))
 
 
 def test_a_damaged_state_file_means_beginning_again(checkpoint, tmp_path):
@@ -306,7 +308,7 @@ def test_places_to_compute_that_are_not_there(name):
 
 def test_state_says_which_layer_is_done(checkpoint, tmp_path):
     streamed_logits(checkpoint("text"), token_rows(), tmp_path)
-    assert json.loads((tmp_path / "state.json").read_bytes())["layers"] == 4
+    assert json.loads((tmp_path / "state.json").read_bytes())["state"]["found"]["layers"] == 4
 
 
 @pytest.mark.parametrize("name", ["llama-4-scout", "llama-4-maverick"])

@@ -11,20 +11,24 @@ from typing import Any
 
 from torch import Tensor
 
+from l4pack import __version__
 from l4pack.calibration.coverage import Coverage
+from l4pack.checkpoint.identity import source_parts
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError, UsageError
 from l4pack.recipe import Calibration
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed
+from l4pack.stream.identity import text_parts
 from l4pack.stream.layer import LayerPass, Routing, Stream
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.units import Unit
 from l4pack.stream.walk import Model, Progress, Walk
 from l4pack.stream.weights import Weights
 from l4pack.text.choice import DEMO_CALIBRATION, TextChoice
-from l4pack.text.sequences import load_text
+from l4pack.text.sequences import TokenText, load_text
 from l4pack.text.tokenizer import load_tokenizer
+from l4pack.work.identity import Identity
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,16 @@ class _Counter:
         self.coverage.add(layer, routing.counts())
 
     def layer(self, layer: int, streams: Sequence[Stream]) -> dict[str, Any]:
-        """Nothing to keep."""
-        del layer, streams
-        return {}
+        """Keep what was counted, for a run that goes on."""
+        del streams
+        counts = self.coverage.tokens.get(layer)
+        return {} if counts is None else {"tokens": list(counts)}
+
+
+def _job(checkpoint: Checkpoint, text: TokenText, compute: Compute) -> Identity:
+    """What decides the counts: an interrupted run goes on only with the same."""
+    parts = {"l4pack version": __version__, **text_parts(text.record), **compute.parts()}
+    return Identity(parts | source_parts(checkpoint, "source"))
 
 
 def cover(checkpoint: Checkpoint, wanted: Wanted, work: Path, compute: str, progress: Progress) -> Covered:
@@ -93,9 +104,11 @@ def cover(checkpoint: Checkpoint, wanted: Wanted, work: Path, compute: str, prog
     with Weights(checkpoint, where.device, where.dtype) as weights:
         model = Model("model", weights, Skeleton(checkpoint.config, where.device, where.dtype))
         folder = work / "walk"
-        shutil.rmtree(folder, ignore_errors=True)
-        digest = str(text.record["tokens_sha256"])
-        with Walk([model], Packed(text.sequences), folder, digest, observer=counter, progress=progress) as walk:
+        job = _job(checkpoint, text, where)
+        with Walk([model], Packed(text.sequences), folder, job, observer=counter, progress=progress) as walk:
+            for layer, record in enumerate(walk.records):
+                if "tokens" in record:
+                    counter.coverage.add(layer, record["tokens"])
             walk.run()
         shutil.rmtree(folder)
     return Covered(counter.coverage, text.record, time.monotonic() - counter.started)

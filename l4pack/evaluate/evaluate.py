@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from l4pack import __version__
+from l4pack.checkpoint.identity import source_parts
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
 from l4pack.evaluate.answers import Answers, StreamAnswers
@@ -43,6 +44,7 @@ from l4pack.model.names import classify
 from l4pack.model.tensors import QUANTIZABLE
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, TokenSequence
+from l4pack.stream.identity import text_parts
 from l4pack.stream.memory import blocks_for
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.walk import Model, Progress, Walk
@@ -50,6 +52,7 @@ from l4pack.stream.weights import Weights
 from l4pack.text.choice import TextChoice
 from l4pack.text.sequences import TokenText, load_text, token_digest
 from l4pack.text.tokenizer import load_tokenizer
+from l4pack.work.identity import Identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,10 +128,10 @@ def evaluate(
         names = [(ORIGINAL, original)] if original is not None and stored is None else []
         models = [_model(name, one, compute, settings, stack) for name, one in (*names, (ARTIFACT, artifact)) if one]
         errors = LayerErrors(artifact.config)
-        digest = _digest(models, inputs, (blocks, compute.dtype, settings.weights_only))
+        job = _job(models, inputs, compute, settings)
         walk = stack.enter_context(
             Walk(
-                models, packed, settings.work, digest, blocks=blocks, observer=errors, progress=progress,
+                models, packed, settings.work, job, blocks=blocks, observer=errors, progress=progress,
                 release=settings.max_ram is not None,
             )
         )  # fmt: skip
@@ -208,15 +211,20 @@ def _model(name: str, checkpoint: Checkpoint, compute: Compute, settings: Settin
     return Model(name, weights, Skeleton(checkpoint.config, compute.device, compute.dtype))
 
 
-def _digest(models: Sequence[Model], inputs: _Inputs, options: Sequence[object]) -> str:
-    """What a job is: an interrupted one goes on only with the same."""
-    parts = [
-        __version__,
-        *(model.weights.checkpoint.fingerprint() for model in models),
-        token_digest([sequence.tokens for sequence in inputs.sequences]),
-        repr(tuple(options)),
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+def _job(models: Sequence[Model], inputs: _Inputs, compute: Compute, settings: Settings) -> Identity:
+    """What decides the figures: an interrupted evaluation goes on only with the same."""
+    parts = {
+        "l4pack version": __version__,
+        **text_parts(inputs.text.record),
+        **{f"--task {task.name}": _task_digest(task) for task in inputs.tasks},
+        "--needle": settings.needle,
+        "--weights-only": settings.weights_only,
+        "tokens of all sequences": token_digest([sequence.tokens for sequence in inputs.sequences]),
+        **compute.parts(),
+    }
+    for model in models:
+        parts |= source_parts(model.weights.checkpoint, model.name)
+    return Identity(parts)
 
 
 def _save_reference(
@@ -298,8 +306,12 @@ def _task(task: Task, sequences: slice, lengths: Sequence[int], scored: _Scored)
     artifact = _sums(scored.artifact, sequences, lengths)
     assert artifact is not None
     record = task_record(task, artifact, _sums(scored.reference, sequences, lengths))
+    return {**record, "sha256": _task_digest(task)}
+
+
+def _task_digest(task: Task) -> str:
     questions = json.dumps([[item.context, item.choices, item.answer] for item in task.questions])
-    return {**record, "sha256": hashlib.sha256(questions.encode()).hexdigest()}
+    return hashlib.sha256(questions.encode()).hexdigest()
 
 
 def _needles(inputs: _Inputs, packed: Packed, lengths: Sequence[int], scored: _Scored) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l4pack import __version__
+from l4pack.checkpoint.identity import source_parts
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
 from l4pack.evaluate.answers import StreamAnswers
@@ -25,6 +27,7 @@ from l4pack.stream.modules import Skeleton
 from l4pack.stream.walk import Model, Progress, Walk
 from l4pack.stream.weights import Weights
 from l4pack.text.sequences import token_digest
+from l4pack.work.identity import Identity
 
 STREAMED = "streamed"
 ENGINES = {"vllm": "vllm", "transformers": "hf"}
@@ -45,11 +48,19 @@ class StreamedScorer:
     def __call__(self, sequences: Sequence[TokenSequence]) -> list[tuple[Tensor, Tensor]]:
         """For each sequence, log-probability of every scored token, and whether it was the likeliest."""
         packed = Packed(sequences)
-        digest = f"{self._checkpoint.fingerprint()} {token_digest([item.tokens for item in sequences])} {self._blocks}"
+        job = Identity(
+            {
+                "l4pack version": __version__,
+                "--weights-only": not self._round_activations,
+                "tokens of all tasks": token_digest([item.tokens for item in sequences]),
+                **self._compute.parts(),
+                **source_parts(self._checkpoint, "model"),
+            }
+        )
         device, dtype = self._compute.device, self._compute.dtype
         with Weights(self._checkpoint, device, dtype, round_activations=self._round_activations) as weights:
             model = Model("model", weights, Skeleton(self._checkpoint.config, device, dtype))
-            with Walk([model], packed, self._work, digest, blocks=self._blocks, progress=self._progress) as walk:
+            with Walk([model], packed, self._work, job, blocks=self._blocks, progress=self._progress) as walk:
                 walk.run()
                 answers = StreamAnswers(model, walk.streams[0].current)
                 targets = packed.targets()

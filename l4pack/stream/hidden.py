@@ -18,6 +18,7 @@ from torch import Tensor
 
 from l4pack.errors import BudgetError
 from l4pack.units import human_bytes
+from l4pack.work.files import open_own
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,30 @@ def batches(pieces: Sequence[Piece], most: int) -> Iterator[list[Piece]]:
         yield waiting
 
 
+def buffer_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
+    """Size of a buffer's file."""
+    return max(1, rows * width * dtype.itemsize)
+
+
 class Buffer:
     """A file-backed matrix [rows, width]."""
 
-    def __init__(self, path: Path, rows: int, width: int, dtype: torch.dtype) -> None:
-        """Open or make the file with its space reserved. Raises BudgetError when the disk is too full."""
-        nbytes = max(1, rows * width * dtype.itemsize)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    def __init__(self, path: Path, rows: int, width: int, dtype: torch.dtype, *, kept: bool = False) -> None:
+        """Make the file with its space reserved, or open one that was `kept` and is to be read.
+
+        Whatever else lies under the name is removed: what nobody vouches for is never read. Raises BudgetError when
+        the disk is too full.
+        """
+        nbytes = buffer_bytes(rows, width, dtype)
+        if not kept:
+            path.unlink(missing_ok=True)
+        self._file = open_own(path, os.O_RDWR | (0 if kept else os.O_CREAT | os.O_EXCL), 0o600)
         try:
             os.posix_fallocate(self._file, 0, nbytes)
         except OSError as error:
             os.close(self._file)
+            if not kept:
+                path.unlink()  # what it did take must not stay on a full disk
             raise BudgetError(
                 f"{path.parent} has no room for {human_bytes(nbytes)} of hidden states",
                 hint="free some space, take fewer --samples, or choose another --work",

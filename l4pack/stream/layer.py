@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from l4pack.errors import L4packError
-from l4pack.stream.hidden import Buffer, Packed, Piece, batches
+from l4pack.stream.hidden import Buffer, Packed, Piece, batches, buffer_bytes
 from l4pack.stream.kv import BlockCache, Entry, PassingCache, causal_mask, unchanged
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.units import Part, Unit, UnitWeights, place
+from l4pack.work.seal import Span
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -54,14 +55,28 @@ class Routing:
         return torch.bincount(self.experts.reshape(-1), minlength=self.logits.shape[1]).tolist()
 
 
+def _side_file(name: str, side: int) -> str:
+    return f"{name}-{side}.hidden"
+
+
+def side_span(name: str, side: int, rows: int, width: int, dtype: torch.dtype) -> Span:
+    """All of the file that holds one side of a stream."""
+    return Span(_side_file(name, side), 0, buffer_bytes(rows, width, dtype))
+
+
 class Stream:
     """The hidden states of one model on the way through its layers."""
 
-    def __init__(self, folder: Path, name: str, rows: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, folder: Path, name: str, rows: int, width: int, dtype: torch.dtype, kept: int | None = None
+    ) -> None:
+        """`kept` is the side that is current, of an earlier run that is gone on from."""
         self.name = name
-        self._sides = [Buffer(folder / f"{name}-{side}.hidden", rows, width, dtype) for side in (0, 1)]
+        self._sides = [
+            Buffer(folder / _side_file(name, side), rows, width, dtype, kept=side == kept) for side in (0, 1)
+        ]
         self.middle = Buffer(folder / f"{name}-middle.hidden", rows, width, dtype)
-        self.side = 0
+        self.side = kept or 0
 
     @property
     def current(self) -> Buffer:

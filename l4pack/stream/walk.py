@@ -1,28 +1,29 @@
 """Walking models through their layers side by side, and going on after a kill.
 
-After each layer the outputs are put on disk and then a small file says which layer is done; the inputs of the layer
-are overwritten only after that. So whatever is killed whenever, a complete layer is there to go on from.
+After each layer the outputs are put on disk and then a state (see `work.state`) says which layer is done and what its
+outputs are; the inputs of the layer are overwritten only after that. So whatever is killed whenever, a complete layer
+is there to go on from. A thread puts and seals them while the next layer's attention is computed.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from l4pack.checkpoint.journal import locked
-from l4pack.errors import StoppedError, UsageError
+from l4pack.errors import StoppedError
 from l4pack.stream.embed import embed
 from l4pack.stream.hidden import Packed
-from l4pack.stream.layer import Blocks, LayerPass, Routing, Stream
+from l4pack.stream.layer import Blocks, LayerPass, Routing, Stream, side_span
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.prefetch import Prefetch
 from l4pack.stream.units import (
@@ -36,9 +37,18 @@ from l4pack.stream.units import (
     unit_bytes,
 )
 from l4pack.stream.weights import Weights
-from l4pack.work.files import write_atomic
+from l4pack.work.identity import Identity
+from l4pack.work.seal import Span, seal
+from l4pack.work.state import Found, StateFile
 
 STATE_NAME = "state.json"
+
+
+class _Done(Found):
+    """Complete layers, and what was said of each."""
+
+    layers: Annotated[int, Field(ge=1)]
+    records: list[dict[str, Any]]
 
 
 class Observer(Protocol):
@@ -81,21 +91,20 @@ class Walk:
         models: Sequence[Model],
         packed: Packed,
         work: Path,
-        digest: str,
+        job: Identity,
         *,
         blocks: Blocks | None = None,
         observer: Observer | None = None,
         progress: Progress | None = None,
         release: bool = False,
     ) -> None:
-        """`digest` names the job: a `work` folder begun for another one is refused with UsageError.
+        """A `work` folder begun for another `job` is refused with UsageError.
 
         With `release`, pages of hidden states are let go as soon as they are used, so that they don't count as the
         process's.
         """
         self.models, self.packed, self.work = tuple(models), packed, work
         self.records: list[dict[str, Any]] = []
-        self._digest = digest
         self._blocks = blocks or Blocks()
         self._observer = observer
         self._progress = progress or Progress()
@@ -105,12 +114,14 @@ class Walk:
         self._lock.__enter__()
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._saving: Future[None] | None = None
+        self._state = StateFile(work / STATE_NAME, job, _Done)
         self._done = self._read_state()
         self.resumed_layers = self._done
+        kept = self._done % 2 if self._done else None
+        if not self._done:
+            self._state.remove()
         width = models[0].weights.checkpoint.config.text.hidden_size
-        self.streams = [Stream(work, model.name, packed.rows, width, model.skeleton.dtype) for model in models]
-        for stream in self.streams:
-            stream.side = self._done % 2
+        self.streams = [Stream(work, model.name, packed.rows, width, model.skeleton.dtype, kept) for model in models]
 
     def __enter__(self) -> Walk:
         return self
@@ -198,13 +209,13 @@ class Walk:
 
     def _save(self, layer: int, record: dict[str, Any]) -> None:
         self.records.append(record)
-        state = json.dumps({"job": self._digest, "layers": layer + 1, "records": self.records}).encode()
-        written = [stream.following for stream in self.streams]
+        found = _Done(layers=layer + 1, records=list(self.records))
+        written, spans = [stream.following for stream in self.streams], self._spans(layer + 1)
 
         def save() -> None:
             for buffer in written:
                 buffer.flush()
-            write_atomic(self.work / STATE_NAME, state)
+            self._state.write(found, seal(self.work, spans))
 
         self._settle()
         self._saving = self._saver.submit(save)
@@ -217,22 +228,20 @@ class Walk:
             self._saving.result()
             self._saving = None
 
+    def _spans(self, layers: int) -> list[Span]:
+        """Where the outputs of the last of so many layers lie."""
+        rows, width = self.packed.rows, self.models[0].weights.checkpoint.config.text.hidden_size
+        return [side_span(model.name, layers % 2, rows, width, model.skeleton.dtype) for model in self.models]
+
     def _read_state(self) -> int:
-        path = self.work / STATE_NAME
-        if not path.exists():
+        """Layers that are done and whose outputs are there as they were."""
+        found = self._state.read()
+        if found is None or len(found.records) != found.layers or found.layers > self.layers:
             return 0
-        try:
-            state = json.loads(path.read_bytes())
-            job, layers, records = state["job"], int(state["layers"]), list(state["records"])
-        except (ValueError, KeyError, TypeError):
+        if not self._state.unbroken(self._spans(found.layers)):
             return 0
-        if job != self._digest:
-            raise UsageError(
-                f"{self.work} was begun with other models, texts or options",
-                hint="repeat the earlier command, or add --restart to begin again",
-            )
-        self.records = records
-        return layers
+        self.records = found.records
+        return found.layers
 
 
 def _attention_at_start(one: LayerPass) -> Callable[[Tensor], Tensor]:
