@@ -28,11 +28,12 @@ from l4pack.budget.load import Load
 from l4pack.budget.matrix import HOSTS, matrix
 from l4pack.budget.model import budget
 from l4pack.calibration.record import read_calibration
+from l4pack.checkpoint.hub import open_remote
 from l4pack.checkpoint.source import HUB_ID, Checkpoint
 from l4pack.errors import BudgetError, L4packError, LicenceError, QualityError, SourceError, UsageError
 from l4pack.evaluate.gates import gate_results, require
 from l4pack.evaluate.record import ACCURACY_NAME
-from l4pack.hubclient import hub_api, hub_errors, patiently
+from l4pack.hubclient import hub_api, hub_errors
 from l4pack.model.config import parse_config
 from l4pack.recipe import Gates, Promise
 from l4pack.subject import open_subject
@@ -247,10 +248,10 @@ def _repository_text(manifest: ManifestFile, name: str, endpoint: str | None) ->
         return None
     api = hub_api(endpoint, None)
     with hub_errors(api, repository, revision):
-        if not patiently(lambda: api.file_exists(repository, name, revision=revision)):
-            return None
-        path = Path(patiently(lambda: api.hf_hub_download(repository, name, revision=revision)))
-    return path.read_text(encoding="utf-8", errors="replace") if path.stat().st_size <= MAX_SMALL_FILE else None
+        remote = open_remote(api, repository, revision)
+        file = remote.files.get(name)
+        fits = file is not None and file.size <= MAX_SMALL_FILE
+        return remote.small(name, MAX_SMALL_FILE).decode(errors="replace") if fits else None
 
 
 def _facts(

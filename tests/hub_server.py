@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -90,6 +90,8 @@ class Fault:
     headers: Mapping[str, str] = field(default_factory=dict)
     drop_after: int | None = None  # close the connection after this many bytes of the body
     corrupt: bool = False  # change a byte of what is served or stored
+    raw: Callable[[Handler], None] | None = None  # write something else to the socket, then hang up
+    alter: Callable[[Reply], None] | None = None  # change the answer
     hits: int = 0
 
 
@@ -120,6 +122,7 @@ class HubServer:
         self.seen: list[Seen] = []
         self.part_bytes = 64 * 1024  # above it, uploads are cut in parts
         self.page = 1000
+        self.poured = 0  # bytes of answers that come in pieces
         self.expired: set[str] = set()  # signatures that hold no longer
         self.signatures = 0
         self.lock = threading.RLock()
@@ -226,6 +229,11 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query = {key: values[0] for key, values in parse_qs(url.query).items()}
         self.fault = self.hub.take_fault(self.command, url.path)
+        if self.fault and self.fault.raw:
+            self._body()
+            self.hub.seen.append(Seen(self.kind, self.command, self.path, 0, 0, self.token, self.headers.get("Range")))
+            self.fault.raw(self)
+            self._hang_up()
         try:
             if self.fault and self.fault.status:
                 self._body()
@@ -259,6 +267,8 @@ class Handler(BaseHTTPRequestHandler):
         raise ConnectionAbortedError
 
     def _send(self, reply: Reply) -> None:
+        if self.fault and self.fault.alter:
+            self.fault.alter(reply)
         body = reply.body
         if self.fault and self.fault.corrupt and self.command == "GET" and body:
             body = body[:-1] + bytes([body[-1] ^ 1])

@@ -33,7 +33,7 @@ LAYERS = [
     ["artifact", "budget", "stream"],
     ["recipe"],
     ["formats"],
-    ["checkpoint", "hubclient", "demo"],
+    ["checkpoint", "hubanswers", "hubclient", "hubguard", "demo"],
     ["model", "quant", "work"],
     ["datafile"],
     ["units", "resources", "errors"],

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from huggingface_hub import HfApi
 
 from l4pack.artifact.names import name_findings
 from l4pack.artifact.policy import Breach, Duty, Policy, agrees, plain, policies
+from l4pack.checkpoint.hub import open_remote
 from l4pack.checkpoint.source import HUB_ID
 from l4pack.datafile import MAX_BYTES, parse_yaml
-from l4pack.errors import HubError, LicenceError, SourceError
-from l4pack.hubclient import TIMEOUT, hub_api, hub_errors, patiently
+from l4pack.errors import LicenceError, SourceError
+from l4pack.hubclient import hub_api, hub_errors
 from l4pack.model.config import known_config
 
 CARD_NAME = "README.md"
@@ -179,15 +180,9 @@ def folder_materials(folder: Path, name: str | None = None) -> Materials:
 
 def hub_materials(api: HfApi, repo_id: str, revision: str | None, name: str | None = None) -> Materials:
     """A Hub repository's files, read as they are asked for."""
-    info = patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT))
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-
-    def load(file: str) -> bytes:
-        if sizes[file] > MAX_TEXT_BYTES:
-            raise HubError(f"{repo_id}: {file} is too large to be read as text", hint="look at it in a browser")
-        return Path(patiently(lambda: api.hf_hub_download(repo_id, file, revision=info.sha))).read_bytes()
-
-    return Materials(repo_id, name or repo_id.rpartition("/")[2], frozenset(sizes), load)
+    remote = open_remote(api, repo_id, revision)
+    load = partial(remote.small, limit=MAX_TEXT_BYTES)
+    return Materials(repo_id, name or repo_id.rpartition("/")[2], frozenset(remote.files), load)
 
 
 def governing_policy(materials: Materials) -> Policy:

@@ -14,19 +14,23 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
 
 from l4pack.checkpoint.hub import RemoteFile
 from l4pack.errors import HubError
-from l4pack.hubclient import TIMEOUT, hub_errors, patiently
+from l4pack.hubclient import hub_errors, patiently
+from l4pack.hubguard import ASTRAY
 
 MAIN = "main"
 CHUNK = 8 * 1024**2
 SMALL_FILE = 64 * 1024
+MAX_FILES = 100_000
 _RECORD = re.compile(r"^- (\S+) sha256:([0-9a-f]{64}) git:([0-9a-f]{40})$", re.MULTILINE)
 Advance = Callable[[int], None]
 
@@ -166,13 +170,15 @@ def upload(api: HfApi, plan: UploadPlan, message: str, advance: Advance = lambda
 
 def listing(api: HfApi, repo_id: str, revision: str) -> dict[str, RemoteFile]:
     """Every file of a repository with the digest the Hub gives it."""
-    entries = patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=revision)))
-    found = {}
-    for entry in entries:
-        blob = getattr(entry, "blob_id", None)
-        if blob is not None:
-            sha256 = entry.lfs.sha256 if entry.lfs else None  # type: ignore[union-attr]
-            found[entry.path] = RemoteFile(entry.path, entry.size, sha256, None if sha256 else blob)  # type: ignore[union-attr]
+    tree = patiently(
+        lambda: list(islice(api.list_repo_tree(repo_id, recursive=True, revision=revision), MAX_FILES + 1))
+    )
+    found: dict[str, RemoteFile] = {}
+    for entry in (entry for entry in tree if isinstance(entry, RepoFile)):
+        sha256 = entry.lfs.sha256 if entry.lfs else None
+        found[entry.path] = RemoteFile(entry.path, entry.size, sha256, None if sha256 else entry.blob_id)
+    if len(tree) > MAX_FILES or len({entry.path for entry in tree}) < len(tree):
+        raise HubError(f"{repo_id}: the list of its files has no end, or names one twice", hint=ASTRAY)
     return found
 
 
@@ -190,7 +196,7 @@ def compare(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile], re
 
 def _repository(api: HfApi, repo_id: str) -> Any:
     try:
-        return patiently(lambda: api.model_info(repo_id, timeout=TIMEOUT))
+        return patiently(lambda: api.model_info(repo_id))
     except RepositoryNotFoundError:
         return None
 
@@ -203,12 +209,12 @@ def _remote_state(api: HfApi, target: Target, *, exists: bool) -> tuple[dict[str
             raise HubError(what, hint="leave --pr out, or check the name")
         return {}, None, target.revision == MAIN
     try:
-        info = patiently(lambda: api.model_info(target.repo_id, revision=target.revision, timeout=TIMEOUT))
+        info = patiently(lambda: api.model_info(target.repo_id, revision=target.revision))
         return listing(api, target.repo_id, str(info.sha)), str(info.sha), True
     except RevisionNotFoundError:
         if target.pull_request:
             raise
-        info = patiently(lambda: api.model_info(target.repo_id, timeout=TIMEOUT))
+        info = patiently(lambda: api.model_info(target.repo_id))
         return listing(api, target.repo_id, str(info.sha)), str(info.sha), False
 
 
@@ -265,6 +271,8 @@ def _prepare(api: HfApi, plan: UploadPlan) -> None:
         patiently(lambda: api.create_repo(target.repo_id, private=not target.public, exist_ok=True))
     if target.gated:
         patiently(lambda: api.update_repo_settings(target.repo_id, gated="manual"))
+        if not patiently(lambda: api.model_info(target.repo_id)).gated:
+            raise HubError(f"{target.repo_id}: the Hub did not gate it", hint="gate it in the repository's settings")
     if not plan.branch_exists:
         patiently(lambda: api.create_branch(target.repo_id, branch=target.revision, exist_ok=True))
 
@@ -330,7 +338,7 @@ def _commit(api: HfApi, plan: UploadPlan, additions: list[CommitOperationAdd], m
 
 def _already_committed(api: HfApi, plan: UploadPlan) -> str | None:
     """The head, when a commit whose answer was lost went through after all."""
-    info = patiently(lambda: api.model_info(plan.target.repo_id, revision=plan.target.revision, timeout=TIMEOUT))
+    info = patiently(lambda: api.model_info(plan.target.repo_id, revision=plan.target.revision))
     there = listing(api, plan.target.repo_id, str(info.sha))
     same = all(name in there and file.is_same(there[name]) for name, file in plan.local.items())
     return str(info.sha) if same and not set(plan.names(Action.DELETE)) & set(there) else None
@@ -344,16 +352,24 @@ def _description(files: Iterable[LocalFile]) -> str:
 def _label(api: HfApi, target: Target, commit: str) -> None:
     """Tag the commit and add the repository to a collection, unless that is done already."""
     if target.tag is not None:
-        tags = patiently(lambda: api.list_repo_refs(target.repo_id)).tags
-        held = {tag.name: tag.target_commit for tag in tags}
-        if held.get(target.tag, commit) != commit:
+        if target.tag not in _tags(api, target):
+            patiently(lambda: api.create_tag(target.repo_id, tag=str(target.tag), revision=commit, exist_ok=True))
+        if _tags(api, target).get(target.tag) != commit:
             raise HubError(
                 f"{target.repo_id}: tag {target.tag} stands at another commit; the upload itself is complete",
                 hint="choose another --tag",
             )
-        if target.tag not in held:
-            patiently(lambda: api.create_tag(target.repo_id, tag=str(target.tag), revision=commit))
     if target.collection is not None:
-        patiently(
+        there = patiently(
             lambda: api.add_collection_item(str(target.collection), target.repo_id, item_type="model", exists_ok=True)
         )
+        if target.repo_id not in {item.item_id for item in there.items}:
+            raise HubError(
+                f"{target.collection} does not hold {target.repo_id} after all; the upload itself is complete",
+                hint="add it on the collection's page",
+            )
+
+
+def _tags(api: HfApi, target: Target) -> dict[str, str]:
+    tags = patiently(lambda: api.list_repo_refs(target.repo_id)).tags
+    return {tag.name: tag.target_commit for tag in tags}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 from huggingface_hub import (
     HfApi,
+    constants,
     get_session,
     hf_hub_url,
     hf_raise_for_status,
@@ -38,9 +40,11 @@ from l4pack.checkpoint.source import (
     open_folder,
     parse_index,
 )
-from l4pack.errors import HubError, SourceError
-from l4pack.hubclient import TIMEOUT, hub_api, hub_errors, patiently
+from l4pack.errors import BudgetError, HubError, SourceError
+from l4pack.hubclient import hub_api, hub_errors, patiently
+from l4pack.hubguard import Transfer, transferring
 from l4pack.model.config import MAX_CONFIG_BYTES, parse_config
+from l4pack.units import human_bytes
 
 HEADER_THREADS = 8
 
@@ -58,6 +62,10 @@ class RemoteFile:
     def identity(self) -> str:
         """Changes when the content does."""
         return self.sha256 or self.blob_id or str(self.size)
+
+    def transfer(self, commit: str) -> Transfer:
+        """What to hold the file to on its way."""
+        return Transfer(self.name, self.size, self.identity, commit)
 
 
 def open_hub(
@@ -79,14 +87,19 @@ def open_hub(
     if is_offline_mode():
         return _open_cached(api, repo_id, revision)
     with hub_errors(api, repo_id, revision):
-        info = patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT))
-        remote = Remote(api, repo_id, str(info.sha), _listing(info.siblings or []))
+        remote = open_remote(api, repo_id, revision)
         config = parse_config(_json(remote.small("config.json", MAX_CONFIG_BYTES)), f"{repo_id}: config.json")
         headers, weight_map = _headers(remote)
     companions = {name: file.size for name, file in sorted(remote.files.items()) if is_companion(name)}
     store = HubStore(remote, headers, folder if fetch_as_you_go else None)
     entries = merge_headers(headers, weight_map)
     return Checkpoint(repo_id, config, entries, companions, store, remote.revision)
+
+
+def open_remote(api: HfApi, repo_id: str, revision: str | None) -> Remote:
+    """A repository's listing at the commit a revision (None: the default branch) stands at now."""
+    info = patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
+    return Remote(api, repo_id, str(info.sha), _listing(info.siblings or []))
 
 
 def _open_cached(api: HfApi, repo_id: str, revision: str | None) -> Checkpoint:
@@ -130,24 +143,21 @@ class Remote:
         """Bytes `start` to `start + nbytes` of a file, and not one more, whatever the server sends."""
         if nbytes == 0:
             return b""
-        return patiently(lambda: self._part(name, start, nbytes))
+        with transferring(self.files[name].transfer(self.revision)):
+            return patiently(lambda: self._part(name, start, nbytes))
 
     def _part(self, name: str, start: int, nbytes: int) -> bytes:
         url = hf_hub_url(self.repo_id, name, revision=self.revision, endpoint=self.api.endpoint)
-        span = {"Range": f"bytes={start}-{start + nbytes - 1}", "Accept-Encoding": "identity"}
+        span = {"Range": f"bytes={start}-{start + nbytes - 1}"}
         headers = build_hf_headers(token=self.api.token, headers=span)
-        content = bytearray()
-        with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT) as response:
+        with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
             hf_raise_for_status(response)
             if response.status_code != 206 and (start, nbytes) != (0, self.files[name].size):
                 raise HubError(f"{self.repo_id}: the server does not serve parts of files", hint="download it first")
-            for chunk in response.iter_bytes():
-                content += chunk
-                if len(content) > nbytes:
-                    break
+            content = response.read()  # no more of it than was asked for: the client sees to that
         if len(content) != nbytes:
             raise HubError(f"{self.repo_id}: a part of {name} arrived wrong", hint="run the same command again")
-        return bytes(content)
+        return content
 
 
 def _json(raw: bytes) -> dict[str, Any]:
@@ -241,10 +251,22 @@ class HubStore:
         if file not in self.remote.files:
             raise SourceError(f"{repo_id} has no {file}", hint="is the repository complete?")
         cached = self.folder is None and isinstance(try_to_load_from_cache(repo_id, file, revision=revision), str)
-        with hub_errors(api, repo_id, revision):
+        if not cached:
+            self._check_room(file)
+        with hub_errors(api, repo_id, revision), transferring(self.remote.files[file].transfer(revision)):
             path = Path(patiently(lambda: api.hf_hub_download(repo_id, file, revision=revision, local_dir=self.folder)))
         self._check(file, path, digest=not cached)
         return path
+
+    def _check_room(self, file: str) -> None:
+        folder = (self.folder or Path(constants.HF_HUB_CACHE)).absolute()
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        needed, free = self.remote.files[file].size, shutil.disk_usage(there).free
+        if needed > free:
+            raise BudgetError(
+                f"{folder}: {file} takes {human_bytes(needed)}, and {human_bytes(free)} are free",
+                hint="free some space, or set HF_HOME to a larger disk",
+            )
 
     def _check(self, file: str, path: Path, *, digest: bool) -> None:
         """Compare with the Hub's listing and with the header read before; a wrong file is not kept."""
