@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from oracle_fit import broken_rules
 from synthetic_sensitivity import OPTIONS, synthetic
 
+from l4pack.artifact.original import weights_digest
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.model import budget
@@ -27,7 +28,6 @@ from l4pack.formats import LocalMatrix, hindrances, load_format
 from l4pack.model.tensors import Role
 from l4pack.plan import make_plan
 from l4pack.recipe import KEEP, RecipeScheme, load_recipe
-from l4pack.sensitivity.identity import weights_digest
 from l4pack.sensitivity.record import Change, ModelId
 from l4pack.subject import planned
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from whole_model import one_thread  # noqa: F401
 
+from l4pack.artifact.original import weights_digest
 from l4pack.calibration.mlp import weights_of
 from l4pack.checkpoint.open import open_source
 from l4pack.evaluate.statistics import clusters, mean_and_error
@@ -30,7 +31,7 @@ from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import quantize_block
 from l4pack.recipe import RecipeScheme
 from l4pack.sensitivity.changes import Single
-from l4pack.sensitivity.identity import model_fingerprint, weights_digest
+from l4pack.sensitivity.identity import model_fingerprint
 from l4pack.sensitivity.measure import Direct, Settings, measure, prepare
 from l4pack.sensitivity.options import OPTIONS, options_for
 from l4pack.sensitivity.originals import Originals

@@ -8,6 +8,10 @@ from typing import Any
 from l4pack.errors import QualityError, UsageError
 from l4pack.recipe import Gates
 
+_MEASURES = {"max_kl": "kl_mean", "min_agreement": "top1_agreement", "max_perplexity_ratio": "perplexity_ratio"}
+_AT_MOST = ("max_kl", "max_perplexity_ratio")
+_RECOVERY = "min_recovery "
+
 
 def parse_recovery(texts: list[str]) -> dict[str, float]:
     """`task=0.99` options. Raises UsageError."""
@@ -24,28 +28,33 @@ def parse_recovery(texts: list[str]) -> dict[str, float]:
     return result
 
 
-def gate_results(record: Mapping[str, Any], gates: Gates, recovery: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Every gate asked for, its limit, the value measured (None: not measured) and whether it passed."""
-    asked = [
-        ("max_kl", gates.max_kl, record.get("kl_mean"), True),
-        ("min_agreement", gates.min_agreement, record.get("top1_agreement"), False),
-        ("max_perplexity_ratio", gates.max_perplexity_ratio, record.get("perplexity_ratio"), True),
-    ]
-    tasks = record.get("tasks", {})
-    asked += [
-        (f"min_recovery {name}", share, tasks.get(name, {}).get("recovery"), False) for name, share in recovery.items()
-    ]
-    return [
-        {"gate": name, "limit": limit, "value": value, "ok": _passes(value, limit, at_most)}
-        for name, limit, value, at_most in asked
-        if limit is not None
-    ]
+def limits_of(gates: Gates, recovery: Mapping[str, float]) -> dict[str, float]:
+    """Every gate asked for with its limit."""
+    asked = gates.model_dump(exclude_none=True)
+    return {**asked, **{f"{_RECOVERY}{task}": share for task, share in recovery.items()}}
 
 
-def _passes(value: float | None, limit: float, at_most: bool) -> bool:
-    if value is None:
-        return False
-    return value <= limit if at_most else value >= limit
+def judge(record: Mapping[str, Any], limits: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Every gate, its limit, the value measured (None: not measured) and whether it passed."""
+    results = []
+    for gate, limit in limits.items():
+        value = _value(record, gate)
+        passed = value is not None and (value <= limit if gate in _AT_MOST else value >= limit)
+        results.append({"gate": gate, "limit": limit, "value": value, "ok": passed})
+    return results
+
+
+def _value(record: Mapping[str, Any], gate: str) -> float | None:
+    if gate.startswith(_RECOVERY):
+        value = record.get("tasks", {}).get(gate.removeprefix(_RECOVERY), {}).get("recovery")
+    else:
+        value = record.get(_MEASURES[gate])
+    return None if value is None else float(value)
+
+
+def recorded(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The gates that a record was judged by, judged again by its own numbers."""
+    return judge(record, {gate["gate"]: gate["limit"] for gate in record["gates"]})
 
 
 def require(results: list[dict[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from l4pack import __version__
+from l4pack.artifact.original import weights_digest
 from l4pack.calibration.walk import reproducible
 from l4pack.checkpoint.journal import locked
 from l4pack.checkpoint.source import Checkpoint
@@ -31,7 +32,7 @@ from l4pack.sensitivity.costs import (
     stream_bytes,
     streams_at_once,
 )
-from l4pack.sensitivity.identity import model_fingerprint, weights_digest
+from l4pack.sensitivity.identity import model_fingerprint
 from l4pack.sensitivity.options import Options, family, options_for
 from l4pack.sensitivity.predict import Clusters, Estimate, Predictor, added
 from l4pack.sensitivity.record import Change as ChangeRecord

@@ -1,0 +1,142 @@
+"""Whether a checkpoint is the original an artifact was made from: unquantized, and what the manifest knows of it.
+
+Headers tell another model, but not a fine-tune of it. Norms, routers and whatever else the recipe left alone lie in the
+artifact with the original's own numbers, and a fine-tune has others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from numpy.typing import NDArray
+
+from l4pack.artifact.manifest import MANIFEST_NAME, source_record
+from l4pack.artifact.manifest_schema import SourceRecord, read_manifest
+from l4pack.checkpoint.header import DTYPE_BITS, TensorEntry
+from l4pack.checkpoint.reader import NUMPY_TYPES, Reader
+from l4pack.checkpoint.source import WEIGHT_DTYPES, Checkpoint, LocalStore, detect_layout
+from l4pack.errors import SourceError, UsageError
+from l4pack.model.names import classify
+from l4pack.model.tensors import Role, canonical_naming, rename
+from l4pack.quant.floats import round_to_bfloat16, widen
+
+_SMALL = (Role.NORM, Role.ROUTER)
+_SPAN = 32768  # numbers read at the beginning, in the middle and at the end of a large tensor
+_COMPARE = "evaluate records how far an artifact is from its original; comparing two artifacts is not what that is for"
+
+
+def check_original(artifact: Checkpoint, original: Checkpoint) -> None:
+    """Raise unless `original` is an unquantized checkpoint and, as far as the artifact's manifest tells, its source.
+
+    SourceError for a configuration without weights, UsageError for everything else. Reads the small tensors that both
+    have in common and a part of each large one.
+    """
+    check_unquantized(original)
+    source = made_from(artifact)
+    if source is None:
+        return
+    if source_record(original)["headers_sha256"] != source.headers_sha256:
+        raise UsageError(
+            f"{original.name} is not what {artifact.name} was made from: that was {_title(source)}, with other tensors",
+            hint="give the checkpoint it was quantized from",
+        )
+    changed = _changed(artifact, original)
+    if changed is not None:
+        raise UsageError(
+            f"{original.name} is not what {artifact.name} was made from, though its tensors have the same names and "
+            f"shapes: {changed} is kept as in the original and has other numbers here",
+            hint="give the checkpoint it was quantized from; is this a fine-tune of it?",
+        )
+
+
+def check_unquantized(original: Checkpoint) -> None:
+    """Raise SourceError for a configuration without weights, UsageError for an artifact or any quantized checkpoint."""
+    if original.bare:
+        raise SourceError(f"{original.name} is a configuration without weights", hint="give the checkpoint itself")
+    what = quantized_as(original)
+    if what is not None:
+        raise UsageError(f"{original.name} is {what}, not an original", hint=_COMPARE)
+
+
+def quantized_as(checkpoint: Checkpoint) -> str | None:
+    """What kind of quantized checkpoint this is, judged by its tensors; None for an original."""
+    if isinstance(checkpoint.store, LocalStore) and (checkpoint.store.folder / MANIFEST_NAME).is_file():
+        return "an artifact that l4pack made"
+    odd = sorted({entry.dtype for entry in checkpoint.entries.values()} - set(WEIGHT_DTYPES))
+    return f"quantized already (it has tensors of {', '.join(odd)})" if odd else None
+
+
+def made_from(artifact: Checkpoint) -> SourceRecord | None:
+    """What an artifact's manifest says of its source; None without one. Raises UsageError for one that can't be read."""
+    if not isinstance(artifact.store, LocalStore) or not (artifact.store.folder / MANIFEST_NAME).is_file():
+        return None
+    return read_manifest(artifact.store.folder).source
+
+
+def weights_digest(checkpoint: Checkpoint) -> str:
+    """Hex SHA-256 of the norms' and routers' bytes by name: a fine-tune has another, and little is read.
+
+    Raises SourceError for a configuration without weights.
+    """
+    if checkpoint.bare or checkpoint.store is None:
+        raise SourceError(f"{checkpoint.name} is a configuration without weights", hint="give a checkpoint folder")
+    digest = hashlib.sha256()
+    with Reader(checkpoint.entries, checkpoint.store.path) as reader:
+        for name in sorted(checkpoint.entries):
+            if classify(name).role in _SMALL:
+                digest.update(name.encode())
+                digest.update(reader.tensor(name).tobytes())
+    return digest.hexdigest()
+
+
+def _changed(artifact: Checkpoint, original: Checkpoint) -> str | None:
+    """The first tensor that both have unquantized and that differs."""
+    assert artifact.store is not None
+    assert original.store is not None
+    with (
+        Reader(artifact.entries, artifact.store.path) as mine,
+        Reader(original.entries, original.store.path) as theirs,
+    ):
+        for kept, source in _kept(artifact, original):
+            for start, count in _spans(source):
+                ours = _numbers(mine, kept, start, count)
+                wanted = _as(_numbers(theirs, source, start, count), kept.dtype)
+                if ours.tobytes() != wanted.tobytes():
+                    return source.name
+    return None
+
+
+def _kept(artifact: Checkpoint, original: Checkpoint) -> Iterator[tuple[TensorEntry, TensorEntry]]:
+    """Tensors of the artifact that are those of the original, each with it; the telling ones first."""
+    old, new = detect_layout(original.config, original.entries).naming, canonical_naming(original.config)
+    for source in sorted(original.entries.values(), key=lambda one: (classify(one.name).role not in _SMALL, one.name)):
+        kept = artifact.entries.get(rename(source.name, old, new))
+        if kept is not None and kept.dtype in WEIGHT_DTYPES and kept.shape == source.shape:
+            yield kept, source
+
+
+def _spans(entry: TensorEntry) -> list[tuple[int, int]]:
+    """First number and count of each part that is read: all of a small tensor, three parts of a large one."""
+    numel = entry.nbytes * 8 // DTYPE_BITS[entry.dtype]
+    if numel <= 3 * _SPAN:
+        return [(0, numel)]
+    return [(0, _SPAN), (numel // 2, _SPAN), (numel - _SPAN, _SPAN)]
+
+
+def _numbers(reader: Reader, entry: TensorEntry, start: int, count: int) -> NDArray[Any]:
+    item = DTYPE_BITS[entry.dtype] // 8
+    return reader.span(entry.name, start * item, count * item).view(NUMPY_TYPES[entry.dtype])
+
+
+def _as(stored: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Numbers in the dtype that the artifact keeps them in."""
+    if stored.dtype == NUMPY_TYPES[dtype]:
+        return stored
+    wide = widen(stored)
+    return round_to_bfloat16(wide) if dtype == "BF16" else wide.astype(NUMPY_TYPES[dtype])
+
+
+def _title(source: SourceRecord) -> str:
+    return f"{source.repository or source.name}{f'@{source.revision}' if source.revision else ''}"
