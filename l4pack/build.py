@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from l4pack import __version__
 from l4pack.accelerator import quantizer
+from l4pack.artifact.contents import recorded_digest
 from l4pack.artifact.upload import Target
 from l4pack.artifact.verify import verify_artifact
 from l4pack.budget.devices import find_host, load_devices
@@ -27,8 +28,8 @@ from l4pack.budget.record import budget_record
 from l4pack.budget.solve import limits as budget_limits
 from l4pack.checkpoint.source import Checkpoint, open_folder
 from l4pack.errors import BudgetError, L4packError
-from l4pack.evaluate.gates import require
-from l4pack.evaluate.record import ACCURACY_NAME, read_accuracy, write_accuracy
+from l4pack.evaluate.gates import judge, limits_of, require
+from l4pack.evaluate.record import find, read_evaluations, write_accuracy
 from l4pack.fit.budgets import Wish
 from l4pack.fit.fit import fit
 from l4pack.fit.record import fit_record, read_fit
@@ -43,7 +44,9 @@ from l4pack.units import human_bytes, human_gib, human_seconds
 from l4pack.work.files import write_atomic
 
 if TYPE_CHECKING:
+    from l4pack.evaluate.evaluate import Prepared
     from l4pack.sensitivity.record import Sensitivity
+    from l4pack.stream.walk import Progress
     from l4pack.text.choice import TextChoice
 
 
@@ -233,15 +236,16 @@ class _Chain:
         text, out = self._order.text, self._order.out
         if text is None:
             return NOT_ASKED
-        key = self._key([self._plan.checkpoint.fingerprint(), repr(text)])
-        state = self._state()
-        if state.get("evaluate") == key and (out / ACCURACY_NAME).is_file():
-            outcome, record = Outcome.KEPT, read_accuracy(out)
-        else:
-            outcome, record = Outcome.DONE, self._measure(text)
-        write_accuracy(out, record, self._gates(), {})
-        self._remember(state | {"evaluate": key})
-        require(record["gates"])
+        from l4pack.stream.walk import Progress
+
+        with self._watch("evaluating", self._evaluated_bytes()) as bar, stop_signals() as stop:
+            prepared = self._prepared(text, Progress(advance=bar.advance, stop=stop))
+            record = find(read_evaluations(out), prepared.identity.digest)
+            outcome = Outcome.DONE if record is None else Outcome.KEPT
+            record = prepared.run() if record is None else record
+        asked = self._gates()
+        write_accuracy(out, record, asked, {})
+        require(judge(record, limits_of(asked, {})))
         brief = {name: value for name, value in record.items() if name not in ("layers", "worst")}
         return outcome, accuracy_line(record), brief
 
@@ -249,15 +253,18 @@ class _Chain:
         promised = self._promise.gates.model_dump(exclude_none=True) if self._promise else {}
         return Gates(**{**promised, **self._order.gates.model_dump(exclude_none=True)})
 
-    def _measure(self, text: TextChoice) -> dict[str, Any]:
-        from l4pack.evaluate.evaluate import Settings, evaluate, total_bytes
-        from l4pack.stream.walk import Progress
+    def _evaluated_bytes(self) -> int:
+        from l4pack.evaluate.evaluate import total_bytes
 
-        out, original = self._order.out, self._plan.checkpoint
-        artifact = open_folder(out)
+        return total_bytes(open_folder(self._order.out), self._plan.checkpoint)
+
+    def _prepared(self, text: TextChoice, progress: Progress) -> Prepared:
+        """The evaluation this order asks for; the step before has held the weights against the manifest."""
+        from l4pack.evaluate.evaluate import Settings, prepare
+
+        out = self._order.out
         settings = Settings(work=out.with_name(f"{out.name}.evaluate.partial"), text=text, compute=self._order.compute)
-        with self._watch("evaluating", total_bytes(artifact, original)) as bar, stop_signals() as stop:
-            return evaluate(artifact, original, settings, Progress(advance=bar.advance, stop=stop))
+        return prepare(open_folder(out), self._plan.checkpoint, settings, progress, recorded_digest(out))
 
     def _package(self) -> Result:
         packaged = package_artifact(self._order.out, self._plan.checkpoint, self._order.wishes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +30,8 @@ from l4pack.calibration.record import read_calibration
 from l4pack.checkpoint.hub import open_remote
 from l4pack.checkpoint.source import HUB_ID, Checkpoint
 from l4pack.errors import BudgetError, L4packError, LicenceError, QualityError, SourceError, UsageError
-from l4pack.evaluate.gates import gate_results, require
-from l4pack.evaluate.record import ACCURACY_NAME
+from l4pack.evaluate.gates import judge, limits_of, recorded, require
+from l4pack.evaluate.record import check_current, read_evaluations
 from l4pack.hubclient import hub_api, hub_errors
 from l4pack.model.config import parse_config
 from l4pack.recipe import Gates, Promise
@@ -40,7 +39,6 @@ from l4pack.subject import open_subject
 from l4pack.units import human_gib
 from l4pack.work.files import write_atomic
 
-MAX_RECORD = 200_000_000
 MAX_SMALL_FILE = 2_000_000
 GATED_KEY = "extra_gated_prompt"
 
@@ -73,6 +71,7 @@ def package_artifact(folder: Path, source: Checkpoint | None = None, wishes: Wis
     """
     wishes = wishes or Wishes()
     manifest = read_manifest(folder)
+    _measured(folder)
     base = _base_model(manifest, wishes)
     policy = governing_policy(_without_card(folder, base))
     name = wishes.name or derive_name(manifest.source.name, manifest.made_with())
@@ -99,6 +98,7 @@ def check_ready(
         raise _licence_error(result)
     done = [f"licence: {result.policy.title}, {result.duties} duties met"]
     _check_gating(folder, gated=gated)
+    done += _check_measured(folder)
     promise = read_manifest(folder).made_with().promise
     if promise is None:
         done.append("budget and gates: the recipe promises none")
@@ -151,32 +151,31 @@ def _check_budget(folder: Path, promise: Promise) -> str:
     return f"budget: {what} fits, {human_gib(found.headroom_bytes)} to spare"
 
 
+def _check_measured(folder: Path) -> list[str]:
+    """Every evaluation is of these weights, and no gate that one was judged by was missed."""
+    records = read_evaluations(folder)
+    check_current(folder, records)
+    results = [result for record in records for result in recorded(record)]
+    require(results)
+    return [f"measured: {len(records)} evaluations of these weights, {len(results)} gates met"] if records else []
+
+
+def _measured(folder: Path) -> dict[str, Any] | None:
+    """The most careful evaluation, None where nothing was measured. Raises UsageError, QualityError (other weights)."""
+    records = read_evaluations(folder)
+    check_current(folder, records)
+    return records[0] if records else None
+
+
 def _check_gates(folder: Path, gates: Gates) -> str:
-    asked = {key: value for key, value in gates.model_dump().items() if value is not None}
+    asked = limits_of(gates, {})
     if not asked:
         return "gates: the recipe has none"
-    measured = _read_record(folder, ACCURACY_NAME)
-    if measured is None:
+    measured = read_evaluations(folder)
+    if not measured:
         raise QualityError("the recipe has gates, and accuracy was not measured", hint="run l4pack evaluate first")
-    try:
-        require(gate_results(measured, gates, {}))
-    except TypeError as error:
-        raise UsageError(f"{ACCURACY_NAME} holds what is no number", hint="run l4pack evaluate again") from error
+    require(judge(measured[0], asked))
     return f"gates: {', '.join(sorted(asked))} met"
-
-
-def _read_record(folder: Path, name: str) -> dict[str, Any] | None:
-    """A JSON record in an artifact's folder, None when there is none. Raises UsageError when it can't be read."""
-    path = folder / name
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_RECORD else None
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} can't be read", hint="make it again, or remove it")
-    return value
 
 
 def _base_model(manifest: ManifestFile, wishes: Wishes) -> str | None:
@@ -274,7 +273,7 @@ def _facts(
         files=files,
         base_model=base,
         languages=_languages(source),
-        accuracy=_read_record(folder, ACCURACY_NAME),
+        accuracy=_measured(folder),
         calibration=read_calibration(folder),
         fits=_fits(folder, manifest),
         gated=wishes.gated,

@@ -114,9 +114,9 @@ class Rule(_Data):
 class Gates(_Data):
     """The least accuracy an artifact must keep."""
 
-    max_kl: Annotated[float, Field(ge=0)] | None = None
+    max_kl: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     min_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
-    max_perplexity_ratio: Annotated[float, Field(ge=1)] | None = None
+    max_perplexity_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
 
 
 class Calibration(_Data):

@@ -36,7 +36,7 @@ def measured_digest(checkpoint: Checkpoint, check: Callable[[], None] = lambda: 
         raise SourceError(f"{checkpoint.name} is a configuration without weights", hint="give a checkpoint folder")
     entries = sorted(checkpoint.entries.values(), key=lambda entry: (entry.file, entry.start))
     with Reader(checkpoint.entries, checkpoint.store.path) as reader, ThreadPoolExecutor(_workers()) as pool:
-        found = pool.map(lambda entry: (entry.name, _digest(reader, entry, check)), entries)
+        found = pool.map(lambda entry: (entry.name, tensor_digest(reader, entry, check)), entries)
         return contents_digest(dict(found), checkpoint.config.raw)
 
 
@@ -48,7 +48,8 @@ def contents_digest(tensors: Mapping[str, str], config: Mapping[str, Any]) -> st
     return digest.hexdigest()
 
 
-def _digest(reader: Reader, entry: TensorEntry, check: Callable[[], None]) -> str:
+def tensor_digest(reader: Reader, entry: TensorEntry, check: Callable[[], None] = lambda: None) -> str:
+    """Hex SHA-256 of a tensor's bytes; `check` is called between reads and may raise."""
     digest = hashlib.sha256()
     for start in range(0, entry.nbytes, CHUNK):
         check()

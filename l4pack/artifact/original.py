@@ -12,8 +12,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from l4pack.artifact.contents import tensor_digest
 from l4pack.artifact.manifest import MANIFEST_NAME, source_record
-from l4pack.artifact.manifest_schema import SourceRecord, read_manifest
+from l4pack.artifact.manifest_schema import ManifestFile, SourceRecord, read_manifest
 from l4pack.checkpoint.header import DTYPE_BITS, TensorEntry
 from l4pack.checkpoint.reader import NUMPY_TYPES, Reader
 from l4pack.checkpoint.source import WEIGHT_DTYPES, Checkpoint, LocalStore, detect_layout
@@ -23,6 +24,7 @@ from l4pack.model.tensors import Role, canonical_naming, rename
 from l4pack.quant.floats import round_to_bfloat16, widen
 
 _SMALL = (Role.NORM, Role.ROUTER)
+ORIGINAL_KEYS = ("headers_sha256", "weights_sha256")
 _SPAN = 32768  # numbers read at the beginning, in the middle and at the end of a large tensor
 _COMPARE = "evaluate records how far an artifact is from its original; comparing two artifacts is not what that is for"
 
@@ -34,15 +36,16 @@ def check_original(artifact: Checkpoint, original: Checkpoint) -> None:
     have in common and a part of each large one.
     """
     check_unquantized(original)
-    source = made_from(artifact)
-    if source is None:
+    manifest = manifest_of(artifact)
+    if manifest is None:
         return
+    source = manifest.source
     if source_record(original)["headers_sha256"] != source.headers_sha256:
         raise UsageError(
             f"{original.name} is not what {artifact.name} was made from: that was {_title(source)}, with other tensors",
             hint="give the checkpoint it was quantized from",
         )
-    changed = _changed(artifact, original)
+    changed = _changed(artifact, original, manifest)
     if changed is not None:
         raise UsageError(
             f"{original.name} is not what {artifact.name} was made from, though its tensors have the same names and "
@@ -68,31 +71,40 @@ def quantized_as(checkpoint: Checkpoint) -> str | None:
     return f"quantized already (it has tensors of {', '.join(odd)})" if odd else None
 
 
-def made_from(artifact: Checkpoint) -> SourceRecord | None:
-    """What an artifact's manifest says of its source; None without one. Raises UsageError for one that can't be read."""
+def manifest_of(artifact: Checkpoint) -> ManifestFile | None:
+    """An artifact's manifest; None without one. Raises UsageError for one that can't be read."""
     if not isinstance(artifact.store, LocalStore) or not (artifact.store.folder / MANIFEST_NAME).is_file():
         return None
-    return read_manifest(artifact.store.folder).source
+    return read_manifest(artifact.store.folder)
+
+
+def original_record(original: Checkpoint) -> dict[str, str]:
+    """Which original this is: its headers, and the bytes of its small tensors (see `weights_digest`)."""
+    return dict(
+        zip(ORIGINAL_KEYS, (str(source_record(original)["headers_sha256"]), weights_digest(original)), strict=True)
+    )
 
 
 def weights_digest(checkpoint: Checkpoint) -> str:
-    """Hex SHA-256 of the norms' and routers' bytes by name: a fine-tune has another, and little is read.
+    """Hex SHA-256 of the norms' and routers' numbers by name: a fine-tune has another, and little is read.
 
-    Raises SourceError for a configuration without weights.
+    An artifact has the same as its original, whatever prefixes and float dtype they are kept with: numbers are rounded
+    to bfloat16 first. Raises SourceError for a configuration without weights.
     """
     if checkpoint.bare or checkpoint.store is None:
         raise SourceError(f"{checkpoint.name} is a configuration without weights", hint="give a checkpoint folder")
+    old, new = detect_layout(checkpoint.config, checkpoint.entries).naming, canonical_naming(checkpoint.config)
+    small = {rename(name, old, new): name for name in checkpoint.entries if classify(name).role in _SMALL}
     digest = hashlib.sha256()
     with Reader(checkpoint.entries, checkpoint.store.path) as reader:
-        for name in sorted(checkpoint.entries):
-            if classify(name).role in _SMALL:
-                digest.update(name.encode())
-                digest.update(reader.tensor(name).tobytes())
+        for name in sorted(small):
+            digest.update(name.encode())
+            digest.update(_as(reader.tensor(small[name]), "BF16").tobytes())
     return digest.hexdigest()
 
 
-def _changed(artifact: Checkpoint, original: Checkpoint) -> str | None:
-    """The first tensor that both have unquantized and that differs."""
+def _changed(artifact: Checkpoint, original: Checkpoint, manifest: ManifestFile) -> str | None:
+    """The first tensor that both have unquantized and that differs, unless it is the artifact that was damaged."""
     assert artifact.store is not None
     assert original.store is not None
     with (
@@ -100,12 +112,20 @@ def _changed(artifact: Checkpoint, original: Checkpoint) -> str | None:
         Reader(original.entries, original.store.path) as theirs,
     ):
         for kept, source in _kept(artifact, original):
-            for start, count in _spans(source):
-                ours = _numbers(mine, kept, start, count)
-                wanted = _as(_numbers(theirs, source, start, count), kept.dtype)
-                if ours.tobytes() != wanted.tobytes():
+            if _differ(mine, kept, theirs, source):
+                made = manifest.tensors.get(kept.name)
+                if made is not None and made.sha256 == tensor_digest(mine, kept):
                     return source.name
     return None
+
+
+def _differ(mine: Reader, kept: TensorEntry, theirs: Reader, source: TensorEntry) -> bool:
+    """Whether the parts of a tensor that are read differ, rounded to the dtype that the artifact keeps it in."""
+    for start, count in _spans(source):
+        wanted = _as(_numbers(theirs, source, start, count), kept.dtype)
+        if _numbers(mine, kept, start, count).tobytes() != wanted.tobytes():
+            return True
+    return False
 
 
 def _kept(artifact: Checkpoint, original: Checkpoint) -> Iterator[tuple[TensorEntry, TensorEntry]]:

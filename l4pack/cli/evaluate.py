@@ -105,8 +105,8 @@ def evaluate(
     Example: `l4pack evaluate demo-int4 --against demo --max-kl 0.05`
     """
     from l4pack.evaluate.evaluate import Settings
-    from l4pack.evaluate.gates import parse_recovery, require
-    from l4pack.evaluate.record import write_accuracy
+    from l4pack.evaluate.gates import judge, limits_of, parse_recovery, require
+    from l4pack.evaluate.record import read_evaluations, write_accuracy
     from l4pack.recipe import Gates
     from l4pack.text.choice import TextChoice
 
@@ -128,10 +128,11 @@ def evaluate(
     )
     gates = _gates(Gates, max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio)
     recovery = parse_recovery(min_recovery or [])
+    read_evaluations(artifact)  # what can't be added to is said before the work, not after it
     record = _run(artifact, against, settings)
     write_accuracy(artifact, record, gates, recovery)
     console.show_json(record) if as_json else console.show(*accuracy_view(record))
-    require(record["gates"])
+    require(judge(record, limits_of(gates, recovery)))
 
 
 def beside(artifact: Path, ending: str) -> Path:

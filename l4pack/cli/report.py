@@ -36,12 +36,14 @@ def report(
 
     Example: `l4pack report demo-int4`
     """
-    from l4pack.evaluate.record import ACCURACY_NAME, read_accuracy
+    from l4pack.evaluate.record import check_current, read_evaluations
     from l4pack.evaluate.report import render_report
     from l4pack.subject import open_subject
 
     checkpoint = open_folder(artifact)
-    accuracy = read_accuracy(artifact) if (artifact / ACCURACY_NAME).exists() else None
+    measured = read_evaluations(artifact)
+    check_current(artifact, measured)
+    accuracy = measured[0] if measured else None
     page = render_report(checkpoint, accuracy, open_subject(str(artifact)), device, _fitted(artifact, fitted))
     path = out or beside(artifact, ".report.html")
     write_atomic(path, page.encode())

@@ -8,7 +8,7 @@ import platform
 import resource
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from l4pack import __version__
+from l4pack.artifact.contents import measured_digest
+from l4pack.artifact.original import ORIGINAL_KEYS, check_original, original_record
 from l4pack.checkpoint.identity import source_parts
 from l4pack.checkpoint.source import Checkpoint
-from l4pack.errors import UsageError
+from l4pack.errors import StoppedError, UsageError
 from l4pack.evaluate.answers import Answers, StreamAnswers
 from l4pack.evaluate.harness import (
     STREAMED,
@@ -36,7 +38,8 @@ from l4pack.evaluate.layer_errors import LayerErrors, worst_units
 from l4pack.evaluate.needle import Needle, needle_record, needles
 from l4pack.evaluate.needle import sequences_of as needle_sequences
 from l4pack.evaluate.reference import StoredReference, load_reference, save_reference
-from l4pack.evaluate.same_model import check_same_model, check_same_tokens
+from l4pack.evaluate.same_model import check_reference, check_same_model, check_same_tokens
+from l4pack.evaluate.schema import SCHEMA_VERSION
 from l4pack.evaluate.scoring import PairedScores, Scores, score, score_pair
 from l4pack.evaluate.statistics import clusters, mean_and_error, perplexity, summarize
 from l4pack.evaluate.tasks import Task, load_task, sequences_of, task_record
@@ -57,7 +60,6 @@ from l4pack.work.identity import Identity
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SCHEMA_VERSION = 1
 ORIGINAL, ARTIFACT = "original", "artifact"
 ROUNDED_CACHE = "FP8, keys and values rounded as vLLM stores them; queries are not"
 
@@ -105,51 +107,128 @@ class _Scored:
 def evaluate(
     artifact: Checkpoint, original: Checkpoint | None, settings: Settings, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Run everything; returns the record that `accuracy.json` holds. Raises L4packError and its kin.
+    """Run everything; returns one record of `accuracy.json`. Raises L4packError and its kin.
 
     An interrupted call with the same arguments goes on at the last finished layer, to the same numbers.
+    """
+    return prepare(artifact, original, settings, progress).run()
+
+
+def prepare(
+    artifact: Checkpoint,
+    original: Checkpoint | None,
+    settings: Settings,
+    progress: Progress | None = None,
+    measured: str | None = None,
+) -> Prepared:
+    """Check what can be checked before the first layer, and say what the evaluation is of.
+
+    `measured` is the artifact's `contents_digest` where it is known; else every tensor is read for it. Raises UsageError
+    for anything but the original, for text or tasks that can't be had; SourceError.
     """
     progress = progress or Progress()
     started = time.monotonic()
     manager = task_manager(settings.harness, settings.backend) if settings.harness else None
-    tokenizer = _tokenizer(artifact, original)
-    inputs = _inputs(artifact, original, settings, tokenizer)
+    if settings.save_reference is not None and (original is None or settings.reference is not None):
+        raise UsageError("--save-reference needs the original", hint="add --against SOURCE")
     if original is not None:
         check_same_model(artifact, original)
+        check_original(artifact, original)
+    tokenizer = _tokenizer(artifact, original)
+    inputs = _inputs(artifact, original, settings, tokenizer)
     compute = Compute.of(settings.compute)
-    if settings.restart and settings.work.exists():
+    stored = None
+    if settings.reference is not None:
+        stored = load_reference(settings.reference, _reference_identity(inputs, original), compute.device)
+        check_reference(artifact, original, stored)
+    if measured is None:
+        progress.label("digesting")
+        measured = measured_digest(artifact, lambda: _go_on(progress))
+        progress.label("evaluating")
+    of = _original_parts(original, stored)
+    identity = Identity({"artifact": measured, **of, **_parts(inputs, settings, compute)})
+    return Prepared(artifact, original, settings, progress, inputs, compute, stored, manager, identity, started)
+
+
+def _go_on(progress: Progress) -> None:
+    if progress.stop.is_set():
+        raise StoppedError("stopped before the first layer", hint="run the same command again")
+
+
+def _original_parts(original: Checkpoint | None, stored: StoredReference | None) -> dict[str, Any]:
+    """Which original, by headers and by the bytes of its small tensors, and whether its answers were kept ones."""
+    if stored is not None:
+        known = {key: stored.record.get(key) for key in ORIGINAL_KEYS}
+        return {"original": known, "--reference": stored.record.get("storage_kl_mean")}
+    return {"original": None if original is None else original_record(original), "--reference": None}
+
+
+def _parts(inputs: _Inputs, settings: Settings, compute: Compute) -> dict[str, Any]:
+    """What decides the figures beside the two models."""
+    harness = {"--task": list(settings.harness), "--limit": settings.limit, "--backend": settings.backend}
+    return {
+        "l4pack version": __version__,
+        **text_parts(inputs.text.record),
+        **{f"--task {task.name}": _task_digest(task) for task in inputs.tasks},
+        "lm-eval": harness if settings.harness else None,
+        "--needle": settings.needle,
+        "--weights-only": settings.weights_only,
+        "tokens of all sequences": token_digest([sequence.tokens for sequence in inputs.sequences]),
+        **compute.parts(),
+    }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An evaluation that is ready to run; `identity` is all that decides its numbers."""
+
+    artifact: Checkpoint
+    original: Checkpoint | None
+    settings: Settings
+    progress: Progress
+    inputs: _Inputs
+    compute: Compute
+    stored: StoredReference | None
+    manager: Any
+    identity: Identity
+    started: float
+
+    def run(self) -> dict[str, Any]:
+        """Walk, score and sum up; see `evaluate`."""
+        artifact, original, settings, compute = self.artifact, self.original, self.settings, self.compute
+        inputs, stored = self.inputs, self.stored
+        if settings.restart and settings.work.exists():
+            shutil.rmtree(settings.work)
+        blocks = blocks_for(artifact.config.text, compute.dtype, compute.limit(settings.max_ram, settings.max_vram))
+        packed = Packed(inputs.sequences)
+        with ExitStack() as stack:
+            names = [(ORIGINAL, original)] if original is not None and stored is None else []
+            models = [
+                _model(name, one, compute, settings, stack) for name, one in (*names, (ARTIFACT, artifact)) if one
+            ]
+            job = _job(models, _parts(inputs, settings, compute))
+            walk = stack.enter_context(
+                Walk(
+                    models, packed, settings.work, job, blocks=blocks, observer=LayerErrors(artifact.config),
+                    progress=self.progress, release=settings.max_ram is not None,
+                )
+            )  # fmt: skip
+            walk.run()
+            self.progress.label("scoring")
+            answers = [StreamAnswers(model, stream.current) for model, stream in zip(models, walk.streams, strict=True)]
+            kept = _save_reference(settings, answers[0], packed, inputs, original)
+            record = _record(artifact, original, inputs, packed, _score(answers, stored, packed))
+            record["layers"], record["resumed_layers"] = walk.records, walk.resumed_layers
+        if settings.harness:
+            harness = _Harness(settings, compute, self.progress, self.manager)
+            record["tasks"] |= harness.record(artifact, original)
+        record["worst"] = worst_units(record["layers"])
+        if stored is not None or kept is not None:
+            record["reference"] = _reference_record(stored.record if stored else kept or {})
+        record["run"] = _run_record(artifact, compute, settings, blocks, self.started)
+        record["identity"] = dict(self.identity.parts)
         shutil.rmtree(settings.work)
-    blocks = blocks_for(artifact.config.text, compute.dtype, compute.limit(settings.max_ram, settings.max_vram))
-    packed = Packed(inputs.sequences)
-    with ExitStack() as stack:
-        stored = None
-        if settings.reference is not None:
-            stored = load_reference(settings.reference, _identity(inputs), compute.device)
-        names = [(ORIGINAL, original)] if original is not None and stored is None else []
-        models = [_model(name, one, compute, settings, stack) for name, one in (*names, (ARTIFACT, artifact)) if one]
-        errors = LayerErrors(artifact.config)
-        job = _job(models, inputs, compute, settings)
-        walk = stack.enter_context(
-            Walk(
-                models, packed, settings.work, job, blocks=blocks, observer=errors, progress=progress,
-                release=settings.max_ram is not None,
-            )
-        )  # fmt: skip
-        walk.run()
-        progress.label("scoring")
-        answers = [StreamAnswers(model, stream.current) for model, stream in zip(models, walk.streams, strict=True)]
-        kept = _save_reference(settings, answers[0], packed, inputs, original) if settings.save_reference else None
-        scored = _score(answers, stored, packed)
-        record = _record(artifact, original, inputs, packed, scored, walk)
-        record["layers"], record["resumed_layers"] = walk.records, walk.resumed_layers
-    if settings.harness:
-        record["tasks"] |= _Harness(settings, compute, progress, manager).record(artifact, original)
-    record["worst"] = worst_units(record["layers"])
-    if stored is not None or kept is not None:
-        record["reference"] = _reference_record(stored.record if stored else kept or {})
-    record["run"] = _run_record(artifact, compute, settings, blocks, started)
-    shutil.rmtree(settings.work)
-    return record
+        return record
 
 
 def total_bytes(artifact: Checkpoint, original: Checkpoint | None) -> int:
@@ -197,10 +276,12 @@ def _check_names(tasks: Sequence[Task]) -> None:
         raise UsageError("two task files have one name", hint="rename one: a task is called by its file's name")
 
 
-def _identity(inputs: _Inputs) -> dict[str, Any]:
+def _reference_identity(inputs: _Inputs, original: Checkpoint | None) -> dict[str, Any]:
+    """What kept answers are of: the tokens, and which original."""
     return {
         "tokens_sha256": token_digest([sequence.tokens for sequence in inputs.sequences]),
         "text": inputs.text.record,
+        **({} if original is None else original_record(original)),
     }
 
 
@@ -211,29 +292,19 @@ def _model(name: str, checkpoint: Checkpoint, compute: Compute, settings: Settin
     return Model(name, weights, Skeleton(checkpoint.config, compute.device, compute.dtype))
 
 
-def _job(models: Sequence[Model], inputs: _Inputs, compute: Compute, settings: Settings) -> Identity:
-    """What decides the figures: an interrupted evaluation goes on only with the same."""
-    parts = {
-        "l4pack version": __version__,
-        **text_parts(inputs.text.record),
-        **{f"--task {task.name}": _task_digest(task) for task in inputs.tasks},
-        "--needle": settings.needle,
-        "--weights-only": settings.weights_only,
-        "tokens of all sequences": token_digest([sequence.tokens for sequence in inputs.sequences]),
-        **compute.parts(),
-    }
-    for model in models:
-        parts |= source_parts(model.weights.checkpoint, model.name)
-    return Identity(parts)
+def _job(models: Sequence[Model], parts: Mapping[str, Any]) -> Identity:
+    """What an interrupted evaluation goes on with: the same figures from the same files."""
+    files = [source_parts(model.weights.checkpoint, model.name) for model in models]
+    return Identity({key: value for found in (parts, *files) for key, value in found.items()})
 
 
 def _save_reference(
     settings: Settings, answers: Answers, packed: Packed, inputs: _Inputs, original: Checkpoint | None
-) -> dict[str, Any]:
-    if settings.save_reference is None or original is None or settings.reference is not None:
-        raise UsageError("--save-reference needs the original", hint="add --against SOURCE")
+) -> dict[str, Any] | None:
+    if settings.save_reference is None:
+        return None
     rows, targets = packed.scored_rows(), packed.targets()
-    return save_reference(settings.save_reference, answers, rows, targets, _identity(inputs))
+    return save_reference(settings.save_reference, answers, rows, targets, _reference_identity(inputs, original))
 
 
 def _score(answers: Sequence[Answers], stored: StoredReference | None, packed: Packed) -> _Scored:
@@ -248,7 +319,7 @@ def _score(answers: Sequence[Answers], stored: StoredReference | None, packed: P
 
 
 def _record(
-    artifact: Checkpoint, original: Checkpoint | None, inputs: _Inputs, packed: Packed, scored: _Scored, walk: Walk
+    artifact: Checkpoint, original: Checkpoint | None, inputs: _Inputs, packed: Packed, scored: _Scored
 ) -> dict[str, Any]:
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -265,7 +336,6 @@ def _record(
     }
     if inputs.needles:
         record["needle"] = _needles(inputs, packed, lengths, scored)
-    del walk
     return record
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from l4pack.artifact.contents import recorded_digest
-from l4pack.work.files import write_atomic
 from l4pack.errors import QualityError, UsageError
 from l4pack.evaluate.gates import judge, limits_of
 from l4pack.evaluate.schema import parse_evaluation
 from l4pack.recipe import Gates
+from l4pack.work.files import write_atomic
 from l4pack.work.identity import Identity
 
 ACCURACY_NAME = "accuracy.json"
@@ -50,7 +50,7 @@ def write_accuracy(artifact: Path, record: dict[str, Any], gates: Gates, recover
 def read_evaluations(artifact: Path) -> list[dict[str, Any]]:
     """All records of a folder, the most careful first; none where nothing was measured. Raises UsageError."""
     path = artifact / ACCURACY_NAME
-    hint = "move it away, and run `l4pack evaluate` again"
+    hint = "run `l4pack evaluate` again, once it is moved away"
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UsageError(f"{path} is implausibly large", hint=hint)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from l4pack.artifact.original import ORIGINAL_KEYS, manifest_of, original_record, weights_digest
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
+from l4pack.evaluate.reference import StoredReference
 from l4pack.text.sequences import TokenText
 from l4pack.text.tokenizer import load_tokenizer
 
@@ -20,6 +22,37 @@ def check_same_model(artifact: Checkpoint, original: Checkpoint) -> None:
             f"{artifact.name} is an artifact of another model: {key} is {ours[key]}, {original.name} has {theirs[key]}",
             hint="give the checkpoint it was quantized from with --against",
         )
+
+
+def check_reference(artifact: Checkpoint, original: Checkpoint | None, stored: StoredReference) -> None:
+    """Raise UsageError when kept answers are not of the original that the artifact's manifest names.
+
+    A reference knows its original by headers and by its norms and routers, which the artifact holds too.
+    """
+    if stored.vocabulary != artifact.config.text.vocab_size:
+        raise UsageError(
+            f"{stored.folder} was kept of a model with {stored.vocabulary} tokens, {artifact.name} has "
+            f"{artifact.config.text.vocab_size}",
+            hint="give the answers of the original this artifact was made from",
+        )
+    known = {key: stored.record.get(key) for key in ORIGINAL_KEYS}
+    if original is not None and known != original_record(original):
+        raise UsageError(f"{stored.folder} was not kept of {original.name}", hint="leave one of the two out")
+    manifest = manifest_of(artifact)
+    if manifest is None:
+        return
+    source = manifest.source
+    if None in known.values():
+        what = "does not say which original it was kept of"
+    elif known["headers_sha256"] != source.headers_sha256:
+        what = f"was kept of another model than {source.repository or source.name}"
+    elif known["weights_sha256"] != weights_digest(artifact):
+        what = f"was kept of a model like {source.repository or source.name} with other weights"
+    else:
+        return
+    raise UsageError(
+        f"{stored.folder} {what}", hint="keep the original's answers again: --against SOURCE --save-reference"
+    )
 
 
 def check_same_tokens(artifact: Checkpoint, original: Checkpoint, text: TokenText, tokenizer: object) -> None:

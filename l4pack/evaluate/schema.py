@@ -197,7 +197,7 @@ class Evaluation(_Data):
 
 def parse_evaluation(value: Any, where: str) -> Evaluation:
     """Hold one record against the schema. Raises UsageError in one line."""
-    hint = "evaluations are written by `l4pack evaluate`: move this file away and run it again"
+    hint = "run `l4pack evaluate` again, once it is moved away"
     if isinstance(value, dict) and value.get("schema_version") == 1:
         raise UsageError(f"{where} is of an earlier version, which did not say what was measured", hint=hint)
     try:
