@@ -34,6 +34,7 @@ else:  # httpx, or httpx2, whichever this huggingface_hub stands on
 HTTPError, TransportError = http.HTTPError, http.TransportError
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 ATTEMPTS = 5
+LITTLE = 4096
 AGAIN = "run the same command again"
 ASTRAY = "check HF_ENDPOINT, and whether a proxy or a log-in page answers in the Hub's place"
 HUB_HOSTS = ("huggingface.co", "hf.co", "hub-ci.huggingface.co")
@@ -96,7 +97,7 @@ class Transfer:
 
     def begin(self) -> None:
         """Count a try. Raises HubError after too many that brought nothing, or too many bytes in all."""
-        if self.received - self.counted <= self.size // 100:
+        if self.received - self.counted <= max(self.size // 100, LITTLE):
             self.fruitless += 1
         self.counted = self.received
         if self.fruitless > ATTEMPTS + 1 or self.received > 2 * self.size:
@@ -356,9 +357,10 @@ def _acknowledged(response: http.Response, exchange: Exchange) -> None:
     """An answer that says only that something was done."""
     if response.status_code not in (200, 201, 204):
         raise exchange.bad(f"status {response.status_code}")
-    if "html" in response.headers.get("Content-Type", "").lower():
+    content = _whole(response, exchange, BOUNDS.aside_bytes)
+    if "html" in response.headers.get("Content-Type", "").lower() and content.lstrip().startswith(b"<"):
         raise exchange.bad("a page instead of an acknowledgement")
-    _replace(response, _whole(response, exchange, BOUNDS.aside_bytes))
+    _replace(response, content)
 
 
 def _whole(response: http.Response, exchange: Exchange, limit: int) -> bytes:

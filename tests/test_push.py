@@ -9,6 +9,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from hub_lies import everywhere
 from hub_server import Blob, HubServer, git_sha1
 from publishing import BASE, NAME, REPO, SECRET
 
@@ -310,6 +311,27 @@ def test_the_commands_exit_codes(hub, packaged, l4pack, arguments, code, said):
     assert ended.code == code
     assert said in ended.err
     assert SECRET not in ended.out + ended.err
+
+
+@pytest.mark.parametrize("lie", ["a log-in page", "null", "204", "a bomb", "307 to itself"])
+def test_pushing_to_what_is_no_hub_ends_in_one_line_and_5(hub, packaged, l4pack, lie):
+    fault = hub.fault("POST", "/preupload/", times=99, raw=everywhere()[lie])
+    ended = l4pack("push", packaged, REPO)
+    assert (ended.code, fault.hits > 0) == (5, True)
+    assert [line.partition(":")[0] for line in ended.err.splitlines()][-2:] == ["error", "hint"]
+    assert SECRET not in ended.out + ended.err
+
+
+@pytest.mark.parametrize("lie", ["a log-in page", "null", "less than announced"])
+def test_packaging_takes_no_licence_from_what_is_no_hub(hub, unpackaged, l4pack, lie):
+    manifest = json.loads((unpackaged / "l4pack-manifest.json").read_bytes())
+    manifest["source"] |= {"repository": BASE, "revision": None}
+    (unpackaged / "l4pack-manifest.json").write_text(json.dumps(manifest))
+    for name in ("LICENSE", "USE_POLICY.md"):
+        (unpackaged / name).unlink(missing_ok=True)
+    fault = hub.fault("GET", "^/api/models/", times=99, raw=everywhere()[lie])
+    ended = l4pack("package", unpackaged)
+    assert (ended.code, fault.hits > 0) == (5, True), ended.err
 
 
 def test_the_server_names_content_as_git_does():

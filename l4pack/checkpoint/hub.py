@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 from collections import defaultdict
@@ -29,10 +30,9 @@ from huggingface_hub import (
 )
 from huggingface_hub.utils._headers import build_hf_headers
 
-from l4pack.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES, TensorEntry, parse_header, read_header
+from l4pack.checkpoint.header import LENGTH_BYTES, TensorEntry, parse_header, read_header
 from l4pack.checkpoint.source import (
     INDEX_NAME,
-    MAX_INDEX_BYTES,
     SINGLE_NAME,
     Checkpoint,
     is_companion,
@@ -42,11 +42,15 @@ from l4pack.checkpoint.source import (
 )
 from l4pack.errors import BudgetError, HubError, SourceError
 from l4pack.hubclient import hub_api, hub_errors, patiently
-from l4pack.hubguard import Transfer, transferring
+from l4pack.hubguard import ASTRAY, Transfer, transferring
 from l4pack.model.config import MAX_CONFIG_BYTES, parse_config
 from l4pack.units import human_bytes
 
 HEADER_THREADS = 8
+IS_IT = "is this a Llama 4 checkpoint?"
+MAX_SHARDS = 2000
+MAX_REMOTE_BYTES = 32_000_000  # of an index, and of all headers together
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,8 @@ def open_hub(
 def open_remote(api: HfApi, repo_id: str, revision: str | None) -> Remote:
     """A repository's listing at the commit a revision (None: the default branch) stands at now."""
     info = patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
+    if revision is not None and COMMIT.fullmatch(revision) and revision != info.sha:
+        raise HubError(f"{repo_id}: asked for {revision}, the Hub answered with {info.sha}", hint=ASTRAY)
     return Remote(api, repo_id, str(info.sha), _listing(info.siblings or []))
 
 
@@ -133,7 +139,7 @@ class Remote:
         if file is None:
             raise SourceError(f"{self.repo_id} has no {name}", hint="name a repository that holds a whole checkpoint")
         if file.size > limit:
-            raise SourceError(f"{self.repo_id}: {name} is implausibly large", hint="is this a Llama 4 checkpoint?")
+            raise SourceError(f"{self.repo_id}: {name} is implausibly large", hint=IS_IT)
         content = self.part(name, 0, file.size)
         if not matches(file, content):
             raise HubError(f"{self.repo_id}: {name} arrived damaged", hint="run the same command again")
@@ -164,15 +170,17 @@ def _json(raw: bytes) -> dict[str, Any]:
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"config.json: not JSON ({error})", hint="is this a Llama 4 checkpoint?") from error
+        raise SourceError(f"config.json: not JSON ({error})", hint=IS_IT) from error
     if not isinstance(value, dict):
-        raise SourceError("config.json: not an object", hint="is this a Llama 4 checkpoint?")
+        raise SourceError("config.json: not an object", hint=IS_IT)
     return value
 
 
 def _headers(remote: Remote) -> tuple[dict[str, dict[str, TensorEntry]], dict[str, str] | None]:
-    weight_map = parse_index(remote.small(INDEX_NAME, MAX_INDEX_BYTES)) if INDEX_NAME in remote.files else None
+    weight_map = parse_index(remote.small(INDEX_NAME, MAX_REMOTE_BYTES)) if INDEX_NAME in remote.files else None
     shards = sorted(set(weight_map.values())) if weight_map else _single(remote)
+    if len(shards) > MAX_SHARDS:
+        raise SourceError(f"{remote.repo_id}: {len(shards):,} shards are implausible", hint=IS_IT)
     missing = [file for file in shards if file not in remote.files]
     if missing:
         raise SourceError(
@@ -180,7 +188,11 @@ def _headers(remote: Remote) -> tuple[dict[str, dict[str, TensorEntry]], dict[st
             hint="the upload was not finished: ask its owner, or choose another revision",
         )
     with ThreadPoolExecutor(HEADER_THREADS) as threads:
-        return dict(zip(shards, threads.map(lambda file: _header(remote, file), shards), strict=True)), weight_map
+        lengths = list(threads.map(lambda file: _header_length(remote, file), shards))
+        if sum(lengths) > MAX_REMOTE_BYTES:
+            raise SourceError(f"{remote.repo_id}: headers of {sum(lengths):,} bytes are implausible", hint=IS_IT)
+        headers = list(threads.map(lambda file, nbytes: _header(remote, file, nbytes), shards, lengths))
+    return dict(zip(shards, headers, strict=True)), weight_map
 
 
 def _single(remote: Remote) -> list[str]:
@@ -191,16 +203,21 @@ def _single(remote: Remote) -> list[str]:
     raise SourceError(f"{remote.repo_id} {what}", hint="name a repository that holds a whole checkpoint")
 
 
-def _header(remote: Remote, file: str) -> dict[str, TensorEntry]:
-    """One shard's header: its length first, then exactly its bytes."""
+def _header_length(remote: Remote, file: str) -> int:
+    """Bytes of one shard's header, as the file's first bytes say."""
     size = remote.files[file].size
     length = int.from_bytes(remote.part(file, 0, min(LENGTH_BYTES, size)), "little")
-    if size < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+    if size < LENGTH_BYTES or length > min(MAX_REMOTE_BYTES, size - LENGTH_BYTES):
         raise SourceError(
             f"{file} claims a header of {length:,} bytes in a file of {size:,}",
             hint="the file is damaged in the repository",
         )
-    return parse_header(remote.part(file, LENGTH_BYTES, length), size - LENGTH_BYTES - length, file)
+    return length
+
+
+def _header(remote: Remote, file: str, length: int) -> dict[str, TensorEntry]:
+    data_bytes = remote.files[file].size - LENGTH_BYTES - length
+    return parse_header(remote.part(file, LENGTH_BYTES, length), data_bytes, file)
 
 
 def matches(file: RemoteFile, content: bytes) -> bool:
