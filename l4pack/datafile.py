@@ -1,4 +1,4 @@
-"""Reading YAML and JSON that people write or send: bounded, plain data only, and every mistake named by its key."""
+"""Reading files that people write, send or move: bounded, plain data only, and every mistake named by its key."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from l4pack.errors import RecipeError, UsageError
+from l4pack.errors import RecipeError, SourceError, UsageError
 
 MAX_BYTES = 1_000_000
+LFS_MARK = b"version https://git-lfs.github.com/spec/v"
 ModelT = TypeVar("ModelT", bound=BaseModel)
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _NUMBER_STARTS = "+-.0123456789"
@@ -121,3 +122,12 @@ def validate(
         message = first["msg"].removeprefix("Value error, ")
         known = ", ".join(kind.model_fields) if first["type"] == "extra_forbidden" and len(first["loc"]) == 1 else ""
         raise RecipeError(f"{where}: {key}: {message}", hint=f"known keys: {known}" if known else hint) from None
+
+
+def refuse_lfs_pointer(content: bytes, where: str) -> None:
+    """Raise SourceError when `content` is the note that Git LFS leaves in place of a file it has not fetched."""
+    if content.startswith(LFS_MARK):
+        raise SourceError(
+            f"{where} is a Git LFS pointer, not the file itself",
+            hint="run `git lfs install` and `git lfs pull` in its folder, or download it with `hf download`",
+        )

@@ -210,8 +210,8 @@ class Plan:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def warnings(self) -> list[str]:
-        """What a runtime can't do with this artifact, from the format files."""
-        found: list[str] = []
+        """What is odd about the source, and what a runtime can't do with this artifact, from the format files."""
+        found: list[str] = list(self.checkpoint.notes)
         mixed = len(self.recipe.schemes) > 1
         for key, scheme in self.recipe.schemes.items():
             roles = {linear.role for linear, name in self.assigned if name == key}

@@ -25,10 +25,12 @@ from l4pack.calibration.output import Output
 from l4pack.calibration.record import RECORD_NAME, record_json
 from l4pack.calibration.supply import Supply
 from l4pack.calibration.text import with_text
+from l4pack.checkpoint.companions import folder_files
 from l4pack.checkpoint.journal import Journal, locked
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.shards import INDEX_NAME
 from l4pack.checkpoint.source import Store
+from l4pack.checkpoint.tied import check_tied_head
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.errors import BudgetError, SourceError, UsageError
 from l4pack.execute import Executor, Quantizer
@@ -121,7 +123,7 @@ def _taken(plan: Plan, out: Path) -> bool:
     """Whether `out` holds this very artifact already. Raises UsageError when it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    sizes = {path.name: path.stat().st_size for path in out.iterdir()} if out.is_dir() else {}
+    sizes = folder_files(out, plan.checkpoint.included) if out.is_dir() else {}
     same = all(sizes.get(name) == size for name, size in plan.files.items())
     if (
         same
@@ -149,6 +151,7 @@ def _work(
     try:
         _check_begun(plan, journal, folder)
         _check_disk(plan, folder)
+        check_tied_head(plan.checkpoint)
         writer = ShardWriter(folder, plan.shards, plan.places)
         try:
             with Reader(plan.checkpoint.entries, store.path) as reader:
@@ -208,7 +211,7 @@ def _digests_left(plan: Plan, journal: Journal, writer: ShardWriter) -> dict[str
 
 def _check_begun(plan: Plan, journal: Journal, folder: Path) -> None:
     """Refuse to go on with shards that somebody removed or changed."""
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    sizes = folder_files(folder, plan.checkpoint.included)
     lost = journal.finished and any(sizes.get(shard.file) != shard.nbytes for shard in plan.shards)
     strange = {name.removesuffix(".tmp") for name in sizes} - plan.files.keys()
     if lost or strange:
@@ -232,6 +235,7 @@ def _write_beside(plan: Plan, store: Store, folder: Path) -> dict[str, str]:
     digests = {}
     for file, nbytes in plan.checkpoint.companions.items():
         digest = hashlib.sha256()
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
         with store.path(file).open("rb") as stream:
             write_atomic(folder / file, _hashed(stream, digest))
         if (folder / file).stat().st_size != nbytes:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from l4pack.checkpoint.companions import Missing, is_licence, missing_files
 from l4pack.checkpoint.source import Checkpoint
+from l4pack.checkpoint.templates import has_template
 from l4pack.model.names import classify
 from l4pack.model.tensors import Catalogue, Role, catalogue
 from l4pack.plan import Plan
@@ -73,6 +75,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
             for row in plan_classes(plan)
         ],
         "calibration": _calibration_record(plan),
+        **beside_record(plan.checkpoint),
         "warnings": plan.warnings(),
     }
 
@@ -116,12 +119,29 @@ def structure(checkpoint: Checkpoint) -> Catalogue:
     return catalogue(checkpoint.config) if checkpoint.config.quantized else checkpoint.layout
 
 
-LICENCE_NAMES = ("LICENSE", "LICENCE", "USE_POLICY", "NOTICE")
-
-
 def licence_files(checkpoint: Checkpoint) -> list[str]:
     """Files of a checkpoint that state its licence."""
-    return [name for name in checkpoint.companions if name.upper().startswith(LICENCE_NAMES)]
+    return [name for name in checkpoint.companions if is_licence(name)]
+
+
+def files_missing(checkpoint: Checkpoint) -> list[Missing]:
+    """Companions a checkpoint lacks, and what each absence breaks; nothing of a bare configuration."""
+    if checkpoint.bare:
+        return []
+    return missing_files(
+        checkpoint.companions,
+        vision=checkpoint.config.vision is not None,
+        template=has_template(checkpoint),
+        temperature_tuning=bool(checkpoint.config.text.attn_temperature_tuning),
+    )
+
+
+def beside_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The files beside the weights as JSON: left behind, and missing."""
+    return {
+        "left_behind": list(checkpoint.left_behind),
+        "missing": [asdict(file) for file in files_missing(checkpoint)],
+    }
 
 
 def checkpoint_record(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -146,6 +166,8 @@ def checkpoint_record(checkpoint: Checkpoint) -> dict[str, Any]:
         "max_context": text.max_position_embeddings,
         "licence_files": licence_files(checkpoint),
         "other_files": dict(checkpoint.companions),
+        **beside_record(checkpoint),
+        "warnings": list(checkpoint.notes),
         "roles": [
             {"role": row.role.value, "tensors": row.tensors, "parameters": row.parameters, "bytes": row.nbytes}
             for row in checkpoint_roles(checkpoint)

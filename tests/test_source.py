@@ -12,8 +12,9 @@ from models import unfuse, write_weights
 from safetensors.torch import load_file
 
 from l4pack.artifact.manifest import source_record
+from l4pack.checkpoint.companions import is_companion
 from l4pack.checkpoint.open import open_source
-from l4pack.checkpoint.source import is_companion, open_folder, parse_index
+from l4pack.checkpoint.source import open_folder, parse_index
 from l4pack.errors import SourceError
 from l4pack.model.config import KNOWN_MODELS
 
@@ -127,17 +128,17 @@ def test_a_hub_cache_folder_is_read_through_its_links(folder, tmp_path):
 
 def test_no_companion_comes_from_outside(folder, tmp_path):
     (tmp_path / "secret").write_text("key")
-    (folder / "notes.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(SourceError, match=r"notes\.txt is a link that leaves"):
+    (folder / "NOTICE").symlink_to(tmp_path / "secret")
+    with pytest.raises(SourceError, match="NOTICE is a link that leaves"):
         open_folder(folder)
 
 
 def test_a_link_inside_the_folder_is_followed(folder):
-    (folder / "copy.json").symlink_to("tokenizer_config.json")
-    assert open_folder(folder).companions["copy.json"] == (folder / "tokenizer_config.json").stat().st_size
+    (folder / "added_tokens.json").symlink_to("tokenizer_config.json")
+    assert open_folder(folder).companions["added_tokens.json"] == (folder / "tokenizer_config.json").stat().st_size
 
 
-def test_companions_are_every_other_file_and_no_folder(folder):
+def test_companions_are_what_runtimes_and_readers_need(folder):
     (folder / "LICENSE").write_text("licence")
     (folder / "README.md").write_text("card")
     (folder / ".gitattributes").write_text("")

@@ -14,8 +14,8 @@ from l4pack.artifact.declared import Declared, Group, Runtime
 from l4pack.artifact.findings import Findings
 from l4pack.artifact.kv_cache import cache_limits, scale_names, scale_shape
 from l4pack.artifact.opened import Artifact
+from l4pack.checkpoint.exports import WEIGHT_DTYPES
 from l4pack.checkpoint.header import TensorEntry
-from l4pack.checkpoint.source import WEIGHT_DTYPES
 from l4pack.errors import SourceError
 from l4pack.formats import reader_limits, stored_tensors
 from l4pack.model.names import classify, split_suffix

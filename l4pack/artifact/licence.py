@@ -21,7 +21,7 @@ from huggingface_hub import HfApi
 from l4pack.artifact.names import name_findings
 from l4pack.artifact.policy import Breach, Duty, Policy, agrees, plain, policies
 from l4pack.checkpoint.hub import open_remote
-from l4pack.checkpoint.source import HUB_ID
+from l4pack.checkpoint.open import hub_repository
 from l4pack.datafile import MAX_BYTES, parse_yaml
 from l4pack.errors import LicenceError, SourceError
 from l4pack.hubclient import hub_api, hub_errors
@@ -147,12 +147,10 @@ def audit(target: str, *, name: str | None = None, endpoint: str | None = None, 
     """
     if Path(target).is_dir():
         return audit_materials(folder_materials(Path(target), name))
-    match = HUB_ID.fullmatch(target)
-    if match is None:
-        raise SourceError(f"{target} is neither a folder nor ORG/NAME of a Hub repository", hint="check the spelling")
+    repo_id, revision = hub_repository(target)
     api = hub_api(endpoint, token)
-    with hub_errors(api, match[1], match[2]):
-        return audit_materials(hub_materials(api, match[1], match[2], name))
+    with hub_errors(api, repo_id, revision):
+        return audit_materials(hub_materials(api, repo_id, revision, name))
 
 
 def audit_materials(materials: Materials) -> Audit:

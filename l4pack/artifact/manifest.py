@@ -114,7 +114,7 @@ def _folder_name(name: str) -> str:
 
 def repository(checkpoint: Checkpoint) -> tuple[str | None, str | None]:
     """The Hub repository and commit a checkpoint came from, as far as its name or cache folder tells."""
-    match = _CACHE_FOLDER.search(checkpoint.name)
+    match = _CACHE_FOLDER.search(os.fspath(Path(checkpoint.name).absolute())) if checkpoint.store else None
     if match:
         return f"{match[1]}/{match[2]}", match[3]
     named = HUB_ID.fullmatch(checkpoint.name) if checkpoint.revision else None

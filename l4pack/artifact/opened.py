@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from l4pack.artifact.findings import Findings
+from l4pack.checkpoint.exports import SINGLE_NAME
 from l4pack.checkpoint.header import TensorEntry, read_header
-from l4pack.checkpoint.source import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, detect_layout, parse_index
+from l4pack.checkpoint.source import INDEX_NAME, MAX_INDEX_BYTES, detect_layout, parse_index
 from l4pack.errors import SourceError
 from l4pack.model.config import MULTIMODAL, Llama4Config, load_config
 from l4pack.model.tensors import MULTIMODAL_NAMING, TEXT_ONLY_NAMING, Catalogue, Naming, catalogue

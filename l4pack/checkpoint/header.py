@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from l4pack.datafile import LFS_MARK, refuse_lfs_pointer
 from l4pack.errors import SourceError
 
 # Five times what a whole unfused Maverick in one file takes. The safetensors library's own limit, 100 MB, lets a hostile
@@ -59,7 +60,10 @@ def read_header(path: Path, file: str) -> dict[str, TensorEntry]:
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+            start = stream.read(len(LFS_MARK))
+            refuse_lfs_pointer(start, file)
+            stream.seek(LENGTH_BYTES)
+            length = int.from_bytes(start[:LENGTH_BYTES], "little")
             if size < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
                 _bad(file, f"claims a header of {length:,} bytes in a file of {size:,}")
             raw = stream.read(length)

@@ -14,7 +14,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,9 @@ from huggingface_hub import (
 )
 from huggingface_hub.utils._headers import build_hf_headers
 
+from l4pack.checkpoint.exports import refuse_adapter, refuse_two_models, single_weight_file
 from l4pack.checkpoint.header import LENGTH_BYTES, TensorEntry, parse_header, read_header
-from l4pack.checkpoint.source import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    Checkpoint,
-    is_companion,
-    merge_headers,
-    open_folder,
-    parse_index,
-)
+from l4pack.checkpoint.source import INDEX_NAME, Checkpoint, assemble, open_folder, parse_index
 from l4pack.errors import BudgetError, HubError, SourceError
 from l4pack.hubclient import hub_api, hub_errors, patiently
 from l4pack.hubguard import ASTRAY, Transfer, transferring
@@ -80,6 +73,7 @@ def open_hub(
     token: str | None = None,
     fetch_as_you_go: bool = False,
     folder: Path | None = None,
+    include: Sequence[str] = (),
 ) -> Checkpoint:
     """Open a Hub repository's checkpoint; no byte of a weight is fetched yet.
 
@@ -89,15 +83,17 @@ def open_hub(
     """
     api = hub_api(endpoint, token)
     if is_offline_mode():
-        return _open_cached(api, repo_id, revision)
+        return _open_cached(api, repo_id, revision, include)
     with hub_errors(api, repo_id, revision):
         remote = open_remote(api, repo_id, revision)
+        if "config.json" not in remote.files:
+            refuse_adapter(remote.files, repo_id)
         config = parse_config(_json(remote.small("config.json", MAX_CONFIG_BYTES)), f"{repo_id}: config.json")
         headers, weight_map = _headers(remote)
-    companions = {name: file.size for name, file in sorted(remote.files.items()) if is_companion(name)}
     store = HubStore(remote, headers, folder if fetch_as_you_go else None)
-    entries = merge_headers(headers, weight_map)
-    return Checkpoint(repo_id, config, entries, companions, store, remote.revision)
+    sizes = {name: file.size for name, file in remote.files.items()}
+    opened = assemble(repo_id, config, headers, weight_map, sizes, include)
+    return replace(opened, store=store, revision=remote.revision)
 
 
 def open_remote(api: HfApi, repo_id: str, revision: str | None) -> Remote:
@@ -108,17 +104,18 @@ def open_remote(api: HfApi, repo_id: str, revision: str | None) -> Remote:
     return Remote(api, repo_id, str(info.sha), _listing(info.siblings or []))
 
 
-def _open_cached(api: HfApi, repo_id: str, revision: str | None) -> Checkpoint:
+def _open_cached(api: HfApi, repo_id: str, revision: str | None, include: Sequence[str]) -> Checkpoint:
     """What the client's cache holds of a repository, when the network is not to be used."""
     with hub_errors(api, repo_id, revision):
-        return open_folder(Path(snapshot_download(repo_id, revision=revision, local_files_only=True)))
+        return open_folder(Path(snapshot_download(repo_id, revision=revision, local_files_only=True)), include)
 
 
 def _listing(siblings: Sequence[Any]) -> dict[str, RemoteFile]:
-    """The files at the repository's root; a checkpoint has none deeper."""
+    """The repository's files, those with names that would lead out of a folder left out."""
     found = {}
     for file in siblings:
-        if "/" not in file.rfilename and "\\" not in file.rfilename and file.size is not None:
+        parts = file.rfilename.split("/")
+        if "\\" not in file.rfilename and not {"", ".", ".."} & set(parts) and file.size is not None:
             sha256 = file.lfs.sha256 if file.lfs else None
             found[file.rfilename] = RemoteFile(file.rfilename, file.size, sha256, None if sha256 else file.blob_id)
     return found
@@ -178,7 +175,9 @@ def _json(raw: bytes) -> dict[str, Any]:
 
 def _headers(remote: Remote) -> tuple[dict[str, dict[str, TensorEntry]], dict[str, str] | None]:
     weight_map = parse_index(remote.small(INDEX_NAME, MAX_REMOTE_BYTES)) if INDEX_NAME in remote.files else None
-    shards = sorted(set(weight_map.values())) if weight_map else _single(remote)
+    if weight_map:
+        refuse_two_models(remote.files, weight_map, remote.repo_id)
+    shards = sorted(set(weight_map.values())) if weight_map else [single_weight_file(remote.files, remote.repo_id)]
     if len(shards) > MAX_SHARDS:
         raise SourceError(f"{remote.repo_id}: {len(shards):,} shards are implausible", hint=IS_IT)
     missing = [file for file in shards if file not in remote.files]
@@ -193,14 +192,6 @@ def _headers(remote: Remote) -> tuple[dict[str, dict[str, TensorEntry]], dict[st
             raise SourceError(f"{remote.repo_id}: headers of {sum(lengths):,} bytes are implausible", hint=IS_IT)
         headers = list(threads.map(lambda file, nbytes: _header(remote, file, nbytes), shards, lengths))
     return dict(zip(shards, headers, strict=True)), weight_map
-
-
-def _single(remote: Remote) -> list[str]:
-    found = sorted(name for name in remote.files if name.endswith(".safetensors"))
-    if found == [SINGLE_NAME] or len(found) == 1:
-        return found
-    what = f"has {len(found)} shards but no {INDEX_NAME}" if found else "holds no safetensors files"
-    raise SourceError(f"{remote.repo_id} {what}", hint="name a repository that holds a whole checkpoint")
 
 
 def _header_length(remote: Remote, file: str) -> int:
@@ -262,6 +253,11 @@ class HubStore:
     def identity(self, file: str) -> str:
         """The digest the Hub lists for the file."""
         return self.remote.files[file].identity
+
+    def small(self, file: str, limit: int) -> bytes:
+        """A small file's content, held in memory and checked; nothing is kept. Raises SourceError, HubError."""
+        with hub_errors(self.remote.api, self.remote.repo_id, self.remote.revision):
+            return self.remote.small(file, limit)
 
     def _fetch(self, file: str) -> Path:
         api, repo_id, revision = self.remote.api, self.remote.repo_id, self.remote.revision

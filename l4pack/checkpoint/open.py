@@ -1,45 +1,98 @@
-"""Opening whatever a user names as a source."""
+"""Opening whatever a user names as a source, and telling a path on this machine from a repository on the Hub."""
 
 from __future__ import annotations
 
 import errno
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from l4pack.checkpoint.source import HUB_ID, Checkpoint, open_bare, open_folder
-from l4pack.errors import SourceError
+from l4pack.errors import SourceError, UsageError
 from l4pack.model.config import KNOWN_MODELS
 
 DEMO = "demo"
+HUB_SCHEME = "hf://"  # as in huggingface_hub's own file system
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
+_FILE = re.compile(r"\.(json|safetensors|ya?ml|bin|pth?|gguf|txt)$", re.IGNORECASE)
 
 
-def open_source(text: str, *, fetch_folder: Path | None = None) -> Checkpoint:
+class Repository(NamedTuple):
+    """A repository on the Hub, and a revision if one was named."""
+
+    repo_id: str
+    revision: str | None
+
+
+def open_source(text: str, *, fetch_folder: Path | None = None, include: Sequence[str] = ()) -> Checkpoint:
     """Open a folder, `ORG/NAME[@REVISION]` on the Hub, a `config.json`, a known model's name, or `demo`.
 
-    With `fetch_folder`, a Hub source's shards are fetched there one by one and dropped after use.
-    Raises SourceError or HubError.
+    With `fetch_folder`, a Hub source's shards are fetched there one by one and dropped after use. `include` carries
+    files beside the weights into an artifact that are not carried unasked. Raises SourceError, HubError, or UsageError
+    for an `include` that is wrong.
     """
-    try:
-        Path(text).stat()
-    except OSError as error:
-        if error.errno not in _ABSENT:
-            raise SourceError(f"{text}: {error.strerror}", hint="give a folder that can be read") from error
+    path = Path(text)
+    if _exists(path) and path.is_dir():
+        return open_folder(path, include)
     bare = open_bare(text)
     if bare is not None:
+        if include:
+            raise UsageError(f"{text} is a configuration without files to include", hint="leave --include out")
         return bare
-    if text == DEMO and not Path(text).exists():
+    if text == DEMO:
         from l4pack.demo import model_path
 
-        return replace(open_folder(model_path()), name=DEMO)
-    if Path(text).exists():
-        return open_folder(Path(text))
-    match = HUB_ID.fullmatch(text)
-    if match is None:
-        raise SourceError(
-            f"{text} is neither a folder nor ORG/NAME of a Hub repository",
-            hint=f"known by name: {', '.join(KNOWN_MODELS)}, {DEMO}",
-        )
+        return replace(open_folder(model_path(), include), name=DEMO)
+    if path.exists():
+        return open_folder(path)
+    repository = hub_repository(text)
     from l4pack.checkpoint.hub import open_hub
 
-    return open_hub(match[1], match[2], fetch_as_you_go=fetch_folder is not None, folder=fetch_folder)
+    return open_hub(*repository, fetch_as_you_go=fetch_folder is not None, folder=fetch_folder, include=include)
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something. Raises SourceError when that can't be told."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            raise SourceError(f"{path}: {error.strerror}", hint="give a folder that can be read") from error
+        return False
+    except ValueError as error:  # a character that no path has
+        raise SourceError(f"{path} is no path", hint="give a checkpoint folder, or ORG/NAME") from error
+    return True
+
+
+def hub_repository(text: str, folder: Path = Path()) -> Repository:
+    """The repository that `text` names: `ORG/NAME[@REVISION]`, or that after `hf://`.
+
+    What looks like a path is one, and never a repository: relative to `folder`, its first part is there, or it could be
+    no repository's name. Raises SourceError.
+    """
+    explicit = text.startswith(HUB_SCHEME)
+    match = HUB_ID.fullmatch(text.removeprefix(HUB_SCHEME))
+    if match is not None and (explicit or not looks_local(text, folder)):
+        return Repository(match[1], match[2])
+    if explicit:
+        raise SourceError(f"{text} is not {HUB_SCHEME}ORG/NAME[@REVISION]", hint="check the spelling")
+    if match is not None:
+        hint = f"check the path; for the Hub's repository of that name write {HUB_SCHEME}{text}"
+        raise SourceError(f"there is no {text} on this machine", hint=hint)
+    if "://" not in text and _PATH.match(text):
+        hint = f"check the path; a repository on the Hub is written {HUB_SCHEME}ORG/NAME"
+        raise SourceError(f"there is no {text} on this machine", hint=hint)
+    raise SourceError(
+        f"{text} is neither a folder nor ORG/NAME of a Hub repository",
+        hint=f"known by name: {', '.join(KNOWN_MODELS)}, {DEMO}",
+    )
+
+
+_PATH = re.compile(r"[./~\\]|[^@]*[/\\]")
+
+
+def looks_local(text: str, folder: Path = Path()) -> bool:
+    """Whether `ORG/NAME` could as well be a path: its first part is a folder in `folder`, or it ends like a file."""
+    return _FILE.search(text) is not None or (folder / text.partition("/")[0]).is_dir()

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from l4pack.checkpoint.exports import SINGLE_NAME
 from l4pack.checkpoint.header import DTYPE_BITS, LENGTH_BYTES, TypedTensor
-from l4pack.checkpoint.source import INDEX_NAME, SINGLE_NAME
+from l4pack.checkpoint.source import INDEX_NAME
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _METADATA = {"format": "pt"}  # transformers refuses files without it

@@ -9,33 +9,36 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, cast
 
+from l4pack.checkpoint.companions import check_companions, choose, folder_files
+from l4pack.checkpoint.exports import (
+    WEIGHT_DTYPES,
+    adapter_config,
+    refuse_adapter,
+    refuse_two_models,
+    refuse_unmerged,
+    single_weight_file,
+    why_incomplete,
+    why_unknown,
+    without_stale_stanza,
+    without_tied_head,
+)
 from l4pack.checkpoint.header import TensorEntry, read_header
+from l4pack.datafile import refuse_lfs_pointer
 from l4pack.errors import SourceError
 from l4pack.model.config import KNOWN_MODELS, Llama4Config, known_config, load_config
 from l4pack.model.tensors import Catalogue, Naming, catalogue
 from l4pack.quant.floats import FloatName
 
 INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 100_000_000
 MAX_NAME_BYTES = 255  # what file systems take
 _SHARD_NAME = re.compile(r"\w[\w.\-]*\.safetensors")
-WEIGHT_DTYPES = ("BF16", "F16", "F32")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
-_NOT_CARRIED = {
-    "config.json",
-    INDEX_NAME,
-    "README.md",
-    "l4pack-manifest.json",
-    "l4pack-calibration.json",
-    "accuracy.json",
-}
 
 
 class Store(Protocol):
@@ -56,6 +59,10 @@ class Store(Protocol):
 
     def identity(self, file: str) -> str:
         """Something that changes when the file does."""
+        ...
+
+    def small(self, file: str, limit: int) -> bytes:
+        """The whole content of a file that must not be larger than `limit` bytes. Raises SourceError, HubError."""
         ...
 
 
@@ -82,12 +89,24 @@ class LocalStore:
         status = self.path(file).stat()
         return f"{status.st_size}:{status.st_mtime_ns}"
 
+    def small(self, file: str, limit: int) -> bytes:
+        """The file's content. Raises SourceError when it is larger than `limit` bytes or can't be read."""
+        try:
+            with self.path(file).open("rb") as stream:
+                content = stream.read(limit + 1)
+        except OSError as error:
+            raise SourceError(f"{file}: {error.strerror}", hint="check the file, or download it again") from error
+        if len(content) > limit:
+            raise SourceError(f"{file} is implausibly large", hint="download it again")
+        return content
+
 
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: configuration, every tensor's place, and the other files that belong to it.
 
-    `entries` is empty for a bare configuration, from which a plan can be made but nothing read.
+    `entries` is empty for a bare configuration, from which a plan can be made but nothing read. `tied_head` is a stored
+    head that is not among them, because runtimes take the embedding for it.
     """
 
     name: str
@@ -96,6 +115,10 @@ class Checkpoint:
     companions: Mapping[str, int] = field(default_factory=dict)  # file name -> bytes
     store: Store | None = None
     revision: str | None = None
+    left_behind: tuple[str, ...] = ()  # files and folders beside the weights that are not companions
+    included: tuple[str, ...] = ()  # companions that were asked for by name
+    notes: tuple[str, ...] = ()  # what is not as the files say, in words
+    tied_head: TensorEntry | None = None
 
     @property
     def bare(self) -> bool:
@@ -138,18 +161,87 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def open_folder(folder: Path) -> Checkpoint:
-    """Open a checkpoint folder. Raises SourceError."""
+def open_folder(folder: Path, include: Sequence[str] = ()) -> Checkpoint:
+    """Open a checkpoint folder, or a repository's folder in the Hub's cache; `include` carries more files by name.
+
+    Raises SourceError, UsageError for an `include` that is wrong.
+    """
     if not folder.is_dir():
         raise SourceError(f"{folder} is not a folder", hint="give a checkpoint folder, or ORG/NAME of a Hub repository")
-    if not (folder / "config.json").is_file():
+    folder = snapshot_of(folder)
+    files = folder_files(folder, include)
+    if "config.json" not in files:
+        refuse_adapter(files, str(folder), adapter_config(folder))
         raise SourceError(
             f"{folder} has no config.json", hint="point at the folder that holds config.json and the shards"
         )
     config = load_config(folder / "config.json")
-    files = shard_names(folder)
-    entries = merge_headers({file: read_header(folder / file, file) for file in files.shards}, files.weight_map)
-    return Checkpoint(str(folder), config, entries, _companions(folder), LocalStore(folder))
+    shards = shard_names(folder)
+    headers = {file: read_header(folder / file, file) for file in shards.shards}
+    opened = assemble(str(folder), config, headers, shards.weight_map, files, include)
+    check_companions(folder, opened.companions)
+    return replace(opened, store=LocalStore(folder))
+
+
+def assemble(
+    name: str,
+    config: Llama4Config,
+    headers: Mapping[str, Mapping[str, TensorEntry]],
+    weight_map: Mapping[str, str] | None,
+    files: Mapping[str, int],
+    include: Sequence[str] = (),
+) -> Checkpoint:
+    """A checkpoint of what was read, wherever it lies; `files` are all files by their names within it.
+
+    Raises SourceError, UsageError for an `include` that is wrong.
+    """
+    entries: Mapping[str, TensorEntry] = merge_headers(headers, weight_map)
+    refuse_unmerged(entries)
+    config, notes = without_stale_stanza(config, entries)
+    entries, head = without_tied_head(config, entries)
+    if head is not None:
+        notes = [*notes, f"{head.name} is tied to the embedding: runtimes don't read it, and it is left out"]
+    beside = choose(files, {"config.json", INDEX_NAME, *headers}, include)
+    return Checkpoint(
+        name,
+        config,
+        entries,
+        beside.carried,
+        left_behind=beside.left_behind,
+        included=beside.included,
+        notes=tuple(notes),
+        tied_head=head,
+    )
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def snapshot_of(folder: Path) -> Path:
+    """The folder itself, or the snapshot that a repository's folder in the Hub's cache holds. Raises SourceError."""
+    root = folder.parent if folder.resolve().name == "snapshots" else folder
+    if (folder / "config.json").exists() or not (root / "snapshots").is_dir():
+        return folder
+    found = sorted(path for path in (root / "snapshots").iterdir() if path.is_dir())
+    main = root / "snapshots" / _main_commit(root)
+    if main in found:
+        return main
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise SourceError(f"{root} holds no snapshot", hint="download the repository again")
+    names = ", ".join(path.name for path in found[:5])
+    raise SourceError(f"{root} holds {len(found)} snapshots and no main: {names}", hint=f"name one: {found[0]}")
+
+
+def _main_commit(root: Path) -> str:
+    """The commit that `refs/main` of a cache folder names, or a name that no snapshot has."""
+    try:
+        with (root / "refs" / "main").open("rb") as stream:
+            commit = stream.read(100).decode("ascii", "replace").strip()
+    except OSError:
+        return "none"
+    return commit if _COMMIT.fullmatch(commit) else "none"
 
 
 @dataclass(frozen=True)
@@ -167,6 +259,7 @@ def shard_names(folder: Path) -> ShardNames:
         if index.stat().st_size > MAX_INDEX_BYTES:
             raise SourceError(f"{INDEX_NAME} is implausibly large", hint="download it again")
         weight_map = parse_index(index.read_bytes())
+        refuse_two_models({path.name for path in folder.iterdir()}, weight_map, str(folder))
         missing = [file for file in sorted(set(weight_map.values())) if not (folder / file).is_file()]
         if missing:
             raise SourceError(
@@ -174,16 +267,13 @@ def shard_names(folder: Path) -> ShardNames:
                 hint="download the missing shards",
             )
         return ShardNames(tuple(sorted(set(weight_map.values()))), weight_map)
-    found = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
-    if len(found) == 1:
-        return ShardNames(tuple(found), None)
-    if not found:
-        raise SourceError(f"{folder} holds no safetensors files", hint="l4pack reads safetensors checkpoints only")
-    raise SourceError(f"{folder} has {len(found)} shards but no {INDEX_NAME}", hint=f"download {INDEX_NAME}")
+    single = single_weight_file({path.name for path in folder.iterdir() if path.is_file()}, str(folder))
+    return ShardNames((single,), None)
 
 
 def parse_index(raw: bytes) -> dict[str, str]:
     """The `weight_map` of an index, with every file name inside the folder. Raises SourceError."""
+    refuse_lfs_pointer(raw, INDEX_NAME)
     try:
         weight_map = json.loads(raw)["weight_map"]
         items = dict(weight_map.items())
@@ -193,7 +283,7 @@ def parse_index(raw: bytes) -> dict[str, str]:
         if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file) or len(file.encode()) > MAX_NAME_BYTES:
             raise SourceError(
                 f"{INDEX_NAME} places {name} in {file!r}, which is not a shard of this folder",
-                hint="the index was tampered with or damaged: download it again",
+                hint="shards lie beside the index, under plain names: move them there and mend it, or download it again",
             )
     if not items:
         raise SourceError(f"{INDEX_NAME} names no tensor", hint="download it again")
@@ -224,29 +314,6 @@ def merge_headers(
             hint="download both again",
         )
     return entries
-
-
-def _companions(folder: Path) -> dict[str, int]:
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and is_companion(path.name)]
-    home = folder.resolve()
-    if home.parent.name == "snapshots":  # a Hub cache keeps the contents in a folder beside the snapshots
-        home = home.parent.parent
-    for path in files:
-        if not path.name.isprintable():
-            raise SourceError(
-                f"{path.name!a} in {folder} is no name for a published file", hint="rename the file, or remove it"
-            )
-        if not path.resolve().is_relative_to(home):
-            raise SourceError(
-                f"{path.name} is a link that leaves {folder}, and would be published with the artifact",
-                hint="put the file itself there, or remove the link",
-            )
-    return {path.name: path.stat().st_size for path in files}
-
-
-def is_companion(name: str) -> bool:
-    """Whether a file of a source belongs in its artifact unchanged (tokenizer, processor, template, licence)."""
-    return name not in _NOT_CARRIED and not name.startswith(".") and not name.endswith(_WEIGHT_SUFFIXES)
 
 
 def detect_layout(config: Llama4Config, names: Iterable[str]) -> Catalogue:
@@ -298,16 +365,10 @@ def check_layout(layout: Catalogue, entries: Mapping[str, TensorEntry]) -> None:
 def _complete(layout: Catalogue, entries: Mapping[str, TensorEntry]) -> None:
     missing = [name for name in layout.by_name if name not in entries]
     if missing:
-        raise SourceError(
-            f"{len(missing)} tensors that config.json implies are missing, the first is {missing[0]}",
-            hint="download the checkpoint again, or check that config.json belongs to it",
-        )
-    unknown = sorted(name for name in entries if name not in layout.by_name)
+        raise why_incomplete(layout, missing, entries)
+    unknown = [name for name in entries if name not in layout.by_name]
     if unknown:
-        raise SourceError(
-            f"{len(unknown)} tensors are not part of Llama 4, the first is {unknown[0]} in {entries[unknown[0]].file}",
-            hint="l4pack leaves nothing behind silently: remove them, or check that config.json belongs to the weights",
-        )
+        raise why_unknown(layout.config, unknown, entries)
 
 
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*)(?:@([\w.\-/]+))?")

@@ -16,7 +16,7 @@ from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.cli import console
 from l4pack.cli.fit import Bits, MaxBytes, Runtime, SensitivityFile, warn_of_stand_in
-from l4pack.cli.options import AsJson, Compute, MaxRam, Out, Source
+from l4pack.cli.options import AsJson, Compute, Include, MaxRam, Out, Source
 from l4pack.cli.plan import limits
 from l4pack.errors import UsageError
 from l4pack.fit.budgets import Wish
@@ -95,6 +95,7 @@ def build_command(
     ] = None,
     max_ram: MaxRam = None,
     compute: Compute = AUTO,
+    include: Include = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -105,7 +106,7 @@ def build_command(
     from l4pack.text.choice import TextChoice  # imports torch
 
     chosen_device = chosen(compute)
-    checkpoint = open_source(source)
+    checkpoint = open_source(source, include=include or ())
     before: list[Step] = []
     if fit:
         wish = _wish(recipe, device, context, sequences, kv_dtype, max_bytes, bits, runtime)

@@ -6,6 +6,7 @@ from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.cli import console
 from l4pack.cli.options import AsJson, Source
+from l4pack.cli.plan import beside_view
 from l4pack.summary import checkpoint_record, checkpoint_roles, licence_files
 from l4pack.units import human_bytes
 
@@ -50,6 +51,8 @@ def _lines(checkpoint: Checkpoint) -> list[str]:
         lines.append(f"quantized: {console.plain(record['quantization'])}")
     if checkpoint.revision:
         lines.append(f"revision: {console.plain(checkpoint.revision)}")
+    lines += beside_view(checkpoint)
+    lines += [f"[yellow]note[/yellow]      {console.plain(note)}" for note in checkpoint.notes]
     return lines
 
 

@@ -39,6 +39,15 @@ ShardSize = Annotated[
     str | None,
     typer.Option("--shard-size", metavar="SIZE", help="Largest shard; 5GB unless given.", show_default=False),
 ]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include",
+        metavar="GLOB",
+        help="Carry these files of the source too; may be repeated. Tokenizer, processor, template, licence go unasked.",
+        show_default=False,
+    ),
+]
 Against = Annotated[
     str | None,
     typer.Option("--against", metavar="SOURCE", help="The original checkpoint to compare with.", show_default=False),

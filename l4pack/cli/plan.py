@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import RenderableType
 
 from l4pack.accelerator import AUTO, CPU, chosen
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES
+from l4pack.checkpoint.source import Checkpoint
 from l4pack.cli import console
-from l4pack.cli.options import AsJson, Compute, MaxRam, MaxVram, RecipeName, ShardSize, Source
+from l4pack.cli.options import AsJson, Compute, Include, MaxRam, MaxVram, RecipeName, ShardSize, Source
 from l4pack.plan import Limits, Plan, make_plan
 from l4pack.recipe import load_recipe
-from l4pack.summary import plan_classes, plan_record
+from l4pack.summary import files_missing, plan_classes, plan_record
 from l4pack.units import human_bytes, parse_size
 
 
@@ -22,13 +25,15 @@ def plan(
     max_vram: MaxVram = None,
     shard_size: ShardSize = None,
     compute: Compute = AUTO,
+    include: Include = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what an artifact will weigh and what making it will take, from headers or a bare config.json.
 
     Example: `l4pack plan llama-4-scout --recipe scout-int4-1xh100`
     """
-    made = make_plan(open_source(source), load_recipe(recipe), limits(max_ram, max_vram, shard_size, chosen(compute)))
+    allowed = limits(max_ram, max_vram, shard_size, chosen(compute))
+    made = make_plan(open_source(source, include=include or ()), load_recipe(recipe), allowed)
     if as_json:
         console.show_json(plan_record(made))
     else:
@@ -69,8 +74,28 @@ def plan_view(plan: Plan) -> list[RenderableType]:
             f"calibrated  {calibrated}, with {'' if plan.text else 'at most '}"
             f"{plan.needs.tokens:,} tokens; hidden states take {human_bytes(plan.needs.disk_bytes)} of disk meanwhile"
         )
+    lines += beside_view(plan.checkpoint)
     lines += [f"[yellow]note[/yellow]      {console.plain(warning)}" for warning in plan.warnings()]
     title = (
         f"[bold]{console.plain(plan.checkpoint.name)}[/bold] with recipe [bold]{console.plain(plan.recipe.name)}[/bold]"
     )
     return [title, "", table, *lines]
+
+
+_SHOWN_FILES = 12
+
+
+def beside_view(checkpoint: Checkpoint) -> list[str]:
+    """The files beside the weights, for people: carried, left behind, and missing with what that breaks."""
+    if checkpoint.bare:
+        return []
+    lines = [f"carried   {_names(list(checkpoint.companions)) or 'no file beside the weights'}"]
+    if checkpoint.left_behind:
+        lines.append(f"left      {_names(checkpoint.left_behind)} (--include adds)")
+    missing = files_missing(checkpoint)
+    return [*lines, *(f"[yellow]missing[/yellow]   {file.file}: {console.plain(file.breaks)}" for file in missing)]
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN_FILES} more" if len(names) > _SHOWN_FILES else ""
+    return console.plain(", ".join(names[:_SHOWN_FILES])) + more

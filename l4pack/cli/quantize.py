@@ -15,6 +15,7 @@ from l4pack.cli.options import (
     AsJson,
     CalibrationText,
     Compute,
+    Include,
     MaxRam,
     MaxVram,
     Out,
@@ -45,6 +46,7 @@ def quantize(
     max_vram: MaxVram = None,
     shard_size: ShardSize = None,
     compute: Compute = AUTO,
+    include: Include = None,
     fetch_as_you_go: Annotated[
         bool, typer.Option("--fetch-as-you-go", help="Download a Hub source shard by shard and drop each after use.")
     ] = False,
@@ -64,7 +66,7 @@ def quantize(
     wanted = load_recipe(recipe).calibrating(
         text is not None, samples=samples, sequence_length=sequence_length, seed=seed
     )
-    made = make_plan(open_source(source, fetch_folder=fetch_folder), wanted, allowed)
+    made = make_plan(open_source(source, fetch_folder=fetch_folder, include=include or ()), wanted, allowed)
     if dry_run:
         console.show_json(plan_record(made)) if as_json else console.show(*plan_view(made))
         return

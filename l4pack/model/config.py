@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
+from l4pack.datafile import refuse_lfs_pointer
 from l4pack.errors import SourceError
 from l4pack.resources import data_text
 
@@ -111,8 +112,13 @@ class Llama4Config(BaseModel):
 
     @property
     def quantized(self) -> bool:
-        """Whether the checkpoint says that it is quantized already."""
-        return bool(self.raw.get("quantization_config") or self.raw.get("compression_config"))
+        """Whether the checkpoint says that it is quantized already, as a whole or in a section."""
+        sections = (self.raw, self.raw.get("text_config"), self.raw.get("vision_config"))
+        return any(
+            section.get("quantization_config") or section.get("compression_config")
+            for section in sections
+            if isinstance(section, Mapping)
+        )
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> Llama4Config:
@@ -140,7 +146,9 @@ def load_config(path: Path) -> Llama4Config:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise SourceError(f"{path}: larger than any config.json", hint="point at a Llama 4 checkpoint folder")
-        raw = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        content = path.read_bytes()
+        refuse_lfs_pointer(content, str(path))
+        raw = json.loads(content, parse_constant=_refuse_constant)
         json.dumps(raw, ensure_ascii=False).encode()  # half a surrogate pair can't be written again
     except OSError as error:
         raise SourceError(f"{path}: {error.strerror}", hint="point at a folder with a config.json") from error

@@ -6,7 +6,6 @@ Each spoiler is handed a copy of a tiny Scout in three shards.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +145,12 @@ def only_config(folder: Path) -> None:
             path.unlink()
 
 
+def quantized(folder: Path) -> None:
+    """A configuration that says so, and a tensor that bears it out."""
+    edit_config(lambda c: c.update(quantization_config={"quant_method": "fp8"}))(folder)
+    rewrite(SHARED, lambda tensor: tensor.to(torch.float8_e4m3fn))(folder)
+
+
 NAN, INFINITY = float("nan"), float("inf")
 SPOILERS: dict[str, Bad] = {
     "truncated shard": Bad(cut(FIRST, lambda size: size - 1), f"{FIRST} is truncated"),
@@ -189,9 +194,8 @@ SPOILERS: dict[str, Bad] = {
     "NaN in the configuration": Bad(edit_config(lambda c: c.update(extra=NAN)), "NaN is not a JSON number"),
     "infinity in the configuration": Bad(edit_config(lambda c: c["text_config"].update(rms_norm_eps=INFINITY)), "Infinity is not a JSON number"),
     "half a character in the configuration": Bad(edit_config(lambda c: c.update(extra="\ud800")), "not JSON .*surrogates"),
-    "file name that is no text": Bad(lambda f: (f / os.fsdecode(b"notes-\xff.txt")).write_text("x"), "is no name for a published file"),
     "impossible number in the configuration": Bad(edit_config(lambda c: c["text_config"].update(hidden_size=-1)), r"text_config\.hidden_size"),
-    "already quantized": Bad(edit_config(lambda c: c.update(quantization_config={"quant_method": "fp8"})), "is quantized already"),
+    "already quantized": Bad(quantized, "is quantized already"),
     "empty folder": Bad(empty, "has no config.json"),
     "configuration only": Bad(only_config, "holds no safetensors files"),
 }  # fmt: skip
