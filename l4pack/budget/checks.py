@@ -2,7 +2,7 @@
 
 checks:
   - name: scout-int4-1xh100
-    artifact: out/scout-int4          # or `source:` with `recipe:`
+    artifact: out/scout-int4          # a folder; or `hub: ORG/NAME`; or `source:` with `recipe:`
     device: h100
     context: 131072
     sequences: 1
@@ -25,8 +25,10 @@ from l4pack.budget.model import Budget, budget
 from l4pack.budget.record import budget_record
 from l4pack.budget.solve import Limits, limits
 from l4pack.budget.subject import Subject
+from l4pack.checkpoint.open import DEMO, HUB_SCHEME, exists, hub_repository
 from l4pack.datafile import read_yaml, validate
-from l4pack.errors import L4packError, RecipeError, UsageError
+from l4pack.errors import L4packError, RecipeError, SourceError, UsageError
+from l4pack.model.config import KNOWN_MODELS
 
 DEFAULT_FILE = "l4pack-budget.yaml"
 HELP = "see docs/how-to/budget-in-ci.md"
@@ -41,6 +43,7 @@ class Check(BaseModel):
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
     artifact: str | None = None
+    hub: str | None = None
     source: str | None = None
     recipe: str | None = None
     device: str
@@ -63,8 +66,8 @@ class Check(BaseModel):
     def _one_subject(self) -> Check:
         if not self.name.isprintable():
             raise ValueError("'name' must be one printable line")
-        if (self.artifact is None) == (self.source is None):
-            raise ValueError("give either 'artifact' or 'source'")
+        if [self.artifact, self.hub, self.source].count(None) != 2:
+            raise ValueError("give either 'artifact' or 'source', or 'hub'")
         if self.artifact is not None and self.recipe is not None:
             raise ValueError("'recipe' goes with 'source'; an artifact is quantized already")
         return self
@@ -179,6 +182,19 @@ def _run(check: Check, path: Path, devices: dict[str, Device], opening: OpenSubj
 
 
 def _place(check: Check, folder: Path) -> str:
+    """What a check names, as `open_source` takes it: an artifact is a folder here, only `hub` is always on the Hub."""
+    if check.hub is not None:
+        return _on_hub(f"{HUB_SCHEME}{check.hub.removeprefix(HUB_SCHEME)}", folder)
     named = check.artifact or check.source or ""
     beside = folder / named
-    return str(beside) if beside.exists() else named
+    if exists(beside):
+        return str(beside)
+    if check.source is None:
+        hint = "make it first; a repository on the Hub is named by `hub: ORG/NAME`"
+        raise SourceError(f"there is no artifact {beside}", hint=hint)
+    return named if named.lower() in (*KNOWN_MODELS, DEMO) else _on_hub(named, folder)
+
+
+def _on_hub(named: str, folder: Path) -> str:
+    repo_id, revision = hub_repository(named, folder)
+    return f"{HUB_SCHEME}{repo_id}{f'@{revision}' if revision else ''}"

@@ -168,7 +168,8 @@ def _walk(folder: Path, prefix: str, depth: int, found: dict[str, int]) -> None:
         name = prefix + path.name
         hidden = path.name.startswith(".")
         if path.is_dir():
-            if name == TEMPLATE_FOLDER or (prefix.count("/") < depth and not path.is_symlink() and not hidden):
+            looked_into = name == TEMPLATE_FOLDER or (prefix.count("/") < depth and not hidden)
+            if looked_into and not path.is_symlink():
                 _walk(path, f"{name}/", depth, found)
             else:
                 found[f"{name}/"] = 0

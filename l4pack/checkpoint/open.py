@@ -34,7 +34,7 @@ def open_source(text: str, *, fetch_folder: Path | None = None, include: Sequenc
     for an `include` that is wrong.
     """
     path = Path(text)
-    if _exists(path) and path.is_dir():
+    if exists(path) and path.is_dir():
         return open_folder(path, include)
     bare = open_bare(text)
     if bare is not None:
@@ -53,7 +53,7 @@ def open_source(text: str, *, fetch_folder: Path | None = None, include: Sequenc
     return open_hub(*repository, fetch_as_you_go=fetch_folder is not None, folder=fetch_folder, include=include)
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
     """Whether there is something. Raises SourceError when that can't be told."""
     try:
         path.stat()

@@ -219,7 +219,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 def snapshot_of(folder: Path) -> Path:
     """The folder itself, or the snapshot that a repository's folder in the Hub's cache holds. Raises SourceError."""
-    root = folder.parent if folder.resolve().name == "snapshots" else folder
+    root = folder.absolute().parent if folder.absolute().name == "snapshots" else folder
     if (folder / "config.json").exists() or not (root / "snapshots").is_dir():
         return folder
     found = sorted(path for path in (root / "snapshots").iterdir() if path.is_dir())

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from l4pack.checkpoint.companions import TEMPLATE_FOLDER
 from l4pack.checkpoint.source import Checkpoint
+from l4pack.checkpoint.templates import legacy_template
 from l4pack.errors import SourceError
 from l4pack.work.patience import quiet_stderr, within
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 # A tokenizer's patterns and a chat template are programs: those of a hostile checkpoint may never end. The slowest real
 # ones do a megabyte in a few seconds.
 PATIENCE_SECONDS, BYTES_A_SECOND = 30.0, 50_000
-_TOKENIZER_FILES = ("tokenizer", "special_tokens", "chat_template", "added_tokens")
+_TOKENIZER_FILES = ("tokenizer", "special_tokens", "chat_template", "added_tokens", TEMPLATE_FOLDER)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -30,12 +32,15 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
     folder = paths["tokenizer.json"].parent
     try:
-        return _bounded(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), checkpoint.name)
+        tokenizer = _bounded(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), checkpoint.name)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(
             f"{checkpoint.name}: tokenizer.json can't be read ({reason})", hint="download it again"
         ) from error
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = legacy_template(checkpoint)
+    return tokenizer
 
 
 def _bounded(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
