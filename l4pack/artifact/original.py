@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from l4pack.artifact.contents import tensor_digest
 from l4pack.artifact.manifest import MANIFEST_NAME, source_record
 from l4pack.artifact.manifest_schema import ManifestFile, SourceRecord, read_manifest
+from l4pack.checkpoint.exports import WEIGHT_DTYPES
 from l4pack.checkpoint.header import DTYPE_BITS, TensorEntry
 from l4pack.checkpoint.reader import NUMPY_TYPES, Reader
-from l4pack.checkpoint.source import WEIGHT_DTYPES, Checkpoint, LocalStore, detect_layout
+from l4pack.checkpoint.source import Checkpoint, LocalStore, detect_layout
 from l4pack.errors import SourceError, UsageError
 from l4pack.model.names import classify
 from l4pack.model.tensors import Role, canonical_naming, rename
