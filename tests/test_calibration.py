@@ -315,11 +315,14 @@ def test_no_tokenizer(tmp_path, text):
     assert "int4-rtn" in caught.value.hint
 
 
-def test_a_text_too_short(source, tmp_path):
+def test_a_text_shorter_than_a_sequence_is_one(source, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("too short")
-    with pytest.raises(UsageError, match="fewer than one sequence"):
-        planned(source, short)
+    plan = planned(source, short)
+    assert plan.text.record["tokens"] == plan.needs.tokens == 1 + len("too short")
+    (tmp_path / "none.txt").write_text("\n")
+    with pytest.raises(UsageError, match="holds no text"):
+        planned(source, tmp_path / "none.txt")
 
 
 def test_the_memory_that_calibration_takes_is_planned_and_refused_when_it_is_not_there():

@@ -93,10 +93,10 @@ def cover(checkpoint: Checkpoint, wanted: Wanted, work: Path, compute: str, prog
         raise UsageError(f"--max-cold {wanted.max_cold:g} is no share", hint="give a number from 0 to 1")
     usual = Calibration()
     choice = TextChoice(
-        wanted.text or DEMO_CALIBRATION,
-        wanted.samples or usual.samples,
+        DEMO_CALIBRATION if wanted.text is None else wanted.text,
+        usual.samples if wanted.samples is None else wanted.samples,
         wanted.sequence_length,
-        wanted.seed or usual.seed,
+        usual.seed if wanted.seed is None else wanted.seed,
     )
     text = load_text(choice, load_tokenizer(checkpoint), checkpoint.config.text.max_position_embeddings)
     where = Compute.of(compute)

@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from l4pack.checkpoint.open import open_source
 from l4pack.cli import console
 from l4pack.cli.options import AsJson, CalibrationText, Compute, Samples, Seed, SequenceLength, Source
+from l4pack.text.describe import text_lines
 from l4pack.units import human_seconds
 
 
@@ -61,7 +62,7 @@ def _view(record: dict[str, Any]) -> list[RenderableType]:
         table.add_row(*(f"{value:,}" for value in row))
     text = record["text"]
     return [
-        f"{text['tokens']:,} tokens of {console.plain(text['source'])}: "
+        *map(console.plain, text_lines(text)),
         f"{record['cold_experts']:,} of {record['experts']:,} experts saw none",
         "",
         table,

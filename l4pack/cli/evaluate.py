@@ -13,6 +13,8 @@ from l4pack.checkpoint.source import open_folder
 from l4pack.cli import console
 from l4pack.cli.options import Against, Artifact, AsJson, MaxRam
 from l4pack.errors import UsageError
+from l4pack.text.describe import text_lines
+from l4pack.text.files import JSON_SUFFIXES
 from l4pack.units import human_bytes, human_seconds, parse_size
 
 _GATES = "Quality gates (exit 6)"
@@ -21,13 +23,17 @@ _TEXT = "Text"
 TextSource = Annotated[
     str,
     typer.Option(
-        metavar="FILE|DIR|SET", help="Text, JSONL or a folder; or wikitext2, c4, demo.", rich_help_panel=_TEXT
+        metavar="FILE|DIR|SET", help="A file of text or rows, a folder; or wikitext2, c4, demo.", rich_help_panel=_TEXT
     ),
 ]
-Samples = Annotated[int, typer.Option(help="Most sequences taken.", rich_help_panel=_TEXT)]
+Samples = Annotated[
+    int, typer.Option(help="Text taken, in whole sequences; short rows count by their tokens.", rich_help_panel=_TEXT)
+]
 SequenceLength = Annotated[
     int | None,
-    typer.Option(help="Tokens a sequence; 2048 or the model's context.", show_default=False, rich_help_panel=_TEXT),
+    typer.Option(
+        help="Most tokens a sequence; 2048 or the model's context.", show_default=False, rich_help_panel=_TEXT
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Which sequences are taken.", rich_help_panel=_TEXT)]
 Task = Annotated[
@@ -113,8 +119,8 @@ def evaluate(
     settings = Settings(
         work=work or beside(artifact, ".evaluate.partial"),
         text=TextChoice(text, samples, sequence_length, seed),
-        tasks=tuple(Path(name) for name in task or () if name.endswith(".jsonl")),
-        harness=tuple(name for name in task or () if not name.endswith(".jsonl")),
+        tasks=tuple(Path(name) for name in task or () if _of_questions(name)),
+        harness=tuple(name for name in task or () if not _of_questions(name)),
         backend=backend,
         limit=limit,
         needle=needle,
@@ -139,6 +145,11 @@ def beside(artifact: Path, ending: str) -> Path:
     """A path next to an artifact's folder, named after it; `.` and links too."""
     place = artifact if artifact.name not in ("", "..") else artifact.resolve()
     return place.with_name(place.name + ending)
+
+
+def _of_questions(name: str) -> bool:
+    """Whether a task is a file: lm-eval's tasks have names without such endings."""
+    return name.lower().removesuffix(".gz").endswith(JSON_SUFFIXES)
 
 
 def _size(text: str | None) -> int | None:
@@ -174,8 +185,9 @@ def accuracy_view(record: dict[str, Any]) -> list[RenderableType]:
     lines: list[RenderableType] = [
         f"[bold]{console.plain(record['artifact'])}[/bold]"
         + (f" against [bold]{console.plain(record['against'])}[/bold]" if record["against"] else ""),
-        f"{record['tokens']:,} tokens of {console.plain(text['source'])} in {text['sequences']} sequences of "
-        f"{text['sequence_length']}, {run['dtype']} on {console.plain(run['device'])}, activations {run['activations']}",
+        f"{record['tokens']:,} tokens scored, sequences of at most {text['sequence_length']}, {run['dtype']} on "
+        f"{console.plain(run['device'])}, activations {run['activations']}",
+        *map(console.plain, text_lines(text)),
         "",
         _measures(record),
     ]

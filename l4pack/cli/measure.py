@@ -13,6 +13,7 @@ from l4pack.cli import console
 from l4pack.cli.evaluate import MaxVram, SequenceLength, TextSource
 from l4pack.cli.options import AsJson, Compute, MaxRam, Source
 from l4pack.errors import UsageError
+from l4pack.text.describe import text_lines
 from l4pack.units import human_bytes, human_seconds, parse_size
 
 WORST = 8
@@ -21,7 +22,7 @@ WORST = 8
 _TEXT = "Text"
 
 OutFile = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File to write.")]
-Samples = Annotated[int, typer.Option(help="Most sequences measured on.", rich_help_panel=_TEXT)]
+Samples = Annotated[int, typer.Option(help="Text measured on, in whole sequences.", rich_help_panel=_TEXT)]
 CalibrationText = Annotated[
     str | None,
     typer.Option(
@@ -31,7 +32,7 @@ CalibrationText = Annotated[
         rich_help_panel=_TEXT,
     ),
 ]
-CalibrationSamples = Annotated[int, typer.Option(help="Most sequences calibrated on.", rich_help_panel=_TEXT)]
+CalibrationSamples = Annotated[int, typer.Option(help="Text calibrated on, in whole sequences.", rich_help_panel=_TEXT)]
 Seed = Annotated[int, typer.Option(help="Which sequences are taken.", rich_help_panel=_TEXT)]
 OptionNames = Annotated[
     str | None,
@@ -96,7 +97,8 @@ def measure(
         restart=restart,
     )
     prepared = prepare(open_source(source), settings)
-    plan = {**prepared.costs.record(), "method": prepared.direct.value}
+    texts = [text for text in (prepared.texts.measured, prepared.texts.calibration) if text is not None]
+    plan = {**prepared.costs.record(), "method": prepared.direct.value, "texts": [text.record for text in texts]}
     if dry_run:
         console.show_json({"plan": plan}) if as_json else console.show(*plan_view(plan))
         return
@@ -144,7 +146,8 @@ def plan_view(plan: dict[str, Any]) -> list[RenderableType]:
     ]
     for row in rows:
         table.add_row(*row)
-    return [table, ""]
+    described = [console.plain(line) for text in plan["texts"] for line in text_lines(text)]
+    return [table, *described, ""]
 
 
 def record_view(record: dict[str, Any]) -> list[RenderableType]:

@@ -60,18 +60,25 @@ CalibrationText = Annotated[
     typer.Option(
         "--text",
         metavar="FILE|DIR|SET",
-        help="Text to calibrate with: a file, JSONL, a folder, or wikitext2, c4; a text of l4pack's own unless given.",
+        help="Text to calibrate with: a file of text or rows, a folder, or wikitext2, c4; one that ships unless given.",
         show_default=False,
         rich_help_panel="Calibration",
     ),
 ]
 Samples = Annotated[
     int | None,
-    typer.Option("--samples", help="Most sequences taken.", show_default=False, rich_help_panel="Calibration"),
+    typer.Option(
+        "--samples",
+        help="Text taken, in whole sequences; short rows count by their tokens.",
+        show_default=False,
+        rich_help_panel="Calibration",
+    ),
 ]
 SequenceLength = Annotated[
     int | None,
-    typer.Option("--sequence-length", help="Tokens a sequence.", show_default=False, rich_help_panel="Calibration"),
+    typer.Option(
+        "--sequence-length", help="Most tokens a sequence.", show_default=False, rich_help_panel="Calibration"
+    ),
 ]
 Seed = Annotated[
     int | None,

@@ -15,6 +15,7 @@ from l4pack.cli.options import AsJson, Compute, Include, MaxRam, MaxVram, Recipe
 from l4pack.plan import Limits, Plan, make_plan
 from l4pack.recipe import load_recipe
 from l4pack.summary import files_missing, plan_classes, plan_record
+from l4pack.text.describe import text_lines
 from l4pack.units import human_bytes, parse_size
 
 
@@ -74,6 +75,8 @@ def plan_view(plan: Plan) -> list[RenderableType]:
             f"calibrated  {calibrated}, with {'' if plan.text else 'at most '}"
             f"{plan.needs.tokens:,} tokens; hidden states take {human_bytes(plan.needs.disk_bytes)} of disk meanwhile"
         )
+    if plan.text is not None:
+        lines += [f"text      {console.plain(line)}" for line in text_lines(plan.text.record)]
     lines += beside_view(plan.checkpoint)
     lines += [f"[yellow]note[/yellow]      {console.plain(warning)}" for warning in plan.warnings()]
     title = (

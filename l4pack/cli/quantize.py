@@ -67,11 +67,11 @@ def quantize(
         text is not None, samples=samples, sequence_length=sequence_length, seed=seed
     )
     made = make_plan(open_source(source, fetch_folder=fetch_folder, include=include or ()), wanted, allowed)
+    if made.needs is not None and not (dry_run and text is None and made.checkpoint.bare):
+        made = with_text(made, text)
     if dry_run:
         console.show_json(plan_record(made)) if as_json else console.show(*plan_view(made))
         return
-    if made.needs is not None:
-        made = with_text(made, text)
     if not as_json:
         console.talk(*plan_view(made))
     result = _run(made, out, device, restart)

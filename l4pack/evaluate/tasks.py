@@ -1,13 +1,12 @@
 """Multiple choice by log-likelihood: every choice of every question is a sequence of the same pass.
 
-A file has one JSON object a line: `{"context": "…", "choices": ["…", "…"], "answer": 1}`. The answer given is the choice
+A file has one JSON object a line, or a list of them: `{"context": "…", "choices": ["…", "…"], "answer": 1}`. The answer given is the choice
 with the largest log-likelihood (`accuracy`), or with the largest per byte of its text (`accuracy_per_byte`), as
 lm-evaluation-harness's `acc` and `acc_norm`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,9 @@ from torch import Tensor
 
 from l4pack.errors import UsageError
 from l4pack.stream.hidden import TokenSequence
+from l4pack.text.files import Kind, Meter, kind_of, opened
+from l4pack.text.json_rows import json_rows
+from l4pack.text.passages import check_characters, has_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,28 +45,23 @@ class Task:
 
 def load_task(path: Path) -> Task:
     """Read a task file. Raises UsageError naming the line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} can't be read as text", hint="give a JSONL file of questions") from error
-    questions = [_question(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if kind_of(path) is not Kind.JSON:
+        raise UsageError(f"{path} holds no JSON", hint="give a JSONL file of questions")
+    with opened(path, Meter()) as stream:
+        questions = [_question(value, where) for where, value in json_rows(stream, path)]
     if not questions:
         raise UsageError(f"{path} holds no questions", hint='a line is {"context": …, "choices": […], "answer": 0}')
     return Task(path.stem, tuple(questions))
 
 
-def _question(line: str, path: Path, number: int) -> Question:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        value = None
+def _question(value: object, where: str) -> Question:
     match value:
-        case {"context": str(context), "choices": [_, _, *_] as choices, "answer": int(answer)}:
+        case {"context": str(context), "choices": [_, _, *_] as choices, "answer": int(answer)} if answer is not True:
             if all(isinstance(choice, str) and choice for choice in choices) and 0 <= answer < len(choices):
+                if any(has_images(check_characters(text, where)) for text in (context, *choices)):
+                    raise UsageError(f"{where}: holds an image token", hint="questions are text alone")
                 return Question(context, tuple(choices), answer)
-    raise UsageError(
-        f"{path}, line {number}: not a question", hint='write {"context": "…", "choices": ["…", "…"], "answer": 0}'
-    )
+    raise UsageError(f"{where}: not a question", hint='write {"context": "…", "choices": ["…", "…"], "answer": 0}')
 
 
 def sequences_of(task: Task, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[TokenSequence]:
@@ -85,7 +82,8 @@ def continuation(tokenizer: PreTrainedTokenizerBase, context: str, text: str, lo
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, text = context[:-spaces], context[-spaces:] + text
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = tokenizer.bos_token_id
+    start = [] if bos is None or _ids(tokenizer, context)[:1] == [bos] else [bos]
     before = start + _ids(tokenizer, context)
     whole = start + _ids(tokenizer, context + text)
     if not before or len(whole) <= len(before):

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
 from l4pack.evaluate.statistics import clusters
-from l4pack.stream.hidden import TokenSequence
 from l4pack.text.choice import DEMO_CALIBRATION, DEMO_TEXT, TextChoice
-from l4pack.text.sequences import TokenText, load_text, token_digest
+from l4pack.text.sequences import TokenText, load_text
 from l4pack.text.tokenizer import load_tokenizer
 
 
@@ -51,41 +48,32 @@ def load_texts(
 
 
 def _split(both: TokenText, measured: TextChoice, calibration_samples: int) -> Texts:
-    """Which sequences are measured is drawn; too few are shared out in proportion."""
+    """Which sequences are measured is drawn; too few are shared out in proportion, by their tokens."""
     count, asked = len(both.sequences), measured.samples + calibration_samples
     if count < 2:
         raise UsageError(
-            f"{measured.source} has {count} sequence of {both.record['sequence_length']} tokens, "
+            f"{measured.source} has {count} sequence of at most {both.record['sequence_length']} tokens, "
             "too little to measure on one part and calibrate on another",
             hint="give more text, a smaller --sequence-length, or --calibration TEXT",
         )
-    share = min(measured.samples, max(1, count * measured.samples // asked), count - 1)
     drawn = np.random.default_rng(measured.seed).permutation(count)
-    parts = sorted(drawn[:share].tolist()), sorted(drawn[share : share + calibration_samples].tolist())
-    return Texts(*(_some(both, [both.sequences[index] for index in part]) for part in parts))
+    tokens = np.cumsum([len(both.sequences[number].tokens) for number in drawn])
+    wanted = int(tokens[-1]) * measured.samples // asked
+    share = min(max(1, int(np.searchsorted(tokens, wanted, side="right"))), count - 1)
+    text = both.only(sorted(drawn[:share].tolist()))
+    return Texts(text, _apart(both.only(sorted(drawn[share:].tolist())), text))
 
 
 def _apart(calibration: TokenText, measured: TokenText) -> TokenText:
     """The calibration text without any sequence that is measured on."""
     taken = {sequence.tokens for sequence in measured.sequences}
-    left = [sequence for sequence in calibration.sequences if sequence.tokens not in taken]
+    left = [number for number, sequence in enumerate(calibration.sequences) if sequence.tokens not in taken]
     if not left:
         raise UsageError(
             f"{calibration.record['source']} has nothing that is not measured on too",
             hint="give another --calibration text, or leave it out to split --text in two",
         )
-    return _some(calibration, left)
-
-
-def _some(text: TokenText, sequences: Sequence[TokenSequence]) -> TokenText:
-    ids = [sequence.tokens for sequence in sequences]
-    record: dict[str, Any] = {
-        **text.record,
-        "sequences": len(ids),
-        "tokens": sum(map(len, ids)),
-        "tokens_sha256": token_digest(ids),
-    }
-    return TokenText(tuple(sequences), record)
+    return calibration.only(left)
 
 
 def _checked(texts: Texts) -> Texts:

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 DEMO_TEXT, DEMO_CALIBRATION = "demo", "demo-calibration"
 NAMED_SETS = ("wikitext2", "c4", "c4-new")  # optimum.gptq.data
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
 DEFAULT_SAMPLES, DEFAULT_LENGTH = 32, 2048
 
 
 @dataclass(frozen=True)
 class TextChoice:
-    """Which text, and how much of it."""
+    """Which text, and how much of it: at most `samples` times `sequence_length` tokens."""
 
     source: str = DEMO_TEXT
     samples: int = DEFAULT_SAMPLES

@@ -1,15 +1,17 @@
-"""Text to token sequences: for evaluation and for calibration, from files, folders, chats or named sets.
+"""Text to token sequences: for evaluation and for calibration, from files, folders, rows of data sets or named sets.
 
-A plain text is cut into windows that don't overlap, each begun with the beginning-of-text token where the tokenizer has
-one. A conversation (a JSONL line with `messages`) is rendered by the chat template and is one sequence.
+Every row is a document. A document is cut into windows that don't overlap, each begun with the beginning-of-text token
+where the tokenizer has one; what is left of it is a shorter sequence. Sequences attend to themselves only, so no token
+sees another document. `samples` times `sequence_length` tokens are taken at most, as whole sequences, however many.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,29 @@ import numpy as np
 
 from l4pack.errors import UsageError
 from l4pack.stream.hidden import TokenSequence
-from l4pack.text.choice import DEFAULT_LENGTH, DEMO_CALIBRATION, DEMO_TEXT, NAMED_SETS, TEXT_SUFFIXES, TextChoice
+from l4pack.text.choice import DEFAULT_LENGTH, NAMED_SETS, TextChoice
+from l4pack.text.files import UNDERSTOOD, Meter, list_files
+from l4pack.text.layouts import Left
+from l4pack.text.passages import PIECE, Passage, passages
+from l4pack.text.tokenizer import Template, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Of a text that is much larger than what is asked for, this many times as much is looked at, and never less than that.
+LOOKED_AT, LEAST_LOOKED_AT = 16, 1 << 22
+_BATCH = 256
+_SHOWN_FILES, _SHOWN_NAME = 8, 24
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where sequences come from: the row of each, how many sequences each row gives, and all that was read."""
+
+    rows: tuple[int, ...] = ()
+    of_row: dict[int, int] = field(default_factory=dict)
+    read: dict[str, int] = field(default_factory=dict)  # rows read, and those that give nothing, by reason
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -29,24 +50,124 @@ class TokenText:
 
     sequences: tuple[TokenSequence, ...]
     record: dict[str, Any]
+    origin: Origin | None = field(default=None, repr=False, compare=False)
+
+    def only(self, numbers: Sequence[int]) -> TokenText:
+        """Some of the sequences, with the record of those."""
+        rows = self.origin.rows if self.origin else ()
+        chosen = tuple(self.sequences[number] for number in numbers)
+        origin = self.origin and Origin(
+            tuple(rows[number] for number in numbers), self.origin.of_row, self.origin.read, self.origin.tokens
+        )
+        ids = [sequence.tokens for sequence in chosen]
+        return TokenText(chosen, {**self.record, **_counts(ids, origin)}, origin)
 
 
-@dataclass(frozen=True)
-class _Document:
-    """A text, or a rendered conversation, which is not cut up."""
+class _Pool:
+    """Every sequence that documents give, in order."""
 
-    text: str
-    conversation: bool = False
+    def __init__(self, length: int, bos: int | None) -> None:
+        self._start = [] if bos is None else [bos]
+        self._bos, self._step = bos, length - len(self._start)
+        self._tokens, self._ends, self._open = array("i"), array("q", [0]), array("i")
+        self.rows, self.tails = (
+            array("q"),
+            bytearray(),
+        )  # of each sequence: its row, and whether it is a document's rest
+        self.read: Counter[str] = Counter()
+        self._row, self._dropped, self._whole = -1, False, False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return len(self._tokens)
+
+    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Tokens of each sequence."""
+        ends = np.array(self._ends, np.int64)
+        return ends[1:] - ends[:-1]
+
+    def sequence(self, number: int) -> tuple[int, ...]:
+        """The tokens of a sequence."""
+        return tuple(self._tokens[self._ends[number] : self._ends[number + 1]])
+
+    def add(self, passage: Passage, ids: list[int]) -> None:
+        """Take the next passage; a beginning-of-text token within it begins another document."""
+        if passage.row != self._row:
+            self.close()
+            self._row, self._dropped = passage.row, False
+            self.read["read"] += 1
+        if passage.left:
+            self._drop(passage.left)
+            return
+        while self._bos is not None and self._bos in ids:
+            at = ids.index(self._bos)
+            self._extend(ids[:at])
+            self._end_document()
+            ids = ids[at + 1 :]
+        self._extend(ids)
+
+    def close(self) -> None:
+        """End the row."""
+        self._end_document()
+        if self._row >= 0 and not self._dropped and not self._gave():
+            self.read[Left.EMPTY] += 1
+
+    def _gave(self) -> bool:
+        return bool(self.rows) and self.rows[-1] == self._row
+
+    def _extend(self, ids: list[int]) -> None:
+        self._open.extend(ids)
+        full = len(self._open) // self._step * self._step
+        for first in range(0, full, self._step):
+            self._keep(self._open[first : first + self._step], tail=False)
+        self._whole = self._whole or full > 0
+        del self._open[:full]
+
+    def _end_document(self) -> None:
+        if len(self._start) + len(self._open) >= 2 and self._open:
+            self._keep(self._open, tail=self._whole)
+        self._open, self._whole = array("i"), False
+
+    def _keep(self, ids: array[int], *, tail: bool) -> None:
+        self._tokens.extend(self._start)
+        self._tokens.extend(ids)
+        self._ends.append(len(self._tokens))
+        self.rows.append(self._row)
+        self.tails.append(tail)
+
+    def _drop(self, reason: Left) -> None:
+        """Take back all that the row gave."""
+        self._open, self._dropped = array("i"), True
+        while self._gave():
+            self.rows.pop()
+            self.tails.pop()
+            self._ends.pop()
+        del self._tokens[self._ends[-1] :]
+        self.read[reason] += 1
 
 
 def load_text(choice: TextChoice, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> TokenText:
-    """Token sequences of the chosen text. Raises UsageError for text that is missing, empty or too short."""
+    """Token sequences of the chosen text. Raises UsageError for text that is missing, empty or not understood."""
     length = choice.sequence_length or min(DEFAULT_LENGTH, max_positions)
     _check(choice, length, max_positions)
     if choice.source in NAMED_SETS and not Path(choice.source).exists():
         return _named_set(choice, tokenizer, length)
-    documents, digest = _documents(choice.source, tokenizer)
-    return _sequences(choice, length, documents, digest, tokenizer)
+    listing, meter = list_files(choice.source), Meter()
+    pool, ended = _pool(passages(listing.files, Template(tokenizer), meter), tokenizer, choice, length)
+    if not pool.rows:
+        raise _nothing(choice.source, pool)
+    taken = _draw(pool.lengths(), np.array(pool.tails, bool), choice, length)
+    rows = tuple(pool.rows[number] for number in taken)
+    given = Counter(pool.rows)
+    origin = Origin(rows, {row: given[row] for row in rows}, dict(pool.read), pool.tokens)
+    sequences = [pool.sequence(number) for number in taken]
+    record = {
+        **_record(choice, length, sequences, meter.digest.hexdigest(), origin),
+        "read_to_end": ended,
+        "files": {"read": len(listing.files), "left": len(listing.left), "left_names": _shown(listing.left)},
+    }
+    return TokenText(tuple(TokenSequence(ids) for ids in sequences), record, origin)
 
 
 def _check(choice: TextChoice, length: int, max_positions: int) -> None:
@@ -58,50 +179,101 @@ def _check(choice: TextChoice, length: int, max_positions: int) -> None:
         raise UsageError(f"--samples {choice.samples} is no number of sequences", hint="take at least 1")
 
 
-def _sequences(
-    choice: TextChoice, length: int, documents: Sequence[_Document], digest: str, tokenizer: PreTrainedTokenizerBase
-) -> TokenText:
-    if not any(document.text.strip() for document in documents):
-        raise UsageError(f"{choice.source} holds no text", hint="give a text file, a folder of them, or JSONL")
-    found: list[list[int]] = []
-    tokens = 0
-    for document in documents:
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens += len(ids)
-        found += [ids[:length]] if document.conversation else _windows(ids, length, tokenizer.bos_token_id)
-    found = [ids for ids in found if len(ids) >= 2]
-    if not found:
-        raise UsageError(
-            f"{choice.source} has {tokens} tokens, fewer than one sequence of {length}",
-            hint="give more text, or a smaller --sequence-length",
+def _pool(
+    found: Iterator[Passage], tokenizer: PreTrainedTokenizerBase, choice: TextChoice, length: int
+) -> tuple[_Pool, bool]:
+    """What documents give, and whether all of them were read."""
+    pool = _Pool(length, tokenizer.bos_token_id)
+    enough = max(LOOKED_AT * choice.samples * length, LEAST_LOOKED_AT)
+    batches = _batches(found)
+    for batch in batches:
+        for passage, ids in zip(batch, _tokenized(batch, tokenizer), strict=True):
+            pool.add(passage, ids)
+        if pool.tokens >= enough:
+            break
+    pool.close()
+    return pool, next(batches, None) is None
+
+
+def _batches(found: Iterator[Passage]) -> Iterator[list[Passage]]:
+    """Passages that are tokenized at once."""
+    batch: list[Passage] = []
+    for passage in found:
+        batch.append(passage)
+        if len(batch) == _BATCH or sum(len(one.text) for one in batch) >= PIECE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _tokenized(batch: Sequence[Passage], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer([one.text for one in batch], add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _nothing(source: str, pool: _Pool) -> UsageError:
+    images = pool.read[Left.IMAGES]
+    if images:
+        return UsageError(
+            f"{source} holds no row of text alone: {images} of {pool.read['read']} have images, sound or their tokens",
+            hint="images are not read; take rows without",
         )
-    chosen = _choose(found, choice.samples, choice.seed)
-    return TokenText(tuple(TokenSequence(tuple(ids)) for ids in chosen), _record(choice, length, chosen, digest))
+    return UsageError(f"{source} holds no text", hint=f"what is read: {UNDERSTOOD}")
 
 
-def _windows(ids: list[int], length: int, bos: int | None) -> list[list[int]]:
-    start = [] if bos is None else [bos]
-    step = length - len(start)
-    return [start + ids[first : first + step] for first in range(0, len(ids) - step + 1, step)]
+def _draw(
+    lengths: np.ndarray[Any, np.dtype[np.int64]], tails: np.ndarray[Any, np.dtype[np.bool_]], choice: TextChoice,
+    length: int,
+) -> list[int]:  # fmt: skip
+    """Numbers of the sequences that are taken, ascending: drawn while they fit, a long document's rest after all others."""
+    room = choice.samples * length
+    if int(lengths.sum()) <= room:
+        return list(range(len(lengths)))
+    rng = np.random.default_rng(choice.seed)
+    whole, rests = np.flatnonzero(~tails), np.flatnonzero(tails)
+    first = rng.choice(len(whole), min(choice.samples, len(whole)), replace=False)
+    order = np.concatenate([whole[first], rng.permutation(np.delete(whole, first)), rng.permutation(rests)])
+    taken = []
+    for number in order.tolist():
+        if lengths[number] <= room:
+            taken.append(number)
+            room -= int(lengths[number])
+    return sorted(taken)
 
 
-def _choose(found: list[list[int]], samples: int, seed: int) -> list[list[int]]:
-    if samples >= len(found):
-        return found
-    picked = np.random.default_rng(seed).choice(len(found), samples, replace=False)
-    return [found[index] for index in sorted(picked)]
-
-
-def _record(choice: TextChoice, length: int, chosen: Sequence[Sequence[int]], digest: str) -> dict[str, Any]:
+def _record(
+    choice: TextChoice, length: int, chosen: Sequence[Sequence[int]], digest: str, origin: Origin | None
+) -> dict[str, Any]:
     return {
         "source": Path(choice.source).name,
         "sha256": digest,
-        "sequences": len(chosen),
-        "tokens": sum(len(ids) for ids in chosen),
         "sequence_length": length,
         "seed": choice.seed,
-        "tokens_sha256": token_digest(chosen),
+        **_counts(chosen, origin),
     }
+
+
+def _counts(chosen: Sequence[Sequence[int]], origin: Origin | None) -> dict[str, Any]:
+    """What is taken, and of what."""
+    tokens = sum(map(len, chosen))
+    counts = {"sequences": len(chosen), "tokens": tokens, "tokens_sha256": token_digest(chosen)}
+    if origin is None:
+        return counts
+    used = Counter(origin.rows)
+    left = {reason.value: origin.read.get(reason, 0) for reason in Left}
+    rows = {
+        "read": origin.read["read"],
+        "used": len(used),
+        "used_in_part": sum(origin.of_row[row] > count for row, count in used.items()),
+        "not_drawn": origin.read["read"] - len(used) - sum(left.values()),
+        **left,
+    }
+    return {**counts, "tokens_left": origin.tokens - tokens, "rows": rows}
+
+
+def _shown(names: Sequence[str]) -> list[str]:
+    return [name[-_SHOWN_NAME:] for name in names[:_SHOWN_FILES]]
 
 
 def token_digest(sequences: Sequence[Sequence[int]]) -> str:
@@ -110,82 +282,6 @@ def token_digest(sequences: Sequence[Sequence[int]]) -> str:
     for ids in sequences:
         digest.update(np.array([len(ids), *ids], "<i4").tobytes())
     return digest.hexdigest()
-
-
-def _documents(source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[_Document], str]:
-    """All documents of a source, and the hex SHA-256 of its files' bytes."""
-    digest = hashlib.sha256()
-    documents: list[_Document] = []
-    for path in _files(source):
-        try:
-            raw = path.read_bytes()
-            text = raw.decode("utf-8")
-        except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}", hint="check the file's name") from error
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{path} is not UTF-8 text", hint="convert it first") from error
-        digest.update(raw)
-        if path.suffix == ".jsonl":
-            documents += _conversations(text, path, tokenizer)
-        else:
-            documents.append(_Document(text))
-    return documents, digest.hexdigest()
-
-
-def _files(source: str) -> list[Path]:
-    path = Path(source)
-    if not path.exists() and source in (DEMO_TEXT, DEMO_CALIBRATION):
-        from l4pack import demo
-
-        return [demo.heldout_path() if source == DEMO_TEXT else demo.calibration_path()]
-    if not path.exists():
-        raise UsageError(
-            f"there is no text {source}",
-            hint=f"give a file, a folder, or one of: {', '.join((DEMO_TEXT, *NAMED_SETS))}",
-        )
-    if path.is_file():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in TEXT_SUFFIXES)
-    if not files:
-        raise UsageError(f"{source} holds no {', '.join(TEXT_SUFFIXES)} files", hint="give a folder with text")
-    return files
-
-
-def _conversations(text: str, path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Document]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        match _json(line, path, number):
-            case {"messages": list(messages)}:
-                yield _Document(_rendered(messages, path, number, tokenizer), conversation=True)
-            case {"text": str(plain)}:
-                yield _Document(plain)
-            case _:
-                raise UsageError(
-                    f"{path}, line {number}: neither 'messages' nor 'text'", hint='write {"messages": [{"role": …}]}'
-                )
-
-
-def _json(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}, line {number}: not JSON", hint="JSONL has one object a line") from error
-
-
-def _rendered(messages: list[Any], path: Path, number: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.chat_template:
-        raise UsageError(
-            f"{path} holds conversations, and the tokenizer has no chat template",
-            hint="take plain text, or a checkpoint with a chat template",
-        )
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template is a program of its own: whatever it raises is about this line
-        raise UsageError(
-            f"{path}, line {number}: the chat template refuses it ({str(error).splitlines()[0]})",
-            hint="each message needs a role and a content the template knows",
-        ) from error
 
 
 def _named_set(choice: TextChoice, tokenizer: PreTrainedTokenizerBase, length: int) -> TokenText:
@@ -198,9 +294,9 @@ def _named_set(choice: TextChoice, tokenizer: PreTrainedTokenizerBase, length: i
         )
     except Exception as error:  # datasets, huggingface_hub and the network raise all kinds
         raise UsageError(
-            f"the set {choice.source} can't be had ({str(error).splitlines()[0]})",
+            f"the set {choice.source} can't be had ({first_line(error)})",
             hint="it needs the network and `pip install l4pack[eval]`; a text file works without",
         ) from error
     chosen = [row["input_ids"].reshape(-1).tolist() for row in rows]
-    digest = token_digest(chosen)
-    return TokenText(tuple(TokenSequence(tuple(ids)) for ids in chosen), _record(choice, length, chosen, digest))
+    record = _record(choice, length, chosen, token_digest(chosen), None)
+    return TokenText(tuple(TokenSequence(tuple(ids)) for ids in chosen), record)

@@ -1,4 +1,4 @@
-"""A checkpoint's own tokenizer."""
+"""A checkpoint's own tokenizer, and its chat template."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from l4pack.checkpoint.companions import TEMPLATE_FOLDER
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.checkpoint.templates import legacy_template
-from l4pack.errors import SourceError
+from l4pack.errors import L4packError, SourceError, UsageError
+from l4pack.text.layouts import Chat
 from l4pack.work.patience import quiet_stderr, within
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 # ones do a megabyte in a few seconds.
 PATIENCE_SECONDS, BYTES_A_SECOND = 30.0, 50_000
 _TOKENIZER_FILES = ("tokenizer", "special_tokens", "chat_template", "added_tokens", TEMPLATE_FOLDER)
+_SHOWN = 160
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -34,9 +36,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     try:
         tokenizer = _bounded(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), checkpoint.name)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(
-            f"{checkpoint.name}: tokenizer.json can't be read ({reason})", hint="download it again"
+            f"{checkpoint.name}: tokenizer.json can't be read ({first_line(error)})", hint="download it again"
         ) from error
     if not tokenizer.chat_template:
         tokenizer.chat_template = legacy_template(checkpoint)
@@ -64,3 +65,46 @@ def _bounded(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokeniz
     tokenizer._encode_plus = bounded(tokenizer._encode_plus, "tokenizer.json")
     tokenizer.apply_chat_template = bounded(tokenizer.apply_chat_template, "its chat template")
     return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """An error of another library, in a line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:_SHOWN] if lines else type(error).__name__
+
+
+class Template:
+    """Conversations as the model reads them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._template = _chosen(tokenizer.chat_template)
+
+    def render(self, chat: Chat, where: str) -> str:
+        """A conversation's text. Raises UsageError where there is no template, or it refuses the conversation."""
+        if self._template is None:
+            raise UsageError(
+                f"{where}: a conversation, and the tokenizer has no chat template",
+                hint="put the model's chat_template.jinja beside its tokenizer.json, or take plain text",
+            )
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    chat.messages, tools=chat.tools, chat_template=self._template, tokenize=False
+                )
+            )
+        except L4packError:
+            raise
+        except Exception as error:  # a template is a program of its own: whatever it raises is about this row
+            raise UsageError(
+                f"{where}: the chat template refuses it ({first_line(error)})",
+                hint="each message needs a role and a content the template knows",
+            ) from error
+
+
+def _chosen(template: Any) -> str | None:
+    """Of several templates the one called default, or the only one; without a byte order mark."""
+    if isinstance(template, dict):
+        named = list(template.values())
+        template = template.get("default", named[0] if len(named) == 1 else None)
+    return template.lstrip("\ufeff") if isinstance(template, str) and template.strip() else None
