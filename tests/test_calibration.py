@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from models import build
 from safetensors.torch import load_file
+from spoil import SPOILS
 from transformers import AutoModelForImageTextToText
 
 from l4pack.calibration import walk
@@ -25,6 +27,7 @@ from l4pack.quant import gptq
 from l4pack.recipe import Recipe, load_recipe
 from l4pack.run import run_plan
 from l4pack.stream.layer import Routing
+from l4pack.stream.walk import Walk
 
 SAMPLES, LENGTH = 6, 96
 
@@ -442,3 +445,30 @@ def test_coverage_command(source, text, l4pack):
     assert "experts saw no token" in ended.err
     assert "--max-cold" in ended.err
     assert l4pack("coverage", "llama-4-scout").code == 4
+
+
+@pytest.mark.parametrize("spoiled", [None, "model-1.hidden", "state.json"])
+def test_coverage_goes_on_to_the_same_counts(source, text, l4pack, tmp_path, monkeypatch, spoiled):
+    command = ["coverage", source, "--text", text, "--samples", SAMPLES, "--sequence-length", LENGTH, "--json"]
+    counts = {key: value for key, value in json.loads(l4pack(*command).out).items() if key != "seconds"}
+    settle, work = Walk._settle, tmp_path / "work"
+
+    def stop(self):
+        settle(self)
+        if len(self.records) == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "_settle", stop)
+        assert l4pack(*command, "--work", work).code == 75
+        unkept = l4pack(*command)
+        assert (unkept.code, unkept.err) == (
+            75,
+            "error: stopped; nothing is kept\nhint: add --work DIR to be able to go on\n",
+        )
+    if spoiled:
+        SPOILS["flipped"](work / spoiled)
+    ended = l4pack(*command, "--work", work)
+    assert ended.code == 0, ended.err
+    assert {key: value for key, value in json.loads(ended.out).items() if key != "seconds"} == counts
+    assert not work.exists()

@@ -17,6 +17,7 @@ import pytest
 import torch
 import whole_model
 from safetensors.torch import load_file, save_file
+from spoil import SPOILS
 from whole_model import one_thread  # noqa: F401
 
 from l4pack.errors import UsageError
@@ -27,6 +28,7 @@ from l4pack.stream.walk import Walk
 from l4pack.text.choice import TextChoice
 from l4pack.text.sequences import load_text
 from l4pack.text.tokenizer import load_tokenizer
+from l4pack.work.folder import WorkFolder, owned
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "sleeps", "under", "old", "apple", "tree")
 
@@ -208,6 +210,127 @@ def test_killed_and_gone_on_to_the_same_numbers(evaluated, checkpoint, made, tex
         del record[key], whole[key]
     assert record == whole
     assert not work.exists()
+
+
+@pytest.fixture(scope="session")
+def half_done(tmp_path_factory):
+    """The work folder of an evaluation that was stopped, made once and copied."""
+    made = tmp_path_factory.mktemp("half-done") / "work"
+
+    def copy(make, to):
+        if not made.exists():
+            make(made)
+        return Path(shutil.copytree(made, to))
+
+    return copy
+
+
+@pytest.fixture
+def undisturbed(evaluated, checkpoint, kept_artifact):
+    """The figures of an evaluation that nothing happened to, found once."""
+
+    def find():
+        if not FOUND:
+            FOUND.append(figures(evaluated(kept_artifact, checkpoint("scout"))))
+        return FOUND[0]
+
+    return find
+
+
+FOUND = []
+
+
+@pytest.fixture(scope="session")
+def kept_artifact(artifact, tmp_path_factory):
+    """An artifact that evaluations of this module go on with."""
+    return Path(shutil.copytree(artifact("int4-rtn"), tmp_path_factory.mktemp("kept") / "artifact"))
+
+
+def figures(record):
+    return {key: value for key, value in record.items() if key not in ("run", "resumed_layers")}
+
+
+def in_figures(state):
+    state.write_text(state.read_text().replace('"residual_error": 0.', '"residual_error": 1.'))
+
+
+def predecessor(state):
+    state.write_text(json.dumps({"job": "x", "layers": 4, "records": [{}] * 4}))
+
+
+LEFT = [
+    *[("original-0.hidden", kind) for kind in ("removed", "halved", "zeroed", "extended")],
+    *[("artifact-0.hidden", kind) for kind in ("flipped", "swapped", "emptied")],
+    ("original-1.hidden", "zeroed"), ("artifact-middle.hidden", "removed"),
+    *[("state.json", kind) for kind in ("halved", "flipped", "zeroed", in_figures, predecessor)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "kind"), LEFT, ids=lambda value: getattr(value, "__name__", value))
+def test_whatever_became_of_its_files_it_ends_in_the_same_numbers(
+    evaluated, checkpoint, kept_artifact, half_done, undisturbed, stopped_in, tmp_path, file, kind
+):
+    def stop(work):
+        with stopped_in(3):
+            evaluated(kept_artifact, checkpoint("scout"), "--work", work, code=75)
+
+    work = half_done(stop, tmp_path / "work")
+    (SPOILS.get(kind, kind))(work / file)
+    record = evaluated(kept_artifact, checkpoint("scout"), "--work", work)
+    assert figures(record) == undisturbed()
+    unharmed = (file, kind) in [("original-0.hidden", "extended"), *LEFT[7:9]]
+    assert record["resumed_layers"] == (2 if unharmed else 0)
+    assert not work.exists()
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("removed", ["*.hidden", "original-*", "*"])
+def test_killed_while_clearing_up_it_ends_in_the_same_numbers(
+    evaluated, checkpoint, kept_artifact, undisturbed, tmp_path, monkeypatch, removed
+):
+    work, kept = tmp_path / "work", tmp_path / "kept"
+
+    def die(self):
+        for path in self.path.glob(removed):
+            path.unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "remove", die)
+        with pytest.raises(Killed):
+            evaluated(kept_artifact, checkpoint("scout"), "--work", work)
+    record = evaluated(kept_artifact, checkpoint("scout"), "--work", work, "--save-reference", kept)
+    del record["reference"]
+    assert figures(record) == undisturbed()
+    if removed == "*.hidden":
+        assert evaluated(kept_artifact, None, "--reference", kept)["kl_mean"] == pytest.approx(record["kl_mean"], 1e-4)
+
+
+def test_a_folder_that_is_not_its_own_is_left_alone(evaluated, l4pack, checkpoint, kept_artifact, tmp_path, text_file):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "original-0.hidden").write_text("a diary")
+    source = checkpoint("scout")
+    for options in ([], ["--restart"]):
+        ended = evaluated(kept_artifact, source, "--work", theirs, *options, code=2)
+        assert "is not l4pack's" in ended.err
+        ended = evaluated(kept_artifact, source, "--work", source / "work", *options, code=2)
+        assert "which is read" in ended.err
+        assert "which is read" in evaluated(kept_artifact, source, "--work", kept_artifact, *options, code=2).err
+    ended = l4pack("coverage", source, "--text", text_file, "--sequence-length", 64, "--work", theirs)
+    assert (ended.code, "is not l4pack's" in ended.err) == (2, True)
+    assert [path.name for path in theirs.iterdir()] == ["original-0.hidden"]
+    assert (theirs / "original-0.hidden").read_text() == "a diary"
+
+
+def test_a_second_starter_is_refused_and_the_first_goes_on(evaluated, checkpoint, kept_artifact, tmp_path):
+    with owned(tmp_path / "work", "evaluate"):
+        ended = evaluated(kept_artifact, checkpoint("scout"), "--work", tmp_path / "work", code=1)
+        assert ended.err.startswith("error: another run is working in ")
+    evaluated(kept_artifact, checkpoint("scout"), "--work", tmp_path / "work")
 
 
 def test_work_of_other_options_is_refused_with_what_changed(evaluated, checkpoint, made, tmp_path, stopped_in):

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -17,12 +18,14 @@ import pytest
 import torch
 import whole_model
 from safetensors.torch import load_file, save_file
+from spoil import SPOILS
 from torch import Tensor
 from whole_model import one_thread  # noqa: F401
 
 from l4pack.artifact.original import weights_digest
 from l4pack.calibration.mlp import weights_of
 from l4pack.checkpoint.open import open_source
+from l4pack.errors import UsageError
 from l4pack.evaluate.statistics import clusters, mean_and_error
 from l4pack.model.tensors import Role
 from l4pack.quant import gptq
@@ -40,6 +43,7 @@ from l4pack.sensitivity.record import Change, combined, read_sensitivity
 from l4pack.sensitivity.state import State
 from l4pack.stream.activations import Activations
 from l4pack.text.choice import TextChoice
+from l4pack.work.folder import WorkFolder
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "sleeps", "under", "old", "apple", "tree")
 LENGTH, SAMPLES = 96, 4
@@ -455,9 +459,14 @@ def test_killed_in_the_second_wave_it_goes_on_to_the_same_bytes(l4pack, command,
     chosen = ["--options", "int4-g128,int8-g64", "--streams", "12"]
     arguments = [*map(str, command()), *chosen]
     script = Path(__file__).with_name("killed_measurement.py")
-    killed = subprocess.run([sys.executable, script, "3", *arguments], capture_output=True, text=True)
+    killed = subprocess.run(
+        [sys.executable, script, "3", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert json.loads((tmp_path / "s.json.partial" / "state.json").read_text())["layers"] == 1
+    assert json.loads((tmp_path / "s.json.partial" / "state.json").read_text())["state"]["found"]["layers"] == 1
     assert not (tmp_path / "s.json").exists()
     assert l4pack("measure", *arguments).code == 0
     assert l4pack("measure", *command("whole.json"), *chosen).code == 0
@@ -502,6 +511,78 @@ def test_whatever_it_dies_beside_it_ends_in_the_same_numbers(checkpoint, text_fi
     assert count["restored"] > 0
 
 
+@pytest.fixture(scope="module")
+def half_done(checkpoint, text_file, tmp_path_factory):
+    """A measurement that died once the next wave's inputs were kept, and one that nothing happened to."""
+    folder = tmp_path_factory.mktemp("half-done")
+    source = open_source(str(checkpoint("scout", **SMALL)))
+    settings = settings_for(
+        text_file, folder / "s.json", options=("int4-g128",), streams=4, text=TextChoice(str(text_file), 2, 48)
+    )
+    keep = State.keep
+
+    def die(self, *arguments):
+        keep(self, *arguments)
+        raise DeathError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(State, "keep", die)
+        with pytest.raises(DeathError):
+            measure(prepare(source, settings))
+    return source, settings, measure(prepare(source, replace(settings, out=folder / "whole.json")))
+
+
+LEFT = {
+    "altered-1.hidden": ("flipped", "swapped"),
+    "original-1.hidden": ("removed",),
+    "calibration-1.hidden": ("zeroed",),
+    "original-kept.hidden": ("halved",),
+    "calibration-kept.hidden": ("flipped",),
+    "state.json": ("flipped",),
+}
+
+
+@pytest.mark.parametrize(("file", "kind"), [(file, kind) for file, kinds in LEFT.items() for kind in kinds])
+def test_whatever_became_of_its_files_it_ends_in_the_same_numbers(half_done, tmp_path, file, kind):
+    source, settings, whole = half_done
+    settings = replace(settings, out=tmp_path / "s.json")
+    shutil.copytree(half_done[1].work, settings.work)
+    SPOILS[kind](settings.work / file)
+    assert measure(prepare(source, settings)) == whole
+    assert not settings.work.exists()
+
+
+def test_killed_while_clearing_up_it_ends_in_the_same_bytes(half_done, tmp_path, monkeypatch):
+    source, settings, whole = half_done
+    settings = replace(settings, out=tmp_path / "s.json")
+    shutil.copytree(half_done[1].work, settings.work)
+
+    def die(self):
+        for path in self.path.glob("*.hidden"):
+            path.unlink()
+        raise DeathError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "remove", die)
+        with pytest.raises(DeathError):
+            measure(prepare(source, settings))
+    settings.out.unlink()
+    assert measure(prepare(source, settings)) == whole
+
+
+def test_the_work_folder_is_its_own(half_done, tmp_path):
+    source, settings, _ = half_done
+    settings = replace(settings, out=tmp_path / "s.json")
+    settings.work.mkdir()
+    (settings.work / "state.json").write_text("a diary")
+    for restart in (False, True):
+        with pytest.raises(UsageError, match="is not l4pack's"):
+            measure(prepare(source, replace(settings, restart=restart)))
+    assert (settings.work / "state.json").read_text() == "a diary"
+    with pytest.raises(UsageError, match="which is read"):
+        measure(prepare(source, replace(settings, out=Path(source.name) / "s.json")))
+
+
 @pytest.fixture
 def stopped(l4pack, monkeypatch):
     """A measurement that is asked to stop when the first layer is done."""
@@ -523,7 +604,7 @@ def stopped(l4pack, monkeypatch):
 def test_stopped_it_says_so_and_goes_on_to_the_same_bytes(l4pack, stopped, command, tmp_path):
     ended = stopped(*command(), "--options", "int4-g128")
     assert (ended.code, "run the same command" in ended.err) == (75, True)
-    assert json.loads((tmp_path / "s.json.partial" / "state.json").read_text())["layers"] == 1
+    assert json.loads((tmp_path / "s.json.partial" / "state.json").read_text())["state"]["found"]["layers"] == 1
     assert l4pack("measure", *command(), "--options", "int4-g128").code == 0
     assert l4pack("measure", *command("whole.json"), "--options", "int4-g128").code == 0
     assert (tmp_path / "s.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
@@ -531,8 +612,10 @@ def test_stopped_it_says_so_and_goes_on_to_the_same_bytes(l4pack, stopped, comma
 
 def test_work_of_another_job_is_refused(l4pack, stopped, command):
     assert stopped(*command(), "--options", "int8-g64").code == 75
-    ended = l4pack("measure", *command(), "--options", "int8-g32")
+    ended = l4pack("measure", *command(), "--options", "int8-g32", "--seed", 1)
     assert (ended.code, "--restart" in ended.err) == (2, True)
+    assert "s.json.partial was begun as another job: --seed was 0 and is 1" in ended.err
+    assert "repeat the earlier command, l4pack measure " in ended.err
     assert l4pack("measure", *command(), "--options", "int8-g32", "--restart").code == 0
 
 

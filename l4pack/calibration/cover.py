@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from l4pack import __version__
 from l4pack.calibration.coverage import Coverage
+from l4pack.checkpoint.apart import refuse_overlap
 from l4pack.checkpoint.identity import source_parts
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError, UsageError
@@ -28,7 +28,10 @@ from l4pack.stream.weights import Weights
 from l4pack.text.choice import DEMO_CALIBRATION, TextChoice
 from l4pack.text.sequences import TokenText, load_text
 from l4pack.text.tokenizer import load_tokenizer
+from l4pack.work.folder import owned
 from l4pack.work.identity import Identity
+
+WORK_KIND = "coverage"
 
 
 @dataclass(frozen=True)
@@ -101,14 +104,14 @@ def cover(checkpoint: Checkpoint, wanted: Wanted, work: Path, compute: str, prog
     text = load_text(choice, load_tokenizer(checkpoint), checkpoint.config.text.max_position_embeddings)
     where = Compute.of(compute)
     counter = _Counter(Coverage.of(checkpoint.config, wanted.max_cold))
-    with Weights(checkpoint, where.device, where.dtype) as weights:
+    refuse_overlap([checkpoint], work)
+    with owned(work, WORK_KIND) as folder, Weights(checkpoint, where.device, where.dtype) as weights:
         model = Model("model", weights, Skeleton(checkpoint.config, where.device, where.dtype))
-        folder = work / "walk"
         job = _job(checkpoint, text, where)
-        with Walk([model], Packed(text.sequences), folder, job, observer=counter, progress=progress) as walk:
+        with Walk([model], Packed(text.sequences), work, job, observer=counter, progress=progress) as walk:
             for layer, record in enumerate(walk.records):
                 if "tokens" in record:
                     counter.coverage.add(layer, record["tokens"])
             walk.run()
-        shutil.rmtree(folder)
+        folder.remove()
     return Covered(counter.coverage, text.record, time.monotonic() - counter.started)

@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from l4pack.checkpoint.open import open_source
 from l4pack.cli import console
 from l4pack.cli.options import AsJson, CalibrationText, Compute, Samples, Seed, SequenceLength, Source
+from l4pack.errors import StoppedError
 from l4pack.text.describe import text_lines
 from l4pack.units import human_seconds
 
@@ -46,6 +47,10 @@ def coverage(
     try:
         with console.progress("covering", checkpoint.weight_bytes) as bar, stop_signals() as stop:
             found = cover(checkpoint, wanted, folder, compute, Progress(bar.advance, bar.label, stop))
+    except StoppedError as error:
+        if work is not None:
+            raise
+        raise StoppedError("stopped; nothing is kept", hint="add --work DIR to be able to go on") from error
     finally:
         if work is None:
             shutil.rmtree(folder, ignore_errors=True)

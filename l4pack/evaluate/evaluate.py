@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 import resource
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from torch import Tensor
 from l4pack import __version__
 from l4pack.artifact.contents import measured_digest
 from l4pack.artifact.original import ORIGINAL_KEYS, check_original, original_record
+from l4pack.checkpoint.apart import refuse_overlap
 from l4pack.checkpoint.identity import source_parts
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import StoppedError, UsageError
@@ -48,6 +48,7 @@ from l4pack.model.tensors import QUANTIZABLE
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, TokenSequence
 from l4pack.stream.identity import text_parts
+from l4pack.stream.layer import Blocks
 from l4pack.stream.memory import blocks_for
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.walk import Model, Progress, Walk
@@ -55,11 +56,13 @@ from l4pack.stream.weights import Weights
 from l4pack.text.choice import TextChoice
 from l4pack.text.sequences import TokenText, load_text, token_digest
 from l4pack.text.tokenizer import load_tokenizer
+from l4pack.work.folder import owned
 from l4pack.work.identity import Identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+WORK_KIND = "evaluate"
 ORIGINAL, ARTIFACT = "original", "artifact"
 ROUNDED_CACHE = "FP8, keys and values rounded as vLLM stores them; queries are not"
 
@@ -131,6 +134,7 @@ def prepare(
     manager = task_manager(settings.harness, settings.backend) if settings.harness else None
     if settings.save_reference is not None and (original is None or settings.reference is not None):
         raise UsageError("--save-reference needs the original", hint="add --against SOURCE")
+    refuse_overlap([one for one in (artifact, original) if one is not None], settings.work)
     if original is not None:
         check_same_model(artifact, original)
         check_original(artifact, original)
@@ -195,11 +199,27 @@ class Prepared:
 
     def run(self) -> dict[str, Any]:
         """Walk, score and sum up; see `evaluate`."""
+        settings = self.settings
+        with owned(settings.work, WORK_KIND, restart=settings.restart) as folder:
+            record = self._walk()
+            if settings.harness:
+                harness = _Harness(settings, self.compute, self.progress, self.manager)
+                record["tasks"] |= harness.record(self.artifact, self.original)
+            folder.remove()
+        record["worst"] = worst_units(record["layers"])
+        record["run"] = _run_record(self.artifact, self.compute, settings, self._blocks(), self.started)
+        record["identity"] = dict(self.identity.parts)
+        return record
+
+    def _blocks(self) -> Blocks:
+        compute, settings = self.compute, self.settings
+        limit = compute.limit(settings.max_ram, settings.max_vram)
+        return blocks_for(self.artifact.config.text, compute.dtype, limit)
+
+    def _walk(self) -> dict[str, Any]:
+        """Both models through their layers and their answers scored."""
         artifact, original, settings, compute = self.artifact, self.original, self.settings, self.compute
         inputs, stored = self.inputs, self.stored
-        if settings.restart and settings.work.exists():
-            shutil.rmtree(settings.work)
-        blocks = blocks_for(artifact.config.text, compute.dtype, compute.limit(settings.max_ram, settings.max_vram))
         packed = Packed(inputs.sequences)
         with ExitStack() as stack:
             names = [(ORIGINAL, original)] if original is not None and stored is None else []
@@ -209,7 +229,7 @@ class Prepared:
             job = _job(models, _parts(inputs, settings, compute))
             walk = stack.enter_context(
                 Walk(
-                    models, packed, settings.work, job, blocks=blocks, observer=LayerErrors(artifact.config),
+                    models, packed, settings.work, job, blocks=self._blocks(), observer=LayerErrors(artifact.config),
                     progress=self.progress, release=settings.max_ram is not None,
                 )
             )  # fmt: skip
@@ -219,15 +239,8 @@ class Prepared:
             kept = _save_reference(settings, answers[0], packed, inputs, original)
             record = _record(artifact, original, inputs, packed, _score(answers, stored, packed))
             record["layers"], record["resumed_layers"] = walk.records, walk.resumed_layers
-        if settings.harness:
-            harness = _Harness(settings, compute, self.progress, self.manager)
-            record["tasks"] |= harness.record(artifact, original)
-        record["worst"] = worst_units(record["layers"])
         if stored is not None or kept is not None:
             record["reference"] = _reference_record(stored.record if stored else kept or {})
-        record["run"] = _run_record(artifact, compute, settings, blocks, self.started)
-        record["identity"] = dict(self.identity.parts)
-        shutil.rmtree(settings.work)
         return record
 
 

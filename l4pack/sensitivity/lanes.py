@@ -9,6 +9,7 @@ import torch
 
 from l4pack.stream.hidden import Buffer
 from l4pack.stream.layer import Stream
+from l4pack.work.seal import Span
 
 SCRATCH = "scratch"
 ROWS_AT_ONCE = 2048
@@ -54,14 +55,35 @@ class Lane(Stream):
         self.side = 0
 
 
+def _file(end: int | str) -> str:
+    return f"altered-{end}.hidden"
+
+
+def lane_span(number: int, side: int, lane_bytes: int) -> Span:
+    """Where one side of the lane of that number lies."""
+    return Span(_file(side), number * lane_bytes, lane_bytes)
+
+
 class Lanes:
     """A lane for each of `names`, and one to try things in, of `rows` rows each."""
 
-    def __init__(self, folder: Path, names: Sequence[str], rows: int, width: int, dtype: torch.dtype) -> None:
-        """Raises BudgetError when the disk is too full."""
+    def __init__(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        rows: int,
+        width: int,
+        dtype: torch.dtype,
+        kept: int | None = None,
+    ) -> None:
+        """`kept` is the side of files that are gone on from. Raises BudgetError when the disk is too full."""
         count = len(names) + 1
-        self._paths = [folder / f"altered-{end}.hidden" for end in ("0", "1", "middle")]
-        self._buffers = [Buffer(path, count * rows, width, dtype) for path in self._paths]
+        ends = (0, 1, "middle")
+        self._paths = [folder / _file(end) for end in ends]
+        self._buffers = [
+            Buffer(path, count * rows, width, dtype, kept=end == kept)
+            for path, end in zip(self._paths, ends, strict=True)
+        ]
         spans = [slice(number * rows, (number + 1) * rows) for number in range(count)]
         sides, middle = self._buffers[:2], self._buffers[2]
         self._lanes = {

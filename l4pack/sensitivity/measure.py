@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
@@ -17,7 +14,8 @@ import torch
 from l4pack import __version__
 from l4pack.artifact.original import weights_digest
 from l4pack.calibration.walk import reproducible
-from l4pack.checkpoint.journal import locked
+from l4pack.checkpoint.apart import refuse_overlap
+from l4pack.checkpoint.identity import source_parts
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError, UsageError
 from l4pack.evaluate.statistics import clusters
@@ -42,11 +40,16 @@ from l4pack.sensitivity.texts import Texts, load_texts
 from l4pack.sensitivity.walk import Job, Wave
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed
+from l4pack.stream.identity import text_parts
 from l4pack.stream.layer import Blocks
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.walk import Model, Progress
 from l4pack.stream.weights import Weights
 from l4pack.text.choice import TextChoice
+from l4pack.work.folder import check_writable, owned
+from l4pack.work.identity import Identity, flat
+
+WORK_KIND = "measure"
 
 
 class Direct(StrEnum):
@@ -98,21 +101,21 @@ class Prepared:
         """The changes that are measured whatever is found."""
         return [*self.mixtures, *_direct(self.checkpoint, self.options, self.singles, self.direct)]
 
-    def digest(self) -> str:
-        """What the job is: an interrupted one goes on only with the same."""
+    def job(self) -> Identity:
+        """What decides the figures: an interrupted measurement goes on only with the same."""
         calibration = self.texts.calibration
+        calibrated = {} if calibration is None else calibration.record
         parts = {
-            "version": __version__,
-            "model": self.checkpoint.fingerprint(),
-            "text": self.texts.measured.record,
-            "calibration": None if calibration is None else calibration.record,
-            "options": {name: scheme.model_dump(mode="json") for name, scheme in self.options.schemes.items()},
-            "direct": self.direct.value,
-            "streams": self.costs.streams,
-            "blocks": vars(self.blocks),
-            "compute": str(self.compute.dtype),
+            "l4pack version": __version__,
+            **text_parts(self.texts.measured.record),
+            **text_parts(calibrated, "--calibration", "--calibration-samples"),
+            "--direct": self.direct.value,
+            **self.compute.parts(),
+            **source_parts(self.checkpoint, "source"),
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        for name, scheme in self.options.schemes.items():
+            parts |= flat(scheme.model_dump(mode="json"), f"--options: {name}")
+        return Identity(parts)
 
 
 def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
@@ -159,13 +162,12 @@ def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
 def measure(prepared: Prepared, progress: Progress | None = None) -> Sensitivity:
     """Run a measurement and write its file. Raises StoppedError; an interrupted one goes on when called again."""
     settings, work = prepared.settings, prepared.settings.work
-    if settings.restart and work.exists():
-        shutil.rmtree(work)
-    work.mkdir(exist_ok=True)
+    refuse_overlap([prepared.checkpoint], work, settings.out)
+    check_writable(settings.out.parent)
     with ExitStack() as stack:
-        stack.enter_context(locked(work))
+        folder = stack.enter_context(owned(work, WORK_KIND, restart=settings.restart))
         stack.enter_context(reproducible())
-        state = State(work, prepared.digest())
+        state = State(work, prepared.job())
         job = _job(prepared, stack, progress or Progress())
         runner = _Runner(job, prepared, state)
         runner.run(prepared.first())
@@ -174,7 +176,7 @@ def measure(prepared: Prepared, progress: Progress | None = None) -> Sensitivity
             runner.run([single for single in prepared.singles if family(single.option) in off])
         found = _record(prepared, state, runner.clusters)
         found.write(settings.out)
-    shutil.rmtree(work)
+        folder.remove()
     return found
 
 

@@ -2,74 +2,79 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from l4pack.errors import UsageError
-from l4pack.work.files import write_atomic
+from pydantic import Field
+
+from l4pack.sensitivity.originals import KEPT_ENDING
+from l4pack.sensitivity.record import NonNegative
+from l4pack.work.identity import Identity
+from l4pack.work.seal import Span, seal, unbroken
+from l4pack.work.state import Found, StateFile
 
 STATE_NAME = "state.json"
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Measured(Found):
+    """`layers` are those that the streams of `wave` have behind them; `kept` is the layer whose inputs are kept."""
+
+    errors: dict[str, NonNegative]
+    kl: dict[str, list[Finite]]
+    wave: list[str]
+    layers: Annotated[int, Field(ge=0)]
+    kept: Annotated[int, Field(ge=0)] | None
 
 
 class State:
     """Relative errors by single change, and KL summed over clusters of tokens by any change."""
 
-    def __init__(self, folder: Path, job: str) -> None:
-        """Read what is there. Raises UsageError when it belongs to another job."""
-        self._path, self._job = folder / STATE_NAME, job
-        self.errors: dict[str, float] = {}
-        self.kl: dict[str, list[float]] = {}
-        self._wave: list[str] = []
-        self._layers = 0
-        self.kept: int | None = None  # the layer whose inputs are kept for the next streams
-        if self._path.exists():
-            self._read()
+    def __init__(self, folder: Path, job: Identity) -> None:
+        """Read what is there. Raises UsageError naming what changed when it belongs to another job."""
+        self._folder = folder
+        self._file = StateFile(folder / STATE_NAME, job, _Measured)
+        found = self._file.read() or _Measured(errors={}, kl={}, wave=[], layers=0, kept=None)
+        self.errors, self.kl = dict(found.errors), dict(found.kl)
+        self._wave, self._layers = list(found.wave), found.layers
+        self.kept = found.kept  # the layer whose inputs are kept for the next streams
+        self._kept_seals = [one for one in self._file.seals if one.file.endswith(KEPT_ENDING)]
+        self._wave_seals = [one for one in self._file.seals if not one.file.endswith(KEPT_ENDING)]
 
-    def begin(self, wave: Sequence[str]) -> int:
-        """Layers that these streams, walking together, have behind them."""
-        if self._wave != list(wave):
-            self._wave, self._layers = list(wave), 0
+    def begin(self, wave: Sequence[str], spans: Callable[[int], Sequence[Span]]) -> int:
+        """Layers that these streams, walking together, have behind them, if what those gave is as it was.
+
+        `spans` tells where the outputs of the last of so many layers lie.
+        """
+        same = self._wave == list(wave) and self._layers > 0
+        if not (same and unbroken(self._folder, spans(self._layers), self._wave_seals)):
+            self._wave, self._layers, self._wave_seals = list(wave), 0, []
         return self._layers
 
-    def layer_done(self, layer: int, errors: dict[str, float], *, forget: bool = False) -> None:
-        """Note a layer whose outputs are on disk, and with `forget` that nothing is kept any more."""
-        self._layers = layer + 1
+    def layer_done(self, layer: int, errors: dict[str, float], spans: Sequence[Span], *, forget: bool = False) -> None:
+        """Note a layer whose outputs are on disk in `spans`, and with `forget` that nothing is kept any more."""
+        self._layers, self._wave_seals = layer + 1, seal(self._folder, spans)
         self.errors |= errors
-        self.kept = None if forget else self.kept
+        if forget:
+            self.kept, self._kept_seals = None, []
         self._write()
 
-    def keep(self, layer: int) -> None:
-        """Note a layer whose inputs are kept on disk."""
-        self.kept = layer
+    def keep(self, layer: int, spans: Sequence[Span]) -> None:
+        """Note a layer whose inputs are kept on disk in `spans`."""
+        self.kept, self._kept_seals = layer, seal(self._folder, spans)
         self._write()
+
+    def keeps(self, layer: int, spans: Sequence[Span]) -> bool:
+        """Whether that layer's inputs are kept and are as they were."""
+        return self.kept == layer and unbroken(self._folder, spans, self._kept_seals)
 
     def wave_done(self, kl: dict[str, list[float]]) -> None:
         """Note what came of the streams."""
         self.kl |= kl
-        self._wave, self._layers = [], 0
+        self._wave, self._layers, self._wave_seals = [], 0, []
         self._write()
 
     def _write(self) -> None:
-        value = {
-            "job": self._job, "errors": self.errors, "kl": self.kl, "wave": self._wave, "layers": self._layers,
-            "kept": self.kept,
-        }  # fmt: skip
-        write_atomic(self._path, json.dumps(value).encode())
-
-    def _read(self) -> None:
-        try:
-            value: dict[str, Any] = json.loads(self._path.read_bytes())
-            job = value["job"]
-            found = dict(value["errors"]), dict(value["kl"]), list(value["wave"]), int(value["layers"])
-            kept = None if value["kept"] is None else int(value["kept"])
-        except (ValueError, KeyError, TypeError):
-            return
-        if job != self._job:
-            raise UsageError(
-                f"{self._path.parent} was begun with another model, text, option or version",
-                hint="repeat the earlier command, or add --restart to begin again",
-            )
-        self.errors, self.kl, self._wave, self._layers = found
-        self.kept = kept
+        found = _Measured(errors=self.errors, kl=self.kl, wave=self._wave, layers=self._layers, kept=self.kept)
+        self._file.write(found, [*self._wave_seals, *self._kept_seals])

@@ -26,12 +26,12 @@ from l4pack.model.tensors import Role
 from l4pack.sensitivity.altered import Blocks as Inputs
 from l4pack.sensitivity.altered import altered, calibration_inputs
 from l4pack.sensitivity.changes import Change, Mixture, Single
-from l4pack.sensitivity.lanes import SCRATCH, Lane, Lanes, copy_rows
+from l4pack.sensitivity.lanes import SCRATCH, Lane, Lanes, copy_rows, lane_span
 from l4pack.sensitivity.options import Options
 from l4pack.sensitivity.originals import Originals
 from l4pack.sensitivity.state import State
 from l4pack.stream.hidden import Buffer, Packed
-from l4pack.stream.layer import Blocks, Forward, LayerPass, Stream
+from l4pack.stream.layer import Blocks, Forward, LayerPass, Stream, side_span
 from l4pack.stream.prefetch import Prefetch
 from l4pack.stream.units import (
     Part,
@@ -44,6 +44,7 @@ from l4pack.stream.units import (
     unit_bytes,
 )
 from l4pack.stream.walk import Model, Progress
+from l4pack.work.seal import Span
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,21 @@ class Wave:
         self.job, self.changes = job, tuple(changes)
         self.errors_only = {single.key for single in errors_only}
         self._state, self._keep_at = state, keep_at
-        self._done = state.begin([change.key for change in changes])
-        width, dtype = job.model.skeleton.text.hidden_size, job.model.skeleton.dtype
-        self.lanes = Lanes(job.work, [change.key for change in changes], job.measured.rows, width, dtype)
-        self.originals = Originals(job.work, job.model, job.measured, job.calibration)
         self._first = min(change.layer for change in (*changes, *errors_only))
         self._calibrated_to = max(map(self._last_calibrated, (*changes, *errors_only)))
+        names = [change.key for change in changes]
+        self._done = state.begin(names, self._spans)
+        kept = self._done % 2 if self._done else None
+        self.lanes = Lanes(job.work, names, job.measured.rows, self._width, job.model.skeleton.dtype, kept)
+        self.originals = Originals(job.work, job.model, job.measured, job.calibration, self._kept_sides(kept))
+
+    def _kept_sides(self, side: int | None) -> tuple[int | None, int | None]:
+        """The calibration text's side is kept only where the last layer was calibrated on it."""
+        return side, side if self.calibrates(self._done - 1) else None
+
+    @property
+    def _width(self) -> int:
+        return int(self.job.model.skeleton.text.hidden_size)
 
     def run(self) -> dict[str, Tensor]:
         """Walk to the end; KL of every scored token by change. Raises StoppedError when asked to."""
@@ -116,7 +126,7 @@ class Wave:
     def _begin(self) -> int:
         """Put the first layer's inputs in place; returns that layer."""
         first = self._first
-        if first and self._state.kept == first:
+        if first and self._state.keeps(first, self.originals.kept_spans()):
             self._set_side(first % 2)
             self.originals.restore()
             return first
@@ -151,7 +161,7 @@ class Wave:
         self.originals.flush()
         self.lanes.flush(following % 2)
         # What is kept is forgotten before it is overwritten: a run killed between has this wave's own files.
-        self._state.layer_done(layer, errors, forget=following == self._keep_at)
+        self._state.layer_done(layer, errors, self._spans(following), forget=following == self._keep_at)
         self._set_side(following % 2)
         if following == self._keep_at:
             self._keep()
@@ -159,7 +169,20 @@ class Wave:
     def _keep(self) -> None:
         assert self._keep_at is not None
         self.originals.keep()
-        self._state.keep(self._keep_at)
+        self._state.keep(self._keep_at, self.originals.kept_spans())
+
+    def _spans(self, layers: int) -> list[Span]:
+        """Where the outputs of the last of so many layers lie: of the originals that went through it, and of the lanes
+        that had begun; the others' rows are made when they begin."""
+        side, dtype = layers % 2, self.job.model.skeleton.dtype
+        spans = [side_span("original", side, self.job.measured.rows, self._width, dtype)]
+        if self.job.calibration is not None and self.calibrates(layers - 1):
+            spans.append(side_span("calibration", side, self.job.calibration.rows, self._width, dtype))
+        lane_bytes = self.job.measured.rows * self._width * dtype.itemsize
+        for number, change in enumerate(self.changes):
+            if isinstance(change, Mixture) or change.layer < layers:
+                spans.append(lane_span(number, side, lane_bytes))
+        return spans
 
     def _set_side(self, side: int) -> None:
         self.originals.set_side(side)

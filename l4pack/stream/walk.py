@@ -19,7 +19,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from l4pack.checkpoint.journal import locked
 from l4pack.errors import StoppedError
 from l4pack.stream.embed import embed
 from l4pack.stream.hidden import Packed
@@ -98,7 +97,7 @@ class Walk:
         progress: Progress | None = None,
         release: bool = False,
     ) -> None:
-        """A `work` folder begun for another `job` is refused with UsageError.
+        """`work` is a folder that this process holds; one begun for another `job` is refused with UsageError.
 
         With `release`, pages of hidden states are let go as soon as they are used, so that they don't count as the
         process's.
@@ -110,8 +109,6 @@ class Walk:
         self._progress = progress or Progress()
         self._release = release
         work.mkdir(parents=True, exist_ok=True)
-        self._lock = locked(work)
-        self._lock.__enter__()
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._saving: Future[None] | None = None
         self._state = StateFile(work / STATE_NAME, job, _Done)
@@ -130,7 +127,6 @@ class Walk:
         self._saver.shutdown(wait=True)
         for stream in self.streams:
             stream.close()
-        self._lock.__exit__(*error)
 
     @property
     def layers(self) -> int:

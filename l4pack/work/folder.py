@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l4pack.errors import L4packError, UsageError
+from l4pack.work.files import sync_folder
 
 LOCK_NAME = "lock"
+VOUCHING = ("state.json", "journal.jsonl")  # say what of the other files is to be believed
 _MARK = ".l4pack-"
 _ATTEMPTS = 100  # at taking a folder that others remove meanwhile
 
@@ -52,9 +54,12 @@ class WorkFolder:
     kind: str
 
     def clear(self, keep: Collection[str] = ()) -> None:
-        """Remove what an earlier job left, but for the names to `keep`."""
+        """Remove what an earlier job left, but for the names to `keep`: first what vouches for the rest."""
         kept = {_mark(self.path, self.kind).name, LOCK_NAME, *keep}
-        remove_all(path for path in self.path.iterdir() if path.name not in kept)
+        left = [path for path in self.path.iterdir() if path.name not in kept]
+        remove_all(path for path in left if path.name in VOUCHING)
+        sync_folder(self.path)
+        remove_all(path for path in left if path.name not in VOUCHING)
 
     def remove(self) -> None:
         """Remove the folder; another process may take its name at once."""

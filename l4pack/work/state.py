@@ -51,7 +51,7 @@ class StateFile(Generic[FoundT]):
 
     def __init__(self, path: Path, job: Identity, kind: type[FoundT]) -> None:
         self.path, self._job, self._kind = path, job, kind
-        self._seals: tuple[Seal, ...] = ()
+        self.seals: tuple[Seal, ...] = ()  # of the data that the state vouches for
 
     def read(self) -> FoundT | None:
         """What an earlier run of this job found; None when there is nothing, or nothing that can be believed.
@@ -67,12 +67,12 @@ class StateFile(Generic[FoundT]):
             found = self._kind.model_validate_json(json.dumps(kept.found))
         except (ValidationError, ValueError):
             return None
-        self._seals = tuple(kept.seals)
+        self.seals = tuple(kept.seals)
         return found
 
     def unbroken(self, spans: Sequence[Span]) -> bool:
         """Whether the state vouches for all of these, and they are as they were."""
-        return unbroken(self.path.parent, spans, self._seals)
+        return unbroken(self.path.parent, spans, self.seals)
 
     def write(self, found: FoundT, seals: Sequence[Seal]) -> None:
         """Replace the state; the data that `seals` are of must be on disk."""
@@ -84,13 +84,13 @@ class StateFile(Generic[FoundT]):
             "seals": [one.model_dump() for one in seals],
         }
         write_atomic(self.path, json.dumps({"sha256": _digest(value), "state": value}).encode())
-        self._seals = tuple(seals)
+        self.seals = tuple(seals)
 
     def remove(self) -> None:
         """Stop vouching for anything; call before the data is touched."""
         self.path.unlink(missing_ok=True)
         sync_folder(self.path.parent)
-        self._seals = ()
+        self.seals = ()
 
 
 def _read(path: Path) -> _Kept | None:
