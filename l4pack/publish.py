@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from l4pack.artifact.licence import (
 from l4pack.artifact.manifest_schema import ManifestFile, read_manifest
 from l4pack.artifact.names import check_name, derive_name
 from l4pack.artifact.policy import Duty, Policy
-from l4pack.artifact.upload import Target, Uploaded, UploadPlan, local_files, plan_upload, upload
+from l4pack.artifact.upload import Target, Uploaded, UploadPlan, left_here, local_files, plan_upload, upload
 from l4pack.artifact.verify import verify_artifact
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
@@ -114,7 +114,8 @@ def check_ready(
 
 def plan_push(folder: Path, target: Target, *, endpoint: str | None = None) -> UploadPlan:
     """What a push would do; changes nothing. Raises HubError."""
-    return plan_upload(hub_api(endpoint, None), target, local_files(folder))
+    local = local_files(folder, read_manifest(folder).files)
+    return replace(plan_upload(hub_api(endpoint, None), target, local), left_behind=left_here(folder, local))
 
 
 def push_artifact(
@@ -264,7 +265,7 @@ def _facts(
 ) -> CardFacts:
     config = folder_materials(folder).config
     parse_config(config)
-    files = {file: local.size for file, local in local_files(folder).items() if file != CARD_NAME}
+    files = {file: local.size for file, local in local_files(folder, manifest.files).items() if file != CARD_NAME}
     return CardFacts(
         name=name,
         policy=policy,

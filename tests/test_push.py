@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,13 @@ def test_a_second_push_sends_nothing(hub, packaged):
 
 
 def test_own_files_are_replaced_and_deleted_unasked(hub, packaged):
-    (packaged / "old.safetensors").write_bytes(b"old")
+    (packaged / "tokenizer.model").write_bytes(b"old")
     send(packaged)
-    (packaged / "old.safetensors").unlink()
+    (packaged / "tokenizer.model").unlink()
     (packaged / "README.md").write_text((packaged / "README.md").read_text() + "\nMore.\n")
     plan = plan_push(packaged, Target(REPO))
     assert plan.names(Action.REPLACE) == ["README.md"]
-    assert plan.names(Action.DELETE) == ["old.safetensors"]
+    assert plan.names(Action.DELETE) == ["tokenizer.model"]
     push_artifact(plan)
     assert remote(hub) == local(packaged)
 
@@ -154,7 +155,7 @@ def test_gating(hub, packaged):
 
 def test_a_link_that_leaves_the_folder_is_not_published(packaged, tmp_path):
     (tmp_path / "secret").write_text("secret")
-    (packaged / "extra.txt").symlink_to(tmp_path / "secret")
+    (packaged / "added_tokens.json").symlink_to(tmp_path / "secret")
     with pytest.raises(HubError, match="is a link that leaves"):
         plan_push(packaged, Target(REPO, overwrite=True))
 
@@ -166,6 +167,28 @@ def test_hidden_files_and_folders_stay_here(hub, packaged):
     send(packaged)
     assert ".env" not in remote(hub)
     assert not [name for name in remote(hub) if "/" in name]
+
+
+def test_what_was_not_meant_to_go_stays_here(hub, licensed_source, tmp_path, l4pack):
+    """Files that came into the folder later stay; those that were asked for when the artifact was made go."""
+    source = Path(shutil.copytree(licensed_source, tmp_path / "Llama-4-Tiny"))
+    for name in ("id_rsa", "notes.txt", "docs/how.md", "additional_chat_templates/tools.jinja"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(name)
+    out = tmp_path / "out"
+    asked = ("--include", "notes.txt", "--include", "docs/*")
+    assert l4pack("quantize", source, "-r", "int4-rtn", "-o", out, *asked).code == 0
+    package_artifact(out, None, Wishes(base_model=BASE))
+    went = set(local(out)) | {"docs/how.md", "additional_chat_templates/tools.jinja"}
+    for name in ("id_ed25519", "run.sh", "trainer_state.json", "wandb/log", "adapter_config.json"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("secret")
+    plan = plan_push(out, Target(REPO))
+    assert plan.left_behind == ("adapter_config.json", "id_ed25519", "run.sh", "trainer_state.json", "wandb/")
+    push_artifact(plan)
+    assert set(remote(hub)) - {".gitattributes"} == went
+    assert {"notes.txt", "docs/how.md"} <= went
+    assert "id_rsa" not in went
 
 
 # Faults

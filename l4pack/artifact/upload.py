@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -22,6 +22,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from l4pack.checkpoint.companions import belongs, folder_files
 from l4pack.checkpoint.hub import RemoteFile
 from l4pack.errors import HubError
 from l4pack.hubclient import hub_errors, patiently
@@ -102,6 +103,7 @@ class UploadPlan:
     branch_exists: bool
     private: bool
     head: str | None
+    left_behind: tuple[str, ...] = ()
 
     @property
     def send_bytes(self) -> int:
@@ -123,15 +125,29 @@ class Uploaded:
     files: int
 
 
-def local_files(folder: Path) -> dict[str, LocalFile]:
-    """The files of an artifact folder that go to the Hub: those at its root, hidden ones left out. Raises HubError."""
+def local_files(folder: Path, recorded: Collection[str] = ()) -> dict[str, LocalFile]:
+    """The files of an artifact's folder that go to the Hub; `recorded` are those of its manifest. Raises HubError.
+
+    What neither belongs to an artifact nor was carried into this one when it was made stays here.
+    """
     found = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
-            if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-                raise HubError(f"{path.name} is a link that leaves {folder}", hint="put the file itself there")
-            found[path.name] = LocalFile(path.name, path, path.stat().st_size)
+    for name, size in folder_files(folder, tuple(recorded)).items():
+        if belongs(name, recorded):
+            path = folder / name
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise HubError(f"{name} is a link that leaves {folder}", hint="put the file itself there")
+            found[name] = LocalFile(name, path, size)
     return found
+
+
+def left_here(folder: Path, sent: Collection[str]) -> tuple[str, ...]:
+    """Files and folders of an artifact's folder that don't go to the Hub, hidden ones aside."""
+    there = {name.partition("/")[0] + "/" * ("/" in name) for name in folder_files(folder) if name not in sent}
+    return tuple(sorted(name for name in there if not name.startswith(".") and not _within(name, sent)))
+
+
+def _within(folder: str, sent: Collection[str]) -> bool:
+    return folder.endswith("/") and any(name.startswith(folder) for name in sent)
 
 
 def plan_upload(api: HfApi, target: Target, local: Mapping[str, LocalFile]) -> UploadPlan:

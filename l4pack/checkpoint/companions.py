@@ -29,7 +29,7 @@ _RUNTIME_FILES = {
 _TEMPLATE = re.compile(rf"{TEMPLATE_FOLDER}/\w[\w.\-]*\.jinja")
 _LICENCE = re.compile(
     r"(llama[-_ ]?[\d.]*[-_ ])?(licen[cs]es?|notices?|use[-_ ]policy|acceptable[-_ ]use([-_ ]policy)?|copying|copyright"
-    r"|attribution|third[-_ ]?party[-_ ](licen[cs]es|notices))(?P<rest>[-_. ][\w.\- ]*)?",
+    r"|attribution|third[-_ ]?party[-_ ](licen[cs]es|notices))(?P<rest>[-_.][\w.\-]*)?",
     re.IGNORECASE,
 )
 _LICENCE_TYPES = ("", ".txt", ".md", ".rst", ".pdf", ".html")

@@ -74,6 +74,7 @@ def push_record(plan: UploadPlan, done: Uploaded | None) -> dict[str, Any]:
         "creates_repository": not plan.exists,
         "send_bytes": plan.send_bytes,
         "files": [{"name": step.name, "bytes": step.size, "action": step.action.value} for step in plan.steps],
+        "left_behind": list(plan.left_behind),
         "commit": done.commit if done else None,
         "url": done.url if done else None,
         "pull_request": done.pull_request if done else None,
@@ -91,7 +92,8 @@ def plan_view(plan: UploadPlan, ready: list[str]) -> list[RenderableType]:
     where = f"{repository} {console.plain(target.revision)} of [bold]{console.plain(target.repo_id)}[/bold], {visible}"
     replaced = len(plan.names(Action.REPLACE)) + len(plan.names(Action.DELETE))
     counts = f"{human_bytes(plan.send_bytes)} to send, {replaced} files replaced or deleted"
-    return [*(console.plain(line) for line in ready), "", where, "", table, "", counts]
+    left = f"left here: {console.plain(', '.join(plan.left_behind))}" if plan.left_behind else ""
+    return [*(console.plain(line) for line in ready), "", where, "", table, "", counts, *([left] if left else [])]
 
 
 def done_view(plan: UploadPlan, done: Uploaded) -> list[str]:
