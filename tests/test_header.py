@@ -123,6 +123,49 @@ def test_text_that_is_no_header(raw, message):
         parse_header(raw, 0, "shard")
 
 
+TENSOR = '"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}'
+STRANGE = {
+    "a byte order mark": "\ufeff{" + TENSOR + "}",
+    "UTF-16": ("{" + TENSOR + "}").encode("utf-16"),
+    "UTF-16 without a mark": ("{" + TENSOR + "}").encode("utf-16-le"),
+    "UTF-32": ("{" + TENSOR + "}").encode("utf-32"),
+    "Latin-1": b'{"\xe9": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}',
+    "a trailing NUL": "{" + TENSOR + "}\0",
+    "metadata of numbers": '{"__metadata__": {"a": 1}, ' + TENSOR + "}",
+    "metadata nested": '{"__metadata__": {"a": {"b": "c"}}, ' + TENSOR + "}",
+    "metadata as a list": '{"__metadata__": [], ' + TENSOR + "}",
+    "metadata as a text": '{"__metadata__": "x", ' + TENSOR + "}",
+    "metadata of nothing": '{"__metadata__": {"a": null}, ' + TENSOR + "}",
+    "half a character in metadata": '{"__metadata__": {"a": "\\udc00"}, ' + TENSOR + "}",
+    "half a character in a name": '{"\\ud800": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}',
+    "minus zero": '{"a": {"dtype": "U8", "shape": [2], "data_offsets": [-0, 2]}}',
+    "not a number beside": '{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2], "x": NaN}}',
+    "an endless number beside": '{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2], "x": 1e999}}',
+    "deep lists beside": '{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2], "x": ' + "[" * 200 + "]" * 200 + "}}",
+    "a control character": '{"a\x01": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", STRANGE.values(), ids=STRANGE)
+def test_what_the_library_refuses_is_refused(tmp_path, text):
+    raw = text if isinstance(text, bytes) else text.encode()
+    path = tmp_path / "shard"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + b"ab")
+    with pytest.raises(SafetensorError), safe_open(path, "np"):
+        pass
+    with pytest.raises(SourceError):
+        read_header(path, "shard")
+
+
+@pytest.mark.parametrize("metadata", ["null", "{}", '{"format": "pt", "\\ud83d\\ude00": "\u00e9"}'])
+def test_metadata_the_library_takes_is_taken(tmp_path, metadata):
+    raw = ('{"__metadata__": ' + metadata + ", " + TENSOR + "}").encode()
+    path = tmp_path / "shard"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + b"ab")
+    with safe_open(path, "np"):
+        assert read_header(path, "shard")["a"].nbytes == 2
+
+
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100_000_001, 9])
 def test_a_length_is_bounded_before_it_is_believed(tmp_path, length):
     path = tmp_path / "shard"
@@ -172,3 +215,16 @@ FIELDS = st.fixed_dictionaries(
 def test_any_object_is_read_or_refused_and_nothing_else(header, data_bytes):
     with suppress(SourceError):
         assert len(parse_header(json.dumps(header).encode(), data_bytes, "shard")) <= len(header)
+
+
+@given(st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), FIELDS | JSON, max_size=3), st.integers(0, 8))
+def test_no_object_that_the_library_refuses_is_read(tmp_path_factory, header, data_bytes):
+    raw = json.dumps(header).encode()
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(data_bytes))
+    try:
+        with safe_open(path, "np"):
+            return
+    except SafetensorError:
+        with pytest.raises(SourceError):
+            read_header(path, "shard")

@@ -75,17 +75,43 @@ def read_header(path: Path, file: str) -> dict[str, TensorEntry]:
 def parse_header(raw: bytes, data_bytes: int, file: str) -> dict[str, TensorEntry]:
     """Read the JSON part of a header of a file that holds `data_bytes` bytes of tensors. Raises SourceError."""
     try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
+        # Decoded here: `json.loads` would take UTF-16 and UTF-32 too, which the safetensors library refuses.
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         _bad(file, f"has a header that is not valid JSON ({error})")
     if not isinstance(header, dict):
         _bad(file, "has a header that is not an object")
-    header.pop("__metadata__", None)
+    if not _is_metadata(header.pop("__metadata__", None)):
+        _bad(file, "has __metadata__ that is not a mapping of texts to texts")
     base = LENGTH_BYTES + len(raw)
     entries = [_entry(name, value, base, file) for name, value in header.items()]
     entries.sort(key=lambda entry: (entry.start, entry.nbytes))
     _check_gapless(entries, base, data_bytes, file)
     return {entry.name: entry for entry in entries}
+
+
+def _whole(text: str) -> int:
+    if text == "-0":
+        raise ValueError("-0 is no whole number")
+    return int(text)
+
+
+def _is_metadata(value: Any) -> bool:
+    """Whether the library takes it: nothing, or texts by name."""
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(
+        isinstance(text, str) and _is_text(name, text) for name, text in value.items()
+    )
+
+
+def _is_text(*values: str) -> bool:
+    """Whether texts can be written as UTF-8; JSON's escapes can hold halves of a character."""
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -97,10 +123,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, value: Any, base: int, file: str) -> TensorEntry:
     match value:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end]} if _counts(start, end):
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end], **rest} if (
+            not rest and _counts(start, end) and _is_text(name)
+        ):
             pass
         case _:
-            _bad(file, f"describes tensor {name} wrongly")
+            _bad(file, f"describes tensor {ascii(name)[1:-1]:.120} wrongly")
     if dtype not in DTYPE_BITS:
         _bad(file, f"gives tensor {name} the unknown dtype {dtype!r}")
     if not _counts(*shape) or len(shape) > 8:
