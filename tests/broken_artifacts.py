@@ -86,7 +86,7 @@ BROKEN: dict[str, Broken] = {
     "one code two levels off": case(put(f"{GATE}.weight_packed", one_level_up), "weights", source=True, places=GATE),
     "scales doubled": case(put(f"{GATE}.weight_scale", lambda s: s * 2), "weights", source=True, places=GATE),
     "an expert stored twice": case(copy_module(GATE, f"{EXPERTS}3.gate_proj"), "duplicate", places="experts.3.gate_proj"),
-    "an expert of zeros": case(put(f"{GATE}.weight_packed", filled(-2004318072)), "dead", places=GATE),
+    "an expert of zeros": case(put(f"{GATE}.weight_packed", filled(-2004318072)), "dead", source=True, places=GATE),
     "experts left out": case(drop(f"{EXPERTS}3."), "missing", places="experts.3.down_proj"),
     "experts left in BF16": case(in_bfloat16(EXPERTS), "ignore", places=GATE),
     "one expert left in BF16": case(in_bfloat16(f"{EXPERTS}2."), "ignore", "mixed", places=GATE),
@@ -101,7 +101,7 @@ BROKEN: dict[str, Broken] = {
     "packed experts fused": case(tensors(fuse_packed), "fused", places="experts.gate_up_proj.weight_packed"),
     # router
     "router quantized": case(quantize_plain(f"{ROUTER}.weight"), "ignore", "unexpected", places=ROUTER),
-    "router of zeros": case(put(f"{ROUTER}.weight", filled(0.0)), "dead", places=ROUTER),
+    "router of zeros": case(put(f"{ROUTER}.weight", filled(0.0)), "dead", source=True, places=ROUTER),
     # scales and codes
     "a scale missing": case(drop(f"{DOWN}.weight_scale"), "missing", places=f"{DOWN}.weight_scale"),
     "a scale of zero": case(put(f"{DOWN}.weight_scale", first_is(0.0)), "scale", places=DOWN),
@@ -117,7 +117,7 @@ BROKEN: dict[str, Broken] = {
         put(f"{GATE}.weight", lambda w: first_is(127)(w.view(torch.uint8)).view(torch.float8_e4m3fn)),
         "not-finite", recipe="fp8", places=GATE,
     ),
-    "FP8 expert of zeros": case(put(f"{GATE}.weight", torch.zeros_like), "dead", recipe="fp8", places=GATE),
+    "FP8 expert of zeros": case(put(f"{GATE}.weight", torch.zeros_like), "dead", recipe="fp8", source=True, places=GATE),
     "FP8 rows shuffled": case(
         put(f"{GATE}.weight", lambda w: w.view(torch.uint8).roll(1, 0).view(torch.float8_e4m3fn)),
         "weights", recipe="fp8", source=True, places=GATE,

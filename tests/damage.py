@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from l4pack.artifact.manifest import MANIFEST_NAME
+from l4pack.artifact.manifest import MANIFEST_NAME, file_record, shard_record, tensor_record
+from l4pack.checkpoint.header import read_header
 
 Tensors = dict[str, torch.Tensor]
 LAYER = "language_model.model.layers.1."
@@ -231,4 +233,27 @@ def text_of(file: str, change: Callable[[str], str]) -> Callable[[Path], None]:
 def unsigned(folder: Path) -> Path:
     """Take the manifest away, so that damage must be found by what it is and not by its digest."""
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    return folder
+
+
+def resigned(folder: Path) -> Path:
+    """Damage done before the manifest was written: it agrees with the files, and its recipe is what was asked for."""
+    path = folder / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    shards = sorted(folder.glob("*.safetensors"))
+    manifest["files"] = {
+        file.name: file_record(file.stat().st_size, sha256(file.read_bytes()).hexdigest())
+        for file in folder.iterdir()
+        if file.name != MANIFEST_NAME and file not in shards
+    }
+    manifest["shards"], manifest["tensors"] = {}, {}
+    for shard in shards:
+        raw = shard.read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        manifest["shards"][shard.name] = shard_record(len(raw), raw[:start])
+        for entry in read_header(shard, shard.name).values():
+            digest = sha256(raw[entry.start : entry.start + entry.nbytes]).hexdigest()
+            manifest["tensors"][entry.name] = tensor_record(entry, digest)
+    path.unlink()
+    path.write_text(json.dumps(manifest))
     return folder

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, Llama4ForCausalLM, Llama4ForConditionalGeneration
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from l4pack.artifact.stanza import matches
+from l4pack.artifact.patterns import matches
 from l4pack.checkpoint.open import open_source
 from l4pack.plan import make_plan
 from l4pack.recipe import Recipe, load_recipe, recipe_names

@@ -13,6 +13,7 @@ from l4pack.artifact.checks_kernels import SLACK, STATISTICS, scan, widen_transp
 from l4pack.artifact.checks_source import Slab, SourceChecks
 from l4pack.artifact.checks_tensors import Matrix
 from l4pack.artifact.checks_values import Result
+from l4pack.artifact.origin import Made
 from l4pack.model.tensors import Linear, Role
 from l4pack.quant.gptq import solve
 from l4pack.quant.layout import Layout
@@ -64,7 +65,8 @@ def verdict(
 ) -> Result:
     linear = Linear("layers.0.m", Role.ROUTED_EXPERT, 0, 0, "gate_proj", OUT, IN, "t", Layout.OUT_IN)
     block = np.ascontiguousarray(bits(values).T) if turned else bits(values)
-    checks = SourceChecks(SimpleNamespace(), SimpleNamespace(), lambda _: method)  # type: ignore[arg-type]
+    made = None if method is None else Made(SimpleNamespace(method=method), exact=False)  # type: ignore[arg-type]
+    checks = SourceChecks(SimpleNamespace(), SimpleNamespace(), lambda _: made)  # type: ignore[arg-type]
     result = Result()
     slab = Slab(block, Layout.IN_OUT if turned else Layout.OUT_IN, "BF16")
     checks.matrix(Matrix(linear, scheme, {}), arrays, slab, result)
@@ -83,10 +85,10 @@ def test_statistics_are_those_of_plain_numpy(scheme: Scheme, turned: bool) -> No
     reference = oracle.quantize(values, scheme.model_copy(update={"observer": "minmax"}), "BF16")
     own = oracle.quantize(values, scheme, "BF16") if scheme.observer == "minmax" else None
     linear = SimpleNamespace(out_features=OUT, in_features=IN, module="m")
-    checks = SourceChecks(SimpleNamespace(), SimpleNamespace(), lambda _: Method.RTN)  # type: ignore[arg-type]
+    checks = SourceChecks(SimpleNamespace(), SimpleNamespace(), lambda _: None)  # type: ignore[arg-type]
     block = np.ascontiguousarray(bits(values).T) if turned else bits(values)
     slab = Slab(block, Layout.IN_OUT if turned else Layout.OUT_IN, "BF16")
-    statistics = checks._statistics(SimpleNamespace(linear=linear, scheme=scheme), arrays, slab)  # type: ignore[arg-type]
+    statistics = checks._compared(SimpleNamespace(linear=linear, scheme=scheme), arrays, slab).rows  # type: ignore[arg-type]
     assert statistics.shape == (OUT, STATISTICS)
     far, error, rtn, squares, products = statistics.T
     assert not far.any()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from l4pack.artifact.findings import Findings
 from l4pack.artifact.opened import Artifact
+from l4pack.artifact.policy import duty_files, written_files
 from l4pack.checkpoint.source import Checkpoint
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -21,13 +23,29 @@ _MUST_STAY = re.compile(
     r"|generation_config\.json|.*(licen[cs]e|notice|use_policy|acceptable_use).*",
     re.IGNORECASE,
 )
-# What transformers writes anew whenever it saves, without a change of meaning.
-_REWRITTEN = {_TOKENIZER_CONFIG, "special_tokens_map.json", _GENERATION, *_PROCESSORS}
-_SMALL = 256 * 1024**2
+_OWN = re.compile(
+    r"config\.json|README\.md|l4pack-[a-z]+\.json|accuracy[\w-]*\.json|[^/]+\.safetensors"
+    r"|model\.safetensors\.index\.json"
+)
+# What runs, or is unpickled, when a runtime is told to trust a repository, or makes it read the artifact as another.
+_DANGEROUS = re.compile(
+    r".*\.(py|pyc|so|dll|sh|bin|pt|pth|pkl|pickle|ckpt|h5|msgpack|onnx|gguf|npz|keras)"
+    r"|(.*/)?(adapter_config|hf_quant_config|quantize_config|quant_config|quantization_config)\.json",
+    re.IGNORECASE,
+)
+_MEANINGLESS = (
+    "transformers_version",
+    "_from_model_config",
+    "name_or_path",
+)  # keys that say who wrote a file, and where
+_SMALL = 64 * 1024**2
 
 
-def check_files(artifact: Artifact, source: Checkpoint | None, found: Findings) -> None:
-    """The files every runtime needs; with a source, that every file of it is here and says the same."""
+def check_files(artifact: Artifact, source: Checkpoint | None, covered: Collection[str], found: Findings) -> None:
+    """The files every runtime needs, and none besides; with a source, that every file of it is here and says the same.
+
+    `covered` are the files of the manifest, which holds them by their digests.
+    """
     needed = [(_TOKENIZERS, "there is no tokenizer"), ((_TOKENIZER_CONFIG,), "is missing")]
     if artifact.config.vision is not None:
         needed.append((_PROCESSORS, "there is no image processor, and the model has a vision tower"))
@@ -42,32 +60,52 @@ def check_files(artifact: Artifact, source: Checkpoint | None, found: Findings) 
     for name in artifact.files:
         if name in (_TOKENIZERS[0], _TOKENIZER_CONFIG, _GENERATION, _TEMPLATES[1], *_PROCESSORS):
             _check_json(artifact.folder / name, name, found)
+    _check_strange(artifact, source, covered, found)
     if source is not None:
         _check_kept(artifact, source, found)
 
 
 def _check_kept(artifact: Artifact, source: Checkpoint, found: Findings) -> None:
     for name in source.companions:
-        matters = _MUST_STAY.fullmatch(name) is not None
         if name not in artifact.files:
+            matters = _MUST_STAY.fullmatch(name) is not None
             (found.error if matters else found.warning)("companion", name, "is in the source and not here")
-        elif matters and source.store is not None:
+        elif source.store is not None and name not in written_files():
             _compare(artifact.folder / name, source.store.path(name), name, found)
+
+
+def _check_strange(artifact: Artifact, source: Checkpoint | None, covered: Collection[str], found: Findings) -> None:
+    """Files that neither the manifest nor the source has; `covered` are those of the manifest."""
+    known = {*covered, *(source.companions if source is not None else ())}
+    duties = {name.lower() for name in duty_files()}
+    for name in artifact.files:
+        if name in known or _OWN.fullmatch(name) or name.lower() in duties:
+            continue
+        if _DANGEROUS.fullmatch(name):
+            found.error("strange", name, "no Llama 4 needs it, and a runtime may run, unpickle or be misled by it")
+        elif covered or source is not None:
+            level = found.error if _MUST_STAY.fullmatch(name) or covered else found.warning
+            whose = "the manifest" if covered else "the source"
+            level("strange", name, f"was added: {whose} has no such file")
+        elif not _MUST_STAY.fullmatch(name):
+            found.warning("strange", name, "is no file that a runtime or a reader needs")
 
 
 def _compare(mine: Path, theirs: Path, name: str, found: Findings) -> None:
     if mine.stat().st_size == theirs.stat().st_size and mine.read_bytes() == theirs.read_bytes():
         return
-    if name.endswith(".json"):
-        new, old = _loaded(mine), _loaded(theirs)
-        if new == old and new is not None:
-            return
-        if isinstance(new, dict) and isinstance(old, dict):
-            keys = sorted(key for key in {*new, *old} if new.get(key) != old.get(key))
-            level = found.warning if name in _REWRITTEN else found.error
-            level("companion", name, f"differs from the source's in {', '.join(keys[:5])}")
-            return
-    found.error("companion", name, "differs from the source's")
+    new, old = (_loaded(mine), _loaded(theirs)) if name.endswith(".json") else (None, None)
+    if not isinstance(new, dict) or not isinstance(old, dict):
+        found.error("companion", name, "differs from the source's")
+        return
+    keys = sorted(key for key in {*new, *old} if _differ(new.get(key), old.get(key)) and key not in _MEANINGLESS)
+    if keys:
+        found.error("companion", name, f"differs from the source's in {', '.join(keys[:5])}")
+
+
+def _differ(new: Any, old: Any) -> bool:
+    """Whether JSON would write two values differently: true is not 1."""
+    return json.dumps(new, sort_keys=True) != json.dumps(old, sort_keys=True)
 
 
 def _has_template(artifact: Artifact) -> bool:

@@ -75,8 +75,12 @@ def compare(
     rtn_scale: NDArray[np.float32],
     rtn_zero: NDArray[np.float32],
     statistics: NDArray[np.float64],
+    slopes: NDArray[np.float32],
+    energies: NDArray[np.float32],
 ) -> None:
-    """Statistics of `stored` (dequantized) against `weight`, both float32 [rows, in], into [rows, STATISTICS].
+    """Statistics of `stored` (dequantized) against `weight`, both float32 [rows, in], into [rows, STATISTICS], and the
+    factor that takes each group's weights, cut to the range of the scale, nearest to the stored ones into `slopes`
+    [rows, groups], 1 where they are all zero; their sums of squares into `energies`.
 
     A weight within the range of its group may lie half a step from its stored value; one beyond must be stored as the
     range's end. `rtn_scale` and `rtn_zero` are those of min-max rounding, for the error that rounding would make.
@@ -92,7 +96,8 @@ def compare(
             low, high = (lowest - z) * s, (highest - z) * s
             if fp8:
                 low, high = np.float32(-448) * s, np.float32(448) * s
-            far += _too_far(w, d, low, high, s, fp8)
+            beyond, slopes[row, g], energies[row, g] = _too_far(w, d, low, high, s, fp8)
+            far += beyond
             error, rtn, square, product = _sums(w, d, lowest, highest, rs, rz, fp8)
             square_error += error
             square_rtn += rtn
@@ -112,8 +117,8 @@ def _power(value: Any) -> Any:
 
 
 @kernel
-def _too_far(w: Any, d: Any, low: Any, high: Any, scale: Any, fp8: bool) -> int:
-    far = 0
+def _too_far(w: Any, d: Any, low: Any, high: Any, scale: Any, fp8: bool) -> tuple[int, Any, Any]:
+    far, squares, products = 0, 0.0, 0.0
     half = np.float32(0.5 * SLACK) * scale
     subnormal = np.float32(SLACK / 1024) * scale
     for i in range(w.size):
@@ -121,7 +126,9 @@ def _too_far(w: Any, d: Any, low: Any, high: Any, scale: Any, fp8: bool) -> int:
         allowed = max(abs(nearest) * np.float32(SLACK / 16), subnormal) if fp8 else half
         # Written so that a NaN counts as too far.
         far += not abs(d[i] - nearest) <= allowed
-    return far
+        squares += nearest * nearest
+        products += d[i] * nearest
+    return far, (products / squares if squares else 1.0), squares
 
 
 @kernel

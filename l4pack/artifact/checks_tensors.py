@@ -207,6 +207,8 @@ def examine(artifact: Artifact, declared: Declared, found: Findings) -> Contents
     kv_scales = _take_kv_scales(examiner)
     examiner.unexpected(sorted(entry.name for parts in examiner.left.values() for entry in parts.values()))
     _check_together(examiner.shown, found)
+    for where, entry in declared.idle(artifact.modules):
+        found.error("ignore", where, f"{entry!r:.80} names nothing in this model: is it misspelt?")
     _check_readers(examiner, declared, found)
     _check_dtypes(artifact, examiner.plain, others, found)
     return Contents(tuple(examiner.matrices), tuple(examiner.plain), others, kv_scales, len(layout.linears))

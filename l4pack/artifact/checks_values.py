@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from l4pack.artifact.checks_kernels import scan
 from l4pack.artifact.checks_tensors import Matrix
-from l4pack.artifact.findings import Findings
+from l4pack.artifact.findings import Findings, Level
 from l4pack.checkpoint.header import TensorEntry
 from l4pack.checkpoint.reader import Reader
 from l4pack.model.names import classify
@@ -43,6 +43,7 @@ class Tally:
     matrices_compared: int = 0
     weights_compared: int = 0
     within_half_step: int = 0
+    recomputed: int = 0
     largest_error_ratio: float = 0.0
 
     def add(self, other: Tally) -> None:
@@ -59,6 +60,7 @@ class Result:
     found: Findings = field(default_factory=Findings)
     tally: Tally = field(default_factory=Tally)
     fingerprints: dict[str, bytes] = field(default_factory=dict)  # module -> digest
+    sources: dict[str, bytes] = field(default_factory=dict)  # module -> digest of the source's weights
 
 
 class ValueChecks:
@@ -73,15 +75,19 @@ class ValueChecks:
     ) -> None:
         self._entries, self._reader, self._digests, self._advance = entries, reader, digests, advance
 
-    def matrix(self, matrix: Matrix, result: Result) -> Arrays:
-        """Check a quantized matrix; returns its arrays."""
-        arrays = {suffix: self._whole(entry, result) for suffix, entry in matrix.parts.items() if suffix != "bias"}
+    def read(self, matrix: Matrix, result: Result) -> Arrays:
+        """The arrays of a quantized matrix, held against the manifest's digests."""
+        return {suffix: self._whole(entry, result) for suffix, entry in matrix.parts.items() if suffix != "bias"}
+
+    def matrix(self, matrix: Matrix, arrays: Arrays, result: Result, *, explained: bool = False) -> None:
+        """Check what a quantized matrix holds; `explained` means that the source says that it must be just this."""
         result.tally.matrices += 1
-        module, values = matrix.linear.module, arrays["weight_packed" if "weight_packed" in arrays else "weight"]
-        dead = _is_dead(values, matrix.scheme)
-        if dead:
-            result.found.error("dead", module, "every weight of the matrix has the same code")
-        _check_scales(matrix, arrays["weight_scale"], dead, result)
+        module, values = matrix.linear.module, coded(arrays)
+        dead = is_dead(values, matrix.scheme)
+        if dead and not explained:
+            message = "every weight of the matrix has the same code: right only if the source's are all zero"
+            result.found.warning("dead", module, message)
+        _check_scales(matrix, arrays["weight_scale"], dead or explained, result)
         if "input_scale" in arrays:
             _check_positive(matrix.parts["input_scale"].name, widen(arrays["input_scale"]), result)
         if matrix.scheme.type is NumberType.FLOAT:
@@ -91,8 +97,7 @@ class ValueChecks:
         else:
             _check_packing(matrix, arrays, result)
         if matrix.linear.role is Role.ROUTED_EXPERT and not dead:
-            result.fingerprints[module] = _fingerprint(values, arrays["weight_scale"])
-        return arrays
+            result.fingerprints[module] = fingerprint(values, arrays["weight_scale"])
 
     def kept(self, name: str, result: Result, other: Callable[[int, int], NDArray[np.uint8]] | None) -> None:
         """Check an unquantized tensor chunk by chunk; `other(start, nbytes)` gives the source's bytes."""
@@ -111,11 +116,12 @@ class ValueChecks:
         self._count(entry, result, digest.hexdigest())
         if bad:
             result.found.error("not-finite", name, f"{bad:,} of its values are NaN or infinite")
-        if not alive and not name.endswith("bias"):
-            result.found.error("dead", name, "holds nothing but zeros")
+        if not alive and not name.endswith("bias") and (other is None or differs):
+            level = result.found.warning if other is None else result.found.error
+            level("dead", name, "holds nothing but zeros" if other is None else "holds zeros, the source does not")
         if other is not None:
             result.tally.kept_compared += 1
-            if differs:
+            if differs and alive:
                 result.found.error("kept", name, "its bytes differ from the source's")
 
     def kv_scale(self, name: str, result: Result) -> list[float]:
@@ -144,7 +150,13 @@ def _magnitude(dtype: str) -> int:
     return 0x7FFFFFFF if dtype == "F32" else 0x7FFF
 
 
-def _is_dead(values: NDArray[Any], scheme: Scheme) -> bool:
+def coded(arrays: Arrays) -> NDArray[Any]:
+    """The array with a matrix's codes."""
+    return arrays["weight_packed" if "weight_packed" in arrays else "weight"]
+
+
+def is_dead(values: NDArray[Any], scheme: Scheme) -> bool:
+    """Whether every weight of a matrix has the same code."""
     flat = values.reshape(-1)
     if scheme.type is NumberType.FLOAT:
         return not scan(flat, 0x7F, 0x7F)[1]
@@ -199,18 +211,19 @@ def _bytes(array: NDArray[Any]) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _fingerprint(values: NDArray[Any], scale: NDArray[Any]) -> bytes:
+def fingerprint(values: NDArray[Any], scale: NDArray[Any]) -> bytes:
     """Enough of a matrix's bytes to tell it from any other; identical matrices have identical ones."""
     digest = hashlib.blake2b(_bytes(values)[:_FINGERPRINT_BYTES], digest_size=16)
     digest.update(_bytes(scale)[:_FINGERPRINT_BYTES])
     return digest.digest()
 
 
-def duplicates(fingerprints: Mapping[str, bytes], found: Findings) -> None:
-    """Two experts of one layer, same projection, with the same bytes."""
+def duplicates(fingerprints: Mapping[str, bytes], sources: Mapping[str, bytes], found: Findings, level: Level) -> None:
+    """Two experts of one layer, same projection, with the same bytes, unless they are the same in the source too."""
     first: dict[tuple[int | None, str, bytes], str] = {}
-    for module, fingerprint in fingerprints.items():
-        key = (classify(f"{module}.weight").layer, module.rpartition(".")[2], fingerprint)
+    for module, value in fingerprints.items():
+        key = (classify(f"{module}.weight").layer, module.rpartition(".")[2], value)
         twin = first.setdefault(key, module)
-        if twin != module:
-            found.error("duplicate", module, f"has the same bytes as {twin}")
+        if twin != module and (module not in sources or sources[module] != sources.get(twin)):
+            tell = found.error if level == "error" else found.warning
+            tell("duplicate", module, f"has the same bytes as {twin}")

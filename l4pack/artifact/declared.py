@@ -7,8 +7,8 @@ be contained in the class name. SGLang: as vLLM, and a dotted suffix of the name
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -18,12 +18,20 @@ from pydantic import ValidationError
 
 from l4pack.artifact.findings import Findings
 from l4pack.artifact.kv_cache import declared_strategy
+from l4pack.artifact.patterns import PatternError, pattern
 from l4pack.errors import RecipeError
 from l4pack.formats import FormatSpec, check_accepts, format_names, load_format
 from l4pack.quant.scheme import Scheme
 from l4pack.recipe import KVStrategy
 
-MAX_PATTERN = 2000
+PATTERN_SECONDS = 20  # that all expressions of a stanza may take together
+CLASSES = frozenset((
+    "Linear", "Embedding", "LayerNorm", "SequentialLlama4TextExperts", "Llama4TextAttention", "Llama4TextDecoderLayer",
+    "Llama4TextExperts", "Llama4TextMLP", "Llama4TextMoe", "Llama4TextRMSNorm", "Llama4TextL2Norm", "Llama4Router",
+    "Llama4VisionModel", "Llama4VisionAttention", "Llama4VisionEncoder", "Llama4VisionEncoderLayer", "Llama4VisionMLP",
+    "Llama4VisionMLP2", "Llama4VisionPixelShuffleMLP", "Llama4MultiModalProjector", "Llama4UnfoldConvolution",
+))  # fmt: skip
+"""Classes of modules in transformers, which an entry may name too."""
 _SCHEME_KEYS = ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric")
 
 
@@ -67,9 +75,9 @@ class Declared:
             return None
         names, by_class = self._targets
         exact_first = names.exact.get(module)
-        pattern = next((group for regex, group in names.patterns if regex.match(module)), None)
-        if exact_first or pattern:
-            return exact_first or pattern
+        by_pattern = next((group for regex, group in names.patterns if regex.match(module)), None)
+        if exact_first or by_pattern:
+            return exact_first or by_pattern
         wanted: Callable[[str], bool] = (
             classes.__contains__
             if runtime is Runtime.TRANSFORMERS
@@ -89,6 +97,24 @@ class Declared:
             return any(".".join(parts[start:]) in names.exact for start in range(1, len(parts)))
         return False
 
+    def idle(self, modules: Iterable[str]) -> list[tuple[str, str]]:
+        """Entries, each with the list it stands in, that name no module and no class in any runtime."""
+        modules = list(modules)
+        suffixes = {
+            ".".join(parts[start:]) for parts in (name.split(".") for name in modules) for start in range(len(parts))
+        }
+        lists = [
+            ("ignore", self.ignore),
+            *((f"config_groups.{group.name}.targets", group.targets) for group in self.groups),
+        ]
+
+        def names_something(entry: str) -> bool:
+            if entry.startswith("re:"):
+                return any(map(pattern(entry[3:]).match, modules))
+            return entry in suffixes or entry in CLASSES
+
+        return [(where, entry) for where, entries in lists for entry in entries if not names_something(entry)]
+
     @cached_property
     def _targets(self) -> tuple[_Names, list[tuple[str, Group]]]:
         pairs = [(target, group) for group in self.groups for target in group.targets]
@@ -107,24 +133,28 @@ class _Names:
         self.exact: dict[str, Any] = {}
         for entry, value in pairs:
             self.exact.setdefault(entry, value)
-        self.patterns = [(re.compile(entry[3:]), value) for entry, value in pairs if entry.startswith("re:")]
+        self.patterns = [(pattern(entry[3:]), value) for entry, value in pairs if entry.startswith("re:")]
 
 
-def read_declared(stanza: Mapping[str, Any], found: Findings) -> Declared:
-    """What a stanza declares; what can't be understood becomes findings of rules `stanza` and `scheme`."""
+def read_declared(stanza: Mapping[str, Any], modules: Collection[str], found: Findings) -> Declared:
+    """What a stanza declares; what can't be understood becomes findings of rules `stanza` and `scheme`.
+
+    `modules` are all names that will be asked for: expressions are matched with them at once, within limits.
+    """
+    entries = _Entries(modules, found)
     groups = stanza.get("config_groups")
     read = []
     for name, group in groups.items() if isinstance(groups, Mapping) else ():
         if isinstance(group, Mapping):
-            read.append(_group(str(name), group, stanza, found))
-    ignore = _strings(stanza.get("ignore") or [], "ignore", found)
+            read.append(_group(str(name), group, stanza, entries, found))
+    ignore = entries.read(stanza.get("ignore") or [], "ignore")
     cache = stanza.get("kv_cache_scheme")
     return Declared(tuple(read), ignore, bool(cache), declared_strategy(cache))
 
 
-def _group(name: str, group: Mapping[str, Any], stanza: Mapping[str, Any], found: Findings) -> Group:
+def _group(name: str, group: Mapping[str, Any], stanza: Mapping[str, Any], entries: _Entries, found: Findings) -> Group:
     where = f"config_groups.{name}"
-    targets = _strings(group.get("targets") or [], f"{where}.targets", found)
+    targets = entries.read(group.get("targets") or [], f"{where}.targets")
     given = group.get("format") or stanza.get("format")
     spec = load_format(given) if given in format_names() else None
     if spec is None:
@@ -169,15 +199,31 @@ def _activations(value: Any) -> str:
     return f"{kind}_{value.get('strategy')}"
 
 
-def _strings(values: Any, where: str, found: Findings) -> tuple[str, ...]:
-    """The entries that are names, or regular expressions that compile."""
-    good = []
-    for value in values if isinstance(values, list) else ():
-        try:
-            if len(value) > MAX_PATTERN:
-                raise re.error("too long")
-            re.compile(value[3:] if value.startswith("re:") else "")
-            good.append(value)
-        except (re.error, TypeError, AttributeError, RecursionError) as error:
-            found.error("stanza", where, f"{value!r:.80} is no name and no regular expression ({error})")
-    return tuple(good)
+class _Entries:
+    """Reads lists of names and regular expressions, until these have taken too long."""
+
+    def __init__(self, modules: Collection[str], found: Findings) -> None:
+        self._modules, self._found, self._taken = modules, found, 0.0
+
+    def read(self, values: Any, where: str) -> tuple[str, ...]:
+        """The entries that are names, or expressions that can be matched; the others become findings."""
+        good = []
+        for value in values if isinstance(values, list) else ():
+            try:
+                self._check(value)
+                good.append(value)
+            except PatternError as error:
+                self._found.error("stanza", where, f"{value!r:.80} {error.why}")
+        return tuple(good)
+
+    def _check(self, value: Any) -> None:
+        if not isinstance(value, str):
+            raise PatternError(str(value), "is no name and no regular expression")
+        if value.startswith("re:"):
+            if self._taken > PATTERN_SECONDS:
+                raise PatternError(value, "was not tried: those before it took too long")
+            begun = time.monotonic()
+            try:
+                pattern(value[3:]).prepare(self._modules)
+            finally:
+                self._taken += time.monotonic() - begun

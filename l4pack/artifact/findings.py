@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -27,6 +27,8 @@ RULES: dict[str, tuple[Area, str]] = {
     "shard": (Area.FILES, "a weight file is damaged, missing or not listed"),
     "index": (Area.FILES, "the index disagrees with the weight files"),
     "companion": (Area.FILES, "a file that runtimes need is missing or altered"),
+    "strange": (Area.FILES, "a file that does not belong in an artifact"),
+    "tokenizer": (Area.FILES, "token ids beyond the embedding"),
     "config": (Area.CONFIGURATION, "config.json lost or changed something"),
     "stanza": (Area.CONFIGURATION, "quantization_config is wrong"),
     "scheme": (Area.CONFIGURATION, "a scheme that can't be verified, so nothing is known of its weights"),
@@ -46,7 +48,9 @@ RULES: dict[str, tuple[Area, str]] = {
     "dead": (Area.VALUES, "nothing but zeros"),
     "duplicate": (Area.VALUES, "two experts of a layer with the same bytes"),
     "kv-scale": (Area.VALUES, "KV-cache scales that can't be right"),
-    "digest": (Area.DIGESTS, "bytes that are not those of the manifest"),
+    "manifest": (Area.DIGESTS, "the manifest is not whole, or its recipe is not this artifact's"),
+    "digest": (Area.DIGESTS, "something is not what the manifest says"),
+    "source": (Area.KEPT, "the source is not what the artifact was made from"),
     "kept": (Area.KEPT, "a tensor that was to be kept differs from the source"),
     "weights": (Area.WEIGHTS, "dequantized weights too far from the source"),
 }
@@ -87,6 +91,11 @@ class Findings:
     def warning(self, rule: str, where: str, message: str) -> None:
         """Something to know, that fails nothing by itself."""
         self._found.append(Finding(rule, where, message, "warning"))
+
+    def lead(self, rule: str, where: str, message: str, instead_of: Collection[str] = ()) -> None:
+        """The cause of all else, told first; findings of rules `instead_of` go."""
+        rest = [finding for finding in self._found if finding.rule not in instead_of]
+        self._found = [Finding(rule, where, message), *rest]
 
     def extend(self, findings: Iterable[Finding]) -> None:
         """Add findings made elsewhere."""

@@ -9,13 +9,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from l4pack.artifact.findings import Findings
 from l4pack.checkpoint.exports import SINGLE_NAME
 from l4pack.checkpoint.header import TensorEntry, read_header
 from l4pack.checkpoint.source import INDEX_NAME, MAX_INDEX_BYTES, detect_layout, parse_index
 from l4pack.errors import SourceError
 from l4pack.model.config import MULTIMODAL, Llama4Config, load_config
+from l4pack.model.names import split_suffix
 from l4pack.model.tensors import MULTIMODAL_NAMING, TEXT_ONLY_NAMING, Catalogue, Naming, catalogue
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Modules that vLLM and SGLang make of several (`packed_modules_mapping`)."""
+# A text model's stanza may speak of the tower that others of its kind have.
+_OF_VISION = (
+    "vision_model.model.layers.0.self_attn.q_proj", "vision_model.model.layers.0.mlp.fc1", "vision_model.patch_embedding",
+    "vision_model.vision_adapter.mlp.fc1", "multi_modal_projector.linear_1",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,7 +36,7 @@ class Artifact:
     folder: Path
     config: Llama4Config
     entries: Mapping[str, TensorEntry]
-    files: Mapping[str, int]  # file name -> bytes
+    files: Mapping[str, int]  # name within the folder -> bytes
     unreadable: frozenset[str]  # shards whose header can't be believed
 
     @property
@@ -53,6 +64,18 @@ class Artifact:
             naming = self.canonical
         return catalogue(self.config, naming, fused=False)
 
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """Every name that an entry of the stanza may mean: modules, those that runtimes fuse, and all they lie in."""
+        names = {split_suffix(name)[0] for name in self.layout.by_name} | {self.layout.naming.head}
+        names |= {linear.module for linear in self.layout.linears} | {*_OF_VISION}
+        for fused, parts in FUSED.items():
+            names |= {name.removesuffix(part) + fused for name in names for part in parts if name.endswith(f".{part}")}
+        for name in list(names):
+            pieces = name.split(".")
+            names |= {".".join(pieces[:end]) for end in range(1, len(pieces))}
+        return tuple(sorted(names))
+
 
 def open_artifact(folder: Path, found: Findings) -> Artifact:
     """Read config.json, the index and every header.
@@ -65,19 +88,39 @@ def open_artifact(folder: Path, found: Findings) -> Artifact:
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder} has no config.json", hint="give the folder that holds config.json and the weights")
     config = load_config(folder / "config.json")
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    shards = [name for name in files if name.endswith(".safetensors")]
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not _hidden(path.relative_to(folder))
+    }
+    shards = [name for name in files if name.endswith(".safetensors") and "/" not in name]
     if not shards:
         raise SourceError(f"{folder} holds no safetensors files", hint="l4pack verifies safetensors artifacts only")
     headers: dict[str, dict[str, TensorEntry]] = {}
     for file in shards:
         try:
             headers[file] = read_header(folder / file, file)
+            _check_library(folder / file, file)
         except SourceError as error:
+            headers.pop(file, None)
             found.error("shard", file, error.message)
     entries = _merge(headers, found)
     _check_index(folder, shards, headers, found)
     return Artifact(folder, config, entries, files, frozenset(shards) - frozenset(headers))
+
+
+def _hidden(path: Path) -> bool:
+    """Whether a file is of version control or a cache, which no runtime looks into."""
+    return path.parts[0].startswith(".")
+
+
+def _check_library(path: Path, file: str) -> None:
+    """Every runtime opens weights with the safetensors library, so it has the last word. Raises SourceError."""
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"{file}: safetensors refuses it ({error})", hint="download it again") from error
 
 
 def _merge(headers: Mapping[str, Mapping[str, TensorEntry]], found: Findings) -> dict[str, TensorEntry]:

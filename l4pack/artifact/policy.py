@@ -122,6 +122,17 @@ def policies() -> tuple[Policy, ...]:
     return tuple(sorted(found, key=lambda policy: policy.family is None))
 
 
+def duty_files(origin: str | None = None) -> frozenset[str]:
+    """Names of the files that licences ask for, and `package` adds; of one origin if that is asked."""
+    duties = (duty for policy in policies() for duty in policy.duties if origin in (None, duty.origin))
+    return frozenset(name for duty in duties for name in duty.files or ())
+
+
+def written_files() -> frozenset[str]:
+    """Names of the files whose text `package` writes, whatever the source's said."""
+    return duty_files("written")
+
+
 def policy_named(name: str) -> Policy:
     """A shipped policy."""
     return next(policy for policy in policies() if policy.policy == name)

@@ -6,13 +6,13 @@ every other format (int-quantized, nvfp4, mxfp4, activation-ordered groups) thro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from l4pack.artifact.stanza import matches
+from l4pack.artifact.patterns import matches, pattern
 from l4pack.errors import L4packError
 from l4pack.quant.dequantize import dequantize
 from l4pack.quant.floats import Float32Array
@@ -36,16 +36,19 @@ _OWN_STRATEGIES = {"pack-quantized": ("group", "channel"), "float-quantized": ("
 class Quantization:
     """The `quantization_config` of an artifact."""
 
-    def __init__(self, raw: Mapping[str, Any]) -> None:
-        """Read the stanza of a config.json; no stanza means nothing is quantized. Raises L4packError."""
+    def __init__(self, raw: Mapping[str, Any], modules: Collection[str] = ()) -> None:
+        """Read the stanza of a config.json; no stanza means nothing is quantized. Raises L4packError.
+
+        `modules` are those that will be asked for: expressions are matched with them at once.
+        """
         stanza = raw.get("quantization_config") or raw.get("compression_config")
         self._groups: list[QuantizationScheme] = []
         self._ignore: list[str] = []
         self._format = "dense"
         if stanza:
-            self._read(stanza)
+            self._read(stanza, modules)
 
-    def _read(self, stanza: Mapping[str, Any]) -> None:
+    def _read(self, stanza: Mapping[str, Any], modules: Collection[str]) -> None:
         if stanza.get("quant_method") != "compressed-tensors":
             raise L4packError(
                 f"quant_method is {stanza.get('quant_method')!r}; l4pack reads compressed-tensors artifacts",
@@ -64,6 +67,9 @@ class Quantization:
         self._groups = list(config.config_groups.values())
         self._ignore = list(config.ignore or [])
         self._format = str(config.format)
+        for entry in (*self._ignore, *(target for group in self._groups for target in group.targets)):
+            if entry.startswith("re:"):
+                pattern(entry[3:]).prepare(modules)
 
     def scheme(self, module: str) -> QuantizationScheme:
         """The scheme a quantized module was written with. Raises L4packError when no group names it.

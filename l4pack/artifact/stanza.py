@@ -5,7 +5,6 @@ Regular expressions start with `.*` because vLLM matches from the start of a nam
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -59,11 +58,10 @@ def quantization_config(
 
 
 def _group(scheme: RecipeScheme, targets: list[str]) -> dict[str, Any]:
-    activations = ACTIVATIONS[scheme.activations]
     return {
         "targets": targets,
         "format": scheme.format,
-        "weights": _arguments(
+        "weights": arguments(
             num_bits=scheme.num_bits,
             type=scheme.type.value,
             symmetric=scheme.symmetric,
@@ -72,18 +70,23 @@ def _group(scheme: RecipeScheme, targets: list[str]) -> dict[str, Any]:
             block_structure=list(scheme.block_structure) if scheme.block_structure else None,
             observer="memoryless_minmax" if scheme.observer.value == "minmax" else "memoryless_mse",
         ),
-        "input_activations": None
-        if activations is None
-        else _arguments(**{"type": "float", "dynamic": True, **activations}),
+        "input_activations": input_arguments(scheme.activations),
         "output_activations": None,
     }
 
 
+def input_arguments(activations: Activations) -> dict[str, Any] | None:
+    """How a scheme's inputs are quantized; None where they are not."""
+    given = ACTIVATIONS[activations]
+    return None if given is None else arguments(**{"type": "float", "dynamic": True, **given})
+
+
 def _kv_cache(kv_cache: KVCache) -> dict[str, Any]:
-    return _arguments(**{**cache_arguments(kv_cache.strategy), "observer": "memoryless_minmax"})
+    return arguments(**{**cache_arguments(kv_cache.strategy), "observer": "memoryless_minmax"})
 
 
-def _arguments(**values: Any) -> dict[str, Any]:
+def arguments(**values: Any) -> dict[str, Any]:
+    """A `QuantizationArgs` of compressed-tensors, its defaults filled in."""
     defaults = {
         "num_bits": 8,
         "type": "int",
@@ -111,10 +114,3 @@ def _patterns(assigned: Iterable[tuple[Linear, str | None]], wanted: set[str | N
             chosen = r"\d+" if len(meant) == len(layers) else f"({'|'.join(map(str, meant))})"
             patterns.append(rf"re:.*layers\.{chosen}\.{_MODULES[role]}$")
     return patterns
-
-
-def matches(pattern: str, module: str) -> bool:
-    """Whether a target or ignore entry names a module, as all runtimes read it: exact, or `re:` from the start."""
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), module) is not None
-    return pattern == module

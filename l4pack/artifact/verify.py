@@ -7,7 +7,6 @@ dequantized and held against it.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import threading
@@ -16,30 +15,27 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
 
 from l4pack.artifact.checks_config import check_config, check_config_kept, check_stanza
 from l4pack.artifact.checks_files import check_files
-from l4pack.artifact.checks_source import SourceChecks, source_linears
+from l4pack.artifact.checks_manifest import check_manifest, read_manifest_of
+from l4pack.artifact.checks_source import SourceChecks
 from l4pack.artifact.checks_tensors import Contents, Matrix, examine
+from l4pack.artifact.checks_tokenizer import check_tokenizer
 from l4pack.artifact.checks_values import Result, Tally, ValueChecks, duplicates
 from l4pack.artifact.declared import read_declared
 from l4pack.artifact.findings import Finding, Findings
-from l4pack.artifact.manifest import MANIFEST_NAME, source_record
+from l4pack.artifact.manifest_schema import ManifestFile
 from l4pack.artifact.opened import Artifact, open_artifact
+from l4pack.artifact.origin import Origin, made_by, source_linears
 from l4pack.checkpoint.header import TensorEntry
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError
-from l4pack.model.config import Llama4Config
 from l4pack.model.tensors import Linear, rename
 from l4pack.quant.layout import Layout
-from l4pack.recipe import Method, Recipe
 
 MAX_WORKERS = 8
-MAX_MANIFEST_BYTES = 256 * 1024**2
 SAMPLE_SEED = 0
 
 
@@ -99,16 +95,22 @@ def verify_artifact(
     artifact = open_artifact(folder, found)
     if against is not None and against.bare:
         raise SourceError(f"{against.name} has no weights to compare with", hint="give the checkpoint itself")
-    declared = read_declared(artifact.stanza, found)
+    declared = read_declared(artifact.stanza, artifact.modules, found)
     check_config(artifact, found)
     check_stanza(artifact, declared, found)
-    check_files(artifact, against, found)
+    check_tokenizer(artifact, found)
+    manifest = read_manifest_of(artifact, found)
+    if manifest is not None:
+        check_manifest(artifact, manifest, found)
+    origin = None if against is None else Origin(artifact, manifest, against)
+    comparable = against if origin is not None and origin.comparable else None
+    check_files(artifact, comparable, manifest.files if manifest else (), found)
     contents = examine(artifact, declared, found)
-    manifest = _manifest(artifact, found)
-    if against is not None:
-        check_config_kept(artifact, against, found)
-        _check_source_record(manifest, against, found)
-    tally, sampled_of = _read_all(artifact, contents, manifest, against, sample, advance or (lambda _: None), found)
+    if comparable is not None:
+        check_config_kept(artifact, comparable, found)
+    tally, sampled_of = _read_all(artifact, contents, manifest, comparable, sample, advance or (lambda _: None), found)
+    if origin is not None:
+        origin.tell(tally, found)
     if not contents.matrices and not any(finding.level == "error" for finding in found):
         found.error("stanza", "quantization_config", "no matrix is quantized")
     checked = Checked(len(artifact.files), contents.modules, tally, sampled_of)
@@ -118,7 +120,7 @@ def verify_artifact(
 def _read_all(
     artifact: Artifact,
     contents: Contents,
-    manifest: Mapping[str, Any],
+    manifest: ManifestFile | None,
     against: Checkpoint | None,
     sample: int | None,
     advance: Callable[[int], None],
@@ -126,24 +128,29 @@ def _read_all(
 ) -> tuple[Tally, int | None]:
     """Every check that reads tensors."""
     with Reader(artifact.entries, lambda file: artifact.folder / file) as reader:
-        values = ValueChecks(artifact.entries, reader, _digests(artifact, manifest, found), advance)
+        digests = {name: record.sha256 for name, record in manifest.tensors.items()} if manifest else {}
+        values = ValueChecks(artifact.entries, reader, digests, advance)
         work = _Work(artifact, contents, values, reader)
         if against is None or against.store is None:
             results = _run(work.alone(), None, None)
             sampled_of = None
         else:
             with Reader(against.entries, against.store.path) as source_reader:
-                checks = SourceChecks(against, source_reader, _made_by(manifest, artifact.config))
-                units, sampled_of = work.beside(against, source_reader, checks, sample, found)
+                checks = SourceChecks(against, source_reader, made_by(manifest, artifact.config))
+                units, sampled_of = work.beside(against, source_reader, checks, sample)
                 results = _run(units, against, source_reader)
         tally = Tally()
         fingerprints: dict[str, bytes] = {}
+        sources: dict[str, bytes] = {}
         for result in [*results, work.kv_scales()]:
             tally.add(result.tally)
             found.extend(result.found)
             fingerprints |= result.fingerprints
+            sources |= result.sources
     order = {matrix.linear.module: number for number, matrix in enumerate(contents.matrices)}
-    duplicates(dict(sorted(fingerprints.items(), key=lambda item: order[item[0]])), found)
+    ordered = dict(sorted(fingerprints.items(), key=lambda item: order[item[0]]))
+    # Models are expanded by storing experts twice: a manifest whose digests hold says that the source was like that.
+    duplicates(ordered, sources, found, "error" if manifest is None or against is not None else "warning")
     return tally, sampled_of
 
 
@@ -160,13 +167,11 @@ class _Work:
         return sorted(units, key=lambda unit: unit.place)
 
     def beside(
-        self, source: Checkpoint, reader: Reader, checks: SourceChecks, sample: int | None, found: Findings
+        self, source: Checkpoint, reader: Reader, checks: SourceChecks, sample: int | None
     ) -> tuple[list[_Unit], int | None]:
         """With a source, in the order of its files; gate and up of a fused tensor together."""
         places = source_linears(source, self._artifact.layout.linears)
-        if places is None:
-            found.error("config", "config.json", "the source is a model of another shape: nothing was compared")
-            return self.alone(), None
+        assert places is not None, "sources of another shape are told before"
         chosen = _choose(self._contents.matrices, sample)
         units = [self._checked(matrix) for matrix in self._contents.matrices if matrix.linear.module not in chosen]
         units += self._kept_units(source, reader, places)
@@ -188,7 +193,7 @@ class _Work:
 
     def _checked(self, matrix: Matrix) -> _Unit:
         def run(result: Result) -> None:
-            self._values.matrix(matrix, result)
+            self._values.matrix(matrix, self._values.read(matrix, result), result)
 
         return _Unit(_place(self._artifact.entries[matrix.values]), run)
 
@@ -254,8 +259,9 @@ class _Work:
                     entry = self._artifact.entries[item.tensor]
                     checks.plain(item.tensor, self._reader.tensor(item.tensor), entry.dtype, slab, result)
                 else:
-                    arrays = self._values.matrix(item, result)
-                    checks.matrix(item, arrays, slab, result)
+                    arrays = self._values.read(item, result)
+                    explained = checks.matrix(item, arrays, slab, result)
+                    self._values.matrix(item, arrays, result, explained=explained)
 
         return run
 
@@ -291,52 +297,3 @@ def _choose(matrices: tuple[Matrix, ...], sample: int | None) -> set[str]:
     if sample is None or sample >= len(modules):
         return set(modules)
     return set(random.Random(SAMPLE_SEED).sample(modules, sample))
-
-
-def _manifest(artifact: Artifact, found: Findings) -> Mapping[str, Any]:
-    """The manifest, empty when the artifact has none."""
-    if MANIFEST_NAME not in artifact.files:
-        return {}
-    try:
-        if artifact.files[MANIFEST_NAME] > MAX_MANIFEST_BYTES:
-            raise ValueError("implausibly large")
-        manifest = json.loads((artifact.folder / MANIFEST_NAME).read_bytes())
-        if not isinstance(manifest, dict) or not isinstance(manifest["tensors"], dict):
-            raise ValueError("no tensors")
-    except (ValueError, KeyError, RecursionError) as error:
-        found.error("digest", MANIFEST_NAME, f"can't be read ({error})")
-        return {}
-    return manifest
-
-
-def _digests(artifact: Artifact, manifest: Mapping[str, Any], found: Findings) -> dict[str, str]:
-    """Hex SHA-256 by tensor; names that only the manifest or only the files have become findings."""
-    tensors = manifest.get("tensors", {})
-    digests = {name: value.get("sha256", "") if isinstance(value, dict) else "" for name, value in tensors.items()}
-    if manifest:
-        for name in sorted(set(digests) - set(artifact.entries)):
-            found.error("digest", name, "is in the manifest and not in the files")
-        for name in sorted(set(artifact.entries) - set(digests)):
-            found.error("digest", name, "is in the files and not in the manifest")
-    return digests
-
-
-def _made_by(manifest: Mapping[str, Any], config: Llama4Config) -> Callable[[Linear], Method | None]:
-    """How the manifest's recipe says that a matrix was made; None where it says nothing."""
-    try:
-        recipe = Recipe.model_validate(manifest.get("recipe"))
-    except ValidationError:
-        return lambda _: None
-
-    def method(linear: Linear) -> Method | None:
-        number = recipe.rule_for(linear.role, linear.layer, config.text.num_hidden_layers)
-        scheme = None if number is None else recipe.schemes.get(recipe.rules[number].scheme)
-        return scheme.method if scheme else None
-
-    return method
-
-
-def _check_source_record(manifest: Mapping[str, Any], source: Checkpoint, found: Findings) -> None:
-    record = manifest.get("source")
-    if isinstance(record, dict) and record.get("headers_sha256") != source_record(source)["headers_sha256"]:
-        found.warning("digest", MANIFEST_NAME, f"the artifact was made from {record.get('name')}, with other tensors")

@@ -58,7 +58,6 @@ class Weights:
             raise SourceError(f"{checkpoint.name} is a configuration without weights", hint="give a checkpoint folder")
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self._round_activations = round_activations
-        self._quantization = Quantization(checkpoint.config.raw)
         self.model_dtype = _DTYPES.get(checkpoint.config.dtype or "bfloat16", torch.bfloat16)
         self._reader = Reader(checkpoint.entries, checkpoint.store.path)
         self._naming = canonical_naming(checkpoint.config)
@@ -66,6 +65,7 @@ class Weights:
         runtime = catalogue(checkpoint.config, self._naming, fused=False)
         self._source_naming = source.naming
         self._linears = {new.module: old for old, new in zip(source.linears, runtime.linears, strict=True)}
+        self._quantization = Quantization(checkpoint.config.raw, self._linears)
 
     def __enter__(self) -> Self:
         return self
