@@ -11,33 +11,25 @@ from typing import Any
 from l4pack.artifact.findings import Findings
 from l4pack.artifact.opened import Artifact
 from l4pack.artifact.policy import duty_files, written_files
+from l4pack.checkpoint.companions import (
+    GENERATION,
+    PROCESSORS,
+    TEMPLATES,
+    TOKENIZER_CONFIG,
+    TOKENIZERS,
+    is_companion,
+    is_own,
+)
 from l4pack.checkpoint.source import Checkpoint
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
-_GENERATION = "generation_config.json"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-_MUST_STAY = re.compile(
-    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|chat_template.*|(pre)?processor_config\.json"
-    r"|generation_config\.json|.*(licen[cs]e|notice|use_policy|acceptable_use).*",
-    re.IGNORECASE,
-)
-_OWN = re.compile(
-    r"config\.json|README\.md|l4pack-[a-z]+\.json|accuracy[\w-]*\.json|[^/]+\.safetensors"
-    r"|model\.safetensors\.index\.json"
-)
 # What runs, or is unpickled, when a runtime is told to trust a repository, or makes it read the artifact as another.
 _DANGEROUS = re.compile(
     r".*\.(py|pyc|so|dll|sh|bin|pt|pth|pkl|pickle|ckpt|h5|msgpack|onnx|gguf|npz|keras)"
     r"|(.*/)?(adapter_config|hf_quant_config|quantize_config|quant_config|quantization_config)\.json",
     re.IGNORECASE,
 )
-_MEANINGLESS = (
-    "transformers_version",
-    "_from_model_config",
-    "name_or_path",
-)  # keys that say who wrote a file, and where
+# Keys that say who wrote a file, and where.
+_MEANINGLESS = ("transformers_version", "_from_model_config", "name_or_path")
 _SMALL = 64 * 1024**2
 
 
@@ -46,19 +38,19 @@ def check_files(artifact: Artifact, source: Checkpoint | None, covered: Collecti
 
     `covered` are the files of the manifest, which holds them by their digests.
     """
-    needed = [(_TOKENIZERS, "there is no tokenizer"), ((_TOKENIZER_CONFIG,), "is missing")]
+    needed = [(TOKENIZERS, "there is no tokenizer"), ((TOKENIZER_CONFIG,), "is missing")]
     if artifact.config.vision is not None:
-        needed.append((_PROCESSORS, "there is no image processor, and the model has a vision tower"))
+        needed.append((PROCESSORS, "there is no image processor, and the model has a vision tower"))
     for names, message in needed:
         if not any(name in artifact.files for name in names):
             asked = source is None or any(name in source.companions for name in names)
             (found.error if asked else found.warning)("companion", names[0], message)
     if not _has_template(artifact):
-        found.warning("companion", _TEMPLATES[0], "there is no chat template; a base model has none, others need it")
-    if _GENERATION not in artifact.files:
-        found.warning("companion", _GENERATION, "is missing: end-of-turn tokens and sampling fall back to defaults")
+        found.warning("companion", TEMPLATES[0], "there is no chat template; a base model has none, others need it")
+    if GENERATION not in artifact.files:
+        found.warning("companion", GENERATION, "is missing: end-of-turn tokens and sampling fall back to defaults")
     for name in artifact.files:
-        if name in (_TOKENIZERS[0], _TOKENIZER_CONFIG, _GENERATION, _TEMPLATES[1], *_PROCESSORS):
+        if name in (TOKENIZERS[0], TOKENIZER_CONFIG, GENERATION, TEMPLATES[1], *PROCESSORS):
             _check_json(artifact.folder / name, name, found)
     _check_strange(artifact, source, covered, found)
     if source is not None:
@@ -68,7 +60,7 @@ def check_files(artifact: Artifact, source: Checkpoint | None, covered: Collecti
 def _check_kept(artifact: Artifact, source: Checkpoint, found: Findings) -> None:
     for name in source.companions:
         if name not in artifact.files:
-            matters = _MUST_STAY.fullmatch(name) is not None
+            matters = is_companion(name)
             (found.error if matters else found.warning)("companion", name, "is in the source and not here")
         elif source.store is not None and name not in written_files():
             _compare(artifact.folder / name, source.store.path(name), name, found)
@@ -79,15 +71,16 @@ def _check_strange(artifact: Artifact, source: Checkpoint | None, covered: Colle
     known = {*covered, *(source.companions if source is not None else ())}
     duties = {name.lower() for name in duty_files()}
     for name in artifact.files:
-        if name in known or _OWN.fullmatch(name) or name.lower() in duties:
+        alone = not covered and source is None
+        if name in known or is_own(name) or name.lower() in duties or (alone and is_companion(name)):
             continue
         if _DANGEROUS.fullmatch(name):
             found.error("strange", name, "no Llama 4 needs it, and a runtime may run, unpickle or be misled by it")
         elif covered or source is not None:
-            level = found.error if _MUST_STAY.fullmatch(name) or covered else found.warning
+            level = found.error if is_companion(name) or covered else found.warning
             whose = "the manifest" if covered else "the source"
             level("strange", name, f"was added: {whose} has no such file")
-        elif not _MUST_STAY.fullmatch(name):
+        else:
             found.warning("strange", name, "is no file that a runtime or a reader needs")
 
 
@@ -109,9 +102,9 @@ def _differ(new: Any, old: Any) -> bool:
 
 
 def _has_template(artifact: Artifact) -> bool:
-    if any(name in artifact.files for name in _TEMPLATES):
+    if any(name in artifact.files for name in TEMPLATES):
         return True
-    settings = _loaded(artifact.folder / _TOKENIZER_CONFIG) if _TOKENIZER_CONFIG in artifact.files else None
+    settings = _loaded(artifact.folder / TOKENIZER_CONFIG) if TOKENIZER_CONFIG in artifact.files else None
     return isinstance(settings, dict) and bool(settings.get("chat_template"))
 
 

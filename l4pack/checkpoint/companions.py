@@ -85,10 +85,11 @@ def _licence_types(match: re.Match[str]) -> tuple[str, ...]:
 
 def belongs(name: str, included: Collection[str] = ()) -> bool:
     """Whether a file may lie in an artifact and be published with it; `included` were asked for when it was made."""
-    return is_companion(name) or _is_own(name) or name in included
+    return is_companion(name) or is_own(name) or name in included
 
 
-def _is_own(name: str) -> bool:
+def is_own(name: str) -> bool:
+    """Whether a file is one that l4pack writes into an artifact itself, weights and configuration included."""
     return _RECORD.fullmatch(name) is not None or _WEIGHT_FILE.fullmatch(name) is not None
 
 
@@ -152,7 +153,7 @@ def check_pattern(pattern: str) -> None:
 
 def _forbidden(name: str, used: Collection[str]) -> bool:
     last = name.rpartition("/")[2].lower()
-    return _is_own(name) or last in _MISLEADING or name in used or last.endswith(_WEIGHT_SUFFIXES)
+    return is_own(name) or last in _MISLEADING or name in used or last.endswith(_WEIGHT_SUFFIXES)
 
 
 def folder_files(folder: Path, include: Sequence[str] = ()) -> dict[str, int]:
