@@ -36,12 +36,13 @@ from l4pack.fit.record import fit_record, read_fit
 from l4pack.plan import Plan
 from l4pack.publish import Wishes, check_ready, package_artifact, plan_push, push_artifact
 from l4pack.recipe import Gates
-from l4pack.run import run_plan, stop_signals
+from l4pack.run import run_plan
 from l4pack.sensitivity.identity import model_fingerprint
 from l4pack.subject import open_subject
 from l4pack.summary import plan_record
 from l4pack.units import human_bytes, human_gib, human_seconds
 from l4pack.work.files import write_atomic
+from l4pack.work.signals import stop_signals
 
 if TYPE_CHECKING:
     from l4pack.evaluate.evaluate import Prepared

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from l4pack.assign import COPY_CHUNK, Action, PlannedTensor, Target, Task
 from l4pack.checkpoint.reader import NUMPY_TYPES, Reader
-from l4pack.checkpoint.writer import ShardWriter
+from l4pack.checkpoint.writer import Extent, ShardWriter
 from l4pack.errors import SourceError
 from l4pack.quant.floats import FloatName
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, Quantized, absmax, quantize_block
 from l4pack.quant.scheme import Scheme, Strategy
-from l4pack.recipe import Recipe
+from l4pack.recipe import KEEP, Recipe
 
 INPUT_SCALE = "input_scale"
 # Magnitudes from these bit patterns up are infinite or not a number.
@@ -92,24 +92,57 @@ class Executor:
 
     def write_quantized(self, target: Target, row: int, quantized: Quantized) -> None:
         """Place a slice whose first output row is `row`; slices are cut at whole blocks and whole words."""
-        scheme, linear = self._recipe.schemes[target.scheme], target.linear
-        parts = {
-            "weight_packed": (quantized.values, 1),
-            "weight": (quantized.values, 1),
-            "weight_scale": (quantized.scale, scheme.block_structure[0] if scheme.block_structure else 1),
-            "weight_zero_point": (quantized.zero_point, scheme.pack_factor),
-            "weight_shape": (np.array([linear.out_features, linear.in_features], np.int64), None),
+        linear = target.linear
+        arrays = {
+            "weight_packed": quantized.values,
+            "weight": quantized.values,
+            "weight_scale": quantized.scale,
+            "weight_zero_point": quantized.zero_point,
+            "weight_shape": np.array([linear.out_features, linear.in_features], np.int64),
         }
-        for tensor in target.tensors:
-            suffix = tensor.name.removeprefix(f"{target.module}.")
-            if suffix == INPUT_SCALE:
-                continue  # calibration writes it
-            array, rows_in_one = parts[suffix]
+        for tensor, rows in _made_by_rows(target, self._recipe.schemes[target.scheme]):
+            array = arrays[tensor.name.removeprefix(f"{target.module}.")]
             assert array is not None
-            self._write_from(tensor, row // rows_in_one if rows_in_one else 0, array)
+            self._write_from(tensor, row // rows if rows else 0, array)
 
     def _write_from(self, tensor: PlannedTensor, row: int, array: NDArray[Any]) -> None:
         self._writer.write(tensor.name, row * (tensor.nbytes // tensor.shape[0]), array)
+
+
+def task_extents(task: Task, recipe: Recipe) -> list[Extent]:
+    """What a task writes, in the order it does."""
+    if task.copied is not None:
+        return [Extent(task.copied.name, 0, task.copied.nbytes)]
+    return [extent for target in task.targets for extent in target_extents(target, recipe, task.rows)]
+
+
+def target_extents(target: Target, recipe: Recipe, rows: tuple[int, int] | None = None) -> Iterator[Extent]:
+    """What is written of a matrix, or of its output rows from `rows[0]` to `rows[1]`, in the order it is."""
+    start, stop = rows or (0, target.linear.out_features)
+    scheme = None if target.scheme == KEEP else recipe.schemes[target.scheme]
+    for tensor, in_one in [(target.tensors[0], 1)] if scheme is None else _made_by_rows(target, scheme):
+        row_bytes = tensor.nbytes // tensor.shape[0]
+        first = start // in_one * row_bytes if in_one else 0
+        end = -(-stop // in_one) * row_bytes if in_one else tensor.nbytes
+        yield Extent(tensor.name, first, min(end, tensor.nbytes) - first)
+
+
+def _made_by_rows(target: Target, scheme: Scheme) -> Iterator[tuple[PlannedTensor, int]]:
+    """Tensors of a quantized matrix, and how many of its rows share a row of each: 0 for all.
+
+    The scale of its inputs is not among them: calibration writes it.
+    """
+    rows_in_one = {
+        "weight_packed": 1,
+        "weight": 1,
+        "weight_scale": scheme.block_structure[0] if scheme.block_structure else 1,
+        "weight_zero_point": scheme.pack_factor,
+        "weight_shape": 0,
+    }
+    for tensor in target.tensors:
+        suffix = tensor.name.removeprefix(f"{target.module}.")
+        if suffix != INPUT_SCALE:
+            yield tensor, rows_in_one[suffix]
 
 
 def _refuse_non_finite(block: NDArray[Any], dtype: FloatName, name: str) -> None:

@@ -39,7 +39,7 @@ class Job:
         self._reader, self._writer, self._executor = reader, writer, executor
         self._advance, self._stop = advance or (lambda _: None), stop
         self._lock = threading.Lock()
-        self._finished: list[Task] = []
+        self._finished: list[tuple[Task, str]] = []  # with the digest of what it wrote
         self._error: Exception | None = None
         self._begun = False
         self._todo = [task for task in plan.tasks if task.key not in journal.finished]
@@ -90,14 +90,15 @@ class Job:
         if self._stop.is_set() or self._error is not None:
             return
         try:
-            self._executor.run(task)
+            with self._writer.watched() as digest:
+                self._executor.run(task)
         except Exception as error:
             with self._lock:
                 self._error = self._error or error
             return
         file = self._source_file(task)
         with self._lock:
-            self._finished.append(task)
+            self._finished.append((task, digest.hexdigest()))
             self._left_in_source[file] -= 1
             used_up = not self._left_in_source[file]
         if used_up:  # at once, not when it is journalled: fetched shards must not pile up
@@ -111,8 +112,8 @@ class Job:
         if not finished:
             return
         self._writer.sync()
-        self._journal.record(finished=[task.key for task in finished])
-        for task in finished:
+        self._journal.record(finished={task.key: digest for task, digest in finished})
+        for task, _ in finished:
             self._advance(task.read_bytes)
             self._left_in_shard.subtract(self._shard_files(task))
         self._hash_complete_shards(side)

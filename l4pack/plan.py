@@ -29,13 +29,16 @@ from l4pack.calibration.itinerary import Itinerary, file_sizes
 from l4pack.calibration.needs import Needs, calibration_needs
 from l4pack.calibration.record import RECORD_NAME, record_bytes
 from l4pack.checkpoint.header import DTYPE_BITS
+from l4pack.checkpoint.parts import source_parts
 from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES, INDEX_NAME, Place, Shard, index_json, lay_out
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import BudgetError, SourceError
 from l4pack.formats import load_format, reader_limits
 from l4pack.model.tensors import Linear
+from l4pack.options import plan_options, recipe_parts, text_options
 from l4pack.recipe import KEEP, KV_CACHE, Activations, Recipe
 from l4pack.units import MIB, human_bytes
+from l4pack.work.identity import Identity
 
 if TYPE_CHECKING:
     from l4pack.text.sequences import TokenText
@@ -87,7 +90,14 @@ class Plan:
         """The same plan with the tokens its calibration looks at, pinned in the manifest by their digest."""
         pinned = {"text_sha256": text.record["sha256"], "tokens_sha256": text.record["tokens_sha256"]}
         needs = self.needs and self.needs.for_tokens(text.record["tokens"])
-        return replace(self, text=text, needs=needs, manifest=replace(self.manifest, calibration=pinned))
+        options = {**self.manifest.options, **text_options(self.recipe, text.record)}
+        return replace(
+            self, text=text, needs=needs, manifest=replace(self.manifest, calibration=pinned, options=options)
+        )
+
+    def computed_on(self, parts: Mapping[str, Any]) -> Plan:
+        """The same plan with what decides its bytes where it is calibrated, see `Compute.parts`."""
+        return replace(self, manifest=replace(self.manifest, computed_on=parts))
 
     @cached_property
     def config_json(self) -> bytes:
@@ -202,12 +212,25 @@ class Plan:
         nbytes = sum(tensor.nbytes for tensor in self.tensors if tensor.scheme in self.recipe.schemes)
         return 8 * nbytes / numel
 
-    def digest(self) -> str:
-        """Hex SHA-256 of everything that decides the artifact's bytes; the journal of a job is bound to it."""
-        parts = [__version__, self.checkpoint.fingerprint(), self.recipe.digest(), self.config_json.hex()]
-        parts += [shard.prefix.hex() for shard in self.shards]
-        parts += [] if self.manifest.calibration is None else self.manifest.calibration.values()
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    def identity(self) -> Identity:
+        """Everything that decides the artifact's bytes, by the names users know; the journal of a job is bound to it.
+
+        Reads, and if need be fetches, the files that come along with the weights; not for a bare configuration.
+        """
+        store = self.checkpoint.store
+        assert store is not None
+        layout = hashlib.sha256(b"".join([self.config_json, *(shard.prefix for shard in self.shards)]))
+        return Identity(
+            {
+                "l4pack version": __version__,
+                **self.manifest.options,
+                **recipe_parts(self.recipe),
+                **(self.manifest.computed_on or {}),
+                **(self.manifest.calibration or {}),
+                **source_parts(self.checkpoint, store),
+                "layout": layout.hexdigest(),
+            }
+        )
 
     def warnings(self) -> list[str]:
         """What is odd about the source, and what a runtime can't do with this artifact, from the format files."""
@@ -257,7 +280,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
         assigned=assignment.schemes,
         workers=workers,
         accelerated=limits.accelerated,
-        manifest=Manifest.of(checkpoint, recipe),
+        manifest=replace(
+            Manifest.of(checkpoint, recipe), options=plan_options(recipe, limits.shard_bytes, checkpoint.included)
+        ),
         calibrated=calibrated,
         observed=observed,
         needs=needs,

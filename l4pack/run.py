@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import resource
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import BinaryIO
 
 import psutil
@@ -25,27 +23,35 @@ from l4pack.calibration.output import Output
 from l4pack.calibration.record import RECORD_NAME, record_json
 from l4pack.calibration.supply import Supply
 from l4pack.calibration.text import with_text
+from l4pack.checkpoint.apart import refuse_overlap
 from l4pack.checkpoint.companions import folder_files
-from l4pack.checkpoint.journal import Journal, locked
+from l4pack.checkpoint.journal import Journal
+from l4pack.checkpoint.parts import as_opened, source_part
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.shards import INDEX_NAME
 from l4pack.checkpoint.source import Store
 from l4pack.checkpoint.tied import check_tied_head
 from l4pack.checkpoint.writer import ShardWriter
-from l4pack.errors import BudgetError, SourceError, UsageError
+from l4pack.errors import BudgetError, L4packError, SourceError, UsageError
 from l4pack.execute import Executor, Quantizer
 from l4pack.fetching import Fetching
 from l4pack.job import Job
 from l4pack.plan import CONFIG_NAME, Plan, check_room
 from l4pack.quant.quantize import quantize_block
+from l4pack.resume import forget_damaged
 from l4pack.units import MIB, human_bytes
+from l4pack.work.command import this_command
 from l4pack.work.files import sync_folder, write_atomic
+from l4pack.work.folder import LOCK_NAME, check_writable, owned
+from l4pack.work.identity import Identity
+from l4pack.work.signals import stop_signals
 
 _JOURNAL = "journal.jsonl"
 _ARTIFACT = "artifact"
 _HIDDEN = "hidden"
 _FETCHED = "fetched"
-_OWN_NAMES = {_JOURNAL, f"{_JOURNAL}.tmp", _ARTIFACT, _HIDDEN, _FETCHED, "lock"}
+_KIND = "quantize"
+_OWN_NAMES = {_JOURNAL, f"{_JOURNAL}.tmp", _ARTIFACT, _HIDDEN, _FETCHED, LOCK_NAME, f".l4pack-{_KIND}"}
 _COPY_CHUNK = 8 * MIB
 
 
@@ -82,23 +88,23 @@ def run_plan(
         raise SourceError(
             f"{plan.checkpoint.name} is a configuration without weights", hint="give the checkpoint itself"
         )
-    started = time.monotonic()
-    if plan.needs is not None:
-        plan = _ready_to_calibrate(plan, plan.needs)
+    started, done = time.monotonic(), RunResult(out, 0.0, 0, plan.read_bytes, _peak_rss(), already_done=True)
     work = work_folder(out)
+    refuse_overlap([plan.checkpoint], out, work)
+    if plan.needs is not None:
+        plan = _ready_to_calibrate(plan, plan.needs, device)
     if _taken(plan, out):
-        shutil.rmtree(work, ignore_errors=True)
-        return RunResult(out, 0.0, 0, plan.read_bytes, _peak_rss(), already_done=True)
-    work.mkdir(parents=True, exist_ok=True)
-    with locked(work), stop_signals() as stop:
-        if restart:
-            shutil.rmtree(work / _ARTIFACT, ignore_errors=True)
-            (work / _JOURNAL).unlink(missing_ok=True)
-            shutil.rmtree(work / _HIDDEN, ignore_errors=True)
+        _tidy(work)
+        return done
+    with owned(work, _KIND, restart=restart, keep={_FETCHED}) as folder, stop_signals() as stop:
+        check_writable(out.parent)
+        if _taken(plan, out):  # another run has finished it meanwhile
+            folder.remove()
+            return done
         resumed = _work(plan, store, work, quantize, advance or (lambda _: None), stop, device)
         (work / _ARTIFACT).replace(out)
         sync_folder(out.parent)
-        shutil.rmtree(work)
+        folder.remove()
     return RunResult(out, time.monotonic() - started, plan.read_bytes - resumed, resumed, _peak_rss())
 
 
@@ -116,7 +122,16 @@ def work_folder(out: Path) -> Path:
 
 def _is_own(work: Path) -> bool:
     """Whether a folder holds nothing but what a job leaves in it: the end of the job removes it with all it holds."""
-    return work.is_dir() and {path.name for path in work.iterdir()} <= _OWN_NAMES
+    with suppress(FileNotFoundError):  # another run has finished, and removes it
+        return work.is_dir() and {path.name for path in work.iterdir()} <= _OWN_NAMES
+    return True
+
+
+def _tidy(work: Path) -> None:
+    """Remove what a finished job was killed before it removed, if nobody else is at it."""
+    if work.exists():
+        with suppress(L4packError), owned(work, _KIND, restart=True) as folder:
+            folder.remove()
 
 
 def _taken(plan: Plan, out: Path) -> bool:
@@ -125,11 +140,8 @@ def _taken(plan: Plan, out: Path) -> bool:
         return False
     sizes = folder_files(out, plan.checkpoint.included) if out.is_dir() else {}
     same = all(sizes.get(name) == size for name, size in plan.files.items())
-    if (
-        same
-        and (out / CONFIG_NAME).read_bytes() == plan.config_json
-        and (out / MANIFEST_NAME).read_bytes().startswith(plan.manifest.head())
-    ):
+    same = same and (out / CONFIG_NAME).read_bytes() == plan.config_json
+    if same and plan.manifest.describes((out / MANIFEST_NAME).read_bytes()):
         return True
     raise UsageError(f"{out} exists and is not this artifact", hint="choose another --out, or remove it yourself")
 
@@ -146,14 +158,17 @@ def _work(
     """Write every file, the manifest last; returns the source bytes that an earlier run was done with."""
     folder = work / _ARTIFACT
     folder.mkdir(exist_ok=True)
-    begun_as = plan.digest()
-    journal = Journal(work / _JOURNAL, begun_as)
+    begun_as = plan.identity()
+    if not as_opened(plan.checkpoint, store):
+        raise _changed(plan)
+    journal = Journal(work / _JOURNAL, begun_as, this_command())
     try:
-        _check_begun(plan, journal, folder)
+        _check_begun(plan, folder)
         _check_disk(plan, folder)
         check_tied_head(plan.checkpoint)
         writer = ShardWriter(folder, plan.shards, plan.places)
         try:
+            forget_damaged(plan, journal, writer, stop)
             with Reader(plan.checkpoint.entries, store.path) as reader:
                 executor = Executor(plan.recipe, reader, writer, plan.checkpoint.float_names, quantize)
                 walked = Itinerary.of(plan.checkpoint).walked() if plan.needs is not None and store.fetches else ()
@@ -168,23 +183,26 @@ def _work(
                     if plan.needs is not None:
                         calibrate(None)
                 journal.record(digests=_digests_left(plan, journal, writer))
+                changed = reader.changed()
         finally:
             writer.close()
-        files = _write_beside(plan, store, folder)
-        if plan.digest() != begun_as:
-            raise _changed(plan)
+        files = _write_beside(plan, store, folder, begun_as)
+        if changes := [f"source {changed} has changed"] if changed else plan.identity().changes(begun_as.parts):
+            raise _changed(plan, changes[0])
         write_atomic(folder / MANIFEST_NAME, plan.manifest_json(journal.digests, files))
         return job.resumed_bytes
     finally:
         journal.close()
 
 
-def _ready_to_calibrate(plan: Plan, needs: Needs) -> Plan:
-    """The plan with its tokens. Raises BudgetError when the machine has not the memory, UsageError, SourceError."""
+def _ready_to_calibrate(plan: Plan, needs: Needs, device: str) -> Plan:
+    """The plan with its tokens, and with what computes it. Raises BudgetError when the machine has not the memory, UsageError, SourceError."""
     check_room(
         needs.ram_bytes, psutil.virtual_memory().available, hint="free memory, or take a recipe without calibration"
     )
-    return plan if plan.text is not None else with_text(plan)
+    from l4pack.stream.compute import float32_on  # imports torch
+
+    return (plan if plan.text is not None else with_text(plan)).computed_on(float32_on(device).parts())
 
 
 def _calibrate(
@@ -209,13 +227,15 @@ def _digests_left(plan: Plan, journal: Journal, writer: ShardWriter) -> dict[str
     return {name: digest for shard in shards for name, digest in writer.digests(shard).items()}
 
 
-def _check_begun(plan: Plan, journal: Journal, folder: Path) -> None:
-    """Refuse to go on with shards that somebody removed or changed."""
-    sizes = folder_files(folder, plan.checkpoint.included)
-    lost = journal.finished and any(sizes.get(shard.file) != shard.nbytes for shard in plan.shards)
-    strange = {name.removesuffix(".tmp") for name in sizes} - plan.files.keys()
-    if lost or strange:
-        raise UsageError(f"{folder} was changed since the job stopped", hint="add --restart to begin again")
+def _check_begun(plan: Plan, folder: Path) -> None:
+    """Refuse to publish what somebody put among the shards."""
+    found = folder_files(folder, plan.checkpoint.included)
+    strange = {name.removesuffix(".tmp") for name in found} - plan.files.keys()
+    if strange:
+        raise UsageError(
+            f"{folder} was changed since the job stopped: {min(strange)} is not the job's",
+            hint="remove it, or add --restart to begin again",
+        )
 
 
 def _check_disk(plan: Plan, folder: Path) -> None:
@@ -230,17 +250,17 @@ def _check_disk(plan: Plan, folder: Path) -> None:
         )
 
 
-def _write_beside(plan: Plan, store: Store, folder: Path) -> dict[str, str]:
+def _write_beside(plan: Plan, store: Store, folder: Path, begun_as: Identity) -> dict[str, str]:
     """Write the files beside the weights, config.json last; returns their hex SHA-256, taken of what was read."""
     digests = {}
-    for file, nbytes in plan.checkpoint.companions.items():
+    for file in plan.checkpoint.companions:
         digest = hashlib.sha256()
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         with store.path(file).open("rb") as stream:
             write_atomic(folder / file, _hashed(stream, digest))
-        if (folder / file).stat().st_size != nbytes:
-            raise _changed(plan)
         digests[file] = digest.hexdigest()
+        if digests[file] != begun_as.parts[source_part(file)]:
+            raise _changed(plan, f"{source_part(file)} has changed")
     if plan.needs is not None:
         digests[RECORD_NAME] = hashlib.sha256((folder / RECORD_NAME).read_bytes()).hexdigest()
     for file, data in ((INDEX_NAME, plan.index_json), (CONFIG_NAME, plan.config_json)):
@@ -256,34 +276,12 @@ def _hashed(stream: BinaryIO, digest: hashlib._Hash) -> Iterator[bytes]:
         yield chunk
 
 
-def _changed(plan: Plan) -> SourceError:
+def _changed(plan: Plan, change: str = "") -> SourceError:
     return SourceError(
-        f"{plan.checkpoint.name} was changed while the job ran",
+        f"{plan.checkpoint.name} was changed while the job ran{change and f': {change}'}",
         hint="begin again with --restart once it stays as it is",
     )
 
 
 def _peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into a request to stop at a safe place; the second one acts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, _frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

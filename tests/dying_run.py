@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from l4pack.plan import make_plan
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import quantize_block
 from l4pack.recipe import load_recipe
+from l4pack.work.folder import WorkFolder
 
 
 class DyingRuns:
@@ -69,7 +69,8 @@ def _run_and_die(point: str, after: int, source: str, recipe: str, out: str) -> 
         "task": (Executor, "run"),
         "small file": (run, "write_atomic"),
         "appearance": (Path, "replace"),
-        "tidying": (shutil, "rmtree"),
+        "tidying": (WorkFolder, "remove"),
+        "removal": (Path, "rmdir"),
     }[where]
     setattr(owner, name, _mortal(getattr(owner, name), after, before=moment == "before"))
     run.run_plan(make_plan(open_source(source), load_recipe(recipe)), Path(out))

@@ -11,12 +11,14 @@ import pytest
 from bad.checkpoints import SPOILERS
 from bad.recipes import GOOD, RECIPES
 
+from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.open_files import allow_open_files
 from l4pack.errors import SourceError, UsageError
 from l4pack.plan import make_plan
 from l4pack.recipe import load_recipe
 from l4pack.run import run_plan
+from l4pack.work.folder import claim
 
 
 def check_refused(ended, code):
@@ -123,8 +125,9 @@ def test_work_is_never_put_where_something_else_lies(checkpoint, tmp_path, l4pac
 
 
 def test_a_file_slipped_into_the_work_does_not_become_part_of_the_artifact(checkpoint, tmp_path, l4pack):
+    claim(tmp_path / "out.partial", "quantize")
     folder = tmp_path / "out.partial" / "artifact"
-    folder.mkdir(parents=True)
+    folder.mkdir()
     (folder / "slipped-in.py").write_text("x")
     command = ("quantize", checkpoint("scout"), "--recipe", "int4-rtn", "--out", tmp_path / "out")
     check_refused(l4pack(*command), 2)
@@ -135,12 +138,12 @@ def test_a_file_slipped_into_the_work_does_not_become_part_of_the_artifact(check
 @pytest.mark.parametrize("line", ['{"finished": 5}', '{"digests": []}', '{"finished": [[]]}', '{"digests": {"a": 1}}'])
 def test_a_journal_somebody_wrote_in(checkpoint, tmp_path, l4pack, line):
     plan = make_plan(open_source(str(checkpoint("scout"))), load_recipe("int4-rtn"))
-    work = tmp_path / "out.partial"
-    work.mkdir()
-    (work / "journal.jsonl").write_text(f'{{"plan":"{plan.digest()}"}}\n{line}\n')
-    command = ("quantize", checkpoint("scout"), "--recipe", "int4-rtn", "--out", tmp_path / "out")
-    check_refused(l4pack(*command), 2)
-    assert l4pack(*command, "--restart").code == 0
+    claim(tmp_path / "out.partial", "quantize")
+    path = tmp_path / "out.partial" / "journal.jsonl"
+    Journal(path, plan.identity()).close()
+    with path.open("a") as stream:
+        stream.write(f"{line}\n")
+    assert l4pack("quantize", checkpoint("scout"), "--recipe", "int4-rtn", "--out", tmp_path / "out").code == 0
 
 
 def test_a_source_changed_while_the_job_ran(checkpoint, tmp_path):

@@ -145,17 +145,17 @@ def test_a_tensor_wide_scale_is_never_cut(checkpoint, monkeypatch):
     )
 
 
-def test_the_digest_follows_what_decides_bytes_and_nothing_else(checkpoint, monkeypatch):
+def test_the_identity_follows_what_decides_bytes_and_nothing_else(checkpoint, monkeypatch):
     source = checkpoint("scout")
-    first = planned(source).digest()
-    assert planned(source, max_ram=GIB, workers=1).digest() == first
+    first = planned(source).identity().digest
+    assert planned(source, max_ram=GIB, workers=1).identity().digest == first
     different = [
-        planned(source, "int4").digest(),
-        planned(source, shard_bytes=100_000).digest(),
-        planned(checkpoint("scout", seed=1)).digest(),
+        planned(source, "int4").identity().digest,
+        planned(source, shard_bytes=100_000).identity().digest,
+        planned(checkpoint("scout", seed=1)).identity().digest,
     ]
     monkeypatch.setattr("l4pack.plan.__version__", "0.0.0")
-    different.append(planned(source).digest())
+    different.append(planned(source).identity().digest)
     assert len({first, *different}) == 5
 
 

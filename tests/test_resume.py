@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,14 @@ from dying_run import DyingRuns
 
 from l4pack.checkpoint.journal import Journal, locked
 from l4pack.checkpoint.open import open_source
+from l4pack.checkpoint.writer import ShardWriter
 from l4pack.errors import L4packError, StoppedError, UsageError
-from l4pack.execute import Executor
+from l4pack.execute import Executor, task_extents
 from l4pack.plan import make_plan
 from l4pack.recipe import load_recipe
 from l4pack.run import run_plan
 from l4pack.work.files import write_atomic
+from l4pack.work.identity import Identity
 
 SLOW_RUN = Path(__file__).parent / "slow_run.py"
 KILLS = 20
@@ -108,6 +112,7 @@ def test_killed_at_random_and_gone_on_it_ends_in_the_same_bytes(die_in, source, 
         ("appearance, before", 6, False),
         ("tidying, before", 0, True),
         ("tidying, after", 0, True),
+        ("removal, before", 0, True),
     ],
 )
 def test_killed_while_finishing(die_in, source, plan, undisturbed, tmp_path, point, after, appeared):
@@ -158,7 +163,7 @@ def test_what_was_done_is_not_read_again(stop_half_way, plan, undisturbed, tmp_p
     assert file_digests(out) == undisturbed
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_safely(source, plan, undisturbed, tmp_path, number):
     out = tmp_path / "out"
     process = start(source, out)
@@ -190,6 +195,12 @@ def test_a_changed_job_is_refused_unless_restarted(die_in, source, plan, tmp_pat
     out, copy = tmp_path / "out", shutil.copytree(source, tmp_path / "tiny-maverick")
     die_in("task, after", 20, copy, "int4-rtn", out)
     begun = journal_of(out).read_bytes()
+    named = {
+        "recipe": "--recipe was int4-rtn and is fp8; recipe: ",
+        "source": "source tokenizer_config.json has changed\n",
+        "version": "l4pack version was ",
+        "shard size": "--shard-size was not given and is 300000B; layout has changed\n",
+    }
     command = ["quantize", copy, "--out", out, "--recipe", "fp8" if change == "recipe" else "int4-rtn"]
     if change == "source":
         (copy / "tokenizer_config.json").write_text("{}")
@@ -199,7 +210,8 @@ def test_a_changed_job_is_refused_unless_restarted(die_in, source, plan, tmp_pat
         command += ["--shard-size", "300kB"]
     refused = l4pack(*command)
     assert refused.code == 2
-    assert refused.err.startswith(f"error: {out}.partial was begun with another source, recipe, option or version\n")
+    assert refused.err.startswith(f"error: {out}.partial was begun as another job: {named[change]}")
+    assert refused.err.count("\n") == 2
     assert "--restart" in refused.err
     assert journal_of(out).read_bytes() == begun
     assert not out.exists()
@@ -231,13 +243,68 @@ def test_an_empty_folder_may_be_filled_and_a_full_one_not(source, plan, tmp_path
             run_plan(plan, out)
 
 
-def test_begun_shards_that_somebody_changed_are_refused(stop_half_way, plan, tmp_path):
+@pytest.mark.parametrize("damage", ["gone", "shorter", "zeroed", "one bit"])
+def test_begun_shards_that_somebody_changed_are_made_again(stop_half_way, plan, undisturbed, tmp_path, damage):
     out = tmp_path / "out"
     stop_half_way(plan, out)
-    next((tmp_path / "out.partial" / "artifact").glob("*.safetensors")).unlink()
-    with pytest.raises(UsageError, match="was changed since the job stopped") as caught:
-        run_plan(plan, out)
-    assert "--restart" in caught.value.hint
+    written = {extent for task in plan.tasks if task.key in finished_keys(out) for extent in written_by(plan, task)}
+    place = plan.places[written.pop().tensor]
+    shard = tmp_path / "out.partial" / "artifact" / place.file
+    raw = bytearray(shard.read_bytes())
+    if damage == "gone":
+        shard.unlink()
+    elif damage == "shorter":
+        shard.write_bytes(raw[: place.start])
+    elif damage == "zeroed":
+        shard.write_bytes(bytes(len(raw)))
+    else:
+        raw[place.start] ^= 1
+        shard.write_bytes(raw)
+    run_plan(plan, out)
+    assert file_digests(out) == undisturbed
+
+
+def written_by(plan, task):
+    return task_extents(task, plan.recipe)
+
+
+def finished_keys(out):
+    lines = journal_of(out).read_text().splitlines()
+    return {key for line in lines for key in json.loads(line).get("finished", ())}
+
+
+@pytest.mark.parametrize("recipe", ["int4-rtn", "fp8", "fp8-block", "meta-fp8"])
+def test_the_journal_knows_the_bytes_of_every_task(checkpoint, tmp_path, recipe, monkeypatch):
+    """In slices too: what a task says it writes is what it writes, in that order."""
+    monkeypatch.setattr("l4pack.plan.SLAB_LIMITS", (1,))
+    plan = make_plan(open_source(str(checkpoint("maverick", intermediate_size=384))), load_recipe(recipe))
+    kept, close = [], ShardWriter.close
+
+    def look(writer):
+        kept.append({task.key: writer.digest(written_by(plan, task)) for task in plan.tasks})
+        close(writer)
+
+    journals, record = {}, Journal.record
+    monkeypatch.setattr(ShardWriter, "close", look)
+    monkeypatch.setattr(
+        Journal, "record", lambda self, **given: (record(self, **given), journals.update(self.finished))
+    )
+    run_plan(plan, tmp_path / "out")
+    assert kept == [journals]
+    sizes = Counter(plan.places[extent.tensor].file for task in plan.tasks for extent in written_by(plan, task))
+    assert sizes
+
+
+def test_what_a_task_wrote_is_checked_even_when_its_shard_was_complete(die_in, source, plan, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    assert die_in("small file, before", 0, source, "int4-rtn", out) == -signal.SIGKILL
+    for shard in (tmp_path / "out.partial" / "artifact").glob("*.safetensors"):
+        raw = bytearray(shard.read_bytes())
+        raw[-1] ^= 128
+        shard.write_bytes(raw)
+    result = run_plan(plan, out)
+    assert 0 < result.resumed_bytes < plan.read_bytes
+    assert file_digests(out) == undisturbed
 
 
 @pytest.mark.parametrize("out", [".", "/", "..", "link"])
@@ -347,36 +414,118 @@ def test_a_folder_that_cannot_be_written(source, tmp_path, monkeypatch, l4pack, 
     assert ended.err == f"error: {tmp_path}/out.partial: {os.strerror(code)}\nhint: choose a folder you may write to\n"
 
 
+JOB = Identity({"--seed": 0})
+
+
 def test_the_journal_drops_what_a_crash_tore(tmp_path):
     path = tmp_path / "journal.jsonl"
-    journal = Journal(path, "p")
-    journal.record(["a", "b"], {"t": "0"})
-    journal.record(["c"])
+    journal = Journal(path, JOB)
+    journal.record({"a": "1", "b": "2"}, {"t": "0"})
+    journal.record({"c": "3"})
     journal.close()
     whole = path.read_bytes()
-    for cut in range(len(whole) + 1):
+    ends = [place for place, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in {*range(0, len(whole), 11), *ends, *(end + 1 for end in ends)}:
         path.write_bytes(whole[:cut])
-        again = Journal(path, "p")
-        again.record(["d"])
+        again = Journal(path, JOB)
+        again.record({"d": "4"})
         again.close()
-        kept = Journal(path, "p")
+        kept = Journal(path, JOB)
         kept.close()
         lines = whole[:cut].count(b"\n")
-        assert kept.finished == {"d"} | ({"a", "b"} if lines > 1 else set()) | ({"c"} if lines > 2 else set())
+        first = {"a": "1", "b": "2"} if lines > 1 else {}
+        assert kept.finished == {"d": "4"} | first | ({"c": "3"} if lines > 2 else {})
         assert kept.digests == ({"t": "0"} if lines > 1 else {})
 
 
+def test_the_journal_ends_where_somebody_wrote_in_it(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, JOB)
+    for key in "abc":
+        journal.record({key: key}, results={key: {"tokens": [1, 2.5, None, "\u2028é"]}})
+    journal.close()
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 5):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 32]) + whole[place + 1 :])
+        again = Journal(path, JOB)
+        again.close()
+        assert list(again.finished) == list("abc")[: max(whole[:place].count(b"\n") - 1, 0)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"9" * 100_000,
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"finished": 5}',
+        b"0" * 9,
+    ],
+)
+def test_lines_that_are_no_entries_end_the_reading(tmp_path, line):
+    """Even if they bear the digest that a line must."""
+    path = tmp_path / "journal.jsonl"
+    Journal(path, JOB).close()
+    head = path.read_bytes()
+    for body in (line, line.removesuffix(b"}")):
+        chained = hashlib.sha256(head[-67:-3] + body).hexdigest().encode()
+        for bad in (line + b"\n", body + b',"chain":"' + chained + b'"}\n'):
+            path.write_bytes(head + bad)
+            again = Journal(path, JOB)
+            again.close()
+            assert (again.finished, again.digests, again.results) == ({}, {}, {})
+            assert path.read_bytes() == head
+
+
+def test_a_journal_without_an_end_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("l4pack.checkpoint.journal.MAX_LINE_BYTES", 1000)
+    path = tmp_path / "journal.jsonl"
+    Journal(path, JOB).close()
+    with path.open("ab") as stream:
+        stream.write(b" " * 100_000)
+    Journal(path, JOB).close()
+    assert path.stat().st_size < 1000
+
+
+def test_the_journal_forgets(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, JOB)
+    journal.record({"a": "1", "b": "2"}, {"t": "0", "u": "0"})
+    journal.forget({"a"}, {"t"})
+    journal.record({"c": "3"})
+    journal.close()
+    again = Journal(path, JOB)
+    again.close()
+    assert (again.finished, again.digests) == ({"b": "2", "c": "3"}, {"u": "0"})
+
+
 def test_a_short_write_of_the_journal_is_an_error(tmp_path, monkeypatch):
-    journal = Journal(tmp_path / "journal.jsonl", "p")
+    journal = Journal(tmp_path / "journal.jsonl", JOB)
     monkeypatch.setattr(os, "write", lambda _, raw: len(raw) - 1)
     with pytest.raises(OSError, match="No space left"):
-        journal.record(["a"])
+        journal.record({"a": "1"})
 
 
-def test_a_journal_of_another_plan(tmp_path):
-    Journal(tmp_path / "journal.jsonl", "p").close()
-    with pytest.raises(UsageError, match="was begun with another"):
-        Journal(tmp_path / "journal.jsonl", "q")
+def test_a_journal_of_another_job_names_what_changed_and_the_command(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    command = "l4pack quantize 'my model' --out x"
+    Journal(path, Identity({f"--{name}": 0 for name in "abcde"}), command).close()
+    with pytest.raises(UsageError) as caught:
+        Journal(path, Identity({f"--{name}": 1 for name in "abcde"}))
+    assert caught.value.message == (
+        f"{tmp_path} was begun as another job: --a was 0 and is 1; --b was 0 and is 1; --c was 0 and is 1; and 2 more"
+    )
+    assert caught.value.hint == f"repeat the earlier command, {command}; or add --restart to begin again"
+
+
+def test_a_journal_never_keeps_a_token(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path, JOB, "l4pack quantize https://user:hf_abcDEF123@hub").close()
+    assert b"abcDEF123" not in path.read_bytes()
 
 
 def test_a_lock_is_held_once_and_let_go(tmp_path):

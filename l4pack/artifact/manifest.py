@@ -25,6 +25,8 @@ from l4pack.recipe import Recipe
 MANIFEST_NAME = "l4pack-manifest.json"
 SCHEMA_VERSION = 2
 UNKNOWN = "0" * 64  # stands in a plan for a SHA-256 that only the run will know
+# Room for what a calibrated job knows of its text and its machine only when it begins: file sizes are planned before.
+JOB_ROOM = 2560
 _CACHE_FOLDER = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
 
 
@@ -37,6 +39,8 @@ class Manifest:
     calibration: Mapping[str, str] | None = (
         None  # SHA-256 of the text and of the tokens a calibrated artifact looked at
     )
+    options: Mapping[str, Any] = field(default_factory=dict)  # the command's, as they are typed
+    computed_on: Mapping[str, Any] | None = None  # what decides a calibrated artifact's bytes beside its input
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, recipe: Recipe) -> Manifest:
@@ -47,14 +51,33 @@ class Manifest:
 
     def head(self) -> bytes:
         """The file's first bytes, which say what was made and from what, up to the digests."""
-        value = {
+        job: dict[str, Any] = {"options": self.options}
+        if self.calibration is None:
+            return _opened({**self._known(), "job": job})
+        size = len(_opened(self._known())) + JOB_ROOM
+        text = _opened({**self._known(), "job": {**job, "computed_on": self.computed_on}})
+        if len(text) > size:
+            raise RuntimeError(f"{MANIFEST_NAME} begins with {len(text)} bytes, {size} were planned")
+        return text.ljust(size)
+
+    def describes(self, raw: bytes) -> bool:
+        """Whether a file's bytes are a manifest of this job, whatever machine computed it."""
+        try:
+            value = json.loads(raw)
+            options = value["job"]["options"]
+        except (ValueError, RecursionError, KeyError, TypeError):
+            return False
+        known = {**self._known(), "options": self.options}
+        return {key: {**value, "options": options}.get(key) for key in known} == known
+
+    def _known(self) -> dict[str, Any]:
+        return {
             "schema_version": SCHEMA_VERSION,
             "l4pack_version": __version__,
             "source": self.source,
             "recipe": self.recipe,
             **({} if self.calibration is None else {"calibration": self.calibration}),
         }
-        return json.dumps(value, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
 
     def to_json(self, contents: Contents) -> bytes:
         """The file's bytes; everything in the artifact takes a line."""
@@ -84,6 +107,11 @@ def shard_record(nbytes: int, prefix: bytes) -> dict[str, Any]:
 def tensor_record(tensor: TypedTensor, sha256: str = UNKNOWN) -> dict[str, Any]:
     """One tensor."""
     return {"sha256": sha256, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+
+
+def _opened(value: Mapping[str, Any]) -> bytes:
+    """JSON of an object, to which more keys may be added."""
+    return json.dumps(value, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
 
 
 def _lines(values: Mapping[str, Any]) -> str:

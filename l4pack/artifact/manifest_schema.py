@@ -58,6 +58,16 @@ class ShardRecord(_Data):
     header_sha256: Sha256
 
 
+class JobRecord(_Data):
+    """The options of the command that made an artifact, as they are typed, but for its source and its folder.
+
+    For a calibrated artifact, also what decides its bytes beside all that: where it was computed, and with what.
+    """
+
+    options: dict[str, str | int | list[str]]  # a list is an option given several times
+    computed_on: dict[str, str | int] | None = None
+
+
 class TensorRecord(_Data):
     """One tensor of the artifact."""
 
@@ -77,6 +87,7 @@ class ManifestFile(_Data):
     files: dict[str, FileRecord]  # all but this one, and those that `package` and `evaluate` add
     shards: dict[str, ShardRecord]
     tensors: dict[str, TensorRecord]
+    job: JobRecord
 
     def made_with(self) -> Recipe:
         """The recipe. Raises UsageError when this version does not know its words."""

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers.activations import ACT2FN
@@ -29,6 +29,7 @@ from l4pack.calibration.needs import asymmetric
 from l4pack.calibration.output import Output
 from l4pack.calibration.rows import UnitRows, blocks, expert_rows
 from l4pack.calibration.supply import Supply
+from l4pack.calibration.written import cache_key, input_scale, input_scales_key, layer_key, unit_key
 from l4pack.checkpoint.reader import NUMPY_TYPES
 from l4pack.errors import QualityError, SourceError, StoppedError
 from l4pack.execute import INPUT_SCALE
@@ -139,7 +140,7 @@ class CalibrationRun:
     def _done(self) -> int:
         """Layers whose outputs are on disk."""
         layers = range(self._config.text.num_hidden_layers)
-        return next((layer for layer in layers if _layer_key(layer) not in self._output.journal.finished), len(layers))
+        return next((layer for layer in layers if layer_key(layer) not in self._output.journal.finished), len(layers))
 
     def _load(self, unit: Unit) -> UnitWeights:
         return load_unit(self._weights, unit)
@@ -177,13 +178,17 @@ class CalibrationRun:
         if not found:
             return
         matrices = {}
-        for module, amax in found.items():
-            tensor = next(one for one in self._plan.targets[module].tensors if one.name.endswith(f".{INPUT_SCALE}"))
-            scale = stored_scale(amax, cast(FloatName, tensor.dtype))
-            self._output.writer.write(tensor.name, 0, scale)
-            matrices[module] = {"method": "rtn", "input_amax": float(f"{amax:.6g}")}
+        with self._output.writer.watched() as digest:
+            for module, amax in sorted(found.items()):
+                tensor = input_scale(self._plan.targets[module])
+                self._output.writer.write(tensor.name, 0, stored_scale(amax, cast(FloatName, tensor.dtype)))
+                matrices[module] = {"method": "rtn", "input_amax": float(f"{amax:.6g}")}
+        self._finished(input_scales_key(layer), digest.hexdigest(), {"matrices": matrices})
+
+    def _finished(self, key: str, digest: str, result: Mapping[str, Any]) -> None:
+        """Note what came of a piece of work, once its bytes are on disk."""
         self._output.writer.sync()
-        self._output.journal.record(results={f"input scales of layer {layer}": {"matrices": matrices}})
+        self._output.journal.record(finished={key: digest}, results={key: result})
 
     def _cache_range(self) -> CacheRange | None:
         wanted = self._plan.recipe.kv_cache
@@ -191,10 +196,10 @@ class CalibrationRun:
 
     def _write_cache_scales(self, layer: int, cache: CacheRange) -> None:
         tensors = [tensor for tensor in self._plan.kv_scales if tensor.layer == layer]
-        for tensor, scale in zip(tensors, cache.scales(), strict=True):
-            self._output.writer.write(tensor.name, 0, scale)
-        self._output.writer.sync()
-        self._output.journal.record(results={f"KV cache of layer {layer}": {"kv_cache": {str(layer): cache.record()}}})
+        with self._output.writer.watched() as digest:
+            for tensor, scale in zip(tensors, cache.scales(), strict=True):
+                self._output.writer.write(tensor.name, 0, scale)
+        self._finished(cache_key(layer), digest.hexdigest(), {"kv_cache": {str(layer): cache.record()}})
 
     def _record_coverage(self, layer: int, one: LayerPass) -> None:
         if one.routing is None:
@@ -210,7 +215,7 @@ class CalibrationRun:
             raise StoppedError("stopped; what is finished is kept", hint="run the same command again to go on")
         names = module_names(self._config, unit)
         targets = {local: self._targets[name] for local, name in names.items() if name in self._targets}
-        if targets and _unit_key(unit) not in self._output.journal.finished:
+        if targets and unit_key(unit) not in self._output.journal.finished:
             self._solve(unit, weights, targets, passes)
         for one in passes[:-1]:
             one.feed_forward(unit, one.mlp(unit, weights))
@@ -238,12 +243,11 @@ class CalibrationRun:
                 f"{unit}: a weight at output {error.row}, input {error.column} is infinite or NaN",
                 hint="the checkpoint is damaged: download it again",
             ) from error
-        for name, target in targets.items():
-            self._output.executor.write_quantized(target, 0, stored(solved[name], scheme.num_bits))
-        self._output.writer.sync()
+        with self._output.writer.watched() as digest:
+            for name, target in targets.items():
+                self._output.executor.write_quantized(target, 0, stored(solved[name], scheme.num_bits))
         found = {targets[name].module: result_of(solved[name], taken.own, taken.borrowed) for name in targets}
-        key = _unit_key(unit)
-        self._output.journal.record(finished=[key], results={key: {"matrices": found}})
+        self._finished(unit_key(unit), digest.hexdigest(), {"matrices": found})
         self._check_fallbacks()
         self._advance(sum(self._plan.target_bytes(target) for target in targets.values()))
 
@@ -305,16 +309,8 @@ class CalibrationRun:
         if self._saving is not None:
             layer, future = self._saving
             future.result()
-            self._output.journal.record(finished=[_layer_key(layer)])
+            self._output.journal.record(finished={layer_key(layer): ""})
             self._saving = None
-
-
-def _layer_key(layer: int) -> str:
-    return f"layer {layer}"
-
-
-def _unit_key(unit: Unit) -> str:
-    return str(unit)
 
 
 @contextmanager

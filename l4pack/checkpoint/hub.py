@@ -38,6 +38,7 @@ from l4pack.hubclient import hub_api, hub_errors, patiently
 from l4pack.hubguard import ASTRAY, Transfer, transferring
 from l4pack.model.config import MAX_CONFIG_BYTES, parse_config
 from l4pack.units import human_bytes
+from l4pack.work.folder import claim
 
 HEADER_THREADS = 8
 IS_IT = "is this a Llama 4 checkpoint?"
@@ -263,6 +264,8 @@ class HubStore:
         api, repo_id, revision = self.remote.api, self.remote.repo_id, self.remote.revision
         if file not in self.remote.files:
             raise SourceError(f"{repo_id} has no {file}", hint="is the repository complete?")
+        if self.folder is not None:
+            claim(self.folder, "fetched")
         cached = self.folder is None and isinstance(try_to_load_from_cache(repo_id, file, revision=revision), str)
         if not cached:
             self._check_room(file)

@@ -1,101 +1,159 @@
-"""The journal of a job: what is finished and safely on disk, bound to the plan it belongs to."""
+"""The journal of a job: what is finished and safely on disk, bound to the job it belongs to.
+
+A line is a JSON object that carries a digest of itself and of all lines before it. Where a line is torn or was changed,
+the reading ends, and what it and later ones said is done again.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from l4pack.errors import L4packError, UsageError
-from l4pack.work.files import write_atomic
+from l4pack.errors import L4packError
+from l4pack.units import MIB
+from l4pack.work.files import open_own, write_atomic
+from l4pack.work.identity import Identity, another_job, command_shown
 
-_ENTRY: dict[str, type[Any]] = {"finished": list, "digests": dict, "results": dict}
+MAX_LINE_BYTES = 64 * MIB  # a line may hold the digests of all tensors
+MAX_BYTES = 512 * MIB
+_KEYS_A_LINE = 1000
+_TAIL_BYTES = len(b',"chain":""}\n') + 64
+_ENTRY: dict[str, type[Any]] = {"finished": str, "digests": str, "results": dict}
+Entry = dict[str, Any]
 
 
 class Journal:
-    """An append-only file of JSON lines; a line torn by a crash is dropped."""
+    """An append-only file of JSON lines.
 
-    def __init__(self, path: Path, plan_digest: str) -> None:
-        """Open the journal of a job, or begin one. Raises UsageError when it belongs to another plan."""
+    `finished` has the hex SHA-256 of the bytes that each finished piece of work wrote, `digests` those of whole tensors.
+    """
+
+    def __init__(self, path: Path, identity: Identity, command: str | None = None) -> None:
+        """Open the journal of a job, or begin one. Raises UsageError when it belongs to another job.
+
+        `command` is what the user typed, to be shown when the job is taken for another one later.
+        """
         self.path = path
-        lines = list(_whole_lines(path)) if path.exists() else []
-        if not all(map(_is_entry, lines[1:])):
-            raise UsageError(f"{path} was changed since the job stopped", hint="add --restart to begin again")
-        if lines and lines[0] != {"plan": plan_digest}:
-            raise UsageError(
-                f"{path.parent} was begun with another source, recipe, option or version",
-                hint="repeat the earlier command, or add --restart to begin again",
-            )
-        self.finished = {str(key) for line in lines[1:] for key in line.get("finished", ())}
+        self.finished: dict[str, str] = {}
         self.digests: dict[str, str] = {}
         self.results: dict[str, Any] = {}
-        for line in lines[1:]:
-            self.digests.update(line.get("digests", {}))
-            self.results.update(line.get("results", {}))
-        # Rewritten whole: what a crash tore off must not be followed by new lines.
-        text = "".join(_line(line) for line in (lines or [{"plan": plan_digest}]))
-        write_atomic(path, text.encode())
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        head, *entries = list(_sound_lines(path)) if path.exists() else [{}]
+        if "job" in head and (changes := identity.changes(head["job"])):
+            raise another_job(path.parent, changes, command_shown(head.get("command")))
+        for entry in entries:
+            self._take(entry)
+        self._head: Entry = head if "job" in head else {"job": dict(identity.parts), "command": command_shown(command)}
+        self._rewrite()  # what a crash tore off must not be followed by new lines
 
     def record(
         self,
-        finished: Iterable[str] = (),
-        digests: dict[str, str] | None = None,
-        results: dict[str, Any] | None = None,
+        finished: Mapping[str, str] | None = None,
+        digests: Mapping[str, str] | None = None,
+        results: Mapping[str, Any] | None = None,
     ) -> None:
-        """Note tasks and tensor digests as done, and what came of them; call once their bytes are safely on disk."""
-        entry: dict[str, Any] = {}
-        if keys := list(finished):
-            entry["finished"] = keys
-            self.finished.update(keys)
-        if digests:
-            entry["digests"] = digests
-            self.digests.update(digests)
-        if results:
-            entry["results"] = results
-            self.results.update(results)
-        if entry:
-            raw = _line(entry).encode()
-            if os.write(self._descriptor, raw) < len(raw):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-            os.fdatasync(self._descriptor)
+        """Note pieces of work and tensor digests as done, and what came of them; call once their bytes are safely on disk."""
+        entry: Entry = {"finished": finished, "digests": digests, "results": results}
+        entry = {key: dict(value) for key, value in entry.items() if value}
+        if not entry:
+            return
+        self._take(entry)
+        raw = self._line(entry)
+        if os.write(self._descriptor, raw) < len(raw):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        os.fdatasync(self._descriptor)
+
+    def forget(self, finished: Collection[str], digests: Collection[str] = ()) -> None:
+        """Take back what turned out not to be there any more."""
+        if finished or digests:
+            self.finished = {key: digest for key, digest in self.finished.items() if key not in finished}
+            self.digests = {name: digest for name, digest in self.digests.items() if name not in digests}
+            self.close()
+            self._rewrite()
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
 
+    def _take(self, entry: Entry) -> None:
+        self.finished.update(entry.get("finished", {}))
+        self.digests.update(entry.get("digests", {}))
+        self.results.update(entry.get("results", {}))
 
-def _is_entry(line: dict[str, Any]) -> bool:
+    def _rewrite(self) -> None:
+        whole: Entry = {"finished": self.finished, "digests": self.digests, "results": self.results}
+        entries = [{key: part} for key, value in whole.items() for part in _parts(value)]
+        self._chain = b""
+        write_atomic(self.path, b"".join(map(self._line, [self._head, *entries])))
+        self._descriptor = open_own(self.path, os.O_WRONLY | os.O_APPEND)
+
+    def _line(self, entry: Entry) -> bytes:
+        body = json.dumps(entry, separators=(",", ":")).encode()[:-1]
+        self._chain = _chained(self._chain, body)
+        return body + _tail(self._chain)
+
+
+def _parts(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    keys = list(value)
+    for start in range(0, len(keys), _KEYS_A_LINE):
+        yield {key: value[key] for key in keys[start : start + _KEYS_A_LINE]}
+
+
+def _sound_lines(path: Path) -> Iterator[Entry]:
+    """The head, which is empty if it is not sound, and the entries up to the first that is not."""
+    chain, first, left = b"", True, MAX_BYTES
+    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as stream:
+        while line := stream.readline(min(MAX_LINE_BYTES, left)):
+            left -= len(line)
+            body = line[:-_TAIL_BYTES]
+            chain = _chained(chain, body)
+            entry = _parsed(body + b"}") if line == body + _tail(chain) else None
+            if entry is None or not (_is_head(entry) if first else _is_entry(entry)):
+                break
+            yield entry
+            first = False
+    if first:
+        yield {}
+
+
+def _parsed(line: bytes) -> Entry | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _is_head(entry: Entry) -> bool:
+    return isinstance(entry.get("job"), dict)
+
+
+def _is_entry(entry: Entry) -> bool:
     """Whether a line could be one that `record` wrote."""
-    if not all(isinstance(line.get(key, kind()), kind) for key, kind in _ENTRY.items()):
-        return False
-    return all(isinstance(text, str) for text in (*line.get("finished", ()), *line.get("digests", {}).values()))
+    return entry.keys() <= _ENTRY.keys() and all(
+        isinstance(value, dict) and all(isinstance(one, _ENTRY[key]) for one in value.values())
+        for key, value in entry.items()
+    )
 
 
-def _line(value: dict[str, Any]) -> str:
-    return json.dumps(value, separators=(",", ":")) + "\n"
+def _chained(chain: bytes, body: bytes) -> bytes:
+    return hashlib.sha256(chain + body).hexdigest().encode()
 
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for text in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-        try:
-            value = json.loads(text)
-        except ValueError:
-            return
-        if not isinstance(value, dict):
-            return
-        yield value
+def _tail(chain: bytes) -> bytes:
+    return b',"chain":"' + chain + b'"}\n'
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a job's folder for this process. Raises L4packError when another process holds it."""
-    with (folder / "lock").open("w") as stream:
+    with open(open_own(folder / "lock", os.O_RDWR | os.O_CREAT), "w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

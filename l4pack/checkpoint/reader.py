@@ -36,6 +36,7 @@ class Reader:
         self._entries = entries
         self._path_of = path_of
         self._files: dict[str, int] = {}
+        self._opened: dict[str, tuple[Path, tuple[int, ...]]] = {}  # what the open files were when they were opened
         allow_open_files(2 * len({entry.file for entry in entries.values()}))  # two checkpoints may be compared
         self._lock = threading.Lock()
 
@@ -58,6 +59,16 @@ class Reader:
             descriptor = self._files.pop(file, None)
         if descriptor is not None:
             os.close(descriptor)
+
+    def changed(self) -> str | None:
+        """An open file that was written to or replaced since it was opened, if there is one."""
+        with self._lock:
+            for file, descriptor in self._files.items():
+                path, before = self._opened[file]
+                there = path.exists() and _state(path.stat()) == before
+                if not there or _state(os.fstat(descriptor)) != before:
+                    return file
+        return None
 
     def tensor(self, name: str) -> NDArray[Any]:
         """A whole tensor in the NumPy type of its dtype (BF16 and FP8 as bit patterns)."""
@@ -119,5 +130,11 @@ class Reader:
         path = self._path_of(file)  # may download, so other threads must not wait for it
         with self._lock:
             if file not in self._files:
-                self._files[file] = os.open(path, os.O_RDONLY)
+                self._files[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._opened[file] = path, _state(os.fstat(self._files[file]))
             return self._files[file]
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is written to, and which file it is."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -85,9 +85,9 @@ class LocalStore:
         """Nothing: a source is never touched."""
 
     def identity(self, file: str) -> str:
-        """Size and time of last change, in nanoseconds."""
+        """Size and times of last change, in nanoseconds; the second of them can't be set back."""
         status = self.path(file).stat()
-        return f"{status.st_size}:{status.st_mtime_ns}"
+        return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
     def small(self, file: str, limit: int) -> bytes:
         """The file's content. Raises SourceError when it is larger than `limit` bytes or can't be read."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,18 @@ from numpy.typing import NDArray
 from l4pack.checkpoint.open_files import allow_open_files
 from l4pack.checkpoint.shards import Place, Shard
 from l4pack.units import MIB
-from l4pack.work.files import sync_folder
+from l4pack.work.files import open_own, sync_folder
 
 _HASH_CHUNK = 8 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Some bytes of a tensor."""
+
+    tensor: str
+    start: int
+    nbytes: int
 
 
 class ShardWriter:
@@ -25,11 +36,12 @@ class ShardWriter:
     def __init__(self, folder: Path, shards: Sequence[Shard], places: Mapping[str, Place]) -> None:
         self._places = places
         self._lock = threading.Lock()
+        self._watched = threading.local()
         self._dirty: set[str] = set()
         self._files: dict[str, int] = {}
         allow_open_files(2 * len(shards))  # the reader of as many source shards has its own
         for shard in shards:
-            descriptor = os.open(folder / shard.file, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = open_own(folder / shard.file, os.O_RDWR | os.O_CREAT)
             self._files[shard.file] = descriptor
             os.ftruncate(descriptor, shard.nbytes)
             _write_all(descriptor, memoryview(shard.prefix), 0)
@@ -42,9 +54,20 @@ class ShardWriter:
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         if offset < 0 or offset + raw.nbytes > place.nbytes:
             raise ValueError(f"{name}: {raw.nbytes} bytes at {offset} of a tensor of {place.nbytes}")
+        if (digest := getattr(self._watched, "digest", None)) is not None:
+            digest.update(raw)
         _write_all(self._files[place.file], raw, place.start + offset)
         with self._lock:
             self._dirty.add(place.file)
+
+    @contextmanager
+    def watched(self) -> Iterator[hashlib._Hash]:
+        """A SHA-256 of what this thread writes meanwhile, in the order it is written."""
+        self._watched.digest = hashlib.sha256()
+        try:
+            yield self._watched.digest
+        finally:
+            self._watched.digest = None
 
     def read(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a tensor as written so far."""
@@ -67,21 +90,23 @@ class ShardWriter:
 
     def digests(self, shard: Shard) -> dict[str, str]:
         """Hex SHA-256 of every tensor of a shard, read back from the file."""
-        result = {name: self._digest(self._places[name]) for name in shard.tensors}
+        result = {name: self.digest([Extent(name, 0, self._places[name].nbytes)]) for name in shard.tensors}
         os.posix_fadvise(self._files[shard.file], 0, 0, os.POSIX_FADV_DONTNEED)
         return result
 
-    def _digest(self, place: Place) -> str:
+    def digest(self, extents: Iterable[Extent]) -> str:
+        """Hex SHA-256 of some of the files' bytes, one extent after the other."""
         digest = hashlib.sha256()
-        buffer = bytearray(min(_HASH_CHUNK, place.nbytes))
-        done = 0
-        while done < place.nbytes:
-            view = memoryview(buffer)[: place.nbytes - done]
-            count = os.preadv(self._files[place.file], [view], place.start + done)
-            if count == 0:
-                raise OSError(f"{place.file} is shorter than it was written")
-            digest.update(view[:count])
-            done += count
+        buffer = bytearray(_HASH_CHUNK)
+        for extent in extents:
+            place, done = self._places[extent.tensor], 0
+            while done < extent.nbytes:
+                view = memoryview(buffer)[: extent.nbytes - done]
+                count = os.preadv(self._files[place.file], [view], place.start + extent.start + done)
+                if count == 0:
+                    raise OSError(f"{place.file} is shorter than it was written")
+                digest.update(view[:count])
+                done += count
         return digest.hexdigest()
 
     def close(self) -> None:

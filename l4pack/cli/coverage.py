@@ -38,8 +38,8 @@ def coverage(
     Example: `l4pack coverage demo --samples 16`
     """
     from l4pack.calibration.cover import Wanted, cover
-    from l4pack.run import stop_signals
     from l4pack.stream.walk import Progress
+    from l4pack.work.signals import stop_signals
 
     wanted = Wanted(text, samples, sequence_length, seed, max_cold)
     folder = work or Path(tempfile.mkdtemp(prefix="l4pack-coverage-"))

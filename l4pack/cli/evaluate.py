@@ -170,8 +170,8 @@ def _gates(kind: Any, **values: float | None) -> Any:
 def _run(artifact: Path, against: str | None, settings: Any) -> dict[str, Any]:
     from l4pack.evaluate.evaluate import evaluate as run
     from l4pack.evaluate.evaluate import total_bytes
-    from l4pack.run import stop_signals
     from l4pack.stream.walk import Progress
+    from l4pack.work.signals import stop_signals
 
     checkpoint, original = open_folder(artifact), None if against is None else open_source(against)
     total = total_bytes(checkpoint, None if settings.reference else original)

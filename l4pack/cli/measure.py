@@ -116,9 +116,9 @@ def _run(prepared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     import resource
     import time
 
-    from l4pack.run import stop_signals
     from l4pack.sensitivity.measure import measure as run
     from l4pack.stream.walk import Progress
+    from l4pack.work.signals import stop_signals
 
     started = time.monotonic()
     with console.progress("measuring", prepared.costs.read_bytes) as bar, stop_signals() as stop:

@@ -47,8 +47,16 @@ class Compute:
         parts: dict[str, Any] = {"--compute": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
         if self.device.type == "cpu":
             parts["threads"] = torch.get_num_threads()
-        return parts | {f"{name} version": version(name) for name in ("torch", "transformers")}
+            parts["instruction set"] = torch.backends.cpu.get_cpu_capability()
+        elif torch.cuda.is_available():
+            parts["device"] = self.describe()
+        return parts | {f"{name} version": version(name) for name in ("torch", "transformers", "numba")}
 
     def limit(self, max_ram: int | None, max_vram: int | None) -> int | None:
         """The bytes that weights and activations must fit in."""
         return max_ram if self.device.type == "cpu" else max_vram
+
+
+def float32_on(device: str) -> Compute:
+    """How calibration computes: in float32 wherever it is."""
+    return Compute(torch.device(device), torch.float32)

@@ -35,7 +35,7 @@ class Identity:
 
     def changes(self, earlier: Parts) -> list[str]:
         """A phrase for each part that is not as it was: `--seed was 0 and is 1`."""
-        names = [name for name in {**earlier, **self.parts} if earlier.get(name) != self.parts.get(name)]
+        names = [name for name in {**self.parts, **earlier} if earlier.get(name) != self.parts.get(name)]
         return [_change(name, earlier.get(name), self.parts.get(name)) for name in names]
 
 

@@ -1,0 +1,68 @@
+"""What calibration writes, by the names under which the journal keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from l4pack.checkpoint.writer import Extent
+from l4pack.execute import INPUT_SCALE, target_extents
+from l4pack.stream.units import Unit, layer_units, module_names
+
+if TYPE_CHECKING:
+    from l4pack.assign import PlannedTensor, Target
+    from l4pack.plan import Plan
+
+
+def layer_key(layer: int) -> str:
+    """A layer whose outputs are on disk."""
+    return f"layer {layer}"
+
+
+def unit_key(unit: Unit) -> str:
+    """A unit whose matrices are solved."""
+    return str(unit)
+
+
+def input_scales_key(layer: int) -> str:
+    """The scales of a layer's inputs."""
+    return f"input scales of layer {layer}"
+
+
+def cache_key(layer: int) -> str:
+    """The scales of a layer's keys and values."""
+    return f"KV cache of layer {layer}"
+
+
+def input_scale(target: Target) -> PlannedTensor:
+    """The tensor that holds the scale of an observed matrix's inputs."""
+    return next(tensor for tensor in target.tensors if tensor.name.endswith(f".{INPUT_SCALE}"))
+
+
+def calibrated_extents(plan: Plan) -> dict[str, list[Extent]]:
+    """The bytes behind each key, in the order they are written."""
+    return {key: extents for _, key, extents in _written(plan) if extents}
+
+
+def layers_of(plan: Plan) -> dict[str, str]:
+    """The key of each key's layer."""
+    return {key: layer_key(layer) for layer, key, extents in _written(plan) if extents}
+
+
+def _written(plan: Plan) -> Iterator[tuple[int, str, list[Extent]]]:
+    config = plan.checkpoint.config
+    targets = {target.module: target for target in plan.calibrated}
+    observed = {target.module: target for target in plan.observed}
+    for layer in range(config.text.num_hidden_layers):
+        units = layer_units(config, layer)
+        for unit in units:
+            solved = [targets[name] for name in module_names(config, unit).values() if name in targets]
+            yield layer, unit_key(unit), [one for target in solved for one in target_extents(target, plan.recipe)]
+        modules = sorted(name for unit in units for name in module_names(config, unit).values())
+        scales = [input_scale(observed[name]) for name in modules if name in observed]
+        yield layer, input_scales_key(layer), _whole(scales)
+        yield layer, cache_key(layer), _whole([tensor for tensor in plan.kv_scales if tensor.layer == layer])
+
+
+def _whole(tensors: list[PlannedTensor]) -> list[Extent]:
+    return [Extent(tensor.name, 0, tensor.nbytes) for tensor in tensors]

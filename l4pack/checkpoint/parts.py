@@ -1,0 +1,65 @@
+"""What a checkpoint is, file by file, as parts of a job's identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from l4pack.checkpoint.header import read_header
+from l4pack.checkpoint.source import Checkpoint, LocalStore, Store
+from l4pack.errors import SourceError
+from l4pack.model.config import load_config
+
+_CONFIG = "config.json"
+
+
+def source_part(file: str) -> str:
+    """The name of a source file's part."""
+    return f"source {file}"
+
+
+def source_parts(checkpoint: Checkpoint, store: Store) -> dict[str, str]:
+    """Hex SHA-256 by file: of a weight file's header and of what changes when the file does, of others' contents.
+
+    Files that are not on this machine, and are no weights, are fetched.
+    """
+    digests = {_CONFIG: _config(checkpoint, store)}
+    digests |= {file: file_digest(store.path(file)) for file in checkpoint.companions}
+    digests |= _shards(checkpoint, store)
+    return {source_part(file): digest for file, digest in digests.items()}
+
+
+def file_digest(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def as_opened(checkpoint: Checkpoint, store: Store) -> bool:
+    """Whether the files still say what the checkpoint was opened with: configuration and headers."""
+    if not isinstance(store, LocalStore):
+        return True  # the Hub lists digests, and headers are compared when a file arrives
+    try:
+        headers = {file: read_header(store.path(file), file) for file in checkpoint.shards}
+        same = load_config(store.path(_CONFIG)).raw == checkpoint.config.raw
+    except SourceError:
+        return False
+    return same and all(headers[entry.file].get(entry.name) == entry for entry in checkpoint.entries.values())
+
+
+def _config(checkpoint: Checkpoint, store: Store) -> str:
+    if isinstance(store, LocalStore):
+        return file_digest(store.path(_CONFIG))
+    return hashlib.sha256(json.dumps(checkpoint.config.raw, sort_keys=True).encode()).hexdigest()
+
+
+def _shards(checkpoint: Checkpoint, store: Store) -> dict[str, str]:
+    described: defaultdict[str, list[str]] = defaultdict(list)
+    for entry in sorted(checkpoint.entries.values(), key=lambda entry: entry.name):
+        described[entry.file].append(repr(entry))
+    return {
+        file: hashlib.sha256("\n".join([store.identity(file), *described[file]]).encode()).hexdigest()
+        for file in sorted(described)
+    }

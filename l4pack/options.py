@@ -1,0 +1,59 @@
+"""The command line that makes an artifact, as its manifest keeps it, and the recipe as parts of a job's identity."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES
+from l4pack.recipe import Recipe, load_recipe, recipe_names
+from l4pack.work.identity import flat
+
+_CALIBRATION = {"samples": "--samples", "sequence_length": "--sequence-length", "seed": "--seed"}
+_RECIPE = "recipe: "
+
+
+Options = dict[str, str | int | list[str]]  # a list is an option given several times
+
+
+def plan_options(recipe: Recipe, shard_bytes: int, included: Sequence[str]) -> Options:
+    """Options of `l4pack quantize` that are known before the text is; those that don't decide bytes are left out.
+
+    A recipe that is not shipped is named as the file that holds what the manifest says of it.
+    """
+    size = {} if shard_bytes == DEFAULT_SHARD_BYTES else {"--shard-size": f"{shard_bytes}B"}
+    files: Options = {"--include": list(included)} if included else {}
+    return {"--recipe": recipe.name if _shipped(recipe) else f"{recipe.name}.yaml", **size, **files}
+
+
+def text_options(recipe: Recipe, record: Mapping[str, Any]) -> Options:
+    """Options of the text to calibrate with, from its record."""
+    assert recipe.calibration is not None
+    return {
+        "--text": os.fsencode(str(record["source"])).decode(errors="replace"),
+        "--samples": recipe.calibration.samples,
+        "--sequence-length": int(record["sequence_length"]),
+        "--seed": recipe.calibration.seed,
+    }
+
+
+def recipe_parts(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe but for those that are options, which name them."""
+    parts = {f"{_RECIPE}{key}": value for key, value in recipe.model_dump(mode="json", exclude={"name"}).items()}
+    found: dict[str, Any] = {}
+    for name, value in parts.items():
+        found |= flat(value, name)
+    for key in _CALIBRATION:
+        found.pop(f"{_RECIPE}calibration.{key}", None)
+    return found
+
+
+def _shipped(recipe: Recipe) -> bool:
+    return recipe.name in recipe_names() and recipe_parts(recipe) == _shipped_parts(recipe.name)
+
+
+@cache
+def _shipped_parts(name: str) -> dict[str, Any]:
+    return recipe_parts(load_recipe(name))
