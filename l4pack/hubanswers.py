@@ -376,6 +376,7 @@ KINDS = (
     _kind("a list of files", f"GET {_MODEL}/tree/.+", list[Entry], _tree, pages=True),
     _kind("a list of commits", f"GET {_MODEL}/commits/.+", list[LogEntry], _log, pages=True),
     _kind("branches and tags", f"GET {_MODEL}/refs", Refs),
+    _kind("leave to read storage", f"GET {_MODEL}/xet-read-token/.+", dict[str, Any], _nothing),
     _kind("upload modes", f"POST {_MODEL}/preupload/.+", Uploads, _uploads),
     _kind("upload addresses", f"POST /{_ID}.git/info/lfs/objects/batch", Batch, _batch),
     _kind("a commit", f"POST {_MODEL}/commit/.+", Committed, _committed),

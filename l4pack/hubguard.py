@@ -46,16 +46,16 @@ class Bounds:
     """What an answer may take. Bytes and seconds."""
 
     answer_bytes: int = 8 * 1024**2  # of one answer about a repository
-    call_bytes: int = 16 * 1024**2  # of all pages of one call
+    call_bytes: int = 64 * 1024**2  # of all pages of one call
     call_requests: int = 300
     aside_bytes: int = 64 * 1024  # of an answer whose content is not used
-    answer_seconds: float = 180.0  # for one answer about a repository, redirects included
-    look_seconds: float = 30.0  # without a byte, for what is looked at
-    change_seconds: float = 120.0  # without a byte, for what is changed
-    window_seconds: float = 60.0
-    window_bytes: int = 512 * 1024  # that must move in a window
+    look_seconds: float = 20.0  # without a byte, for what is looked at; thrice that for a whole answer
+    change_seconds: float = 120.0  # without a byte, and for a whole answer, for what is changed
+    window_seconds: float = 30.0
+    window_bytes: int = 128 * 1024  # that must move in a window
     redirects: int = 8
     longest_wait: int = 60
+    inner_wait: int = 10  # between two tries that the client makes by itself
 
 
 BOUNDS = Bounds()
@@ -112,7 +112,7 @@ class Exchange:
     host: str
     kind: Kind | None = None
     transfer: Transfer | None = None
-    redirects: int = 0
+    changes: bool = False
     seconds: float = 0.0
     _window: list[float] = field(default_factory=lambda: [0.0, 0.0])  # seconds, bytes
 
@@ -121,12 +121,18 @@ class Exchange:
         """Whether the answer is about a repository, not a file's content."""
         return self.kind is not None
 
+    def ends_with(self, error: http.TransportError, method: str) -> bool:
+        """Whether a failure is for our caller to try again. Broken transfers of files are the client's to go on with."""
+        if self.is_answer or (method == "HEAD" and self.transfer is not None):
+            return True
+        return self.changes and isinstance(error, http.TimeoutException)
+
     def moved(self, nbytes: int, seconds: float) -> None:
         """Note what went over the wire and how long that took. Raises HubError when it is too slow."""
         self.seconds += seconds
         self._window[0] += min(seconds, BOUNDS.window_seconds / 12)  # a server that thinks is not one that drips
         self._window[1] += nbytes
-        late = self.is_answer and self.seconds > BOUNDS.answer_seconds
+        late = self.is_answer and self.seconds > (BOUNDS.change_seconds if self.changes else 3 * BOUNDS.look_seconds)
         if self._window[0] > BOUNDS.window_seconds:
             late = late or self._window[1] < BOUNDS.window_bytes
             self._window = [0.0, 0.0]
@@ -189,7 +195,7 @@ class _Client(http.Client):
             raise HubError(f"{_host(request.url)} redirects without end", hint=ASTRAY) from None
         except http.TransportError as error:
             exchange = request.extensions.get(_KEY)
-            if exchange is None or not exchange.is_answer:
+            if exchange is None or not exchange.ends_with(error, request.method):
                 raise
             what = f"the connection to {request.url.scheme}://{_host(request.url)} failed"
             raise NoAnswerError(what, hint="check the network, then run the command again") from error
@@ -214,21 +220,22 @@ def _before(request: http.Request) -> None:
 
 def _begin(request: http.Request) -> Exchange:
     host = _host(request.url)
-    transfer = _TRANSFER.get()
-    if transfer is not None and request.method in ("GET", "HEAD"):
-        if request.method == "GET":
-            transfer.begin()
-        return Exchange(Asked("", "", "", b""), host, None, transfer)
-    call = _CALL.get()
-    if call is not None and request.method in ("GET", "HEAD"):
-        call.count(1, 0, host)
+    looks = request.method in ("GET", "HEAD")
     found = find_kind(request.method, request.url.path)
-    if found is None:
-        return Exchange(Asked("", "", "", b""), host)
-    kind, prefix, subject = found
-    endpoint = f"{request.url.scheme}://{host}{prefix}"
-    body = request.read() if request.method == "POST" else b""
-    return Exchange(Asked(endpoint, subject, request.url.query.decode("ascii"), body), host, kind)
+    if found is not None:
+        call = _CALL.get()
+        if call is not None and looks:
+            call.count(1, 0, host)
+        kind, prefix, subject = found
+        body = b"" if looks else request.read()
+        query = request.url.query.decode("ascii")
+        return Exchange(
+            Asked(f"{request.url.scheme}://{host}{prefix}", subject, query, body), host, kind, changes=not looks
+        )
+    transfer = _TRANSFER.get() if looks else None
+    if transfer is not None and request.method == "GET":
+        transfer.begin()
+    return Exchange(Asked("", "", "", b""), host, None, transfer, changes=not looks)
 
 
 # Time
@@ -262,7 +269,7 @@ def _timed(move: Callable[..., Any], size: Callable[[Any], int] | None = None) -
 def _after(response: http.Response) -> None:
     """Check an answer before the client looks at it."""
     exchange = response.request.extensions[_KEY]
-    _plain_wait(response)
+    _plain_wait(response, BOUNDS.inner_wait if exchange.changes and not exchange.is_answer else BOUNDS.longest_wait)
     if response.status_code >= 400:
         _refused(response, exchange)
     elif response.status_code in (301, 302, 303, 307, 308) and "Location" in response.headers:
@@ -275,20 +282,21 @@ def _after(response: http.Response) -> None:
         _acknowledged(response, exchange)
 
 
-def _plain_wait(response: http.Response) -> None:
+def _plain_wait(response: http.Response, longest: int) -> None:
     """Leave one header that says how long to wait, and no longer than anyone would."""
     asked = response.headers.pop("Retry-After", "")
     limit = re.search(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*([0-9]{1,9})", response.headers.pop("ratelimit", ""))
     seconds = limit[1] if limit else asked.strip()
     if re.fullmatch("[0-9]{1,9}", seconds):
-        response.headers["Retry-After"] = str(min(int(seconds), BOUNDS.longest_wait))
+        response.headers["Retry-After"] = str(min(int(seconds), longest))
 
 
 def _refused(response: http.Response, exchange: Exchange) -> None:
-    """An error: its status and code are what counts. Answers about a repository are tried again by our caller alone."""
+    """An error: its status and code are what counts. What nothing is lost by is tried again by our caller alone."""
     known = exchange.kind is CREATE and response.status_code == 409
     _aside(response, CREATE.settle(None, exchange.asked) if known else {})
-    fresh = exchange.is_answer or response.request.method == "HEAD"
+    begun = exchange.transfer is not None and exchange.transfer.received > 0
+    fresh = exchange.is_answer or (exchange.transfer is not None and not begun) or response.request.method == "HEAD"
     if fresh and response.status_code in TRANSIENT:
         hf_raise_for_status(response)
 

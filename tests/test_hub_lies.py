@@ -12,6 +12,7 @@ import huggingface_hub.constants
 import pytest
 from hub_lies import CHUNKED, HEAD, LOGIN, SPACES, changed, endless, everywhere, pours, says
 from hub_server import HubServer, Reply, running_hub
+from huggingface_hub import get_session
 from small_checkpoint import checkpoint_files
 
 from l4pack import hubguard
@@ -20,7 +21,7 @@ from l4pack.artifact.upload import Target, local_files, plan_upload, upload
 from l4pack.checkpoint.hub import open_hub
 from l4pack.errors import BudgetError, HubError
 from l4pack.hubclient import hub_api
-from l4pack.hubguard import Bounds
+from l4pack.hubguard import Bounds, Transfer, transferring
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
@@ -30,9 +31,8 @@ SHARD = "model-00001-of-00003.safetensors"
 TINY = Bounds(
     answer_bytes=200_000,
     call_bytes=400_000,
-    answer_seconds=0.4,
-    look_seconds=0.4,
-    change_seconds=0.4,
+    look_seconds=0.3,
+    change_seconds=0.6,
     window_seconds=0.4,
     window_bytes=4000,
     longest_wait=0,
@@ -57,7 +57,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This test's own cache and token, tiny bounds, and nobody waits between two tries."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ETAG_TIMEOUT", 1)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setattr(hubguard, "BOUNDS", TINY)
     for module in ("l4pack.hubclient", "huggingface_hub.utils._http", "huggingface_hub.file_download"):
@@ -447,6 +447,25 @@ def test_a_file_larger_than_the_disk_is_not_begun(hub, monkeypatch):
     with pytest.raises(BudgetError, match="are free"):
         store.path(SHARD)
     assert not hub.requests("/resolve/", "HEAD")
+
+
+def test_leave_to_read_storage_is_asked_for_while_a_file_is_on_its_way(hub):
+    """The answer's headers are what counts; its body is not held to the file's size, but to what such an answer is."""
+    path, transfer = f"/api/models/{REPO}/xet-read-token/main", Transfer("a", 10**9, "0" * 64, "0" * 40)
+    hub_api(hub.endpoint, None)
+    hub.fault("GET", path, raw=says(b'{"accessToken": "x"}', X_Xet_Access_Token="x"))
+    hub.fault("GET", path, raw=says(LOGIN))
+    with transferring(transfer):
+        assert get_session().get(f"{hub.endpoint}{path}").headers["X-Xet-Access-Token"] == "x"
+        assert refused(lambda: get_session().get(f"{hub.endpoint}{path}"))
+
+
+def test_a_hub_that_says_nothing_is_left_soon(hub, folder):
+    """Not once for each of the client's own tries: those wait for a minute each."""
+    set_up(hub, "a shard's facts")
+    hub.fault("HEAD", "/resolve/", times=99, raw=pours(lambda: iter([b""] * 40), pause=0.05))
+    assert refused(lambda: fetches(hub, folder))
+    assert len(hub.requests("/resolve/", "HEAD")) == hubguard.ATTEMPTS
 
 
 def test_a_commit_asked_for_by_its_hash_is_the_one_answered(hub):
