@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -188,6 +189,86 @@ def test_save_reference_needs_the_original(evaluated, made, tmp_path):
     assert (
         "--save-reference needs the original" in evaluated(made, None, "--save-reference", tmp_path / "x", code=2).err
     )
+
+
+@pytest.fixture(scope="session")
+def kept_reference(tmp_path_factory):
+    """A kept reference, made once and copied."""
+    made = tmp_path_factory.mktemp("kept-reference") / "kept"
+
+    def copy(save, to):
+        if not made.exists():
+            save(made)
+        return Path(shutil.copytree(made, to))
+
+    return copy
+
+
+def in_record(key, value):
+    def change(path):
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+
+    change.__name__ = f"{key} {str(value)[:9]}"
+    return change
+
+
+KEPT = [
+    *[("hidden.npy", kind) for kind in ("zeroed", "halved")],
+    *[("scale.npy", kind) for kind in ("flipped", "removed")],
+    *[("head.npy", kind) for kind in ("flipped", "extended", "emptied")],
+    *[("reference.json", kind) for kind in ("halved", "zeroed", "removed")],
+    *[("reference.json", in_record(*change)) for change in [
+        ("schema_version", 1), ("files", []), ("rows", 569), ("rows", "570"), ("vocabulary", -1), ("width", 64),
+        ("files", [{"file": "../../etc/passwd", "start": 0, "nbytes": 1, "sha256": "0" * 64}]),
+        ("storage_kl_mean", None), ("scored_sha256", "0" * 64),
+    ]],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "kind"), KEPT, ids=lambda value: getattr(value, "__name__", value))
+def test_a_reference_that_is_not_as_it_was_kept_is_refused(
+    evaluated, checkpoint, kept_artifact, kept_reference, tmp_path, file, kind
+):
+    def save(folder):
+        evaluated(kept_artifact, checkpoint("scout"), "--save-reference", folder)
+
+    kept = kept_reference(save, tmp_path / "kept")
+    SPOILS.get(kind, kind)(kept / file)
+    ended = evaluated(kept_artifact, None, "--reference", kept, code=2)
+    assert ended.err.startswith(f"error: {kept} ")
+    assert ended.err.count("\n") == 2
+
+
+def test_no_room_for_a_reference_is_said_and_what_was_computed_is_kept(
+    evaluated, checkpoint, kept_artifact, tmp_path, monkeypatch
+):
+    allocate, kept = os.posix_fallocate, tmp_path / "kept"
+
+    def full(descriptor, start, nbytes):
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == "head.npy":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(descriptor, start, nbytes)
+
+    command = (kept_artifact, checkpoint("scout"), "--save-reference", kept, "--work", tmp_path / "work")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        ended = evaluated(*command, code=3)
+    assert f"{kept} has no room for 98.43 kB of the original's answers, " in ended.err
+    assert "are free" in ended.err
+    assert not list(kept.glob("*.npy"))
+    assert evaluated(*command)["resumed_layers"] == 4
+    assert evaluated(kept_artifact, None, "--reference", kept)["kl_mean"] > 0
+
+
+def test_a_reference_goes_into_a_folder_of_its_own(evaluated, checkpoint, kept_artifact, tmp_path, monkeypatch):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "head.npy").write_text("a diary")
+    monkeypatch.setattr(Walk, "run", None)  # before any work
+    source = checkpoint("scout")
+    assert "did not write" in evaluated(kept_artifact, source, "--save-reference", theirs, code=2).err
+    assert "which is read" in evaluated(kept_artifact, source, "--save-reference", source / "kept", code=2).err
+    assert (theirs / "head.npy").read_text() == "a diary"
 
 
 def test_killed_and_gone_on_to_the_same_numbers(evaluated, checkpoint, made, text_file, tmp_path):

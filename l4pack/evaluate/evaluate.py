@@ -37,7 +37,7 @@ from l4pack.evaluate.harness import (
 from l4pack.evaluate.layer_errors import LayerErrors, worst_units
 from l4pack.evaluate.needle import Needle, needle_record, needles
 from l4pack.evaluate.needle import sequences_of as needle_sequences
-from l4pack.evaluate.reference import StoredReference, load_reference, save_reference
+from l4pack.evaluate.reference import StoredReference, claim_reference, load_reference, save_reference
 from l4pack.evaluate.same_model import check_reference, check_same_model, check_same_tokens
 from l4pack.evaluate.schema import SCHEMA_VERSION
 from l4pack.evaluate.scoring import PairedScores, Scores, score, score_pair
@@ -134,7 +134,8 @@ def prepare(
     manager = task_manager(settings.harness, settings.backend) if settings.harness else None
     if settings.save_reference is not None and (original is None or settings.reference is not None):
         raise UsageError("--save-reference needs the original", hint="add --against SOURCE")
-    refuse_overlap([one for one in (artifact, original) if one is not None], settings.work)
+    written = [folder for folder in (settings.work, settings.save_reference) if folder is not None]
+    refuse_overlap([one for one in (artifact, original) if one is not None], *written)
     if original is not None:
         check_same_model(artifact, original)
         check_original(artifact, original)
@@ -200,6 +201,8 @@ class Prepared:
     def run(self) -> dict[str, Any]:
         """Walk, score and sum up; see `evaluate`."""
         settings = self.settings
+        if settings.save_reference is not None:
+            claim_reference(settings.save_reference)
         with owned(settings.work, WORK_KIND, restart=settings.restart) as folder:
             record = self._walk()
             if settings.harness:
@@ -293,6 +296,7 @@ def _reference_identity(inputs: _Inputs, original: Checkpoint | None) -> dict[st
     """What kept answers are of: the tokens, and which original."""
     return {
         "tokens_sha256": token_digest([sequence.tokens for sequence in inputs.sequences]),
+        "scored_sha256": token_digest([[sequence.score_from for sequence in inputs.sequences]]),
         "text": inputs.text.record,
         **({} if original is None else original_record(original)),
     }

@@ -2,29 +2,59 @@
 
 Kept are not logits (2 bytes x 202,048 a token) but the last hidden state of every scored token, as 16-bit integers with
 one scale a token (2 bytes x 5,120), and the head once. What the rounding costs is measured when they are kept:
-KL(exact || kept) is in `reference.json`.
+KL(exact || kept) is in `reference.json`, with the size and digest of each file: it is written last and removed first.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike, NDArray
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from l4pack.errors import UsageError
+from l4pack.errors import BudgetError, UsageError
 from l4pack.evaluate.answers import Answers
 from l4pack.evaluate.scoring import TOKEN_BLOCK, VOCABULARY_CHUNK, score_pair
-from l4pack.work.files import sync_folder, write_atomic
+from l4pack.units import human_bytes
+from l4pack.work.files import open_own, read_own, sync_folder, write_atomic
+from l4pack.work.folder import check_writable, claim, owned
+from l4pack.work.seal import Seal, Span, seal, unbroken
 
-RECORD_NAME, SCHEMA_VERSION = "reference.json", 1
+KIND = "reference"
+RECORD_NAME, SCHEMA_VERSION = "reference.json", 2
+MAX_RECORD_BYTES = 4 * 1024 * 1024
 HIDDEN_NAME, SCALE_NAME, HEAD_NAME = "hidden.npy", "scale.npy", "head.npy"
 LEVELS = 32767
 MEASURED_TOKENS = 4096
+_NAMES = (HIDDEN_NAME, SCALE_NAME, HEAD_NAME)
+Count = Annotated[int, Field(ge=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Record(BaseModel):
+    """`reference.json`; keys beside these say which original on which tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    schema_version: Literal[2]
+    vocabulary: Count
+    width: Count
+    rows: Count
+    storage_kl_mean: Finite
+    storage_kl_max: Finite
+    storage_measured_tokens: Count
+    files: list[Seal]
 
 
 @dataclass(frozen=True)
@@ -52,71 +82,150 @@ class StoredReference:
         tensor = torch.from_numpy(stored)
         return (tensor.view(torch.bfloat16) if stored.dtype == np.uint16 else tensor).float().to(self.device)
 
+    def fits(self) -> bool:
+        """Whether the arrays have the shapes and types that the record says."""
+        rows, width, vocabulary = self.record["rows"], self.record["width"], self.record["vocabulary"]
+        try:
+            hidden, scale, head = map(self._array, _NAMES)
+        except (OSError, ValueError):
+            return False
+        shapes = hidden.shape == (rows, width) and scale.shape == (rows,) and head.shape == (vocabulary, width)
+        kinds = hidden.dtype == np.int16 and scale.dtype == np.float32 and head.dtype in (np.uint16, np.float32)
+        return bool(shapes and kinds)
+
     def _array(self, name: str) -> Any:
         return np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
 
 
+def claim_reference(folder: Path) -> None:
+    """Make or take the folder that answers will be kept in, before any work. Raises UsageError for somebody else's."""
+    try:
+        claim(folder, KIND)
+    except UsageError as error:
+        raise UsageError(
+            f"{folder} holds something that --save-reference did not write", hint="give a new folder's name"
+        ) from error
+    check_writable(folder)
+
+
 def save_reference(
-    folder: Path, answers: Answers, rows: Tensor, targets: Tensor, identity: dict[str, Any]
+    folder: Path, answers: Answers, rows: Tensor, targets: Tensor, identity: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Keep a model's answers on `rows`; `identity` says of which model on which tokens. Returns the record."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD_NAME).unlink(missing_ok=True)
-    _save_hidden(folder, answers, rows)
-    _save_head(folder, answers)
-    record = {"schema_version": SCHEMA_VERSION, "vocabulary": answers.vocabulary, "rows": len(rows), **identity}
-    stored = StoredReference(folder, record, torch.device("cpu"))
-    count = min(MEASURED_TOKENS, len(rows))
-    measured = score_pair(answers, stored, (rows[:count], torch.arange(count)), targets[:count])
-    record["storage_kl_mean"] = float(measured.kl.mean())
-    record["storage_kl_max"] = float(measured.kl.max())
-    record["storage_measured_tokens"] = count
-    write_atomic(folder / RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
-    sync_folder(folder)
+    """Keep a model's answers on `rows`; `identity` says of which model on which tokens. Returns the record.
+
+    Raises BudgetError when the disk is too full, UsageError for a folder that is somebody else's.
+    """
+    claim_reference(folder)
+    with owned(folder, KIND):
+        for name in (RECORD_NAME, *_NAMES):
+            (folder / name).unlink(missing_ok=True)
+            sync_folder(folder)
+        width = answers.head(slice(0, 1)).shape[1]
+        try:
+            _save_hidden(folder, answers, rows, width)
+            _save_head(folder, answers, width)
+        except BaseException:
+            for name in _NAMES:  # must not stay on a full disk
+                (folder / name).unlink(missing_ok=True)
+            raise
+        record = {"schema_version": SCHEMA_VERSION, **identity}
+        record |= {"vocabulary": answers.vocabulary, "width": width, "rows": len(rows)}
+        stored = StoredReference(folder, record, torch.device("cpu"))
+        count = min(MEASURED_TOKENS, len(rows))
+        measured = score_pair(answers, stored, (rows[:count], torch.arange(count)), targets[:count])
+        record["storage_kl_mean"] = float(measured.kl.mean())
+        record["storage_kl_max"] = float(measured.kl.max())
+        record["storage_measured_tokens"] = count
+        record["files"] = [one.model_dump() for one in seal(folder, _spans(folder))]
+        write_atomic(folder / RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
     return record
 
 
-def load_reference(folder: Path, identity: dict[str, Any], device: torch.device) -> StoredReference:
-    """Kept answers, if they are of the tokens that `identity` names. Raises UsageError."""
-    try:
-        record = json.loads((folder / RECORD_NAME).read_bytes())
-        same = record["tokens_sha256"] == identity["tokens_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder} holds no complete reference", hint="make one with --save-reference") from error
-    if not same:
+def load_reference(folder: Path, identity: Mapping[str, Any], device: torch.device) -> StoredReference:
+    """Kept answers, if they are whole and of the tokens that `identity` names; reads them once. Raises UsageError."""
+    record = _read_record(folder)
+    if any(record.get(key) != identity[key] for key in ("tokens_sha256", "scored_sha256")):
         raise UsageError(
-            f"{folder} was kept for another text, tokenizer, --samples, --sequence-length or --seed",
+            f"{folder} was kept for another text, tokenizer, task, --samples, --sequence-length or --seed",
             hint="repeat the options it was made with, or make another with --save-reference",
         )
-    return StoredReference(folder, record, device)
+    stored = StoredReference(folder, record, device)
+    if not (_whole(folder, record) and stored.fits()):
+        raise UsageError(
+            f"{folder} was changed since it was kept: a file is not what {RECORD_NAME} says",
+            hint="make another with --save-reference",
+        )
+    return stored
 
 
-def _save_hidden(folder: Path, answers: Answers, rows: Tensor) -> None:
-    scales = np.empty(len(rows), np.float32)
-    hidden = None
-    for start in range(0, len(rows), TOKEN_BLOCK):
-        block = slice(start, min(start + TOKEN_BLOCK, len(rows)))
-        values = answers.normed(rows[block]).cpu()
-        if hidden is None:
-            shape = (len(rows), values.shape[1])
-            hidden = np.lib.format.open_memmap(folder / HIDDEN_NAME, "w+", np.int16, shape)
-        scale = (values.abs().amax(1) / LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
-        hidden[block] = (values / scale[:, None]).round().to(torch.int16).numpy()
-        scales[block] = scale.numpy()
-    assert hidden is not None
-    hidden.flush()
-    np.save(folder / SCALE_NAME, scales)
+def _read_record(folder: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(read_own(folder / RECORD_NAME, MAX_RECORD_BYTES))
+        return _Record.model_validate(value).model_dump()
+    except (OSError, UsageError, ValueError, RecursionError) as error:
+        raise UsageError(f"{folder} holds no complete reference", hint="make one with --save-reference") from error
 
 
-def _save_head(folder: Path, answers: Answers) -> None:
+def _spans(folder: Path) -> list[Span]:
+    return [Span(name, 0, (folder / name).stat().st_size) for name in _NAMES]
+
+
+def _whole(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether every file is as it was written, byte for byte."""
+    try:
+        return unbroken(folder, _spans(folder), map(Seal.model_validate, record["files"]))
+    except OSError:
+        return False
+
+
+def _save_hidden(folder: Path, answers: Answers, rows: Tensor, width: int) -> None:
+    with (
+        _written(folder / HIDDEN_NAME, np.int16, (len(rows), width)) as hidden,
+        _written(folder / SCALE_NAME, np.float32, (len(rows),)) as scales,
+    ):
+        for start in range(0, len(rows), TOKEN_BLOCK):
+            values = answers.normed(rows[start : start + TOKEN_BLOCK]).cpu()
+            scale = (values.abs().amax(1) / LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
+            _put(hidden, (values / scale[:, None]).round().to(torch.int16).numpy())
+            _put(scales, scale.numpy())
+
+
+def _save_head(folder: Path, answers: Answers, width: int) -> None:
     """BF16 where that loses nothing, else float32."""
     chunks = [slice(first, min(first + VOCABULARY_CHUNK, answers.vocabulary))
               for first in range(0, answers.vocabulary, VOCABULARY_CHUNK)]  # fmt: skip
     narrow = all(bool((head.bfloat16().float() == head).all()) for head in map(answers.head, chunks))
-    width = answers.head(slice(0, 1)).shape[1]
-    kind = np.uint16 if narrow else np.float32
-    stored = np.lib.format.open_memmap(folder / HEAD_NAME, "w+", kind, (answers.vocabulary, width))
-    for chunk in chunks:
-        head = answers.head(chunk).cpu()
-        stored[chunk] = head.bfloat16().view(torch.uint16).numpy() if narrow else head.numpy()
-    stored.flush()
+    with _written(folder / HEAD_NAME, np.uint16 if narrow else np.float32, (answers.vocabulary, width)) as stored:
+        for chunk in chunks:
+            head = answers.head(chunk).cpu()
+            _put(stored, head.bfloat16().view(torch.uint16).numpy() if narrow else head.numpy())
+
+
+@contextmanager
+def _written(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> Iterator[io.BufferedWriter]:
+    """An array file to be filled in order, its room taken before, on disk when the block ends."""
+    header = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, described)
+    nbytes = len(header.getvalue()) + int(np.prod(shape)) * np.dtype(dtype).itemsize
+    with open(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as stream:
+        _allocate(path, stream.fileno(), nbytes)
+        stream.write(header.getvalue())
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _allocate(path: Path, descriptor: int, nbytes: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        raise BudgetError(
+            f"{path.parent} has no room for {human_bytes(nbytes)} of the original's answers, {human_bytes(free)} are free",
+            hint="free some space, or choose another folder for --save-reference; what is computed so far is kept",
+        ) from error
+
+
+def _put(stream: io.BufferedWriter, values: NDArray[Any]) -> None:
+    stream.write(np.ascontiguousarray(values).data)
