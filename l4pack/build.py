@@ -188,7 +188,12 @@ class _Chain:
         plan, order = self._plan, self._order
         with self._watch("quantizing", plan.read_bytes) as bar:
             result = run_plan(
-                plan, order.out, restart=order.restart, quantize=quantizer(order.compute), advance=bar.advance
+                plan,
+                order.out,
+                restart=order.restart,
+                quantize=quantizer(order.compute),
+                advance=bar.advance,
+                device=order.compute,
             )
         record = {"out": str(order.out), "peak_rss_bytes": result.peak_rss_bytes, "bytes_read": result.read_bytes}
         if result.already_done:

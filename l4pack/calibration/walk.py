@@ -9,6 +9,7 @@ threads, torch's products of the same shapes are the same bit by bit.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
     from l4pack.assign import Target
     from l4pack.plan import Plan
 
+# Without it torch refuses every matrix product on CUDA that is to be deterministic; cuBLAS reads it when it starts.
+CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 _MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -316,6 +319,7 @@ class CalibrationRun:
 @contextmanager
 def reproducible() -> Iterator[None]:
     """Only algorithms of torch that give the same bits every time."""
+    os.environ.setdefault(*CUBLAS_WORKSPACE)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import RenderableType
 
-from l4pack.accelerator import AUTO, chosen
 from l4pack.artifact.upload import Target
 from l4pack.build import Built, Order, Outcome, Step, build, fit_recipe
 from l4pack.checkpoint.open import open_source
@@ -26,6 +25,7 @@ from l4pack.publish import Wishes
 from l4pack.recipe import Gates, load_recipe
 from l4pack.sensitivity.record import Sensitivity, read_sensitivity
 from l4pack.units import human_bytes, human_seconds, parse_size
+from l4pack.work.device import AUTO, chosen
 
 DEFAULT_RECIPE = "int4"
 _COLOURS = {Outcome.DONE: "green", Outcome.KEPT: "green", Outcome.NOT_ASKED: "dim", Outcome.FAILED: "red"}

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from rich.console import RenderableType
 
-from l4pack.accelerator import AUTO, CPU, chosen
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES
 from l4pack.checkpoint.source import Checkpoint
@@ -17,6 +16,7 @@ from l4pack.recipe import load_recipe
 from l4pack.summary import files_missing, plan_classes, plan_record
 from l4pack.text.describe import text_lines
 from l4pack.units import human_bytes, parse_size
+from l4pack.work.device import AUTO, CPU, chosen
 
 
 def plan(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from l4pack.accelerator import AUTO, chosen, quantizer
+from l4pack.accelerator import quantizer
 from l4pack.calibration.text import with_text
 from l4pack.checkpoint.open import open_source
 from l4pack.cli import console
@@ -32,6 +32,7 @@ from l4pack.recipe import load_recipe
 from l4pack.run import RunResult, run_plan, work_folder
 from l4pack.summary import plan_record
 from l4pack.units import human_bytes, human_seconds
+from l4pack.work.device import AUTO, chosen
 
 
 def quantize(

@@ -120,7 +120,8 @@ def save_reference(
         for name in (RECORD_NAME, *_NAMES):
             (folder / name).unlink(missing_ok=True)
             sync_folder(folder)
-        width = answers.head(slice(0, 1)).shape[1]
+        first = answers.head(slice(0, 1))
+        width, device = first.shape[1], first.device
         try:
             _save_hidden(folder, answers, rows, width)
             _save_head(folder, answers, width)
@@ -130,7 +131,7 @@ def save_reference(
             raise
         record = {"schema_version": SCHEMA_VERSION, **identity}
         record |= {"vocabulary": answers.vocabulary, "width": width, "rows": len(rows)}
-        stored = StoredReference(folder, record, torch.device("cpu"))
+        stored = StoredReference(folder, record, device)
         count = min(MEASURED_TOKENS, len(rows))
         measured = score_pair(answers, stored, (rows[:count], torch.arange(count)), targets[:count])
         record["storage_kl_mean"] = float(measured.kl.mean())

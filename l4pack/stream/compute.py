@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from l4pack.errors import UsageError
+from l4pack.work.device import CPU, chosen
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,8 @@ class Compute:
     @classmethod
     def of(cls, name: str) -> Compute:
         """`cpu`, `cuda`, `cuda:N`, or `auto` (CUDA where there is one). Raises UsageError."""
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            device = torch.device("meta")
-        if device.type == "cpu":
-            return cls(device, torch.float32)
-        if device.type != "cuda":
-            raise UsageError(f"'{name}' is not a place to compute", hint="choose cpu, cuda, cuda:N or auto")
-        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-            raise UsageError(f"this machine has no {name}", hint="choose cpu, or install a CUDA build of torch")
-        return cls(device, torch.bfloat16)
+        device = torch.device(chosen(name))
+        return cls(device, torch.float32 if device.type == CPU else torch.bfloat16)
 
     def describe(self) -> str:
         """The device by its own name."""
@@ -45,7 +34,7 @@ class Compute:
     def parts(self) -> dict[str, Any]:
         """What decides the last bits of what is computed, as parts of a job's identity."""
         parts: dict[str, Any] = {"--compute": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
-        if self.device.type == "cpu":
+        if self.device.type == CPU:
             parts["threads"] = torch.get_num_threads()
             parts["instruction set"] = torch.backends.cpu.get_cpu_capability()
         elif torch.cuda.is_available():
@@ -54,7 +43,7 @@ class Compute:
 
     def limit(self, max_ram: int | None, max_vram: int | None) -> int | None:
         """The bytes that weights and activations must fit in."""
-        return max_ram if self.device.type == "cpu" else max_vram
+        return max_ram if self.device.type == CPU else max_vram
 
 
 def float32_on(device: str) -> Compute:
