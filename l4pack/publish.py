@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from l4pack.artifact.card import CardFacts, Fit, render_card
+from l4pack.artifact.base_model import base_claim
+from l4pack.artifact.card import CardFacts, Fit, card_values, render_card
+from l4pack.artifact.card_check import first_difference, is_marked, same_mark
 from l4pack.artifact.licence import (
     CARD_NAME,
     Audit,
@@ -17,7 +19,7 @@ from l4pack.artifact.licence import (
     folder_materials,
     governing_policy,
 )
-from l4pack.artifact.manifest_schema import ManifestFile, read_manifest
+from l4pack.artifact.manifest_schema import ManifestFile, artifact_bytes, read_manifest, written_files
 from l4pack.artifact.names import check_name, derive_name
 from l4pack.artifact.policy import Duty, Policy
 from l4pack.artifact.upload import Target, Uploaded, UploadPlan, left_here, local_files, plan_upload, upload
@@ -36,7 +38,7 @@ from l4pack.hubclient import hub_api, hub_errors
 from l4pack.model.config import parse_config
 from l4pack.recipe import Gates, Promise
 from l4pack.subject import open_subject
-from l4pack.units import human_gib
+from l4pack.units import human_bytes, human_gib
 from l4pack.work.files import write_atomic
 
 MAX_SMALL_FILE = 2_000_000
@@ -71,7 +73,7 @@ def package_artifact(folder: Path, source: Checkpoint | None = None, wishes: Wis
     """
     wishes = wishes or Wishes()
     manifest = read_manifest(folder)
-    _measured(folder)
+    _evaluations(folder)
     base = _base_model(manifest, wishes)
     policy = governing_policy(_without_card(folder, base))
     name = wishes.name or derive_name(manifest.source.name, manifest.made_with())
@@ -96,7 +98,11 @@ def check_ready(
     result = audit_materials(folder_materials(folder, name))
     if not result.ok:
         raise _licence_error(result)
-    done = [f"licence: {result.policy.title}, {result.duties} duties met"]
+    nbytes = artifact_bytes(folder)
+    done = [
+        f"artifact: {nbytes:,} bytes ({human_bytes(nbytes)})",
+        f"licence: {result.policy.title}, {result.duties} duties met",
+    ]
     _check_gating(folder, gated=gated)
     done += _check_measured(folder)
     promise = read_manifest(folder).made_with().promise
@@ -104,6 +110,7 @@ def check_ready(
         done.append("budget and gates: the recipe promises none")
     else:
         done += [_check_budget(folder, promise), _check_gates(folder, promise.gates)]
+    done.append(_check_card(folder, result.policy))
     verification = verify_artifact(folder, advance=advance)
     if not verification.ok:
         first = next((found for found in verification.findings if found.level == "error"), None)
@@ -154,18 +161,40 @@ def _check_budget(folder: Path, promise: Promise) -> str:
 
 def _check_measured(folder: Path) -> list[str]:
     """Every evaluation is of these weights, and no gate that one was judged by was missed."""
-    records = read_evaluations(folder)
-    check_current(folder, records)
+    records = _evaluations(folder)
     results = [result for record in records for result in recorded(record)]
     require(results)
     return [f"measured: {len(records)} evaluations of these weights, {len(results)} gates met"] if records else []
 
 
-def _measured(folder: Path) -> dict[str, Any] | None:
-    """The most careful evaluation, None where nothing was measured. Raises UsageError, QualityError (other weights)."""
+def _evaluations(folder: Path) -> list[dict[str, Any]]:
+    """All evaluations, the most careful first. Raises UsageError, QualityError (of other weights than these)."""
     records = read_evaluations(folder)
     check_current(folder, records)
-    return records[0] if records else None
+    return records
+
+
+def _check_card(folder: Path, policy: Policy) -> str:
+    """The card as it would be made now agrees with the one that is there in all that l4pack writes."""
+    text = (folder / CARD_NAME).read_text(encoding="utf-8")
+    card = Card.parse(text)
+    bases = card.metadata.get("base_model") or []
+    named = [base for base in (bases if isinstance(bases, list) else [bases]) if isinstance(base, str)]
+    manifest = read_manifest(folder)
+    for base in named:
+        base_claim(base, manifest.source, folder_materials(folder).config)
+    name = (card.title or folder.resolve().name).rpartition("/")[2]
+    facts = _facts(folder, name, policy, manifest, None, named[0] if named else None, Wishes())
+    if is_marked(text):
+        wrong = None if same_mark(text, card_values(facts)) else "its text"
+    else:
+        wrong = first_difference(text, render_card(facts))
+    if wrong is not None:
+        raise L4packError(
+            f"{folder / CARD_NAME} says otherwise than the records beside it, in {wrong!r}",
+            hint=f"l4pack package {folder} writes it anew; what you added elsewhere on it is lost",
+        )
+    return "card: says what the records say"
 
 
 def _check_gates(folder: Path, gates: Gates) -> str:
@@ -265,16 +294,19 @@ def _facts(
 ) -> CardFacts:
     config = folder_materials(folder).config
     parse_config(config)
-    files = {file: local.size for file, local in local_files(folder, manifest.files).items() if file != CARD_NAME}
+    records = _evaluations(folder)
     return CardFacts(
         name=name,
         policy=policy,
         manifest=manifest.model_dump(mode="json", exclude={"files", "shards", "tensors"}),
         config=config,
-        files=files,
+        files=written_files(folder, manifest),
         base_model=base,
         languages=_languages(source),
-        accuracy=_measured(folder),
+        accuracy=records[0] if records else None,
+        others=records[1:],
+        claim=base_claim(base, manifest.source, config) if base else "",
+        weight_bytes=manifest.weight_bytes,
         calibration=read_calibration(folder),
         fits=_fits(folder, manifest),
         gated=wishes.gated,

@@ -148,7 +148,7 @@ def test_commands_fit_the_artifact():
     vllm, make = commands(text)
     assert vllm[:3] == ["vllm", "serve", f"ORG/{NAME}"]
     assert vllm[3:] == ["--tensor-parallel-size", "1", "--max-model-len", "131072", "--kv-cache-dtype", "fp8"]
-    assert make == ["l4pack", "quantize", BASE, "--recipe", "scout-int4-1xh100", "--out", NAME]
+    assert make == ["l4pack", "quantize", "llama-4-scout", "--recipe", "scout-int4-1xh100", "--out", NAME]
     assert "| 1 x RTX 5090 | none |" in text
     assert "| H100 | 131,072 tokens |" in text
     assert "SGLang does not read quantized attention" in text

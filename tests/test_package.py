@@ -12,9 +12,14 @@ from licence_texts import APACHE, LICENSE, USE_POLICY
 from measured import measured, record
 from publishing import BASE, NAME, rewrite_manifest
 
-from l4pack.artifact.manifest_schema import SCHEMA_FILE, read_manifest, schema_json
+from l4pack.artifact.base_model import base_claim
+from l4pack.artifact.manifest import source_record
+from l4pack.artifact.manifest_schema import SCHEMA_FILE, SourceRecord, artifact_bytes, read_manifest, schema_json
+from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.source import open_folder
 from l4pack.errors import BudgetError, L4packError, LicenceError, QualityError, UsageError
+from l4pack.evaluate.schema import PAIRED
+from l4pack.model.tensors import catalogue
 from l4pack.publish import Wishes, check_ready, package_artifact
 
 pytest_plugins = ["publishing_fixtures"]
@@ -33,7 +38,7 @@ def test_packaging_makes_an_artifact_ready(unpackaged, licensed_source):
     card = huggingface_hub.ModelCard((unpackaged / "README.md").read_text())
     assert card.data.language == ["en", "fr"]
     assert "| 1 x NVIDIA H100 80 GB SXM | 1,024 tokens |" in card.text
-    assert check_ready(unpackaged, NAME)[0].startswith("licence: Llama 4")
+    assert check_ready(unpackaged, NAME)[1].startswith("licence: Llama 4")
     assert package_artifact(unpackaged, open_folder(licensed_source), Wishes(base_model=BASE)).written == ()
 
 
@@ -149,6 +154,7 @@ def test_a_repository_of_another_name_is_refused(packaged):
 
 def promise(folder: Path, **changes: Any) -> None:
     rewrite_manifest(folder, lambda m: m["recipe"].update(promise={**PROMISE, **changes}))
+    package_artifact(folder, None, Wishes(base_model=BASE))
 
 
 def test_a_promise_that_is_kept_passes(packaged):
@@ -194,3 +200,159 @@ def test_a_gate_is_not_passed_by_what_is_no_number(packaged, value):
     (packaged / "accuracy.json").write_text(json.dumps({**record(packaged), "kl_mean": value}))
     with pytest.raises((QualityError, UsageError)):
         check_ready(packaged, NAME)
+
+
+# A card says what the records say
+
+
+def packaged_with(folder: Path, **changes: Any) -> None:
+    measured(folder, **changes)
+    package_artifact(folder, None, Wishes(base_model=BASE))
+
+
+def test_a_card_that_says_otherwise_than_the_records_is_refused(packaged, l4pack):
+    packaged_with(packaged, kl_mean=0.0)
+    assert check_ready(packaged, NAME)
+    measured(packaged, kl_mean=0.01004)
+    ended = l4pack("push", packaged, f"me/{NAME}", "--dry-run")
+    assert ended.code == 1
+    assert "README.md says otherwise than the records beside it, in 'Accuracy'" in ended.err
+    assert f"hint: l4pack package {packaged}" in ended.err
+    (packaged / "accuracy.json").unlink()
+    with pytest.raises(L4packError, match="in 'Accuracy'"):
+        check_ready(packaged, NAME)
+
+
+EDITS = {
+    "a figure": ("± 0.0010 |", "± 0.0001 |", "Accuracy"),
+    "the number of tokens": ("same 4,096 tokens", "same 409,600 tokens", "Accuracy"),
+    "a second section": ("## Memory", "## Accuracy\n\nBetter.\n\n## Memory", "Accuracy"),
+    "a section that is gone": ("## Accuracy", "## Precision", "Accuracy"),
+    "a section in a comment": ("## Accuracy", "<!--\n## Accuracy", "Accuracy"),
+    "a context": ("1,024 tokens", "1,048,576 tokens", "Memory"),
+    "the size": ("bits a parameter", "bit a parameter", "Weight"),
+    "the command": ("l4pack quantize Llama-4-Tiny", "l4pack quantize meta-llama/Llama-4-Tiny", "How it was made"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "where"), EDITS.values(), ids=EDITS)
+def test_figures_changed_by_hand_are_refused(packaged, old, new, where):
+    packaged_with(packaged)
+    card = packaged / "README.md"
+    assert old in card.read_text()
+    card.write_text(card.read_text().replace(old, new, 1))
+    with pytest.raises(L4packError, match=f"in '{where}'"):
+        check_ready(packaged, NAME)
+
+
+def test_what_else_an_owner_writes_on_a_card_is_the_owners(packaged):
+    packaged_with(packaged)
+    card = packaged / "README.md"
+    text = card.read_text().replace("## Limits", "## Mine\n\nWith love.\n\n## Limits and more").replace("\n", "\r\n")
+    card.write_text(text.replace("language:", "datasets:\r\n- mine\r\nlanguage:"))
+    assert check_ready(packaged, NAME)
+
+
+def test_a_card_of_an_own_template_knows_what_it_was_made_of(packaged, tmp_path):
+    own = tmp_path / "card.jinja"
+    own.write_text("# {{ name }}\n\nKL {{ accuracy.rows[2][2] if accuracy }}\n")
+    measured(packaged)
+    package_artifact(packaged, None, Wishes(base_model=BASE, template=own))
+    assert check_ready(packaged, NAME)
+    measured(packaged, kl_mean=0.3)
+    with pytest.raises(L4packError, match="says otherwise"):
+        check_ready(packaged, NAME)
+
+
+def test_a_gate_that_was_missed_is_refused_whatever_the_recipe_promises(packaged, l4pack):
+    missed = {"gate": "max_kl", "limit": 0.01, "value": 0.02, "ok": False}
+    packaged_with(packaged, gates=[missed])
+    assert "`max_kl` 0.01: 0.02, **missed**" in (packaged / "README.md").read_text()
+    for gate in (missed, {**missed, "ok": True}, {**missed, "value": 0.001, "ok": True}):
+        measured(packaged, gates=[gate])
+        ended = l4pack("push", packaged, f"me/{NAME}", "--dry-run")
+        assert ended.code == 6
+        assert "1 of 1 quality gates missed: max_kl 0.01 (0.02)" in ended.err
+    other = record(packaged, tokens=100, gates=[missed])
+    measured(packaged, evaluations=[other])
+    with pytest.raises(QualityError, match="max_kl"):
+        check_ready(packaged, NAME)
+
+
+def test_a_record_of_other_weights_is_refused(packaged, l4pack):
+    whole = record(packaged)
+    for stale in ({"identity": {**whole["identity"], "artifact": "0" * 64}}, {"evaluations": [
+        {**whole, "identity": {**whole["identity"], "artifact": "0" * 64}}]}):  # fmt: skip
+        measured(packaged, **stale)
+        for command in (
+            ["package", packaged, "--base-model", BASE],
+            ["push", packaged, f"me/{NAME}"],
+            ["report", packaged],
+        ):
+            ended = l4pack(*command)
+            assert ended.code == 6, ended.err
+            assert "was measured on other weights or another config.json than this folder's" in ended.err
+    measured(packaged)
+    config = json.loads((packaged / "config.json").read_text())
+    config["text_config"]["attn_scale"] = 0.2
+    (packaged / "config.json").write_text(json.dumps(config))
+    assert "another config.json" in l4pack("package", packaged, "--base-model", BASE).err
+
+
+def test_every_evaluation_stands_on_the_card(packaged):
+    task = {"questions": 50, "accuracy": {"value": 0.5, "standard_error": 0.07}}
+    alone = {**record(packaged, tokens=100, tasks={"arc": task}, **dict.fromkeys(PAIRED)), "against": None}
+    packaged_with(packaged, evaluations=[alone])
+    text = (packaged / "README.md").read_text()
+    assert "same 4,096 tokens" in text
+    assert "| 100 | not measured | not measured |" in text
+    assert "| Task arc, 50 questions, accuracy | not measured | 0.500 ± 0.070 |" in text
+
+
+SCOUT, MAVERICK = "meta-llama/Llama-4-Scout-17B-16E-Instruct", "meta-llama/Llama-4-Maverick-17B-128E"
+
+
+@pytest.mark.parametrize("base", [SCOUT, MAVERICK, "unsloth/Llama-4-Scout-17B-16E", "meta-llama/Llama-4-Scout-Next"])
+def test_a_small_model_is_not_made_from_a_large_one(packaged, l4pack, base):
+    before = (packaged / "README.md").read_text()
+    ended = l4pack("package", packaged, "--base-model", base)
+    assert ended.code == 7
+    assert f"this can't be made from {base}: that has" in ended.err
+    card = packaged / "README.md"
+    assert card.read_text() == before
+    card.write_text(card.read_text().replace(f"- {BASE}", f"- {base}"))
+    ended = l4pack("push", packaged, f"me/{NAME}")
+    assert (ended.code, f"can't be made from {base}" in ended.err) == (7, True)
+
+
+def test_who_says_what_a_model_was_made_from(packaged):
+    text = (packaged / "README.md").read_text()
+    assert f"| Source | `Llama-4-Tiny` |\n| Base model | `{BASE}`, declared by the publisher |" in text
+    known = open_source("llama-4-scout")
+    source = SourceRecord(**{**source_record(known), "repository": SCOUT, "weight_bytes": 1})
+    assert base_claim(SCOUT, source, known.config.raw) == ""
+    copy = "unsloth/Llama-4-Scout-17B-16E-Instruct"
+    assert base_claim(copy, source, known.config.raw).endswith("are those of Llama 4 Scout")
+    assert base_claim("me/Scout-tuned", source, known.config.raw) == "declared by the publisher"
+    without_vision = known.config.model_copy(update={"vision": None})
+    text_only = source.model_copy(update={"parameters": catalogue(without_vision).parameters})
+    assert base_claim(SCOUT, text_only, known.config.raw) == ""
+    with pytest.raises(LicenceError, match="parameters"):
+        base_claim(MAVERICK, source, known.config.raw)
+    wider = {**known.config.raw, "text_config": {**known.config.raw["text_config"], "num_attention_heads": 80}}
+    with pytest.raises(LicenceError, match="another num_attention_heads"):
+        base_claim(SCOUT, source, wider)
+
+
+def test_one_artifact_has_one_size(l4pack, tmp_path):
+    out = tmp_path / "demo-int4"
+    size = json.loads(l4pack("plan", "demo", "--recipe", "int4-rtn", "--json").out)["artifact_bytes"]
+    built = l4pack("build", "demo", "--recipe", "int4-rtn", "--out", out, "--skip-evaluate")
+    assert f"{size:,} bytes" in built.out
+    assert f"({size:,} bytes)" in (out / "README.md").read_text()
+    assert artifact_bytes(out) == size == sum(
+        path.stat().st_size for path in out.iterdir() if path.name not in ("README.md", "accuracy.json")
+    )  # fmt: skip
+    measured(out)
+    assert artifact_bytes(out) == size
+    assert f"{size:,} bytes" in l4pack("plan", "demo", "--recipe", "int4-rtn").out

@@ -7,6 +7,7 @@ block stay.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from l4pack.artifact.card_check import mark
 from l4pack.artifact.markdown import code, safe, word
 from l4pack.artifact.mixture import Layers, scheme_layers, scheme_tag, scheme_text
 from l4pack.artifact.policy import Policy, plain
@@ -51,7 +53,10 @@ class CardFacts:
     files: Mapping[str, int]
     base_model: str | None = None
     languages: Sequence[str] = ()
-    accuracy: Mapping[str, Any] | None = None
+    accuracy: Mapping[str, Any] | None = None  # the most careful evaluation
+    others: Sequence[Mapping[str, Any]] = ()  # all other evaluations
+    claim: str = ""  # how sure the base model is, in words; nothing to say where the source was read from there
+    weight_bytes: int | None = None  # of all tensors
     calibration: Mapping[str, Any] | None = None
     fits: Sequence[Fit] = field(default_factory=list)
     gated: bool = False
@@ -69,10 +74,12 @@ class CardFacts:
 
 def render_card(facts: CardFacts, template: Path | None = None) -> str:
     """The whole README.md. Raises UsageError when the user's template can't be rendered."""
-    values = _values(facts)
+    values = card_values(facts)
     body = (_own_page(values) if template is None else render_template(_read(template), template.name, values)).strip()
     if plain(facts.policy.block) not in plain(body):
         body = f"{facts.policy.block.strip()}\n\n{body}"
+    if template is not None:
+        body = f"{body}\n\n{mark(values)}"
     card = ModelCard(f"---\n{card_metadata(facts).to_yaml()}\n---\n\n{body}\n")
     return str(card)
 
@@ -115,10 +122,12 @@ def _own_page(values: Mapping[str, Any]) -> str:
     return environment.from_string(data_text("artifact", "templates", "card.md.jinja")).render(values)
 
 
-def _values(facts: CardFacts) -> dict[str, Any]:
+def card_values(facts: CardFacts) -> dict[str, Any]:
+    """What a template may use."""
     manifest, recipe = facts.manifest, facts.recipe
     source = manifest["source"]
-    weights = sum(size for name, size in facts.files.items() if name.endswith(".safetensors"))
+    shards = [size for name, size in facts.files.items() if name.endswith(".safetensors")]
+    weights, nbytes = facts.weight_bytes or sum(shards), sum(facts.files.values())
     given = scheme_layers(recipe, parse_config(facts.config))
     return {
         "name": word(facts.name),
@@ -127,15 +136,18 @@ def _values(facts: CardFacts) -> dict[str, Any]:
         "source": source,
         "recipe": {"name": word(recipe.name), "title": safe(recipe.title)},
         "l4pack_version": safe(manifest.get("l4pack_version", "")),
-        "size": human_bytes(sum(facts.files.values())),
+        "claim": facts.claim,
+        "size": f"{human_bytes(nbytes)} ({nbytes:,} bytes)",
         "source_size": human_bytes(source["weight_bytes"]),
         "dense_size": human_bytes(2 * source["parameters"]),
         "ratio": f"{source['weight_bytes'] / weights:.2f}" if weights and source["weight_bytes"] else None,
-        "shards": sum(name.endswith(".safetensors") for name in facts.files),
+        "shards": len(shards),
         "bits": f"{8 * weights / source['parameters']:.2f}",
         "schemes": _schemes(recipe, given),
-        "accuracy": _accuracy(facts.accuracy),
-        "tasks_measured": bool((facts.accuracy or {}).get("tasks")),
+        "accuracy": _accuracy(facts.accuracy, _tasks(facts)),
+        "evaluations": [_in_a_row(one) for one in facts.others],
+        "gates": [_gate(gate) for one in (facts.accuracy or {}, *facts.others) for gate in one.get("gates", ())],
+        "tasks_measured": bool(_tasks(facts)),
         "fits": [{"device": fit.device, "tokens": _tokens(fit.max_context)} for fit in facts.fits],
         "sglang_reads": set(given[Role.ATTENTION]) == {KEEP},
         "calibration": _calibration(facts),
@@ -156,17 +168,40 @@ def _schemes(recipe: Recipe, given: Mapping[Role, Layers]) -> list[dict[str, str
     return rows
 
 
-def _accuracy(measured: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _tasks(facts: CardFacts) -> dict[str, Mapping[str, Any]]:
+    """Each task from the evaluation that asked most of its questions, beside the original where any did."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for one in (facts.accuracy or {}, *facts.others):
+        for name, task in (one.get("tasks") or {}).items():
+            if name not in found or _asked(task) > _asked(found[name]):
+                found[name] = task
+    return dict(sorted(found.items()))
+
+
+def _asked(task: Mapping[str, Any]) -> tuple[bool, int]:
+    return "accuracy_reference" in task, task["questions"]
+
+
+def _accuracy(measured: Mapping[str, Any] | None, tasks: Mapping[str, Any]) -> dict[str, Any] | None:
     """Rows of paired numbers with their error bars; None when the original was not measured beside the artifact."""
     if measured is None or "kl_mean" not in measured:
         return None
     try:
-        return {"tokens": f"{measured['tokens']:,}", "text": _setting(measured.get("text")), "rows": _rows(measured)}
+        return {
+            "tokens": f"{measured['tokens']:,}",
+            "text": _setting(measured.get("text")),
+            "computed": _computed(measured.get("run")),
+            "rows": _rows(measured, tasks),
+        }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"accuracy.json: {error} is missing or no number", hint="run l4pack evaluate again") from error
 
 
-def _rows(measured: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _computed(run: Mapping[str, Any] | None) -> str:
+    return f"; {safe(run['dtype'])}, activations {safe(run['activations'])}" if run else ""
+
+
+def _rows(measured: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     def number(key: str) -> str:
         return with_error(measured[key], measured[f"{key}_standard_error"])
 
@@ -177,10 +212,34 @@ def _rows(measured: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("KL divergence from the original, nats a token", "0", kl),
         ("Same most likely token as the original", "1", number("top1_agreement")),
     ]
-    for name, task in sorted((measured.get("tasks") or {}).items()):
-        pair = [with_error(task[key]["value"], task[key]["standard_error"]) for key in _TASK_KEYS]
+    for name, task in tasks.items():
+        before, after = (task.get(key) for key in _TASK_KEYS)
+        pair = [
+            "not measured" if one is None else with_error(one["value"], one["standard_error"])
+            for one in (before, after)
+        ]
         rows.append((f"Task {safe(name)}, {task['questions']:,} questions, accuracy", pair[0], pair[1]))
     return rows
+
+
+def _in_a_row(measured: Mapping[str, Any]) -> dict[str, str]:
+    """One more evaluation in a table's row."""
+    paired = "kl_mean" in measured
+    return {
+        "text": _setting(measured.get("text")) + _computed(measured.get("run")),
+        "tokens": f"{measured['tokens']:,}",
+        "kl": with_error(measured["kl_mean"], measured["kl_standard_error"]) if paired else "not measured",
+        "agreement": (
+            with_error(measured["top1_agreement"], measured["top1_agreement_standard_error"])
+            if paired
+            else "not measured"
+        ),
+    }
+
+
+def _gate(gate: Mapping[str, Any]) -> str:
+    value = "not measured" if gate["value"] is None else f"{gate['value']:.6g}"
+    return f"{code(gate['gate'])} {gate['limit']:g}: {value}, {'met' if gate['ok'] else '**missed**'}"
 
 
 def with_error(value: float, error: float | None) -> str:
@@ -258,8 +317,11 @@ def _transformers(where: str, *, multimodal: bool) -> str:
 
 
 def _make(facts: CardFacts) -> str:
+    """The command that was run, as the manifest keeps it; the folder it went to is nobody's business."""
     source = facts.manifest["source"]
     revision = f"@{word(source['revision'])}" if source.get("revision") else ""
-    name = facts.base_model or word(source["name"])
+    name = f"{word(source.get('repository') or source['name'])}{revision}"
     recipe = facts.recipe.name if facts.recipe.name in recipe_names() else f"{facts.recipe.name}.yaml"
-    return f"l4pack quantize {name}{revision} --recipe {word(recipe)} --out {word(facts.name)}"
+    options = (facts.manifest.get("job") or {}).get("options") or {"--recipe": recipe}
+    words = [part for option, value in options.items() for part in (word(option), word(value))]
+    return shlex.join(["l4pack", "quantize", name, *words, "--out", word(facts.name)])

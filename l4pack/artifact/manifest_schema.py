@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from l4pack.artifact.manifest import MANIFEST_NAME, SCHEMA_VERSION
+from l4pack.checkpoint.header import DTYPE_BITS
 from l4pack.datafile import validate
 from l4pack.errors import UsageError
 from l4pack.recipe import Recipe
@@ -89,6 +91,11 @@ class ManifestFile(_Data):
     tensors: dict[str, TensorRecord]
     job: JobRecord
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(math.prod(one.shape) * DTYPE_BITS[one.dtype] // 8 for one in self.tensors.values())
+
     def made_with(self) -> Recipe:
         """The recipe. Raises UsageError when this version does not know its words."""
         return validate(Recipe, self.recipe, f"{MANIFEST_NAME}: recipe")
@@ -122,3 +129,15 @@ def read_manifest(folder: Path) -> ManifestFile:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the file"
         raise UsageError(f"{path}: {key}: {first['msg']}", hint=hint) from error
+
+
+def written_files(folder: Path, manifest: ManifestFile) -> dict[str, int]:
+    """Every file that `quantize` wrote and its bytes: what `plan` plans, without what `evaluate` and `package` add."""
+    files = {name: file.bytes for name, file in manifest.files.items()}
+    shards = {name: shard.bytes for name, shard in manifest.shards.items()}
+    return {**files, **shards, MANIFEST_NAME: (folder / MANIFEST_NAME).stat().st_size}
+
+
+def artifact_bytes(folder: Path) -> int:
+    """The size of an artifact, the same before it is made and after it is packaged. Raises UsageError."""
+    return sum(written_files(folder, read_manifest(folder)).values())

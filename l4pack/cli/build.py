@@ -16,7 +16,7 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.cli import console
 from l4pack.cli.fit import Bits, MaxBytes, Runtime, SensitivityFile, warn_of_stand_in
 from l4pack.cli.options import AsJson, Compute, Include, MaxRam, Out, Source
-from l4pack.cli.plan import limits
+from l4pack.cli.plan import limits, size_of
 from l4pack.errors import UsageError
 from l4pack.fit.budgets import Wish
 from l4pack.fit.losses import shipped_sensitivity
@@ -172,12 +172,10 @@ def build_view(plan: Plan, order: Order, built: Built) -> list[RenderableType]:
     for step in built.steps:
         outcome = f"[{_COLOURS[step.outcome]}]{step.outcome.value}[/]"
         table.add_row(step.name, outcome, human_seconds(step.seconds), console.plain(step.summary))
-    ratio = plan.source_weight_bytes / plan.weight_bytes
     sizes = [
         "",
         f"before   {human_bytes(plan.source_weight_bytes)} of weights",
-        f"after    {human_bytes(plan.weight_bytes)}, {ratio:.2f} times smaller; "
-        f"{plan.bits_per_weight:.3f} bits a quantized weight",
+        f"after    {size_of(plan)}",
         f"where    [bold]{console.plain(order.out)}[/bold]",
     ]
     if built.error is None:

@@ -57,12 +57,9 @@ def plan_view(plan: Plan) -> list[RenderableType]:
     for row in plan_classes(plan):
         sizes = human_bytes(row.source_bytes), human_bytes(row.artifact_bytes)
         table.add_row(row.role.value, row.scheme, f"{row.matrices:,}", *sizes)
-    ratio = plan.source_weight_bytes / plan.weight_bytes
     lines = [
         "",
-        f"artifact  {plan.artifact_bytes:,} bytes ({human_bytes(plan.artifact_bytes)}) in {len(plan.shards)} "
-        f"{'shard' if len(plan.shards) == 1 else 'shards'}, {ratio:.2f} times smaller; "
-        f"{plan.bits_per_weight:.3f} bits a quantized weight",
+        f"artifact  {size_of(plan)}",
         f"the job   peak memory {human_bytes(plan.peak_ram_bytes)} with {plan.workers} workers, "
         f"disk {human_bytes(plan.disk_bytes)}, reads {human_bytes(plan.read_bytes)}",
     ]
@@ -102,3 +99,13 @@ def beside_view(checkpoint: Checkpoint) -> list[str]:
 def _names(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN_FILES} more" if len(names) > _SHOWN_FILES else ""
     return console.plain(", ".join(names[:_SHOWN_FILES])) + more
+
+
+def size_of(plan: Plan) -> str:
+    """The size of the artifact to come, as every command says it."""
+    shards = f"{len(plan.shards)} {'shard' if len(plan.shards) == 1 else 'shards'}"
+    return (
+        f"{plan.artifact_bytes:,} bytes ({human_bytes(plan.artifact_bytes)}) in {shards}, "
+        f"{plan.source_weight_bytes / plan.weight_bytes:.2f} times smaller; "
+        f"{plan.bits_per_weight:.3f} bits a quantized weight"
+    )
