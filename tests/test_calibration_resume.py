@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import pytest
 import torch
 from conftest import file_digests
 from models import build
+from spoil import SPOILS
 
 from l4pack.calibration.text import with_text
+from l4pack.calibration.walk import CalibrationRun
 from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.writer import ShardWriter
@@ -90,6 +93,54 @@ def test_killed_at_a_layer_or_expert_it_ends_in_the_same_bytes(
     monkeypatch.setattr("l4pack.calibration.mlp.gptq.prepare", lambda *a, **k: solved.append(None) or solve(*a, **k))
     assert file_digests(run_plan(plan, out).out) == undisturbed
     assert len(solved) // 2 < UNITS if records > 3 else len(solved) // 2 <= UNITS
+
+
+@pytest.fixture(scope="module")
+def half_done(source, text, tmp_path_factory) -> Path:
+    """The work folder of a job that was killed in its third layer."""
+    out = tmp_path_factory.mktemp("half-done") / "out"
+    with pytest.MonkeyPatch.context() as context:
+        killed_after(context, 17)
+        with pytest.raises(Killed):
+            run_plan(planned(source, text), out)
+    return work_folder(out)
+
+
+LEFT = {
+    "quantized-0.hidden": ("zeroed", "flipped", "swapped"),
+    "original-0.hidden": ("removed", "halved"),
+    "original-1.hidden": ("emptied",),
+    "quantized-middle.hidden": ("zeroed",),
+}
+
+
+@pytest.mark.parametrize(("file", "kind"), [(file, kind) for file, kinds in LEFT.items() for kind in kinds])
+def test_whatever_became_of_its_hidden_states_it_ends_in_the_same_bytes(
+    source, text, undisturbed, half_done, tmp_path, monkeypatch, file, kind
+):
+    out, solved, solve = tmp_path / "out", [], gptq.prepare
+    shutil.copytree(half_done, work_folder(out))
+    SPOILS[kind](work_folder(out) / "hidden" / file)
+    monkeypatch.setattr("l4pack.calibration.mlp.gptq.prepare", lambda *a, **k: solved.append(None) or solve(*a, **k))
+    assert file_digests(run_plan(planned(source, text), out).out) == undisturbed
+    assert len(solved) // 2 < UNITS  # what was solved is read back
+
+
+def test_killed_again_while_walking_again_it_ends_in_the_same_bytes(
+    source, text, undisturbed, half_done, tmp_path, monkeypatch
+):
+    out, layers, layer = tmp_path / "out", [], CalibrationRun._layer
+    shutil.copytree(half_done, work_folder(out))
+    SPOILS["zeroed"](work_folder(out) / "hidden" / "quantized-0.hidden")
+    with monkeypatch.context() as context:
+        killed_after(context, 3)
+        with pytest.raises(Killed):
+            run_plan(planned(source, text), out)
+    monkeypatch.setattr(
+        CalibrationRun, "_layer", lambda self, number, ready: layers.append(number) or layer(self, number, ready)
+    )
+    assert file_digests(run_plan(planned(source, text), out).out) == undisturbed
+    assert layers[0] > 0
 
 
 def test_killed_by_the_system_it_ends_in_the_same_bytes(source, text, undisturbed, tmp_path):

@@ -24,13 +24,14 @@ from transformers.activations import ACT2FN
 from l4pack.artifact.quantized import dequantized
 from l4pack.calibration.coverage import Coverage
 from l4pack.calibration.inputs import InputScales, stored_scale
+from l4pack.calibration.kept import KeptStates
 from l4pack.calibration.kv_cache import CacheRange
 from l4pack.calibration.mlp import Matrices, result_of, solve_mlp, stored
 from l4pack.calibration.needs import asymmetric
 from l4pack.calibration.output import Output
 from l4pack.calibration.rows import UnitRows, blocks, expert_rows
 from l4pack.calibration.supply import Supply
-from l4pack.calibration.written import cache_key, input_scale, input_scales_key, layer_key, unit_key
+from l4pack.calibration.written import cache_key, input_scale, input_scales_key, unit_key
 from l4pack.checkpoint.reader import NUMPY_TYPES
 from l4pack.errors import QualityError, SourceError, StoppedError
 from l4pack.execute import INPUT_SCALE
@@ -52,6 +53,7 @@ from l4pack.stream.units import (
     module_names,
 )
 from l4pack.stream.weights import LinearWeight, Weights
+from l4pack.work.seal import Seal
 
 if TYPE_CHECKING:
     from l4pack.assign import Target
@@ -98,22 +100,24 @@ class CalibrationRun:
         names = ["original", "quantized"] if asymmetric(plan.recipe, plan.calibrated) else ["quantized"]
         folder.mkdir(exist_ok=True)
         width = self._config.text.hidden_size
-        self._streams = [Stream(folder, name, self._packed.rows, width, dtype) for name in names]
+        layers = self._config.text.num_hidden_layers
+        self._kept = KeptStates(output.journal, folder, names, self._packed.rows, width, dtype, layers)
+        self._done = self._kept.done()
+        side = self._done % 2 if 0 < self._done < layers else None
+        self._streams = [Stream(folder, name, self._packed.rows, width, dtype, side) for name in names]
         self._coverage = Coverage.of(self._config, self._options.max_cold_experts)
         for key, found in output.journal.results.items():
             if "tokens" in found:
                 self._coverage.add(int(key), found["tokens"])
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._saving: tuple[int, Future[None]] | None = None
+        self._saving: tuple[int, Future[list[Seal]]] | None = None
 
     def run(self) -> None:
         """Walk to the last layer. Raises StoppedError, QualityError when a gate is missed, SourceError."""
-        done = self._done()
+        done = self._done
         finished = {module for found in self._output.journal.results.values() for module in found.get("matrices", ())}
         done_before = [target for module, target in self._targets.items() if module in finished]
         self._advance(sum(map(self._plan.target_bytes, done_before)))
-        for stream in self._streams:
-            stream.side = done % 2
         try:
             with reproducible(), self._weights, Prefetch(self._load) as ready:
                 if done == 0:
@@ -139,11 +143,6 @@ class CalibrationRun:
         yield
         self._weights.close_files()
         self._supply.leave(step)
-
-    def _done(self) -> int:
-        """Layers whose outputs are on disk."""
-        layers = range(self._config.text.num_hidden_layers)
-        return next((layer for layer in layers if layer_key(layer) not in self._output.journal.finished), len(layers))
 
     def _load(self, unit: Unit) -> UnitWeights:
         return load_unit(self._weights, unit)
@@ -297,10 +296,11 @@ class CalibrationRun:
     def _save(self, layer: int) -> None:
         written = [stream.following for stream in self._streams]
 
-        def save() -> None:
+        def save() -> list[Seal]:
             for buffer in written:
                 buffer.flush()
                 buffer.release()
+            return self._kept.seal(layer)
 
         self._settle()
         self._saving = (layer, self._saver.submit(save))
@@ -311,8 +311,7 @@ class CalibrationRun:
         """Wait until the last complete layer is on disk, and note it."""
         if self._saving is not None:
             layer, future = self._saving
-            future.result()
-            self._output.journal.record(finished={layer_key(layer): ""})
+            self._kept.note(layer, future.result())
             self._saving = None
 
 
