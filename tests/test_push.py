@@ -128,7 +128,7 @@ def test_branches_tags_and_collections(hub, packaged):
     assert remote(hub, "int4") == local(packaged)
     assert hub.collections["me/quantized-123"] == [REPO]
     assert send(packaged, **options).commit == done.commit
-    (packaged / "more.safetensors").write_text("more")
+    (packaged / "accuracy.json").write_text("more")
     with pytest.raises(HubError, match="tag v1 stands at another commit; the upload itself is complete"):
         send(packaged, **options)
 
@@ -244,7 +244,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, packaged, monkeypa
         answer = whole(self, *arguments)
         return Reply(502) if next(lost, False) else answer
 
-    send_first = packaged / "first.safetensors"
+    send_first = packaged / "accuracy.json"
     send_first.write_text("1")
     send(packaged)
     send_first.write_text("2")
