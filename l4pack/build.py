@@ -181,6 +181,8 @@ class _Chain:
 
     def _show_plan(self) -> Result:
         plan = self._plan
+        if self._order.text is not None and not plan.checkpoint.bare:
+            _check_text(plan.checkpoint, self._order.text)
         summary = f"{plan.artifact_bytes:,} bytes to come, {human_bytes(plan.peak_ram_bytes)} of memory needed"
         return Outcome.DONE, summary, plan_record(plan)
 
@@ -305,6 +307,14 @@ class _Chain:
             status = (self._order.out / name).stat()
             parts.append(f"{name} {status.st_size} {status.st_mtime_ns}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _check_text(checkpoint: Checkpoint, text: TextChoice) -> None:
+    """Raise what evaluation would raise about its text, before hours of work."""
+    from l4pack.text.sequences import load_text
+    from l4pack.text.tokenizer import load_tokenizer
+
+    load_text(text, load_tokenizer(checkpoint), checkpoint.config.text.max_position_embeddings)
 
 
 def accuracy_line(record: Mapping[str, Any]) -> str:

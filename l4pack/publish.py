@@ -142,7 +142,7 @@ def _licence_error(result: Audit) -> LicenceError:
 
 
 def _check_gating(folder: Path, *, gated: bool) -> None:
-    card = Card.parse((folder / CARD_NAME).read_text(encoding="utf-8"))
+    card = Card.parse((folder / CARD_NAME).read_text(encoding="utf-8-sig"))
     if gated and GATED_KEY not in card.metadata:
         raise UsageError(f"the card has no {GATED_KEY}", hint=f"run l4pack package {folder} --gated first")
 
@@ -268,7 +268,7 @@ def source_text(source: Checkpoint, name: str) -> str | None:
         return None
     if not path.is_file() or path.stat().st_size > MAX_SMALL_FILE:
         return None
-    return path.read_text(encoding="utf-8", errors="replace")
+    return path.read_text(encoding="utf-8-sig", errors="replace")
 
 
 def _repository_text(manifest: ManifestFile, name: str, endpoint: str | None) -> str | None:

@@ -400,3 +400,41 @@ def test_questions_that_are_refused(tmp_path, change):
 def test_a_question_has_one_beginning_of_text(tokenizer):
     plain, marked = (continuation(tokenizer, start + "one", " two", 99) for start in ("", BOS))
     assert plain == marked
+
+
+# Commands
+
+
+def test_a_dry_run_reads_the_text(l4pack, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(lines({"text": "some words"}, {"text": ""}, {"images": ["a"], "text": "b"}))
+    command = ["quantize", "demo", "--recipe", "int4", "--out", tmp_path / "out", "--dry-run", "--text"]
+    ended = l4pack(*command, tmp_path / "rows.jsonl")
+    assert ended.code == 0, ended.err
+    assert "of 1 of 3 rows" in ended.out
+    assert "left: 1 row empty; 1 row with images, which are not read" in ended.out
+    found = json.loads(l4pack(*command, tmp_path / "rows.jsonl", "--json").out)["calibration"]
+    assert found["tokens"] == found["text"]["tokens"]
+    assert found["text"]["rows"]["read"] == 3
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("quantize", "demo", "--out", "OUT", "--dry-run"), ("quantize", "llama-4-scout", "--out", "OUT", "--dry-run"),
+     ("measure", "demo", "--out", "OUT", "--dry-run"), ("evaluate", "demo"), ("coverage", "demo"),
+     ("build", "demo", "--recipe", "int4-rtn", "--out", "OUT")],
+)  # fmt: skip
+def test_commands_refuse_a_text_before_they_begin(l4pack, tmp_path, command):
+    out = tmp_path / "out"
+    arguments = [out if part == "OUT" else part for part in command]
+    if command[0] == "evaluate":
+        arguments[1] = demo.model_path()
+    missing = l4pack(*arguments, "--text", tmp_path / "none.txt")
+    assert missing.code == 2, missing.err
+    assert "there is no text" in missing.err
+    if "llama-4-scout" not in command:
+        (tmp_path / "bad.jsonl").write_text('{"foo": 1}')
+        ended = l4pack(*arguments, "--text", tmp_path / "bad.jsonl")
+        assert ended.code == 2, ended.err
+        assert "line 1: the keys are foo" in ended.err
+    assert not out.exists()

@@ -111,7 +111,7 @@ def _read(template: Path) -> str:
             raise UsageError(
                 f"{template} is larger than {MAX_TEMPLATE_BYTES:,} bytes", hint="give a Jinja template file"
             )
-        return raw.decode("utf-8")
+        return raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{template}: can't be read as text", hint="give a Jinja template file") from error
 

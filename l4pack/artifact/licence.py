@@ -46,7 +46,7 @@ class Materials:
         """A file's text; None when it is absent or empty of text."""
         if name not in self.files:
             return None
-        return self.load(name).decode("utf-8", errors="replace")
+        return self.load(name).decode("utf-8-sig", errors="replace")
 
     @cached_property
     def card(self) -> Card:
