@@ -143,6 +143,24 @@ def test_killed_again_while_walking_again_it_ends_in_the_same_bytes(
     assert layers[0] > 0
 
 
+@pytest.mark.parametrize("what", ["solved layer", "solved expert", "rounded", "journal"])
+def test_what_was_changed_since_the_kill_is_made_again(source, text, undisturbed, half_done, tmp_path, what):
+    plan, out = planned(source, text), tmp_path / "out"
+    work = shutil.copytree(half_done, work_folder(out))
+    finished = (work / "journal.jsonl").read_text()
+    assert '"layer 1":' in finished
+    assert '"layer 2, dense mlp":' in finished
+    if what == "journal":
+        (work / "journal.jsonl").write_text(finished.replace('"tokens":[', '"tokens":[9'))
+    else:
+        module = {"solved layer": "layers.0.feed_forward.", "solved expert": "experts.0.", "rounded": "lm_head"}[what]
+        place = next(place for name, place in plan.places.items() if module in name)
+        with (work / "artifact" / place.file).open("r+b") as stream:
+            stream.seek(place.start)
+            stream.write(bytes(place.nbytes))
+    assert file_digests(run_plan(plan, out).out) == undisturbed
+
+
 def test_killed_by_the_system_it_ends_in_the_same_bytes(source, text, undisturbed, tmp_path):
     script = (
         "import os, sys, signal, torch; torch.set_num_threads(1)\n"

@@ -19,10 +19,10 @@ import pytest
 from conftest import file_digests
 from dying_run import DyingRuns
 
-from l4pack.checkpoint.journal import Journal, locked
+from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.writer import ShardWriter
-from l4pack.errors import L4packError, StoppedError, UsageError
+from l4pack.errors import StoppedError, UsageError
 from l4pack.execute import Executor, task_extents
 from l4pack.plan import make_plan
 from l4pack.recipe import load_recipe
@@ -526,13 +526,6 @@ def test_a_journal_never_keeps_a_token(tmp_path):
     path = tmp_path / "journal.jsonl"
     Journal(path, JOB, "l4pack quantize https://user:hf_abcDEF123@hub").close()
     assert b"abcDEF123" not in path.read_bytes()
-
-
-def test_a_lock_is_held_once_and_let_go(tmp_path):
-    with locked(tmp_path), pytest.raises(L4packError, match="another run is working"), locked(tmp_path):
-        pass
-    with locked(tmp_path):
-        pass
 
 
 def test_a_small_file_is_old_or_new_and_never_half(tmp_path, monkeypatch):

@@ -7,16 +7,13 @@ the reading ends, and what it and later ones said is done again.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from l4pack.errors import L4packError
 from l4pack.units import MIB
 from l4pack.work.files import open_own, write_atomic
 from l4pack.work.identity import Identity, another_job, command_shown
@@ -71,7 +68,7 @@ class Journal:
 
     def forget(self, finished: Collection[str], digests: Collection[str] = ()) -> None:
         """Take back what turned out not to be there any more."""
-        if finished or digests:
+        if not self.finished.keys().isdisjoint(finished) or not self.digests.keys().isdisjoint(digests):
             self.finished = {key: digest for key, digest in self.finished.items() if key not in finished}
             self.digests = {name: digest for name, digest in self.digests.items() if name not in digests}
             self.close()
@@ -87,7 +84,8 @@ class Journal:
         self.results.update(entry.get("results", {}))
 
     def _rewrite(self) -> None:
-        whole: Entry = {"finished": self.finished, "digests": self.digests, "results": self.results}
+        # What came of a piece of work stands before the word that it is finished: the reading may end between them.
+        whole: Entry = {"results": self.results, "digests": self.digests, "finished": self.finished}
         entries = [{key: part} for key, value in whole.items() for part in _parts(value)]
         self._chain = b""
         write_atomic(self.path, b"".join(map(self._line, [self._head, *entries])))
@@ -148,16 +146,3 @@ def _chained(chain: bytes, body: bytes) -> bytes:
 
 def _tail(chain: bytes) -> bytes:
     return b',"chain":"' + chain + b'"}\n'
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a job's folder for this process. Raises L4packError when another process holds it."""
-    with open(open_own(folder / "lock", os.O_RDWR | os.O_CREAT), "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise L4packError(
-                f"another run is working in {folder}", hint="wait for it, or choose another --out"
-            ) from None
-        yield
