@@ -124,7 +124,8 @@ class Watch:
 
         def watched(store, file):
             path = fetch(store, file)
-            look(store)
+            if file.endswith(".safetensors"):
+                look(store)
             return path
 
         monkeypatch.setattr(HubStore, "_fetch", watched)
