@@ -12,12 +12,14 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import RecipeError
 from l4pack.formats import load_format, stored_tensors
 from l4pack.model.tensors import Linear, Role, TensorSpec, canonical_naming, catalogue, rename
+from l4pack.quant.floats import FloatName
 from l4pack.quant.layout import Layout
 from l4pack.quant.scheme import Strategy
 from l4pack.recipe import KEEP, KV_CACHE, Method, Recipe, RecipeScheme
 from l4pack.units import MIB
 
 COPY_CHUNK = 16 * MIB
+_ROUNDING = 3  # chunks held while float32 is rounded: the source's, the result and what lies between
 ROW_STEP = 128  # slices are cut at multiples of this: FP8 blocks and packed zero points stay whole
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -75,7 +77,7 @@ class Task:
     def ram_bytes(self) -> int:
         """Bytes held at once: the source slab and what is made of it."""
         if self.action is Action.COPY:
-            return min(self.read_bytes, COPY_CHUNK)
+            return min(self.read_bytes, COPY_CHUNK) * (1 if self.read_bytes == self.write_bytes else _ROUNDING)
         return self.read_bytes + self.write_bytes
 
 
@@ -110,7 +112,7 @@ def assign(checkpoint: Checkpoint, recipe: Recipe) -> Assignment:
         else:
             name = rename(spec.name, runtime.naming, source.naming)
             kept = PlannedTensor(
-                spec.name, source_dtype(checkpoint, name), spec.shape, spec.role, spec.layer, None, KEEP
+                spec.name, kept_dtype(checkpoint, recipe, name), spec.shape, spec.role, spec.layer, None, KEEP
             )
             copies.append((name, kept))
             groups.append((kept,))
@@ -138,6 +140,17 @@ def source_dtype(checkpoint: Checkpoint, name: str) -> str:
     if checkpoint.bare:
         return _DTYPES.get(checkpoint.config.dtype or "", "BF16")
     return checkpoint.entries[name].dtype
+
+
+def kept_dtype(checkpoint: Checkpoint, recipe: Recipe, name: str) -> str:
+    """The safetensors dtype a source tensor is kept in: its own, but float32 is rounded to what runtimes compute in."""
+    dtype = source_dtype(checkpoint, name)
+    return model_dtype(checkpoint) if dtype == "F32" and not recipe.keep_float32 else dtype
+
+
+def model_dtype(checkpoint: Checkpoint) -> FloatName:
+    """The 16-bit dtype a runtime computes a model in."""
+    return "F16" if checkpoint.config.dtype == "float16" else "BF16"
 
 
 def _scheme_for(recipe: Recipe, spec: TensorSpec, num_layers: int) -> str:
@@ -175,7 +188,8 @@ def _target(checkpoint: Checkpoint, recipe: Recipe, old: Linear, new: Linear, sc
             f"{new.in_features} input features of {new.module}",
             hint="choose a group size that divides every matrix, or strategy channel",
         )
-    tensors = module_tensors(new, scheme, numbers, source_dtype(checkpoint, old.tensor))
+    dtype = kept_dtype(checkpoint, recipe, old.tensor) if numbers is None else source_dtype(checkpoint, old.tensor)
+    tensors = module_tensors(new, scheme, numbers, dtype)
     return Target(old, new.module, scheme, tensors)
 
 
@@ -200,7 +214,7 @@ def module_tensors(linear: Linear, name: str, scheme: RecipeScheme | None, dtype
 
 def cut(checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, slab_bytes: int) -> tuple[Task, ...]:
     """The tasks in the order of the source's bytes; no slab is larger than `slab_bytes` where it may be cut."""
-    tasks = [_copy_task(name, tensor) for name, tensor in assignment.copies]
+    tasks = [_copy_task(checkpoint, name, tensor) for name, tensor in assignment.copies]
     uncalibrated = [target for target in assignment.targets if not is_calibrated(recipe, target)]
     for together in _together(uncalibrated):
         tasks += _slices(checkpoint, recipe, together, slab_bytes)
@@ -215,9 +229,9 @@ def is_calibrated(recipe: Recipe, target: Target) -> bool:
     return target.scheme != KEEP and recipe.schemes[target.scheme].method is Method.GPTQ
 
 
-def _copy_task(name: str, tensor: PlannedTensor) -> Task:
-    nbytes = tensor.nbytes
-    return Task(tensor.name, Action.COPY, name, copied=tensor, read_bytes=nbytes, write_bytes=nbytes)
+def _copy_task(checkpoint: Checkpoint, name: str, tensor: PlannedTensor) -> Task:
+    read = tensor_bytes(source_dtype(checkpoint, name), tensor.shape)
+    return Task(tensor.name, Action.COPY, name, copied=tensor, read_bytes=read, write_bytes=tensor.nbytes)
 
 
 def _together(targets: Sequence[Target]) -> Iterator[tuple[Target, ...]]:

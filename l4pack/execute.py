@@ -12,7 +12,7 @@ from l4pack.assign import COPY_CHUNK, Action, PlannedTensor, Target, Task
 from l4pack.checkpoint.reader import NUMPY_TYPES, Reader
 from l4pack.checkpoint.writer import Extent, ShardWriter
 from l4pack.errors import SourceError
-from l4pack.quant.floats import FloatName
+from l4pack.quant.floats import FloatName, narrowed
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, Quantized, absmax, quantize_block
 from l4pack.quant.scheme import Scheme, Strategy
@@ -56,16 +56,30 @@ class Executor:
         for target, block in zip(task.targets, self._blocks(task), strict=True):
             if task.action is Action.UNFUSE:
                 _refuse_non_finite(block, self._dtypes[task.tensor], target.module)
-                self._write_from(target.tensors[0], task.rows[0], np.ascontiguousarray(block.T))
+                self._write_from(target.tensors[0], task.rows[0], self._as_kept(task, block.T, target.tensors[0]))
             else:
                 self._quantize_block(task, target, block)
 
     def _copy(self, task: Task, tensor: PlannedTensor) -> None:
         dtype = self._dtypes[task.tensor]
-        for start in range(0, tensor.nbytes, COPY_CHUNK):
-            chunk = self._reader.span(task.tensor, start, min(COPY_CHUNK, tensor.nbytes - start))
-            _refuse_non_finite(chunk.view(NUMPY_TYPES[dtype]), dtype, task.tensor)
-            self._writer.write(tensor.name, start, chunk)
+        for start in range(0, task.read_bytes, COPY_CHUNK):
+            chunk = self._reader.span(task.tensor, start, min(COPY_CHUNK, task.read_bytes - start))
+            values = chunk.view(NUMPY_TYPES[dtype])
+            _refuse_non_finite(values, dtype, task.tensor)
+            place = start * tensor.nbytes // max(1, task.read_bytes)
+            self._writer.write(tensor.name, place, self._as_kept(task, values, tensor))
+
+    def _as_kept(self, task: Task, values: NDArray[Any], tensor: PlannedTensor) -> NDArray[Any]:
+        """Source numbers as they are kept. Raises SourceError for one that the kept dtype can't hold."""
+        if tensor.dtype == self._dtypes[task.tensor]:
+            return np.ascontiguousarray(values)
+        kept: FloatName = "F16" if tensor.dtype == "F16" else "BF16"
+        rounded = narrowed(values, kept)
+        if _is_non_finite(rounded, kept):
+            raise SourceError(
+                f"{task.tensor} holds a weight too large for {kept}", hint="add --keep-float32 to keep it as it is"
+            )
+        return rounded
 
     def _blocks(self, task: Task) -> list[NDArray[Any]]:
         """One 2-D block a target, in the layout it is stored in."""
@@ -146,10 +160,14 @@ def _made_by_rows(target: Target, scheme: Scheme) -> Iterator[tuple[PlannedTenso
 
 
 def _refuse_non_finite(block: NDArray[Any], dtype: FloatName, name: str) -> None:
+    if _is_non_finite(block, dtype):
+        raise _non_finite(name)
+
+
+def _is_non_finite(block: NDArray[Any], dtype: FloatName) -> bool:
     exponent = _EXPONENT[dtype]
     bits: NDArray[Any] = block.view(np.uint16 if exponent < 0x10000 else np.uint32)
-    if ((bits & exponent) == exponent).any():
-        raise _non_finite(name)
+    return bool(((bits & exponent) == exponent).any())
 
 
 def _non_finite(where: str) -> SourceError:

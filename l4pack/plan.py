@@ -24,7 +24,18 @@ from l4pack.artifact.manifest import (
     tensor_record,
 )
 from l4pack.artifact.stanza import quantization_config
-from l4pack.assign import Action, Assignment, PlannedTensor, Target, Task, assign, cut, is_calibrated, source_dtype
+from l4pack.assign import (
+    Action,
+    Assignment,
+    PlannedTensor,
+    Target,
+    Task,
+    assign,
+    cut,
+    is_calibrated,
+    model_dtype,
+    source_dtype,
+)
 from l4pack.calibration.itinerary import Itinerary, file_sizes
 from l4pack.calibration.needs import Needs, calibration_needs
 from l4pack.calibration.record import RECORD_NAME, record_bytes
@@ -34,6 +45,7 @@ from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES, INDEX_NAME, Place, Sha
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import BudgetError, SourceError
 from l4pack.formats import load_format, reader_limits
+from l4pack.model.config import with_dtype
 from l4pack.model.tensors import Linear
 from l4pack.options import plan_options, recipe_parts, text_options
 from l4pack.recipe import KEEP, KV_CACHE, Activations, Recipe
@@ -101,14 +113,30 @@ class Plan:
 
     @cached_property
     def config_json(self) -> bytes:
-        """The artifact's config.json: the source's, every section kept, with the quantization added."""
-        config = {**self.checkpoint.config.raw, "quantization_config": self.stanza}
+        """The artifact's config.json: the source's, every section kept, with the quantization added.
+
+        Where float32 tensors are rounded, it says their dtype as they are now.
+        """
+        raw: Mapping[str, Any] = self.checkpoint.config.raw
+        if self.rounded_tensors:
+            raw = with_dtype(raw, "float16" if model_dtype(self.checkpoint) == "F16" else "bfloat16")
+        config = {**raw, "quantization_config": self.stanza}
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
     @cached_property
     def index_json(self) -> bytes | None:
         """The artifact's index, or None when there is one shard."""
         return index_json(self.shards, self.weight_bytes)
+
+    @cached_property
+    def rounded_tensors(self) -> int:
+        """How many kept tensors are float32 in the source and not in the artifact."""
+        wide = 0
+        for task in self.tasks:
+            kept = task.copied or task.targets[0].tensors[0]
+            rounds = task.action is not Action.QUANTIZE and kept.dtype != source_dtype(self.checkpoint, task.tensor)
+            wide += max(1, len(task.targets)) if rounds and task.rows[0] == 0 else 0
+        return wide
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -235,6 +263,11 @@ class Plan:
     def warnings(self) -> list[str]:
         """What is odd about the source, and what a runtime can't do with this artifact, from the format files."""
         found: list[str] = list(self.checkpoint.notes)
+        if self.rounded_tensors:
+            found.append(
+                f"{self.rounded_tensors:,} kept tensors are float32 in the source and are rounded to "
+                f"{model_dtype(self.checkpoint)}, which runtimes compute in; --keep-float32 leaves them as they are"
+            )
         mixed = len(self.recipe.schemes) > 1
         for key, scheme in self.recipe.schemes.items():
             roles = {linear.role for linear, name in self.assigned if name == key}

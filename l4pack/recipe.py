@@ -168,6 +168,7 @@ class Recipe(_Data):
     schemes: Annotated[dict[str, RecipeScheme], Field(min_length=1)]
     rules: Annotated[list[Rule], Field(min_length=1)]
     kv_cache: KVCache | None = None
+    keep_float32: bool = False
     calibration: Calibration | None = None
     promise: Promise | None = None
 
@@ -226,6 +227,10 @@ class Recipe(_Data):
             )
         values = {**self.calibration.model_dump(), **given}
         return self.model_copy(update={"calibration": validate(Calibration, values, "calibration")})
+
+    def keeping(self, *, float32: bool) -> Recipe:
+        """The recipe, with float32 kept where that is asked for."""
+        return self.model_copy(update={"keep_float32": True}) if float32 else self
 
     def digest(self) -> str:
         """Hex SHA-256 of the recipe with every default filled in."""

@@ -54,6 +54,7 @@ MEANINGS = {
     "activations": "What a runtime does to the inputs of a matrix; `static_tensor` is calibrated.",
     "gptq": "Options of method `gptq`.",
     "kv_cache": "A KV cache kept in FP8, whose scales calibration finds; see [calibration](../explanation/calibration.md).",
+    "keep_float32": "Leave tensors that are kept and float32 so; otherwise they are rounded to the model's 16-bit dtype.",
     "dtype": "Dtype of keys and values.",
     "calibration": "The text that calibrated schemes look at; needed by them, refused without them.",
     "act_order": "Round the columns that matter most first. Groups keep their places, so no index is stored.",

@@ -15,7 +15,7 @@ from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.cli import console
 from l4pack.cli.fit import Bits, MaxBytes, Runtime, SensitivityFile, warn_of_stand_in
-from l4pack.cli.options import AsJson, Compute, Include, MaxRam, Out, Source
+from l4pack.cli.options import AsJson, Compute, Include, KeepFloat32, MaxRam, Out, Source
 from l4pack.cli.plan import limits, size_of
 from l4pack.errors import UsageError
 from l4pack.fit.budgets import Wish
@@ -96,6 +96,7 @@ def build_command(
     max_ram: MaxRam = None,
     compute: Compute = AUTO,
     include: Include = None,
+    keep_float32: KeepFloat32 = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -114,7 +115,11 @@ def build_command(
         before, recipe = [step], str(path)
     elif max_bytes or bits or sensitivity:
         raise UsageError("--max-bytes, --bits and --sensitivity go with --fit", hint="add --fit, or leave them out")
-    plan = make_plan(checkpoint, load_recipe(recipe or DEFAULT_RECIPE), limits(max_ram, None, None, chosen_device))
+    plan = make_plan(
+        checkpoint,
+        load_recipe(recipe or DEFAULT_RECIPE).keeping(float32=keep_float32),
+        limits(max_ram, None, None, chosen_device),
+    )
     order = Order(
         out=out,
         compute=chosen_device,

@@ -48,6 +48,10 @@ Include = Annotated[
         show_default=False,
     ),
 ]
+KeepFloat32 = Annotated[
+    bool,
+    typer.Option("--keep-float32", help="Leave kept float32 tensors so; rounded to the model's dtype unless said."),
+]
 Against = Annotated[
     str | None,
     typer.Option("--against", metavar="SOURCE", help="The original checkpoint to compare with.", show_default=False),

@@ -10,7 +10,7 @@ from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.cli import console
-from l4pack.cli.options import AsJson, Compute, Include, MaxRam, MaxVram, RecipeName, ShardSize, Source
+from l4pack.cli.options import AsJson, Compute, Include, KeepFloat32, MaxRam, MaxVram, RecipeName, ShardSize, Source
 from l4pack.plan import Limits, Plan, make_plan
 from l4pack.recipe import load_recipe
 from l4pack.summary import files_missing, plan_classes, plan_record
@@ -27,6 +27,7 @@ def plan(
     shard_size: ShardSize = None,
     compute: Compute = AUTO,
     include: Include = None,
+    keep_float32: KeepFloat32 = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what an artifact will weigh and what making it will take, from headers or a bare config.json.
@@ -34,7 +35,9 @@ def plan(
     Example: `l4pack plan llama-4-scout --recipe scout-int4-1xh100`
     """
     allowed = limits(max_ram, max_vram, shard_size, chosen(compute))
-    made = make_plan(open_source(source, include=include or ()), load_recipe(recipe), allowed)
+    made = make_plan(
+        open_source(source, include=include or ()), load_recipe(recipe).keeping(float32=keep_float32), allowed
+    )
     if as_json:
         console.show_json(plan_record(made))
     else:

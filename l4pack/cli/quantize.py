@@ -16,6 +16,7 @@ from l4pack.cli.options import (
     CalibrationText,
     Compute,
     Include,
+    KeepFloat32,
     MaxRam,
     MaxVram,
     Out,
@@ -48,6 +49,7 @@ def quantize(
     shard_size: ShardSize = None,
     compute: Compute = AUTO,
     include: Include = None,
+    keep_float32: KeepFloat32 = False,
     fetch_as_you_go: Annotated[
         bool, typer.Option("--fetch-as-you-go", help="Download a Hub source shard by shard and drop each after use.")
     ] = False,
@@ -64,8 +66,10 @@ def quantize(
     fetch_folder = work_folder(out) / "fetched" if fetch_as_you_go else None
     device = chosen(compute)
     allowed = limits(max_ram, max_vram, shard_size, device)
-    wanted = load_recipe(recipe).calibrating(
-        text is not None, samples=samples, sequence_length=sequence_length, seed=seed
+    wanted = (
+        load_recipe(recipe)
+        .keeping(float32=keep_float32)
+        .calibrating(text is not None, samples=samples, sequence_length=sequence_length, seed=seed)
     )
     made = make_plan(open_source(source, fetch_folder=fetch_folder, include=include or ()), wanted, allowed)
     if made.needs is not None and not (dry_run and text is None and made.checkpoint.bare):

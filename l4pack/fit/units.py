@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from l4pack.assign import PlannedTensor, divides, module_tensors, source_dtype
+from l4pack.assign import PlannedTensor, divides, model_dtype, module_tensors, source_dtype
 from l4pack.budget.model import Budget
 from l4pack.budget.subject import Subject
 from l4pack.budget.weights import ROW_SPLIT, weights_by_role
@@ -63,7 +63,7 @@ def model_units(checkpoint: Checkpoint, losses: Losses, runtime: str, tp: int) -
     catalogued = catalogue(checkpoint.config, canonical_naming(checkpoint.config), fused=False).linears
     dtypes = [source_dtype(checkpoint, linear.tensor) for linear in checkpoint.layout.linears]
     matrices = sorted(zip(catalogued, dtypes, strict=True), key=lambda pair: _key(pair[0]))
-    sizes = _Sizes(losses.options)
+    sizes = _Sizes(losses.options, model_dtype(checkpoint))
     left_out: dict[tuple[str, Role], tuple[str, ...]] = {}
     units = []
     for (layer, role), grouped in groupby(matrices, key=lambda pair: _key(pair[0])):
@@ -118,14 +118,17 @@ Member = tuple[Linear, str]  # a matrix, and its dtype in the source
 class _Sizes:
     """The tensors of a unit under an option; units of equal shape share them, as only sizes matter here."""
 
-    def __init__(self, options: Mapping[str, RecipeScheme]) -> None:
-        self._options = options
+    def __init__(self, options: Mapping[str, RecipeScheme], kept: str) -> None:
+        """`kept` is the dtype that matrices of float32 are kept in."""
+        self._options, self._kept = options, kept
         self._known: dict[tuple[object, ...], tuple[PlannedTensor, ...]] = {}
 
     def choice(self, members: Sequence[Member], option: str, kl: float) -> Choice:
         shapes = tuple((linear.projection, linear.out_features, linear.in_features, dtype) for linear, dtype in members)
         key = (option, members[0][0].role, shapes)
         scheme = self._options.get(option)
+        if scheme is None:
+            members = [(linear, self._kept if dtype == "F32" else dtype) for linear, dtype in members]
         if key not in self._known:
             self._known[key] = tuple(
                 tensor for linear, dtype in members for tensor in module_tensors(linear, option, scheme, dtype)

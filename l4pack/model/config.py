@@ -157,6 +157,17 @@ def load_config(path: Path) -> Llama4Config:
     return parse_config(_mapping(raw, str(path), "the file"), str(path))
 
 
+def with_dtype(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A `config.json` object that says `dtype` where it said float32, in its sections too."""
+    changed: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key in ("dtype", "torch_dtype") and str(value).removeprefix("torch.") == "float32":
+            changed[key] = dtype
+        else:
+            changed[key] = with_dtype(value, dtype) if key.endswith("_config") and isinstance(value, Mapping) else value
+    return changed
+
+
 KNOWN_MODELS = ("llama-4-scout", "llama-4-maverick")
 
 

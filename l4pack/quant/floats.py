@@ -6,6 +6,7 @@ same value. E4M3FN (FP8; Micikevicius et al. 2022, https://arxiv.org/abs/2209.05
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ STORED: dict[ScaleDtype, FloatName] = {
 }
 """The safetensors name of every scale dtype but `source`."""
 
+_NARROWED_AT_ONCE = 1 << 20
 _BF16_LARGEST = float(np.uint32(0x7F7F0000).view(np.float32))
 _FLOAT32_SMALLEST = float(np.finfo(np.float32).smallest_normal)
 
@@ -66,6 +68,20 @@ def widen(stored: NDArray[Any]) -> Float32Array:
     if stored.dtype == np.uint16:
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32, copy=False)
+
+
+def narrowed(values: Float32Array, name: FloatName) -> NDArray[Any]:
+    """Finite float32 values [rows, ...] rounded to nearest even as `BF16` (uint16 bit patterns) or `F16`, contiguous.
+
+    A value that is too large becomes infinite. Little memory beside the result is taken.
+    """
+    result = np.empty(values.shape, np.uint16 if name == "BF16" else np.float16)
+    step = max(1, _NARROWED_AT_ONCE // max(1, math.prod(values.shape[1:])))
+    with np.errstate(over="ignore"):
+        for start in range(0, len(values), step):
+            part = np.ascontiguousarray(values[start : start + step])
+            result[start : start + step] = round_to_bfloat16(part) if name == "BF16" else part.astype(np.float16)
+    return result
 
 
 def e4m3_values() -> Float32Array:
