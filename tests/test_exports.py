@@ -243,3 +243,97 @@ def test_a_template_file_without_one(folder, l4pack, content):
     ended = l4pack("coverage", folder, "--samples", 1)
     assert ended.code == 4
     assert "chat_template.json holds no chat template" in ended.err
+
+
+KEPT = [EMBEDDING, HEAD, "language_model.model.norm.weight", "language_model.model.layers.0.self_attn.q_proj.weight"]
+
+
+def dtypes(out):
+    return {entry.dtype for name, entry in open_source(str(out)).entries.items() if not name.endswith("_scale")}
+
+
+@pytest.mark.parametrize("stated", ["float32", "bfloat16", None])
+def test_float32_that_is_kept_is_rounded_to_what_runtimes_compute_in(checkpoint, tmp_path, l4pack, stated):
+    folder = shutil.copytree(checkpoint("scout", dtype="float32"), tmp_path / "source")
+
+    def state(config):
+        for section in (config, config["text_config"], config["vision_config"]):
+            section.pop("dtype", None)
+        config.update({} if stated is None else {"dtype": stated, "torch_dtype": f"torch.{stated}"})
+
+    edit(folder, state)
+    out, plan = quantized(l4pack, folder)
+    assert dtypes(out) == {"BF16", "I32", "I64"}
+    assert any("are rounded to BF16" in warning and "--keep-float32" in warning for warning in plan["warnings"])
+    config = json.loads((out / "config.json").read_text())
+    assert (config.get("dtype"), config.get("torch_dtype")) == (
+        (None, None) if stated is None else ("bfloat16", "torch.bfloat16" if stated == "bfloat16" else "bfloat16")
+    )
+    made, theirs = load_file(out / "model.safetensors"), load_file(folder / "model.safetensors")
+    for name in KEPT:
+        assert torch.equal(made[name], theirs[name].to(torch.bfloat16))
+    assert "float32 numbers rounded to 16 bits" in l4pack("verify", out, "--against", folder).out
+    assert l4pack("evaluate", out, "--against", folder, "--samples", 1, "--sequence-length", 32).code == 0
+
+
+def test_float32_weighs_what_bfloat16_does(checkpoint, l4pack):
+    weigh = [json.loads(l4pack("plan", checkpoint("scout", dtype=dtype), "-r", "meta-int4", "--json").out)["weight_bytes"]
+             for dtype in ("float32", "bfloat16")]  # fmt: skip
+    assert weigh[0] == weigh[1]
+
+
+@pytest.mark.parametrize("recipe", ["int4-rtn", "meta-fp8"])  # meta-fp8 keeps experts that are taken out of fused ones
+def test_float32_stays_when_it_is_asked_for(checkpoint, tmp_path, l4pack, recipe):
+    folder, out = checkpoint("scout", dtype="float32"), tmp_path / "out"
+    command = ("quantize", folder, "-r", recipe, "-o", out)
+    assert l4pack(*command, "--keep-float32").code == 0
+    assert "F32" in dtypes(out)
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+    assert l4pack("verify", out, "--against", folder).code == 0
+    assert l4pack(*command).code == 2  # another artifact
+    rounded = tmp_path / "rounded"
+    assert l4pack("quantize", folder, "-r", recipe, "-o", rounded).code == 0
+    assert "F32" not in dtypes(rounded)
+    assert l4pack("verify", rounded, "--against", folder).code == 0
+
+
+def test_rounding_that_is_not_the_sources_is_found(checkpoint, tmp_path, l4pack):
+    folder, out = checkpoint("scout", dtype="float32"), tmp_path / "out"
+    assert l4pack("quantize", folder, "-r", "int4-rtn", "-o", out).code == 0
+    made = load_file(out / "model.safetensors")
+    bits = made[HEAD].view(torch.int16)
+    bits[3, 5] += 1
+    save_file(made, out / "model.safetensors", {"format": "pt"})
+    ended = l4pack("verify", out, "--against", folder, "--json")
+    assert ended.code == 1
+    assert HEAD in {finding["where"] for finding in json.loads(ended.out)["findings"] if finding["rule"] == "kept"}
+
+
+def test_float16_models_get_float16_and_refuse_what_it_can_not_hold(checkpoint, tmp_path, l4pack):
+    folder, out = shutil.copytree(checkpoint("scout", dtype="float32"), tmp_path / "source"), tmp_path / "out"
+    edit(folder, lambda c: c.update(dtype="float16"))
+    assert l4pack("quantize", folder, "-r", "int4-rtn", "-o", out).code == 0
+    assert "F16" in dtypes(out)
+    assert l4pack("verify", out, "--against", folder).code == 0
+    rewrite(folder, lambda state: state.update({KEPT[2]: state[KEPT[2]].fill_(70000.0)}))
+    ended = l4pack("quantize", folder, "-r", "int4-rtn", "-o", tmp_path / "other")
+    assert ended.code == 4
+    assert f"{KEPT[2]} holds a weight too large for F16" in ended.err
+
+
+def test_float16_stays_float16(checkpoint, l4pack):
+    plan = json.loads(l4pack("plan", checkpoint("scout", dtype="float16"), "-r", "int4-rtn", "--json").out)
+    assert not [warning for warning in plan["warnings"] if "float32" in warning]
+
+
+def test_rounding_to_16_bits_is_torchs():
+    from l4pack.quant.floats import narrowed
+
+    values = torch.randn(700, 3001, generator=torch.Generator().manual_seed(0)) * 1e3
+    values[0, :4] = torch.tensor([1e-40, -0.0, 65519.0, 3.0e38])
+    for name, kind in (("BF16", torch.bfloat16), ("F16", torch.float16)):
+        expected = values.to(kind)
+        made = torch.from_numpy(narrowed(values.numpy(), name))
+        assert torch.equal(made.view(torch.int16), expected.view(torch.int16))
+        turned = torch.from_numpy(narrowed(values.numpy().T, name))
+        assert torch.equal(turned.view(torch.int16), expected.T.contiguous().view(torch.int16))

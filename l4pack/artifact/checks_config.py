@@ -164,7 +164,7 @@ def _check_meaning(mine: Llama4Config, theirs: Llama4Config, found: Findings) ->
         new, old = _rope(mine.raw, section), _rope(theirs.raw, section)
         if new != old:
             found.error("config", f"{section}.rope_parameters", f"are {new}, the source's are {old}")
-    if mine.dtype != theirs.dtype:
+    if mine.dtype != theirs.dtype and not (theirs.dtype == "float32" and mine.dtype in ("bfloat16", "float16")):
         found.error("config", "dtype", f"is {mine.dtype}, the source's is {theirs.dtype}")
 
 

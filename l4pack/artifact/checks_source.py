@@ -22,12 +22,13 @@ from l4pack.artifact.checks_kernels import STATISTICS, compare, group_ranges, wi
 from l4pack.artifact.checks_tensors import Matrix
 from l4pack.artifact.checks_values import Arrays, Result, coded, fingerprint, is_dead
 from l4pack.artifact.origin import Made
+from l4pack.checkpoint.header import TensorEntry
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError
 from l4pack.model.tensors import Linear, Role
 from l4pack.quant import cpu
-from l4pack.quant.floats import Float32Array, FloatName, e4m3_values, widen
+from l4pack.quant.floats import Float32Array, FloatName, e4m3_values, narrowed, widen
 from l4pack.quant.layout import Layout
 from l4pack.quant.packing import unpack_zero_points
 from l4pack.quant.qparams import QParams, qparams_of_range
@@ -93,6 +94,29 @@ class Compared:
         return Compared(self.rows[start:stop], self.slopes[start:stop], self.energies[start:stop])
 
 
+def kept_as(dtype: str) -> tuple[str, ...]:
+    """The dtypes that an unquantized tensor of a source may have in an artifact: float32 may be rounded."""
+    return ("F32", "BF16", "F16") if dtype == "F32" else (dtype,)
+
+
+def as_kept(reader: Reader, source: TensorEntry, dtype: str, result: Result) -> Callable[[int, int], NDArray[np.uint8]]:
+    """A source tensor's bytes as an artifact keeps them in `dtype`, by the place of the artifact's."""
+    if source.dtype == dtype:
+        return lambda start, nbytes: reader.span(source.name, start, nbytes)
+
+    def rounded(start: int, nbytes: int) -> NDArray[np.uint8]:
+        values: NDArray[Any] = reader.span(source.name, 2 * start, 2 * nbytes).view(np.float32)
+        return _narrowed(values, dtype, result).view(np.uint8)
+
+    return rounded
+
+
+def _narrowed(values: NDArray[Any], dtype: str, result: Result) -> NDArray[Any]:
+    rounded = narrowed(values, "F16" if dtype == "F16" else "BF16")
+    result.tally.kept_rounded += int((widen(rounded) != values).sum())
+    return rounded
+
+
 class SourceChecks:
     """Holds an artifact's matrices against the source; one instance serves all threads."""
 
@@ -114,7 +138,9 @@ class SourceChecks:
         """An expert that was taken out of a fused tensor and not quantized: the same numbers, turned."""
         result.tally.kept_compared += 1
         theirs = slab.block if slab.layout is Layout.OUT_IN else slab.block.T
-        if dtype != slab.dtype:
+        if dtype != slab.dtype and dtype in kept_as(slab.dtype):
+            theirs = _narrowed(theirs, dtype, result)
+        if dtype not in kept_as(slab.dtype):
             result.found.error("kept", name, f"is {dtype}, the source is {slab.dtype}")
         elif not np.array_equal(mine.view(np.uint8), np.ascontiguousarray(theirs).view(np.uint8)):
             result.found.error("kept", name, "its values differ from the source's")

@@ -40,6 +40,7 @@ class Tally:
     matrices: int = 0
     digests: int = 0
     kept_compared: int = 0
+    kept_rounded: int = 0  # numbers of a float32 source that are not the same in 16 bits
     matrices_compared: int = 0
     weights_compared: int = 0
     within_half_step: int = 0

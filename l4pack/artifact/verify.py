@@ -19,7 +19,7 @@ from pathlib import Path
 from l4pack.artifact.checks_config import check_config, check_config_kept, check_stanza
 from l4pack.artifact.checks_files import check_files
 from l4pack.artifact.checks_manifest import check_manifest, read_manifest_of
-from l4pack.artifact.checks_source import SourceChecks
+from l4pack.artifact.checks_source import SourceChecks, as_kept, kept_as
 from l4pack.artifact.checks_tensors import Contents, Matrix, examine
 from l4pack.artifact.checks_tokenizer import check_tokenizer
 from l4pack.artifact.checks_values import Result, Tally, ValueChecks, duplicates
@@ -202,7 +202,7 @@ class _Work:
         if source is None:
             return _Unit(_place(entry), lambda result: self._values.kept(name, result, None))
         reader, old = source
-        if (old.dtype, old.shape) != (entry.dtype, entry.shape):
+        if old.shape != entry.shape or entry.dtype not in kept_as(old.dtype):
 
             def differ(result: Result) -> None:
                 self._values.kept(name, result, None)
@@ -212,7 +212,7 @@ class _Work:
             return _Unit(_place(old), differ, old.file)
         return _Unit(
             _place(old),
-            lambda result: self._values.kept(name, result, lambda start, size: reader.span(old.name, start, size)),
+            lambda result: self._values.kept(name, result, as_kept(reader, old, entry.dtype, result)),
             old.file,
         )
 

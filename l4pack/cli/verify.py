@@ -114,7 +114,8 @@ def _looked_at(result: Verification) -> dict[Area, str]:
         Area.WEIGHTS: "not asked for (--against SOURCE)",
     }
     if result.against is not None:
-        rows[Area.KEPT] = f"{tally.kept_compared:,} tensors, bit for bit"
+        lost = f"; {tally.kept_rounded:,} float32 numbers rounded to 16 bits" if tally.kept_rounded else ""
+        rows[Area.KEPT] = f"{tally.kept_compared:,} tensors, bit for bit{lost}"
         rows[Area.WEIGHTS] = _compared(result)
     return rows
 
