@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+from l4pack.checkpoint.exports import without_stale_stanza
 from l4pack.checkpoint.header import read_header
 from l4pack.checkpoint.source import Checkpoint, LocalStore, Store
 from l4pack.errors import SourceError
@@ -43,7 +44,8 @@ def as_opened(checkpoint: Checkpoint, store: Store) -> bool:
         return True  # the Hub lists digests, and headers are compared when a file arrives
     try:
         headers = {file: read_header(store.path(file), file) for file in checkpoint.shards}
-        same = load_config(store.path(_CONFIG)).raw == checkpoint.config.raw
+        config, _ = without_stale_stanza(load_config(store.path(_CONFIG)), checkpoint.entries)
+        same = config.raw == checkpoint.config.raw
     except SourceError:
         return False
     return same and all(headers[entry.file].get(entry.name) == entry for entry in checkpoint.entries.values())
