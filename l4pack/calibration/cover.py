@@ -13,7 +13,7 @@ from torch import Tensor
 from l4pack import __version__
 from l4pack.calibration.coverage import Coverage
 from l4pack.checkpoint.apart import refuse_overlap
-from l4pack.checkpoint.identity import source_parts
+from l4pack.checkpoint.parts import weight_parts
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError, UsageError
 from l4pack.recipe import Calibration
@@ -83,7 +83,7 @@ class _Counter:
 def _job(checkpoint: Checkpoint, text: TokenText, compute: Compute) -> Identity:
     """What decides the counts: an interrupted run goes on only with the same."""
     parts = {"l4pack version": __version__, **text_parts(text.record), **compute.parts()}
-    return Identity(parts | source_parts(checkpoint, "source"))
+    return Identity(parts | weight_parts(checkpoint))
 
 
 def cover(checkpoint: Checkpoint, wanted: Wanted, work: Path, compute: str, progress: Progress) -> Covered:

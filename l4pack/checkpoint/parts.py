@@ -16,9 +16,9 @@ from l4pack.model.config import load_config
 _CONFIG = "config.json"
 
 
-def source_part(file: str) -> str:
-    """The name of a source file's part."""
-    return f"source {file}"
+def source_part(file: str, name: str = "source") -> str:
+    """The name of the part that a file of the checkpoint called `name` is."""
+    return f"{name} {file}"
 
 
 def source_parts(checkpoint: Checkpoint, store: Store) -> dict[str, str]:
@@ -26,10 +26,16 @@ def source_parts(checkpoint: Checkpoint, store: Store) -> dict[str, str]:
 
     Files that are not on this machine, and are no weights, are fetched.
     """
-    digests = {_CONFIG: _config(checkpoint, store)}
-    digests |= {file: file_digest(store.path(file)) for file in checkpoint.companions}
-    digests |= _shards(checkpoint, store)
-    return {source_part(file): digest for file, digest in digests.items()}
+    companions = {source_part(file): file_digest(store.path(file)) for file in checkpoint.companions}
+    return weight_parts(checkpoint) | companions
+
+
+def weight_parts(checkpoint: Checkpoint, name: str = "source") -> dict[str, str]:
+    """The same of configuration and weight files alone, all that a walk through the layers reads."""
+    store = checkpoint.store
+    assert store is not None
+    digests = {_CONFIG: _config(checkpoint, store), **_shards(checkpoint, store)}
+    return {source_part(file, name): digest for file, digest in digests.items()}
 
 
 def file_digest(path: Path) -> str:

@@ -21,7 +21,7 @@ from l4pack import __version__
 from l4pack.artifact.contents import measured_digest
 from l4pack.artifact.original import ORIGINAL_KEYS, check_original, original_record
 from l4pack.checkpoint.apart import refuse_overlap
-from l4pack.checkpoint.identity import source_parts
+from l4pack.checkpoint.parts import weight_parts
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import StoppedError, UsageError
 from l4pack.evaluate.answers import Answers, StreamAnswers
@@ -311,7 +311,7 @@ def _model(name: str, checkpoint: Checkpoint, compute: Compute, settings: Settin
 
 def _job(models: Sequence[Model], parts: Mapping[str, Any]) -> Identity:
     """What an interrupted evaluation goes on with: the same figures from the same files."""
-    files = [source_parts(model.weights.checkpoint, model.name) for model in models]
+    files = [weight_parts(model.weights.checkpoint, model.name) for model in models]
     return Identity({key: value for found in (parts, *files) for key, value in found.items()})
 
 

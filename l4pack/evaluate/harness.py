@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from l4pack import __version__
-from l4pack.checkpoint.identity import source_parts
+from l4pack.checkpoint.parts import weight_parts
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
 from l4pack.evaluate.answers import StreamAnswers
@@ -54,7 +54,7 @@ class StreamedScorer:
                 "--weights-only": not self._round_activations,
                 "tokens of all tasks": token_digest([item.tokens for item in sequences]),
                 **self._compute.parts(),
-                **source_parts(self._checkpoint, "model"),
+                **weight_parts(self._checkpoint, "model"),
             }
         )
         device, dtype = self._compute.device, self._compute.dtype

@@ -15,7 +15,7 @@ from l4pack import __version__
 from l4pack.artifact.original import weights_digest
 from l4pack.calibration.walk import reproducible
 from l4pack.checkpoint.apart import refuse_overlap
-from l4pack.checkpoint.identity import source_parts
+from l4pack.checkpoint.parts import weight_parts
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError, UsageError
 from l4pack.evaluate.statistics import clusters
@@ -111,7 +111,7 @@ class Prepared:
             **text_parts(calibrated, "--calibration", "--calibration-samples"),
             "--direct": self.direct.value,
             **self.compute.parts(),
-            **source_parts(self.checkpoint, "source"),
+            **weight_parts(self.checkpoint),
         }
         for name, scheme in self.options.schemes.items():
             parts |= flat(scheme.model_dump(mode="json"), f"--options: {name}")
