@@ -5,7 +5,7 @@ The planner, the writer and the verifier all read the same file, so they can't d
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from l4pack.checkpoint.header import DTYPE_BITS
 from l4pack.datafile import read_yaml, validate
 from l4pack.errors import RecipeError
-from l4pack.model.tensors import QUANTIZABLE, Role
+from l4pack.model.tensors import QUANTIZABLE, Linear, Role
 from l4pack.quant.scheme import NumberType, ScaleDtype, Scheme, Strategy
 from l4pack.resources import data_folder
 
@@ -97,6 +97,7 @@ class Reader(_Data):
 
     runtime: str
     version: str
+    serves: bool = True  # false for one that holds the weights unpacked, to compute with and not to serve
     limits: list[Limit] = []
     shapes: list[ShapeLimit] = []
 
@@ -210,14 +211,10 @@ def hindrances(
     found = []
     for reader in spec.readers:
         if reader.runtime in runtimes:
-            cases: list[Limit | ShapeLimit] = [limit for limit in reader.limits if holds.get(limit.when)]
-            cases += [
-                limit
-                for limit in reader.shapes
-                if (limit.when is None or holds.get(limit.when)) and _breaks(limit, scheme, role, matrices)
-            ]
+            cases = [limit for limit in reader.limits if holds.get(limit.when)]
             serious = [limit for limit in cases if limit.severity is not Severity.NOTE]
             found += [f"{reader.runtime} {reader.version} {limit.says}" for limit in serious]
+            found += _shape_hindrances(reader, scheme, role, matrices, holds)
     missing = sorted(set(runtimes) - {reader.runtime for reader in spec.readers})
     return found + [f"{runtime} does not read {spec.name}" for runtime in missing]
 
@@ -234,15 +231,71 @@ def _conditions(scheme: Scheme, roles: Collection[Role], *, weight_only: bool, m
     }
 
 
-def _breaks(limit: ShapeLimit, scheme: Scheme, role: Role, matrices: Collection[LocalMatrix]) -> bool:
+def _shape_hindrances(
+    reader: Reader,
+    scheme: Scheme,
+    role: Role,
+    matrices: Collection[LocalMatrix],
+    holds: Mapping[Condition, bool],
+) -> list[str]:
+    found = []
+    for limit in reader.shapes:
+        broken = _broken(limit, scheme, role, matrices) if limit.when is None or holds.get(limit.when) else None
+        if broken is not None:
+            size = f"{broken.in_features} inputs" if limit.size == "in" else f"{broken.out_features} outputs"
+            found.append(f"{reader.runtime} {reader.version} {limit.says} ({role.value} {broken.projection}: {size})")
+    return found
+
+
+def _broken(limit: ShapeLimit, scheme: Scheme, role: Role, matrices: Collection[LocalMatrix]) -> LocalMatrix | None:
+    """The first matrix that is not of the size it must be."""
     if role not in limit.roles or scheme.strategy not in limit.strategies:
-        return False
+        return None
     for matrix in matrices:
         sizes = _sizes(scheme, matrix.out_features, matrix.in_features)
         multiple = limit.multiple if isinstance(limit.multiple, int) else sizes[limit.multiple]
         if (limit.projections is None or matrix.projection in limit.projections) and sizes[limit.size] % multiple:
-            return True
-    return False
+            return matrix
+    return None
+
+
+ROW_SPLIT = (
+    "o_proj",
+    "down_proj",
+)  # matrices that tensor parallelism cuts along their inputs; all others along outputs
+DEGREES = (1, 2, 4, 8)  # into which Llama 4's heads can be split
+
+
+def local_matrix(linear: Linear, kv_heads: int, tp: int) -> LocalMatrix:
+    """What one of `tp` GPUs holds of a matrix, rounded up; KV heads are repeated beyond their number."""
+    parts = min(tp, kv_heads) if linear.projection in ("k_proj", "v_proj") else tp
+    rows, columns = (1, parts) if linear.projection in ROW_SPLIT else (parts, 1)
+    return LocalMatrix(linear.projection, -(-linear.out_features // rows), -(-linear.in_features // columns))
+
+
+Stored = tuple[FormatSpec, Scheme, Linear]
+"""A quantized matrix, and how it is stored."""
+
+
+def split_hindrances(stored: Iterable[Stored], kv_heads: int, tp: int) -> dict[str, list[str]]:
+    """Why each runtime that serves these formats has no kernel for the sizes that `tp` GPUs get; an empty list: it has."""
+    alike: dict[tuple[str, Scheme, Role], set[LocalMatrix]] = {}
+    for spec, scheme, linear in stored:
+        alike.setdefault((spec.name, scheme, linear.role), set()).add(local_matrix(linear, kv_heads, tp))
+    found: dict[str, list[str]] = {}
+    for (name, scheme, role), matrices in alike.items():
+        holds = _conditions(scheme, {role}, weight_only=False, mixed=False)
+        ordered = sorted(matrices, key=lambda matrix: (matrix.projection, matrix.out_features, matrix.in_features))
+        for reader in load_format(name).readers:
+            if reader.serves:
+                reasons = found.setdefault(reader.runtime, [])
+                reasons += _shape_hindrances(reader, scheme, role, ordered, holds)
+    return found
+
+
+def unservable(by_runtime: Mapping[str, list[str]]) -> bool:
+    """Whether no runtime has kernels for an artifact."""
+    return bool(by_runtime) and all(by_runtime.values())
 
 
 def _sizes(scheme: Scheme, out_features: int, in_features: int) -> dict[str, int]:

@@ -43,8 +43,8 @@ from l4pack.checkpoint.header import DTYPE_BITS
 from l4pack.checkpoint.parts import source_parts
 from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES, INDEX_NAME, Place, Shard, index_json, lay_out
 from l4pack.checkpoint.source import Checkpoint
-from l4pack.errors import BudgetError, SourceError
-from l4pack.formats import load_format, reader_limits
+from l4pack.errors import BudgetError, RecipeError, SourceError
+from l4pack.formats import load_format, reader_limits, split_hindrances, unservable
 from l4pack.model.config import with_dtype
 from l4pack.model.tensors import Linear
 from l4pack.options import plan_options, recipe_parts, text_options
@@ -276,7 +276,24 @@ class Plan:
             if self.recipe.kv_cache is not None:
                 vision = self.checkpoint.config.vision is not None
                 found += cache_limits(load_format(scheme.format), self.recipe.kv_cache.strategy, vision=vision)
+        found += [text for texts in self.hindrances().values() for text in texts]
         return list(dict.fromkeys(found))
+
+    def hindrances(self, tp: int = 1) -> dict[str, list[str]]:
+        """Why each runtime has no kernel for the sizes of these matrices on `tp` GPUs; an empty list: it has."""
+        schemes = {name: (load_format(scheme.format), scheme) for name, scheme in self.recipe.schemes.items()}
+        stored = [(*schemes[name], linear) for linear, name in self.assigned if name is not None]
+        return split_hindrances(stored, self.checkpoint.config.text.num_key_value_heads, tp)
+
+    def check_servable(self) -> None:
+        """Raise RecipeError when no runtime could load the artifact."""
+        reasons = self.hindrances()
+        if unservable(reasons):
+            first = next(text for texts in reasons.values() for text in texts)
+            raise RecipeError(
+                f"no runtime could serve this: {first}",
+                hint="take a recipe whose groups or blocks divide the model's sizes, such as fp8 or groups of 32",
+            )
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = None) -> Plan:

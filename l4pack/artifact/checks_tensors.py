@@ -17,7 +17,7 @@ from l4pack.artifact.opened import Artifact
 from l4pack.checkpoint.exports import WEIGHT_DTYPES
 from l4pack.checkpoint.header import TensorEntry
 from l4pack.errors import SourceError
-from l4pack.formats import reader_limits, stored_tensors
+from l4pack.formats import reader_limits, split_hindrances, stored_tensors, unservable
 from l4pack.model.names import classify, split_suffix
 from l4pack.model.tensors import Linear, Role, TensorSpec
 from l4pack.quant.scheme import Scheme
@@ -210,6 +210,7 @@ def examine(artifact: Artifact, declared: Declared, found: Findings) -> Contents
     for where, entry in declared.idle(artifact.modules):
         found.error("ignore", where, f"{entry!r:.80} names nothing in this model: is it misspelt?")
     _check_readers(examiner, declared, found)
+    _check_sizes(examiner, declared, found)
     _check_dtypes(artifact, examiner.plain, others, found)
     return Contents(tuple(examiner.matrices), tuple(examiner.plain), others, kv_scales, len(layout.linears))
 
@@ -296,6 +297,20 @@ def _check_readers(examiner: _Examiner, declared: Declared, found: Findings) -> 
             vision = examiner.artifact.config.vision is not None
             for text in cache_limits(group.format, declared.kv_strategy, vision=vision):
                 found.warning("runtime", "kv_cache_scheme", text)
+
+
+def _check_sizes(examiner: _Examiner, declared: Declared, found: Findings) -> None:
+    """Whether runtimes have kernels for the sizes of the quantized matrices, on one GPU."""
+    groups = {group.name: group for group in declared.groups}
+    stored = []
+    for linear, name in examiner.shown.values():
+        group = groups.get(name)
+        if group is not None and group.format is not None and group.scheme is not None:
+            stored.append((group.format, group.scheme, linear))
+    reasons = split_hindrances(stored, examiner.artifact.config.text.num_key_value_heads, 1)
+    tell = found.error if unservable(reasons) else found.warning
+    for text in dict.fromkeys(text for texts in reasons.values() for text in texts):
+        tell("runtime", "config_groups", text)
 
 
 def _check_dtypes(artifact: Artifact, plain: list[Linear], others: tuple[TensorSpec, ...], found: Findings) -> None:

@@ -15,6 +15,7 @@ from l4pack.budget.devices import Host
 from l4pack.budget.kv import kv_cache
 from l4pack.budget.load import Load, Setting, resolve
 from l4pack.budget.runtimes import Runtime, load_runtime
+from l4pack.budget.split import check_split
 from l4pack.budget.subject import Subject
 from l4pack.budget.weights import stage_layers, weights_by_role
 from l4pack.model.tensors import Role
@@ -114,7 +115,9 @@ class Budget:
 def budget(subject: Subject, host: Host, load: Load, runtime: str = "vllm") -> Budget:
     """The budget of a subject on a host. Raises UsageError for a load that the model or the runtime can't take."""
     profile = load_runtime(runtime)
-    return evaluate(subject, host, profile, resolve(subject, host, profile, load))
+    setting = resolve(subject, host, profile, load)
+    check_split(subject, setting, runtime)
+    return evaluate(subject, host, profile, setting)
 
 
 def evaluate(subject: Subject, host: Host, runtime: Runtime, setting: Setting) -> Budget:

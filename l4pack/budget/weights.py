@@ -13,6 +13,7 @@ import math
 from collections import defaultdict
 from functools import lru_cache
 
+from l4pack import formats
 from l4pack.budget.load import Setting
 from l4pack.budget.runtimes import Runtime
 from l4pack.budget.subject import Kind, Subject, from_config
@@ -23,7 +24,7 @@ from l4pack.model.tensors import Role
 VOCAB_PADDING = 64  # vLLM `vocab_parallel_embedding.py`
 MODEL_BYTES = 2  # BF16
 FP8_SCALE_BYTES = 4  # vLLM and SGLang keep the scales of FP8 matrices in float32
-ROW_SPLIT = {"o_proj", "down_proj", "fc2"}
+ROW_SPLIT = {*formats.ROW_SPLIT, "fc2"}
 REPEATED = {"class_embedding", "positional_embedding_vlm", "layernorm_pre", "layernorm_post"}
 FLOATS = ("BF16", "F16", "F32")
 

@@ -120,6 +120,7 @@ def build_command(
         load_recipe(recipe or DEFAULT_RECIPE).keeping(float32=keep_float32),
         limits(max_ram, None, None, chosen_device),
     )
+    plan.check_servable()
     order = Order(
         out=out,
         compute=chosen_device,

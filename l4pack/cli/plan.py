@@ -42,6 +42,7 @@ def plan(
         console.show_json(plan_record(made))
     else:
         console.show(*plan_view(made))
+    made.check_servable()
 
 
 def limits(max_ram: str | None, max_vram: str | None, shard_size: str | None, device: str) -> Limits:

@@ -76,9 +76,11 @@ def quantize(
         made = with_text(made, text)
     if dry_run:
         console.show_json(plan_record(made)) if as_json else console.show(*plan_view(made))
+        made.check_servable()
         return
     if not as_json:
         console.talk(*plan_view(made))
+    made.check_servable()
     result = _run(made, out, device, restart)
     if as_json:
         console.show_json({**plan_record(made), **run_record(result)})

@@ -10,11 +10,10 @@ from itertools import groupby
 from l4pack.assign import PlannedTensor, divides, model_dtype, module_tensors, source_dtype
 from l4pack.budget.model import Budget
 from l4pack.budget.subject import Subject
-from l4pack.budget.weights import ROW_SPLIT, weights_by_role
+from l4pack.budget.weights import weights_by_role
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.fit.losses import Losses, UnitKey
-from l4pack.formats import LocalMatrix, hindrances, load_format
-from l4pack.model.config import TextConfig
+from l4pack.formats import LocalMatrix, hindrances, load_format, local_matrix
 from l4pack.model.tensors import Linear, Role, canonical_naming, catalogue
 from l4pack.recipe import KEEP, Activations, RecipeScheme
 
@@ -68,7 +67,7 @@ def model_units(checkpoint: Checkpoint, losses: Losses, runtime: str, tp: int) -
     units = []
     for (layer, role), grouped in groupby(matrices, key=lambda pair: _key(pair[0])):
         members = list(grouped)
-        local = [_local(linear, checkpoint.config.text, tp) for linear, _ in members]
+        local = [local_matrix(linear, checkpoint.config.text.num_key_value_heads, tp) for linear, _ in members]
         choices = [sizes.choice(members, KEEP, 0.0)]
         measured = losses.kl.get((layer, role), {})
         if not measured:
@@ -140,13 +139,6 @@ class _Sizes:
 
 def _key(linear: Linear) -> UnitKey:
     return linear.layer, linear.role
-
-
-def _local(linear: Linear, text: TextConfig, tp: int) -> LocalMatrix:
-    """What one of `tp` GPUs holds of a matrix, rounded up; KV heads are repeated beyond their number."""
-    parts = min(tp, text.num_key_value_heads) if linear.projection in ("k_proj", "v_proj") else tp
-    rows, columns = (1, parts) if linear.projection in ROW_SPLIT else (parts, 1)
-    return LocalMatrix(linear.projection, -(-linear.out_features // rows), -(-linear.in_features // columns))
 
 
 def _reasons(
