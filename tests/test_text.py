@@ -16,7 +16,7 @@ from l4pack import demo
 from l4pack.checkpoint.open import open_source
 from l4pack.errors import SourceError, UsageError
 from l4pack.evaluate.tasks import continuation, load_task
-from l4pack.text import passages, sequences
+from l4pack.text import json_rows, passages, sequences
 from l4pack.text.choice import TextChoice
 from l4pack.text.describe import text_lines
 from l4pack.text.sequences import load_text
@@ -111,7 +111,7 @@ def test_a_large_text_is_looked_at_in_part_and_it_is_said(read, monkeypatch):
     assert "what comes after the first part" in text_lines(text.record)[1]
 
 
-def test_long_plain_text_is_tokenized_in_pieces_to_the_same_tokens(tokenizer, monkeypatch):
+def test_long_text_is_tokenized_in_pieces_to_the_same_tokens(read, tokenizer, monkeypatch):
     monkeypatch.setattr(passages, "PIECE", 5000)
     for words in (demo.heldout_path().read_text(), demo.heldout_path().read_text().replace("\n", "\r\n")):
         whole = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
@@ -119,6 +119,9 @@ def test_long_plain_text_is_tokenized_in_pieces_to_the_same_tokens(tokenizer, mo
         assert len(parts) > 10
         assert "".join(parts) == words
         assert [token for part in parts for token in tokenizer(part, add_special_tokens=False)["input_ids"]] == whole
+        text = read("row.jsonl", lines({"text": words}), samples=10**4)
+        assert [token for one in text.sequences for token in one.tokens[1:]] == whole
+        assert text.record["rows"]["used"] == 1
 
 
 def test_what_was_left_is_said(read):
@@ -145,6 +148,7 @@ CHATS = {
     "prompt and response": {"prompt": "Why?", "response": "Because.", "source": None},
     "messages in prompt and completion": {"prompt": [{"role": "user", "content": "Why?"}],
                                           "completion": [{"role": "assistant", "content": "Because."}]},
+    "input and output": {"input": "Why?", "output": "Because."},
     "question and answer": {"question": "Why?", "answer": "Because."},
     "chosen": {"prompt": "Why?", "chosen": "Because.", "rejected": "Go away."},
     "chosen messages": {"chosen": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}],
@@ -229,6 +233,17 @@ def test_columns(read, tokenizer, tmp_path, name):
     assert text.record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_a_folder_that_datasets_saved(tokenizer, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / name).write_text("{}")
+    table = pyarrow.table({"text": ["words"]})
+    with pyarrow.ipc.new_stream(tmp_path / "data-00000-of-00001.arrow", table.schema) as writer:
+        writer.write_table(table)
+    text = load_text(TextChoice(str(tmp_path), 8, 64), tokenizer, 2048)
+    assert [tokenizer.decode(one.tokens) for one in text.sequences] == [BOS + "words"]
+
+
 def test_columns_need_pyarrow(read, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match="needs pyarrow") as caught:
@@ -249,6 +264,13 @@ def test_a_folder_is_read_in_order_and_what_is_left_is_listed(tokenizer, tmp_pat
         "read": 3, "left": 4, "left_names": [".git/c.txt", ".hidden.txt", "a.pdf", "photo.png"],
     }  # fmt: skip
     assert "4 files (.git/c.txt, .hidden.txt, a.pdf, photo.png)" in text_lines(text.record)[1]
+
+
+@pytest.mark.parametrize("opening", ['{"text": "', '["', '{"data": ["'])
+def test_a_row_without_end_is_not_read_to_its_end(read, monkeypatch, opening):
+    monkeypatch.setattr(json_rows, "MAX_ROW", 1 << 17)
+    with pytest.raises(UsageError, match=r"line 1: one value of more than 131,072 characters"):
+        read("rows.json", opening + "words " * 100_000)
 
 
 # Beginning of text

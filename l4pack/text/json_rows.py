@@ -72,7 +72,7 @@ class _Values:
         """Read on, as much again as is there; what is used up is dropped."""
         self._line = self.line
         self._text, self._at = self._text[self._at :], 0
-        if len(self._text) > MAX_ROW:
+        if len(self._text) >= MAX_ROW:
             raise self.bad(f"one value of more than {MAX_ROW:,} characters")
         more = self._stream.read(max(_CHUNK, len(self._text)))
         self._text += more

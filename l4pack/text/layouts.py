@@ -18,8 +18,8 @@ MAX_ROW = 64 << 20  # characters; what is larger is not one row
 
 CHATS = ("messages", "conversations", "conversation")
 PLAIN = ("text", "content")
-ASKED = ("instruction", "question", "query", "prompt")
-ANSWERED = ("output", "response", "completion", "answer", "chosen")
+ASKED = ("instruction", "question", "query", "problem", "prompt", "input")
+ANSWERED = ("output", "response", "completion", "answer", "solution", "chosen")
 BESIDE = ("input", "context")
 SYSTEM = ("system", "system_prompt")
 MEDIA = ("image", "images", "image_url", "pixel_values", "video", "videos", "audio", "audios")
@@ -128,7 +128,7 @@ def _pair(row: Mapping[str, Any], asked: str | None, answered: str, where: str) 
 
 
 def _question(row: Mapping[str, Any], asked: str | None, where: str) -> str:
-    keys = [key for key in (asked, *BESIDE) if key in row]
+    keys = [key for key in dict.fromkeys((asked, *BESIDE)) if key in row]
     parts = [_string(row[key], f"{where}: {key!r}") for key in keys if key]
     return "\n\n".join(part for part in parts if part.strip())
 

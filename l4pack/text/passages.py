@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from l4pack.text.layouts import IMAGE_TOKENS, Chat, Left, read_row
 from l4pack.text.tables import column_rows, table_rows
 from l4pack.text.tokenizer import Template
 
-PIECE = 1 << 20  # characters of plain text tokenized at once
+PIECE = 1 << 18  # characters of a text tokenized at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,15 @@ def passages(files: Sequence[Path], template: Template, meter: Meter) -> Iterato
             row += 1
             said = read_row(value, where)
             text = template.render(said, where) if isinstance(said, Chat) else said
-            yield Passage(row, left=text) if isinstance(text, Left) else _passage(row, text, where)
+            yield from [Passage(row, left=text)] if isinstance(text, Left) else _passages(row, text, where)
+
+
+def _passages(row: int, text: str, where: str) -> Iterator[Passage]:
+    whole = _passage(row, text, where)
+    if whole.left or len(text) <= PIECE:
+        yield whole
+    else:
+        yield from (Passage(row, piece) for piece in pieces(io.StringIO(text, newline="")))
 
 
 def _plain(stream: TextIO, path: Path, row: int) -> Iterator[Passage]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Of a text that is much larger than what is asked for, this many times as much is looked at, and never less than that.
-LOOKED_AT, LEAST_LOOKED_AT = 16, 1 << 22
+LOOKED_AT, LEAST_LOOKED_AT = 8, 1 << 21
 _BATCH = 256
 _SHOWN_FILES, _SHOWN_NAME = 8, 24
 
