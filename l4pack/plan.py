@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
+import itertools
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-
-import psutil
 
 from l4pack import __version__
 from l4pack.artifact.kv_cache import cache_limits
@@ -50,6 +49,7 @@ from l4pack.model.tensors import Linear
 from l4pack.options import plan_options, recipe_parts, text_options
 from l4pack.recipe import KEEP, KV_CACHE, Activations, Recipe
 from l4pack.units import MIB, human_bytes
+from l4pack.work import machine
 from l4pack.work.identity import Identity
 
 if TYPE_CHECKING:
@@ -64,12 +64,16 @@ TORCH_RAM = 2048 * MIB
 # allocator for observer mse, 20 for minmax; the source's own 2 to 4 come on top.
 VRAM_PER_WEIGHT = 32
 SLAB_LIMITS = tuple(size * MIB for size in (256, 128, 64, 32, 16, 8, 4))
+# More workers read smaller slabs, in shorter and shorter pieces: below this, a few workers are enough.
+FINE_SLAB, ENOUGH_WORKERS = 32 * MIB, 4
+# What rounding takes over the base however many cores there are, unless the user allows more: enough to keep a disk busy.
+USUAL_RAM = 700 * MIB
 CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may take; None means what the machine has."""
+    """What a run may take. Without `max_ram` it takes little, however much the machine has."""
 
     max_ram: int | None = None
     max_vram: int | None = None
@@ -97,6 +101,7 @@ class Plan:
     observed: tuple[Target, ...] = ()  # made by tasks, but for the scale of their inputs
     needs: Needs | None = None  # of calibration
     text: TokenText | None = field(default=None, repr=False)
+    room: machine.Room = field(default_factory=machine.memory, compare=False)  # where the plan was made
 
     def with_text(self, text: TokenText) -> Plan:
         """The same plan with the tokens its calibration looks at, pinned in the manifest by their digest."""
@@ -268,6 +273,9 @@ class Plan:
                 f"{self.rounded_tensors:,} kept tensors are float32 in the source and are rounded to "
                 f"{model_dtype(self.checkpoint)}, which runtimes compute in; --keep-float32 leaves them as they are"
             )
+        if self.peak_ram_bytes > self.room.nbytes:
+            limit = f"the limit is {human_bytes(self.room.nbytes)} ({self.room.limit})"
+            found.append(f"the job needs {human_bytes(self.peak_ram_bytes)} of memory, {limit}: it will not start here")
         mixed = len(self.recipe.schemes) > 1
         for key, scheme in self.recipe.schemes.items():
             roles = {linear.role for linear, name in self.assigned if name == key}
@@ -315,9 +323,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
     looked_at = (*calibrated, *observed)
     if recipe.kv_cache is not None and not looked_at:  # the walk computes with what tasks have made
         looked_at = tuple(target for target in assignment.targets if target.scheme != KEEP)
-    needs = calibration_needs(checkpoint, recipe, looked_at, limits.max_ram) if looked_at else None
+    device = "cuda" if limits.accelerated else "cpu"
+    needs = calibration_needs(checkpoint, recipe, looked_at, device) if looked_at else None
     if needs is not None and limits.max_ram is not None:
-        check_room(needs.ram_bytes, limits.max_ram)
+        check_room(needs.ram_bytes, machine.Room(limits.max_ram, machine.ASKED))
     vision = checkpoint.config.vision is not None
     return Plan(
         checkpoint=checkpoint,
@@ -336,54 +345,76 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
         calibrated=calibrated,
         observed=observed,
         needs=needs,
+        room=machine.memory(limits.max_ram),
     )
 
 
-def check_room(needed: int, room: int, what: str = "memory", hint: str = "raise --max-ram, or free memory") -> None:
+def check_room(needed: int, room: machine.Room, what: str = "memory") -> None:
     """Raise BudgetError when a job needs more than there is."""
-    if needed > room:
+    if needed > room.nbytes:
         raise BudgetError(
-            f"the job needs {human_bytes(needed)} of {what}, the limit is {human_bytes(room)}",
-            hint=hint,
+            f"the job needs {human_bytes(needed)} of {what}, the limit is {human_bytes(room.nbytes)} ({room.limit})",
+            hint=room.remedy,
         )
 
 
 def _fit(
     checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, limits: Limits
 ) -> tuple[int, tuple[Task, ...]]:
-    """As many workers as there are cores and one to wait for the disk, with the largest slabs that memory takes."""
-    room = psutil.virtual_memory().available // 2 if limits.max_ram is None else limits.max_ram
-    wanted = limits.workers or len(os.sched_getaffinity(0)) + 1
-    accelerated = limits.accelerated
+    """As many workers as there are cores and one to wait for the disk, with the largest slabs that memory takes.
 
-    def fits(tasks: Sequence[Task], workers: int) -> bool:
-        beyond = accelerated and limits.max_vram is not None and peak_vram(tasks, workers) > limits.max_vram
-        return not beyond and peak_ram(tasks, workers, accelerated=accelerated) <= room
-
-    tasks: tuple[Task, ...] = ()
-    for slab in SLAB_LIMITS:
-        tasks = cut(checkpoint, recipe, assignment, slab)
-        if fits(tasks, wanted):
-            return wanted, tasks
-    for workers in range(wanted - 1, 0, -1):
-        if fits(tasks, workers):
-            return workers, tasks
-    check_room(peak_ram(tasks, 1, accelerated=accelerated), room)
-    check_room(peak_vram(tasks, 1), limits.max_vram or 0, "device memory", "raise --max-vram, or free memory")
+    What nothing fits in is what one worker takes of the smallest slabs; the run refuses it where it has no more.
+    """
+    wanted = limits.workers or machine.cores() + 1
+    room = machine.memory(limits.max_ram).nbytes
+    usual = _base_ram(limits.accelerated) + USUAL_RAM
+    tried: dict[int, tuple[Task, ...]] = {}
+    for most in (room,) if limits.max_ram is not None else (min(usual, room), room):
+        for slab in SLAB_LIMITS:
+            if slab not in tried:
+                tried[slab] = cut(checkpoint, recipe, assignment, slab)
+            workers = _workers(tried[slab], wanted, limits, most)
+            enough = ENOUGH_WORKERS if slab <= FINE_SLAB else wanted
+            if workers >= min(enough, wanted) or (workers and slab == SLAB_LIMITS[-1]):
+                return workers, tried[slab]
+    tasks = tried[SLAB_LIMITS[-1]]
+    if limits.max_ram is not None:
+        check_room(peak_ram(tasks, 1, accelerated=limits.accelerated), machine.Room(limits.max_ram, machine.ASKED))
+    if limits.accelerated and limits.max_vram is not None:
+        check_room(peak_vram(tasks, 1), machine.Room(limits.max_vram, machine.ASKED_OF_DEVICE), "device memory")
     return 1, tasks
+
+
+def _workers(tasks: Sequence[Task], wanted: int, limits: Limits, most: int) -> int:
+    """Most workers, of those wanted, that `most` bytes and the device's limit take."""
+    fitting = _as_many((task.ram_bytes for task in tasks), wanted, most - _base_ram(limits.accelerated))
+    if limits.accelerated and limits.max_vram is not None:
+        fitting = min(fitting, _as_many(_device_bytes(tasks), wanted, limits.max_vram))
+    return fitting
+
+
+def _as_many(sizes: Iterable[int], wanted: int, most: int) -> int:
+    """How many of the largest, up to those wanted, `most` bytes hold; all wanted where there are fewer and they fit."""
+    held = list(itertools.accumulate(heapq.nlargest(wanted, sizes)))
+    fitting = sum(nbytes <= most for nbytes in held)
+    return wanted if fitting == len(held) else fitting
+
+
+def _base_ram(accelerated: bool) -> int:
+    return BASE_RAM + TORCH_RAM if accelerated else BASE_RAM
 
 
 def peak_ram(tasks: Sequence[Task], workers: int, *, accelerated: bool = False) -> int:
     """Most resident bytes of `workers` tasks at once, over the base."""
-    base = BASE_RAM + TORCH_RAM if accelerated else BASE_RAM
-    return base + sum(sorted((task.ram_bytes for task in tasks), reverse=True)[:workers])
+    return _base_ram(accelerated) + sum(heapq.nlargest(workers, (task.ram_bytes for task in tasks)))
 
 
 def peak_vram(tasks: Sequence[Task], workers: int) -> int:
     """Most device bytes of `workers` matrices at once."""
-    weights = [
-        (task.rows[1] - task.rows[0]) * task.targets[0].linear.in_features
-        for task in tasks
-        if task.action is Action.QUANTIZE
-    ]
-    return VRAM_PER_WEIGHT * sum(sorted(weights, reverse=True)[:workers])
+    return sum(heapq.nlargest(workers, _device_bytes(tasks)))
+
+
+def _device_bytes(tasks: Sequence[Task]) -> list[int]:
+    """Device memory of every task that quantizes."""
+    quantizing = (task for task in tasks if task.action is Action.QUANTIZE)
+    return [VRAM_PER_WEIGHT * (task.rows[1] - task.rows[0]) * task.targets[0].linear.in_features for task in quantizing]

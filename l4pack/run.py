@@ -14,11 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import psutil
-
 from l4pack.artifact.manifest import MANIFEST_NAME
 from l4pack.calibration.itinerary import Itinerary
-from l4pack.calibration.needs import Needs
 from l4pack.calibration.output import Output
 from l4pack.calibration.record import RECORD_NAME, record_json
 from l4pack.calibration.supply import Supply
@@ -40,6 +37,7 @@ from l4pack.plan import CONFIG_NAME, Plan, check_room
 from l4pack.quant.quantize import quantize_block
 from l4pack.resume import forget_damaged
 from l4pack.units import MIB, human_bytes
+from l4pack.work import machine
 from l4pack.work.command import this_command
 from l4pack.work.files import sync_folder, write_atomic
 from l4pack.work.folder import LOCK_NAME, check_writable, owned
@@ -81,7 +79,7 @@ def run_plan(
     Work lies in `out` + '.partial' until then; the same call goes on where an earlier one was stopped or killed.
     `advance` is told the source bytes of each finished task; calibration computes on `device`, with the text that comes
     with the package if the plan has none. Raises UsageError (`out` is taken, or the work begun belongs to another plan),
-    BudgetError (disk), SourceError, QualityError (a gate on calibration), StoppedError (a signal asked to stop).
+    BudgetError (memory, disk), SourceError, QualityError (a gate on calibration), StoppedError (a signal asked to stop).
     """
     store = plan.checkpoint.store
     if plan.checkpoint.bare or store is None:
@@ -91,8 +89,9 @@ def run_plan(
     started, done = time.monotonic(), RunResult(out, 0.0, 0, plan.read_bytes, _peak_rss(), already_done=True)
     work = work_folder(out)
     refuse_overlap([plan.checkpoint], out, work)
+    check_room(plan.peak_ram_bytes, machine.memory())
     if plan.needs is not None:
-        plan = _ready_to_calibrate(plan, plan.needs, device)
+        plan = _ready_to_calibrate(plan, device)
     if _taken(plan, out):
         _tidy(work)
         return done
@@ -195,11 +194,8 @@ def _work(
         journal.close()
 
 
-def _ready_to_calibrate(plan: Plan, needs: Needs, device: str) -> Plan:
-    """The plan with its tokens, and with what computes it. Raises BudgetError when the machine has not the memory, UsageError, SourceError."""
-    check_room(
-        needs.ram_bytes, psutil.virtual_memory().available, hint="free memory, or take a recipe without calibration"
-    )
+def _ready_to_calibrate(plan: Plan, device: str) -> Plan:
+    """The plan with its tokens, and with what computes it. Raises UsageError, SourceError."""
     from l4pack.stream.compute import float32_on  # imports torch
 
     return (plan if plan.text is not None else with_text(plan)).computed_on(float32_on(device).parts())

@@ -48,6 +48,11 @@ def plan_classes(plan: Plan) -> list[ClassRow]:
     ]
 
 
+def room_record(plan: Plan) -> dict[str, Any]:
+    """What the job may take where it was planned; unlike the plan, it is another at every call."""
+    return {"memory_limit_bytes": plan.room.nbytes, "memory_limited_by": plan.room.limit}
+
+
 def plan_record(plan: Plan) -> dict[str, Any]:
     """A plan as JSON: bytes as plain numbers, stable keys."""
     return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -335,20 +334,6 @@ def test_the_memory_that_calibration_takes_is_planned_and_refused_when_it_is_not
     assert plan.disk_bytes > plan.artifact_bytes + 2 * 3 * plan.needs.tokens * 5120 * 4 - 1
     with pytest.raises(BudgetError, match=r"the job needs .* of memory"):
         make_plan(checkpoint, recipe, Limits(max_ram=2**30))
-
-
-def test_less_memory_means_fewer_rows_at_once(source, text, made, tmp_path):
-    checkpoint, recipe_of_scout = open_source("llama-4-scout"), load_recipe("int4-uniform")
-    plenty = make_plan(checkpoint, recipe_of_scout).needs
-    limit = plenty.ram_bytes - 10**8
-    tight = make_plan(checkpoint, recipe_of_scout, Limits(max_ram=limit)).needs
-    assert tight.rows_at_once < plenty.rows_at_once == 2048
-    assert tight.ram_bytes <= limit
-    plan, folder = made
-    fewer = replace(plan, needs=replace(plan.needs, rows_at_once=40))
-    error, other = (record_of(at) for at in (folder, run_plan(fewer, tmp_path / "out").out))
-    total = [sum(found["error"] for found in record["matrices"].values()) for record in (error, other)]
-    assert total[0] == pytest.approx(total[1], rel=0.02)
 
 
 @pytest.mark.parametrize(

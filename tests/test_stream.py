@@ -21,12 +21,13 @@ from l4pack.model.config import known_config, parse_config
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, Piece, TokenSequence, batches
 from l4pack.stream.layer import Blocks
-from l4pack.stream.memory import blocks_for, peak_bytes
+from l4pack.stream.memory import check_memory
 from l4pack.stream.modules import Skeleton, upstream_config
 from l4pack.stream.prefetch import Prefetch
 from l4pack.stream.walk import Model, Progress, Walk
 from l4pack.stream.weights import Weights
 from l4pack.work.identity import Identity
+from l4pack.work.machine import ASKED, CONTAINER, Room
 
 CPU = torch.device("cpu")
 JOB = Identity({"job": "test"})
@@ -60,7 +61,9 @@ def assert_close(found, wanted, tolerance=2e-5):
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("blocks", [Blocks(), Blocks(attention=24, rows=50)], ids=["whole", "small-blocks"])
+@pytest.mark.parametrize(
+    "blocks", [Blocks.on(torch.device("cpu")), Blocks(attention=24, rows=50)], ids=["whole", "small-blocks"]
+)
 @pytest.mark.parametrize("layout", ["fused", "unfused"])
 @pytest.mark.parametrize("kind", ["scout", "maverick", "text"])
 def test_streamed_logits_are_transformers(checkpoint, tmp_path, kind, layout, blocks):
@@ -289,15 +292,14 @@ def test_prefetch_passes_errors_on():
             ready.take(1)
 
 
-def test_blocks_fit_the_memory_given(checkpoint):
-    from l4pack.model.config import known_config
-
-    text = known_config("llama-4-maverick").text
-    blocks = blocks_for(text, torch.float32, 8_000_000_000)
-    assert 128 <= blocks.rows <= 8192
-    assert peak_bytes(text, torch.float32, blocks.rows) <= 8_000_000_000
-    with pytest.raises(BudgetError, match="at least"):
-        blocks_for(text, torch.float32, 2_000_000_000)
+def test_a_walk_that_does_not_fit_is_refused():
+    text, cpu = known_config("llama-4-maverick").text, Compute.of("cpu")
+    assert check_memory(text, cpu, Room(8_000_000_000, ASKED)) <= 8_000_000_000
+    with pytest.raises(BudgetError, match=r"at least .*, 2\.00 GB are there \(--max-ram\)") as refused:
+        check_memory(text, cpu, Room(2_000_000_000, ASKED))
+    assert "raise --max-ram" in refused.value.hint
+    with pytest.raises(BudgetError, match="the container's memory limit"):
+        check_memory(text, cpu, Room(2_000_000_000, CONTAINER))
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "gpu"])

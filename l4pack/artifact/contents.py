@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError
 from l4pack.model.config import load_config
+from l4pack.work import machine
 
 MAX_WORKERS = 8
 CHUNK = 8 * 1024**2
@@ -58,4 +58,4 @@ def tensor_digest(reader: Reader, entry: TensorEntry, check: Callable[[], None] 
 
 
 def _workers() -> int:
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    return min(MAX_WORKERS, machine.cores())

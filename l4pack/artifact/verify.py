@@ -7,7 +7,6 @@ dequantized and held against it.
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 from collections import Counter, defaultdict
@@ -34,6 +33,7 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError
 from l4pack.model.tensors import Linear, rename
 from l4pack.quant.layout import Layout
+from l4pack.work import machine
 
 MAX_WORKERS = 8
 SAMPLE_SEED = 0
@@ -283,7 +283,7 @@ def _run(units: list[_Unit], source: Checkpoint | None, reader: Reader | None) -
                 source.store.release(unit.source_file)
         return result
 
-    workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)) + 1)
+    workers = min(MAX_WORKERS, machine.cores() + 1)
     with ThreadPoolExecutor(workers, "l4pack-verify") as pool:
         return list(pool.map(do, units))
 

@@ -21,6 +21,7 @@ from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed
 from l4pack.stream.identity import text_parts
 from l4pack.stream.layer import LayerPass, Routing, Stream
+from l4pack.stream.memory import check_memory
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.units import Unit
 from l4pack.stream.walk import Model, Progress, Walk
@@ -103,6 +104,7 @@ def cover(checkpoint: Checkpoint, wanted: Wanted, work: Path, compute: str, prog
     )
     text = load_text(choice, load_tokenizer(checkpoint), checkpoint.config.text.max_position_embeddings)
     where = Compute.of(compute)
+    check_memory(checkpoint.config.text, where, where.room(None, None))
     counter = _Counter(Coverage.of(checkpoint.config, wanted.max_cold))
     refuse_overlap([checkpoint], work)
     with owned(work, WORK_KIND) as folder, Weights(checkpoint, where.device, where.dtype) as weights:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from l4pack.calibration.moments import Moments
-from l4pack.calibration.needs import BLOCK_ROWS
 from l4pack.calibration.rows import Block
 from l4pack.quant import gptq
 from l4pack.quant.floats import FloatName
 from l4pack.quant.packing import pack_levels, pack_zero_points
 from l4pack.quant.quantize import Quantized
 from l4pack.recipe import GptqOptions, RecipeScheme
+from l4pack.stream.rows import rows_at_once
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 Blocks = Callable[[], Iterable[Block]]
@@ -43,8 +43,6 @@ def solve_mlp(
     blocks: Blocks,
     scheme: RecipeScheme,
     dtypes: Mapping[str, FloatName],
-    *,
-    rows_at_once: int = BLOCK_ROWS,
 ) -> dict[str, gptq.Solution]:
     """Solutions by projection. `blocks` gives the unit's inputs anew each time; `dtypes` are those of the source.
 
@@ -54,7 +52,7 @@ def solve_mlp(
     assert options is not None
     inner, hidden = matrices.weights[GATE].shape
     first = _problem(_moments(blocks(), hidden, options), options, outputs=2 * inner)
-    solve = partial(_solve, matrices=matrices, scheme=scheme, dtypes=dtypes, rows_at_once=rows_at_once)
+    solve = partial(_solve, matrices=matrices, scheme=scheme, dtypes=dtypes)
     solutions = {name: solve(first, name) for name in (GATE, UP)}
     del first
     solved = {name: weights_of(solution, matrices.model_dtype) for name, solution in solutions.items()}
@@ -99,16 +97,16 @@ def _solve(
     matrices: Matrices,
     scheme: RecipeScheme,
     dtypes: Mapping[str, FloatName],
-    rows_at_once: int,
 ) -> gptq.Solution:
     assert scheme.gptq is not None
+    weight = matrices.weights[name]
     return gptq.solve_problem(
         problem,
-        matrices.weights[name],
+        weight,
         scheme,
         sweeps=scheme.gptq.sweeps,
         source_dtype=dtypes[name],
-        rows_at_once=rows_at_once,
+        rows_at_once=rows_at_once(weight.device.type),
     )
 
 
@@ -118,8 +116,9 @@ def weights_of(solution: gptq.Solution, dtype: torch.dtype = torch.float32) -> T
     if solution.zero_point is not None:
         zero_point = solution.zero_point.float()
     values = torch.empty(solution.levels.shape, device=solution.levels.device)
-    for first in range(0, len(values), BLOCK_ROWS):
-        rows = slice(first, first + BLOCK_ROWS)
+    step = rows_at_once(values.device.type)
+    for first in range(0, len(values), step):
+        rows = slice(first, first + step)
         part = gptq.Rounded(solution.levels[rows], solution.scale[rows], zero_point[rows])
         values[rows] = part.values().to(dtype)
     return values

@@ -10,6 +10,7 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.model.config import TextConfig
 from l4pack.model.tensors import Role
 from l4pack.recipe import KEEP
+from l4pack.stream.rows import rows_at_once
 from l4pack.units import MIB
 
 if TYPE_CHECKING:
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 
 # The interpreter with torch, transformers' Llama 4 and the compiled kernels.
 BASE_RAM = 900 * MIB
-BLOCK_ROWS = 2048  # tokens computed at once, unless memory is short
-SOLVE_ROWS = BLOCK_ROWS  # output rows solved at once
-FEWER_ROWS = (1024, 512, 256)
 DEFAULT_LENGTH = 2048
 FLOAT = 4
 BUFFERS = 3  # files of hidden states a stream has: a layer's inputs, its outputs, and what lies between
@@ -28,29 +26,20 @@ BUFFERS = 3  # files of hidden states a stream has: a layer's inputs, its output
 
 @dataclass(frozen=True)
 class Needs:
-    """Resident memory at the peak, disk beside the artifact, and what decides the time.
-
-    `rows_at_once` bounds both the tokens computed and the output rows solved at once.
-    """
+    """Resident memory at the peak, disk beside the artifact, and what decides the time."""
 
     ram_bytes: int
     disk_bytes: int
     tokens: int
     streams: int
-    rows_at_once: int = BLOCK_ROWS
 
     def for_tokens(self, tokens: int) -> Needs:
         """The same with the tokens that a text really has."""
         return replace(self, tokens=tokens, disk_bytes=self.disk_bytes * tokens // self.tokens)
 
 
-def calibration_needs(
-    checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target], max_ram: int | None = None
-) -> Needs:
-    """The needs of calibrating `targets`; tokens are the most the recipe asks for.
-
-    Fewer rows are computed at once where that meets `max_ram`; if nothing does, the needs are those of the fewest.
-    """
+def calibration_needs(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target], device: str = "cpu") -> Needs:
+    """The needs of calibrating `targets` on a kind of device; tokens are the most the recipe asks for."""
     assert recipe.calibration is not None
     text = checkpoint.config.text
     length = recipe.calibration.sequence_length or min(DEFAULT_LENGTH, text.max_position_embeddings)
@@ -58,13 +47,9 @@ def calibration_needs(
     streams = 2 if asymmetric(recipe, targets) else 1
     disk = streams * BUFFERS * tokens * text.hidden_size * FLOAT
     routing = (streams + 2) * tokens * text.num_local_experts * FLOAT  # logits, and copies to choose borrowed rows from
-    ram, rows = 0, BLOCK_ROWS
-    for rows in (BLOCK_ROWS, *FEWER_ROWS):
-        unit = max(_solving_bytes(text, recipe, targets, rows), _attention_bytes(text, length, rows))
-        ram = BASE_RAM + _held_bytes(text, recipe) + routing + unit
-        if max_ram is None or ram <= max_ram:
-            break
-    return Needs(ram, disk, tokens, streams, rows)
+    rows = rows_at_once(device)
+    unit = max(_solving_bytes(text, recipe, targets, rows), _attention_bytes(text, length, rows))
+    return Needs(BASE_RAM + _held_bytes(text, recipe) + routing + unit, disk, tokens, streams)
 
 
 def asymmetric(recipe: Recipe, targets: Sequence[Target]) -> bool:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l4pack.calibration.needs import BLOCK_ROWS
 from l4pack.stream.layer import LayerPass, Routing
 
 BORROWED_WEIGHT = 0.25
@@ -81,12 +80,11 @@ def _nearest_missed(expert: int, routing: Routing, wanted: int) -> Tensor:
     return elsewhere[torch.argsort(margin, stable=True)[:wanted]].sort().values
 
 
-def blocks(
-    taken: UnitRows, quantized: LayerPass, original: LayerPass | None, rows_at_once: int = BLOCK_ROWS
-) -> Iterator[Block]:
+def blocks(taken: UnitRows, quantized: LayerPass, original: LayerPass | None) -> Iterator[Block]:
     """The unit's inputs, some rows at a time."""
-    for start in range(0, taken.count, rows_at_once):
-        part = slice(start, min(start + rows_at_once, taken.count))
+    step = quantized.blocks.rows
+    for start in range(0, taken.count, step):
+        part = slice(start, min(start + step, taken.count))
         rows = part if taken.rows is None else taken.rows[part]
         inputs = quantized.normed(rows)
         before = None if original is None else original.normed(rows)

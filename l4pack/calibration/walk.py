@@ -84,7 +84,6 @@ class CalibrationRun:
         assert plan.text is not None
         assert plan.recipe.calibration is not None
         assert plan.needs is not None
-        self._rows_at_once = plan.needs.rows_at_once
         self._plan, self._output, self._stop, self._advance = plan, output, stop, advance
         self._supply = supply
         self._options = plan.recipe.calibration
@@ -152,7 +151,7 @@ class CalibrationRun:
         moe = layer in self._config.text.moe_layers
         experts = [expert_unit(layer, expert) for expert in range(self._config.text.num_local_experts if moe else 0)]
         ready.plan([attention, shared, *experts])
-        blocks_of = Blocks(attention=self._rows_at_once, rows=self._rows_at_once)
+        blocks_of = Blocks.on(self._device)
         passes = [
             LayerPass(self._skeleton, layer, self._packed, stream, blocks_of, release=True) for stream in self._streams
         ]
@@ -237,9 +236,8 @@ class CalibrationRun:
         dtypes = {name: self._plan.checkpoint.float_names[target.linear.tensor] for name, target in targets.items()}
         original = passes[0] if len(passes) > 1 else None
         try:
-            rows = self._rows_at_once
-            inputs = partial(blocks, taken, passes[-1], original, rows)
-            solved = solve_mlp(matrices, inputs, scheme, dtypes, rows_at_once=rows)
+            inputs = partial(blocks, taken, passes[-1], original)
+            solved = solve_mlp(matrices, inputs, scheme, dtypes)
         except NonFiniteError as error:
             raise SourceError(
                 f"{unit}: a weight at output {error.row}, input {error.column} is infinite or NaN",

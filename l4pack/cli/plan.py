@@ -13,7 +13,7 @@ from l4pack.cli import console
 from l4pack.cli.options import AsJson, Compute, Include, KeepFloat32, MaxRam, MaxVram, RecipeName, ShardSize, Source
 from l4pack.plan import Limits, Plan, make_plan
 from l4pack.recipe import load_recipe
-from l4pack.summary import files_missing, plan_classes, plan_record
+from l4pack.summary import files_missing, plan_classes, plan_record, room_record
 from l4pack.text.describe import text_lines
 from l4pack.units import human_bytes, parse_size
 from l4pack.work.device import AUTO, CPU, chosen
@@ -39,7 +39,7 @@ def plan(
         open_source(source, include=include or ()), load_recipe(recipe).keeping(float32=keep_float32), allowed
     )
     if as_json:
-        console.show_json(plan_record(made))
+        console.show_json({**plan_record(made), **room_record(made)})
     else:
         console.show(*plan_view(made))
     made.check_servable()
@@ -64,7 +64,8 @@ def plan_view(plan: Plan) -> list[RenderableType]:
     lines = [
         "",
         f"artifact  {size_of(plan)}",
-        f"the job   peak memory {human_bytes(plan.peak_ram_bytes)} with {plan.workers} workers, "
+        f"the job   peak memory {human_bytes(plan.peak_ram_bytes)} of {human_bytes(plan.room.nbytes)} "
+        f"({plan.room.limit}) with {plan.workers} workers, "
         f"disk {human_bytes(plan.disk_bytes)}, reads {human_bytes(plan.read_bytes)}",
     ]
     if plan.accelerated:

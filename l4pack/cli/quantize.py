@@ -31,7 +31,7 @@ from l4pack.cli.plan import limits, plan_view
 from l4pack.plan import Plan, make_plan
 from l4pack.recipe import load_recipe
 from l4pack.run import RunResult, run_plan, work_folder
-from l4pack.summary import plan_record
+from l4pack.summary import plan_record, room_record
 from l4pack.units import human_bytes, human_seconds
 from l4pack.work.device import AUTO, chosen
 
@@ -75,7 +75,7 @@ def quantize(
     if made.needs is not None and not (dry_run and text is None and made.checkpoint.bare):
         made = with_text(made, text)
     if dry_run:
-        console.show_json(plan_record(made)) if as_json else console.show(*plan_view(made))
+        console.show_json({**plan_record(made), **room_record(made)}) if as_json else console.show(*plan_view(made))
         made.check_servable()
         return
     if not as_json:
@@ -83,7 +83,7 @@ def quantize(
     made.check_servable()
     result = _run(made, out, device, restart)
     if as_json:
-        console.show_json({**plan_record(made), **run_record(result)})
+        console.show_json({**plan_record(made), **room_record(made), **run_record(result)})
     else:
         console.show(*result_view(made, result))
 

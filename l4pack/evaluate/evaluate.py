@@ -49,7 +49,7 @@ from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, TokenSequence
 from l4pack.stream.identity import text_parts
 from l4pack.stream.layer import Blocks
-from l4pack.stream.memory import blocks_for
+from l4pack.stream.memory import check_memory
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.walk import Model, Progress, Walk
 from l4pack.stream.weights import Weights
@@ -142,6 +142,7 @@ def prepare(
     tokenizer = _tokenizer(artifact, original)
     inputs = _inputs(artifact, original, settings, tokenizer)
     compute = Compute.of(settings.compute)
+    check_memory(artifact.config.text, compute, compute.room(settings.max_ram, settings.max_vram))
     stored = None
     if settings.reference is not None:
         stored = load_reference(settings.reference, _reference_identity(inputs, original), compute.device)
@@ -210,14 +211,9 @@ class Prepared:
                 record["tasks"] |= harness.record(self.artifact, self.original)
             folder.remove()
         record["worst"] = worst_units(record["layers"])
-        record["run"] = _run_record(self.artifact, self.compute, settings, self._blocks(), self.started)
+        record["run"] = _run_record(self.artifact, self.compute, settings, self.started)
         record["identity"] = dict(self.identity.parts)
         return record
-
-    def _blocks(self) -> Blocks:
-        compute, settings = self.compute, self.settings
-        limit = compute.limit(settings.max_ram, settings.max_vram)
-        return blocks_for(self.artifact.config.text, compute.dtype, limit)
 
     def _walk(self) -> dict[str, Any]:
         """Both models through their layers and their answers scored."""
@@ -232,7 +228,7 @@ class Prepared:
             job = _job(models, _parts(inputs, settings, compute))
             walk = stack.enter_context(
                 Walk(
-                    models, packed, settings.work, job, blocks=self._blocks(), observer=LayerErrors(artifact.config),
+                    models, packed, settings.work, job, observer=LayerErrors(artifact.config),
                     progress=self.progress, release=settings.max_ram is not None,
                 )
             )  # fmt: skip
@@ -440,7 +436,6 @@ class _Harness:
             checkpoint,
             chosen.work / f"harness-{name}",
             self.compute,
-            max_bytes=self.compute.limit(chosen.max_ram, chosen.max_vram),
             round_activations=not chosen.weights_only,
             progress=self.progress,
         )
@@ -451,9 +446,7 @@ def _reference_record(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key.startswith("storage")}
 
 
-def _run_record(
-    artifact: Checkpoint, compute: Compute, settings: Settings, blocks: object, started: float
-) -> dict[str, Any]:
+def _run_record(artifact: Checkpoint, compute: Compute, settings: Settings, started: float) -> dict[str, Any]:
     stanza = artifact.config.raw.get("quantization_config") or {}
     rounded_cache = bool(stanza.get("kv_cache_scheme")) and not settings.weights_only
     return {
@@ -461,7 +454,7 @@ def _run_record(
         "dtype": str(compute.dtype).removeprefix("torch."),
         "activations": "not rounded" if settings.weights_only else "rounded as the runtime does",
         "kv_cache": ROUNDED_CACHE if rounded_cache else "as computed",
-        "blocks": vars(blocks),
+        "blocks": vars(Blocks.on(compute.device)),
         "seed": settings.text.seed,
         "versions": {"l4pack": __version__, "python": platform.python_version(), **_versions()},
         "seconds": time.monotonic() - started,

@@ -22,7 +22,6 @@ from l4pack.evaluate.answers import StreamAnswers
 from l4pack.evaluate.scoring import score
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, TokenSequence
-from l4pack.stream.memory import blocks_for
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.walk import Model, Progress, Walk
 from l4pack.stream.weights import Weights
@@ -38,11 +37,10 @@ class StreamedScorer:
     """Log-likelihoods of token sequences by one checkpoint, layer by layer."""
 
     def __init__(
-        self, checkpoint: Checkpoint, work: Path, compute: Compute, *, max_bytes: int | None = None,
+        self, checkpoint: Checkpoint, work: Path, compute: Compute, *,
         round_activations: bool = True, progress: Progress | None = None,
     ) -> None:  # fmt: skip
         self._checkpoint, self._work, self._compute = checkpoint, work, compute
-        self._blocks = blocks_for(checkpoint.config.text, compute.dtype, max_bytes)
         self._round_activations, self._progress = round_activations, progress
 
     def __call__(self, sequences: Sequence[TokenSequence]) -> list[tuple[Tensor, Tensor]]:
@@ -60,7 +58,7 @@ class StreamedScorer:
         device, dtype = self._compute.device, self._compute.dtype
         with Weights(self._checkpoint, device, dtype, round_activations=self._round_activations) as weights:
             model = Model("model", weights, Skeleton(self._checkpoint.config, device, dtype))
-            with Walk([model], packed, self._work, job, blocks=self._blocks, progress=self._progress) as walk:
+            with Walk([model], packed, self._work, job, progress=self._progress) as walk:
                 walk.run()
                 answers = StreamAnswers(model, walk.streams[0].current)
                 targets = packed.targets()

@@ -28,7 +28,7 @@ class LayerErrors:
 
     def __init__(self, config: Llama4Config) -> None:
         self._config = config
-        self._samples: dict[Unit, tuple[Tensor, Tensor]] = {}
+        self._samples: dict[Unit, list[tuple[Tensor, Tensor]]] = {}
         self._errors: dict[Unit, tuple[float, float]] = {}
         self._routing: dict[int, Routing] = {}
 
@@ -36,13 +36,10 @@ class LayerErrors:
     def unit(self, model: int, unit: Unit, layer_pass: LayerPass, forward: Callable[[Tensor], Tensor]) -> None:
         """Keep the original's outputs on a sample, or compare the artifact's with them."""
         if model == 0:
-            inputs = self._sample(unit, layer_pass)
-            if inputs is not None:
-                self._samples[unit] = (inputs, forward(inputs))
-        elif unit in self._samples:
-            inputs, wanted = self._samples.pop(unit)
-            difference = (forward(inputs) - wanted).double().square().sum()
-            self._errors[unit] = (float(difference), float(wanted.double().square().sum()))
+            self._samples[unit] = [(inputs, forward(inputs)) for inputs in self._sample(unit, layer_pass)]
+        elif sample := self._samples.pop(unit, None):
+            difference = sum(_energy(forward(inputs) - wanted) for inputs, wanted in sample)
+            self._errors[unit] = (difference, sum(_energy(wanted) for _, wanted in sample))
 
     def routed(self, model: int, layer: int, routing: Routing) -> None:
         """Keep where the router sent every token."""
@@ -81,14 +78,18 @@ class LayerErrors:
         ]
         return record
 
-    def _sample(self, unit: Unit, layer_pass: LayerPass) -> Tensor | None:
+    def _sample(self, unit: Unit, layer_pass: LayerPass) -> list[Tensor]:
+        """Some inputs of a unit, block by block."""
         if unit.part is Part.ATTENTION:
-            return layer_pass.attention_sample(ATTENTION_ROWS)
+            return [layer_pass.attention_sample(ATTENTION_ROWS)]
         most = SAMPLE_ROWS
         if unit.part is Part.EXPERT:
             most = max(LEAST_ROWS, SAMPLE_ROWS // self._config.text.num_local_experts)
-        blocks = [inputs for _, inputs in layer_pass.inputs(unit, most)]
-        return torch.cat(blocks) if blocks else None
+        return [inputs for _, inputs in layer_pass.inputs(unit, most)]
+
+
+def _energy(values: Tensor) -> float:
+    return float(values.double().square().sum())
 
 
 def _ratio(difference: float, size: float) -> float:

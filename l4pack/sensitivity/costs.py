@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 
-from l4pack.calibration.needs import BLOCK_ROWS, SOLVE_ROWS, widest_mlp
+from l4pack.calibration.needs import widest_mlp
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import BudgetError, UsageError
 from l4pack.model.config import TextConfig
 from l4pack.model.names import classify
 from l4pack.model.tensors import QUANTIZABLE
-from l4pack.stream.layer import Blocks
-from l4pack.stream.memory import blocks_for, peak_bytes
+from l4pack.stream.compute import Compute
+from l4pack.stream.memory import check_memory
+from l4pack.stream.rows import rows_at_once
 from l4pack.units import human_bytes
+from l4pack.work.machine import Room
 
 BUFFERS = 3  # files of hidden states a stream has
 DISK_SHARE = 0.5  # of what is free, at most, unless --streams says more
@@ -89,19 +91,19 @@ def flop_of(text: TextConfig, layers: int, tokens: int) -> float:
     return 2.0 * text.hidden_size * (heads + mlp) * layers * tokens
 
 
-def memory_for(text: TextConfig, dtype: torch.dtype, limit: int | None, *, calibrated: bool) -> tuple[Blocks, int]:
-    """Tokens computed at once within `limit` bytes, and the predicted peak. Raises BudgetError."""
-    extra = _altering_bytes(text, calibrated)
-    blocks = blocks_for(text, dtype, None if limit is None else limit - extra)
-    return blocks, peak_bytes(text, dtype, blocks.rows) + extra
+def memory_for(text: TextConfig, compute: Compute, room: Room, *, calibrated: bool) -> int:
+    """Predicted resident bytes at the peak. Raises BudgetError when there is less room."""
+    return check_memory(
+        text, compute, room, beside=_altering_bytes(text, rows_at_once(compute.device.type), calibrated)
+    )
 
 
-def _altering_bytes(text: TextConfig, calibrated: bool) -> int:
+def _altering_bytes(text: TextConfig, rows: int, calibrated: bool) -> int:
     """An altered unit beside the original; of a calibrated one, moments, factor and rows on their way too."""
     inner = widest_mlp(text)
     widest = max(text.hidden_size, inner)
     weights = 3 * text.hidden_size * inner * FLOAT
     if not calibrated:
         return 2 * weights
-    rows = BLOCK_ROWS * 4 * (text.hidden_size + inner) + 8 * SOLVE_ROWS * widest
-    return 4 * weights + (7 * widest * widest + rows) * FLOAT
+    on_the_way = rows * (4 * (text.hidden_size + inner) + 8 * widest)
+    return 4 * weights + (7 * widest * widest + on_the_way) * FLOAT

@@ -91,7 +91,6 @@ class Prepared:
     options: Options
     texts: Texts
     compute: Compute
-    blocks: Blocks
     direct: Direct
     singles: tuple[Single, ...]
     mixtures: tuple[Mixture, ...]
@@ -130,9 +129,9 @@ def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
         checkpoint, settings.text, settings.calibration, settings.calibration_samples, needed=options.calibrated
     )
     compute = replace(Compute.of(settings.compute), dtype=torch.float32)  # BF16 would drown the smallest changes
-    limit = compute.limit(settings.max_ram, settings.max_vram)
+    room = compute.room(settings.max_ram, settings.max_vram)
     text = checkpoint.config.text
-    blocks, peak = memory_for(text, compute.dtype, limit, calibrated=options.calibrated)
+    peak = memory_for(text, compute, room, calibrated=options.calibrated)
     singles, mixtures = singles_of(checkpoint.config, options), mixtures_of(checkpoint.config, options)
     rows = _tokens(texts)
     streams = streams_at_once(text, rows, compute.dtype, settings.streams, settings.work)
@@ -154,9 +153,7 @@ def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
         disk_bytes=stream_bytes(text, (streams + 2) * rows[0] + rows[1], compute.dtype) + kept,
         peak_ram_bytes=peak,
     )
-    return Prepared(
-        checkpoint, settings, options, texts, compute, blocks, direct, tuple(singles), tuple(mixtures), costs
-    )
+    return Prepared(checkpoint, settings, options, texts, compute, direct, tuple(singles), tuple(mixtures), costs)
 
 
 def measure(prepared: Prepared, progress: Progress | None = None) -> Sensitivity:
@@ -254,7 +251,7 @@ def _job(prepared: Prepared, stack: ExitStack, progress: Progress) -> Job:
         measured=Packed(texts.measured.sequences),
         calibration=None if texts.calibration is None else Packed(texts.calibration.sequences),
         options=prepared.options,
-        blocks=prepared.blocks,
+        blocks=Blocks.on(compute.device),
         work=prepared.settings.work,
         progress=progress,
         min_tokens=Calibration().min_tokens,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from l4pack.work import machine
 from l4pack.work.device import CPU, chosen
 
 
@@ -41,9 +42,14 @@ class Compute:
             parts["device"] = self.describe()
         return parts | {f"{name} version": version(name) for name in ("torch", "transformers", "numba")}
 
-    def limit(self, max_ram: int | None, max_vram: int | None) -> int | None:
-        """The bytes that weights and activations must fit in."""
-        return max_ram if self.device.type == CPU else max_vram
+    def room(self, max_ram: int | None, max_vram: int | None) -> machine.Room:
+        """What weights and activations must fit in."""
+        if self.device.type == CPU:
+            return machine.memory(max_ram)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        if max_vram is not None and max_vram < free:
+            return machine.Room(max_vram, machine.ASKED_OF_DEVICE)
+        return machine.Room(int(free), machine.DEVICE)
 
 
 def float32_on(device: str) -> Compute:

@@ -23,6 +23,7 @@ from l4pack.errors import L4packError
 from l4pack.stream.hidden import Buffer, Packed, Piece, batches, buffer_bytes
 from l4pack.stream.kv import BlockCache, Entry, PassingCache, causal_mask, unchanged
 from l4pack.stream.modules import Skeleton
+from l4pack.stream.rows import rows_at_once
 from l4pack.stream.units import Part, Unit, UnitWeights, place
 from l4pack.work.seal import Span
 
@@ -33,8 +34,14 @@ Forward = Callable[[Tensor], Tensor]
 class Blocks:
     """How many tokens are computed at once."""
 
-    attention: int = 2048
-    rows: int = 2048
+    attention: int
+    rows: int
+
+    @classmethod
+    def on(cls, device: torch.device) -> Blocks:
+        """Those of a device, whatever memory there is."""
+        rows = rows_at_once(device.type)
+        return cls(attention=rows, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ class LayerPass:
         """With `release`, pages of hidden states are let go after every block of rows."""
         self.index = index
         self._release = release
-        self._skeleton, self._packed, self._stream, self._blocks = skeleton, packed, stream, blocks
+        self._skeleton, self._packed, self._stream, self.blocks = skeleton, packed, stream, blocks
         self._layer: Any = skeleton.layer(index)
         self.moe = index in skeleton.config.text.moe_layers
         self.routing: Routing | None = None
@@ -135,8 +142,8 @@ class LayerPass:
         self._entry = entry or weights.kv_cache or unchanged
         text = self._skeleton.config.text
         chunk = text.attention_chunk_size if self.index in text.rope_layers else None
-        for batch in batches(self._packed.pieces(chunk), self._blocks.attention):
-            if batch[0].length > self._blocks.attention:
+        for batch in batches(self._packed.pieces(chunk), self.blocks.attention):
+            if batch[0].length > self.blocks.attention:
                 self._attend_in_blocks(batch[0])
             else:
                 self._attend(batch)
@@ -159,7 +166,7 @@ class LayerPass:
     def attention_sample(self, most: int) -> Tensor:
         """Inputs [1, length, hidden] from the start of the first sequence, short enough to lie in one chunk."""
         chunk = self._skeleton.config.text.attention_chunk_size or most
-        length = min(len(self._packed.sequences[0].tokens), most, chunk, self._blocks.attention)
+        length = min(len(self._packed.sequences[0].tokens), most, chunk, self.blocks.attention)
         return self._to_device(self._stream.current.data[None, :length])
 
     @torch.inference_mode()
@@ -238,8 +245,8 @@ class LayerPass:
         """A piece too long to attend at once: queries by blocks, keys and values of the whole piece kept."""
         source, target = self._stream.current.data, self._stream.middle.data
         cache = BlockCache(piece.length, self._entry)
-        for start in range(0, piece.length, self._blocks.attention):
-            stop = min(start + self._blocks.attention, piece.length)
+        for start in range(0, piece.length, self.blocks.attention):
+            stop = min(start + self.blocks.attention, piece.length)
             inputs = self._to_device(source[piece.start + start : piece.start + stop])[None]
             positions = torch.arange(piece.position + start, piece.position + stop)[None]
             added, _ = self._layer.self_attn(
@@ -257,8 +264,8 @@ class LayerPass:
     def _row_blocks(self, rows: Tensor | None, most: int | None = None) -> Iterator[slice]:
         count = self._packed.rows if rows is None else len(rows)
         count = count if most is None else min(count, most)
-        for start in range(0, count, self._blocks.rows):
-            yield slice(start, min(start + self._blocks.rows, count))
+        for start in range(0, count, self.blocks.rows):
+            yield slice(start, min(start + self.blocks.rows, count))
             self.let_go()
 
     def let_go(self) -> None:

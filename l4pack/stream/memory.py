@@ -1,4 +1,4 @@
-"""How much is computed at once, from the memory there is, and what a walk needs at least."""
+"""What a walk needs of memory, and whether that is there."""
 
 from __future__ import annotations
 
@@ -6,34 +6,32 @@ import torch
 
 from l4pack.errors import BudgetError
 from l4pack.model.config import TextConfig
-from l4pack.stream.layer import Blocks
+from l4pack.stream.compute import Compute
+from l4pack.stream.rows import rows_at_once
 from l4pack.units import MIB, human_bytes
+from l4pack.work.machine import Room
 
 # The interpreter with torch and transformers loaded, on a CPU build; a benchmark holds it against what is measured.
 BASE_RAM = 700 * MIB
-LEAST, MOST = 128, 8192
 HEAD_BYTES = 400 * MIB  # a chunk of both heads and the float64 blocks of logits
 
 
-def blocks_for(text: TextConfig, dtype: torch.dtype, max_bytes: int | None, *, base: int = BASE_RAM) -> Blocks:
-    """Tokens to compute at once within `max_bytes` (None: what computes well). Raises BudgetError."""
-    if max_bytes is None:
-        return Blocks()
-    left = max_bytes - peak_bytes(text, dtype, 0, base=base)
-    rows = min(MOST, left // _row_bytes(text, dtype))
-    if rows < LEAST:
-        least = peak_bytes(text, dtype, LEAST, base=base)
+def check_memory(text: TextConfig, compute: Compute, room: Room, *, beside: int = 0) -> int:
+    """Predicted resident bytes of a walk with `beside` more. Raises BudgetError when there is less room."""
+    needed = peak_bytes(text, compute.dtype, rows_at_once(compute.device.type)) + beside
+    if needed > room.nbytes:
         raise BudgetError(
-            f"running this model layer by layer takes at least {human_bytes(least)}, {human_bytes(max_bytes)} are given",
-            hint="one expert's matrices must fit, twice; raise --max-ram",
+            f"running this model layer by layer takes at least {human_bytes(needed)}, "
+            f"{human_bytes(room.nbytes)} are there ({room.limit})",
+            hint=f"one expert's matrices must fit, twice; {room.remedy}",
         )
-    return Blocks(attention=rows, rows=rows)
+    return needed
 
 
-def peak_bytes(text: TextConfig, dtype: torch.dtype, rows: int, *, base: int = BASE_RAM) -> int:
+def peak_bytes(text: TextConfig, dtype: torch.dtype, rows: int) -> int:
     """Predicted resident bytes with `rows` computed at once: base, the unit in use, the next one, and activations."""
     units = 3 * _largest_unit(text) * dtype.itemsize
-    return base + max(units, HEAD_BYTES) + rows * _row_bytes(text, dtype)
+    return BASE_RAM + max(units, HEAD_BYTES) + rows * _row_bytes(text, dtype)
 
 
 def _largest_unit(text: TextConfig) -> int:
