@@ -163,7 +163,7 @@ def _check_measured(folder: Path) -> list[str]:
     """Every evaluation is of these weights, and no gate that one was judged by was missed."""
     records = _evaluations(folder)
     results = [result for record in records for result in recorded(record)]
-    require(results)
+    require(results, "make a better artifact; a gate given again to the same evaluation takes the place of the earlier")
     return [f"measured: {len(records)} evaluations of these weights, {len(results)} gates met"] if records else []
 
 

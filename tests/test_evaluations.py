@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from measured import measured, record
 from safetensors.torch import load_file, save_file
 from whole_model import one_thread  # noqa: F401
@@ -16,6 +17,8 @@ from l4pack.checkpoint.source import open_folder
 from l4pack.errors import UsageError
 from l4pack.evaluate.record import read_evaluations
 from l4pack.evaluate.schema import parse_evaluation
+from l4pack.stream.units import MLP_PROJECTIONS
+from l4pack.stream.weights import Weights
 
 pytest_plugins = ["publishing_fixtures"]
 OPTIONS = ("--sequence-length", 64, "--compute", "cpu")
@@ -88,6 +91,36 @@ def test_what_is_no_original_is_called_what_it_is(evaluate, artifact, checkpoint
     assert not (made / "accuracy.json").exists()
     assert evaluate(made).code == 0
     assert json.loads((made / "accuracy.json").read_text())["against"] is None
+
+
+def test_a_dequantized_artifact_is_no_original(evaluate, checkpoint, made, tmp_path):
+    folder = Path(shutil.copytree(checkpoint("scout"), tmp_path / "dequantized"))
+    state = load_file(folder / "model.safetensors")
+    prefix = "language_model.model.layers."
+    with Weights(open_folder(made), torch.device("cpu"), torch.bfloat16) as weights:
+        for layer, expert in [(layer, expert) for layer in range(4) for expert in range(4)]:
+            names = [f"{prefix}{layer}.feed_forward.experts.{expert}.{name}" for name in MLP_PROJECTIONS]
+            gate, up, down = (weights.linears(names)[name].weight for name in names)
+            experts = f"{prefix}{layer}.feed_forward.experts."
+            state[f"{experts}gate_up_proj"][expert] = torch.cat([gate, up]).T
+            state[f"{experts}down_proj"][expert] = down.T
+            names = [f"{prefix}{layer}.feed_forward.shared_expert.{name}" for name in MLP_PROJECTIONS]
+            state |= {f"{name}.weight": one.weight for name, one in weights.linears(names).items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    ended = evaluate(made, "--against", folder)
+    assert (ended.code, "it was dequantized, and is not the original" in ended.err) == (2, True)
+
+
+def test_verify_against_an_artifact_is_refused(l4pack, made, artifact):
+    ended = l4pack("verify", made, "--against", artifact("fp8"))
+    assert (ended.code, "is an artifact that l4pack made, not an original" in ended.err) == (2, True)
+
+
+def test_build_refuses_a_gate_out_of_range(l4pack, checkpoint, tmp_path):
+    for gate in ("-1", "inf", "nan"):
+        ended = l4pack("build", checkpoint("scout"), "--out", tmp_path / "out", "--max-kl", gate)
+        assert (ended.code, ended.err.count("\n")) == (2, 2)
+        assert "a gate is out of range" in ended.err
 
 
 def test_an_original_of_another_dtype_is_known(evaluate, checkpoint, artifact, tmp_path):

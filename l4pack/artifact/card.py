@@ -251,10 +251,14 @@ def with_error(value: float, error: float | None) -> str:
 
 
 def _setting(text: Any) -> str:
-    """The text and setting of a measurement: what its record says that is short."""
+    """The text and setting of a measurement: what its record says that is short; digests stay there."""
     if not isinstance(text, Mapping):
         return NOT_RECORDED
-    short = {key: value for key, value in text.items() if isinstance(value, str | int | float)}
+    short = {
+        key: value
+        for key, value in text.items()
+        if isinstance(value, str | int | float) and not isinstance(value, bool) and not key.endswith("sha256")
+    }
     return ", ".join(f"{safe(key.replace('_', ' '))} {safe(value)}" for key, value in sorted(short.items()))
 
 

@@ -27,7 +27,7 @@ from l4pack.quant.floats import round_to_bfloat16, widen
 _SMALL = (Role.NORM, Role.ROUTER)
 ORIGINAL_KEYS = ("headers_sha256", "weights_sha256")
 _SPAN = 32768  # numbers read at the beginning, in the middle and at the end of a large tensor
-_COMPARE = "evaluate records how far an artifact is from its original; comparing two artifacts is not what that is for"
+_COMPARE = "give the unquantized checkpoint: comparing two artifacts with each other is not what this is for"
 
 
 def check_original(artifact: Checkpoint, original: Checkpoint) -> None:

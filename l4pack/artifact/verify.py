@@ -27,6 +27,7 @@ from l4pack.artifact.findings import Finding, Findings
 from l4pack.artifact.manifest_schema import ManifestFile
 from l4pack.artifact.opened import Artifact, open_artifact
 from l4pack.artifact.origin import Origin, made_by, source_linears
+from l4pack.artifact.original import check_unquantized
 from l4pack.checkpoint.header import TensorEntry
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
@@ -95,6 +96,8 @@ def verify_artifact(
     artifact = open_artifact(folder, found)
     if against is not None and against.bare:
         raise SourceError(f"{against.name} has no weights to compare with", hint="give the checkpoint itself")
+    if against is not None:
+        check_unquantized(against)
     declared = read_declared(artifact.stanza, artifact.modules, found)
     check_config(artifact, found)
     check_stanza(artifact, declared, found)

@@ -14,6 +14,7 @@ from l4pack.build import Built, Order, Outcome, Step, build, fit_recipe
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.cli import console
+from l4pack.cli.evaluate import asked_gates
 from l4pack.cli.fit import Bits, MaxBytes, Runtime, SensitivityFile, warn_of_stand_in
 from l4pack.cli.options import AsJson, Compute, Include, KeepFloat32, MaxRam, Out, Source
 from l4pack.cli.plan import limits, size_of
@@ -22,7 +23,7 @@ from l4pack.fit.budgets import Wish
 from l4pack.fit.losses import shipped_sensitivity
 from l4pack.plan import Plan, make_plan
 from l4pack.publish import Wishes
-from l4pack.recipe import Gates, load_recipe
+from l4pack.recipe import load_recipe
 from l4pack.sensitivity.record import Sensitivity, read_sensitivity
 from l4pack.units import human_bytes, human_seconds, parse_size
 from l4pack.work.device import AUTO, chosen
@@ -129,7 +130,7 @@ def build_command(
         context=context,
         sequences=sequences,
         kv_dtype=kv_dtype,
-        gates=Gates(max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio),
+        gates=asked_gates(max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio),
         wishes=Wishes(name=name, base_model=base_model),
         push=None if push is None else Target(push),
         restart=restart,

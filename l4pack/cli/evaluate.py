@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
@@ -16,6 +16,9 @@ from l4pack.errors import UsageError
 from l4pack.text.describe import text_lines
 from l4pack.text.files import JSON_SUFFIXES
 from l4pack.units import human_bytes, human_seconds, parse_size
+
+if TYPE_CHECKING:
+    from l4pack.recipe import Gates
 
 _GATES = "Quality gates (exit 6)"
 _TEXT = "Text"
@@ -113,7 +116,6 @@ def evaluate(
     from l4pack.evaluate.evaluate import Settings
     from l4pack.evaluate.gates import judge, limits_of, parse_recovery, require
     from l4pack.evaluate.record import read_evaluations, write_accuracy
-    from l4pack.recipe import Gates
     from l4pack.text.choice import TextChoice
 
     settings = Settings(
@@ -132,7 +134,7 @@ def evaluate(
         save_reference=save_reference,
         reference=reference,
     )
-    gates = _gates(Gates, max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio)
+    gates = asked_gates(max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio)
     recovery = parse_recovery(min_recovery or [])
     read_evaluations(artifact)  # what can't be added to is said before the work, not after it
     record = _run(artifact, against, settings)
@@ -156,9 +158,12 @@ def _size(text: str | None) -> int | None:
     return None if text is None else parse_size(text)
 
 
-def _gates(kind: Any, **values: float | None) -> Any:
+def asked_gates(**values: float | None) -> Gates:
+    """Gates from what the user typed. Raises UsageError."""
+    from l4pack.recipe import Gates
+
     try:
-        return kind(**values)
+        return Gates(**values)
     except ValueError as error:
         first = str(error).splitlines()
         raise UsageError(

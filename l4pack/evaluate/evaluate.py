@@ -38,7 +38,7 @@ from l4pack.evaluate.layer_errors import LayerErrors, worst_units
 from l4pack.evaluate.needle import Needle, needle_record, needles
 from l4pack.evaluate.needle import sequences_of as needle_sequences
 from l4pack.evaluate.reference import StoredReference, claim_reference, load_reference, save_reference
-from l4pack.evaluate.same_model import check_reference, check_same_model, check_same_tokens
+from l4pack.evaluate.same_model import check_not_dequantized, check_reference, check_same_model, check_same_tokens
 from l4pack.evaluate.schema import SCHEMA_VERSION
 from l4pack.evaluate.scoring import PairedScores, Scores, score, score_pair
 from l4pack.evaluate.statistics import clusters, mean_and_error, perplexity, summarize
@@ -225,6 +225,8 @@ class Prepared:
             models = [
                 _model(name, one, compute, settings, stack) for name, one in (*names, (ARTIFACT, artifact)) if one
             ]
+            if len(models) > 1:
+                check_not_dequantized(models[1].weights, models[0].weights)
             job = _job(models, _parts(inputs, settings, compute))
             walk = stack.enter_context(
                 Walk(

@@ -57,7 +57,10 @@ def recorded(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return judge(record, {gate["gate"]: gate["limit"] for gate in record["gates"]})
 
 
-def require(results: list[dict[str, Any]]) -> None:
+MISSED_HINT = "look at the worst layers with `l4pack report`, or choose a recipe that keeps more"
+
+
+def require(results: list[dict[str, Any]], hint: str = MISSED_HINT) -> None:
     """Raise QualityError naming every gate that was missed; one that could not be measured is missed."""
     missed = [result for result in results if not result["ok"]]
     if not missed:
@@ -70,5 +73,5 @@ def require(results: list[dict[str, Any]]) -> None:
     ]
     raise QualityError(
         f"{len(missed)} of {len(results)} quality gates missed: {', '.join(texts)}",
-        hint="look at the worst layers with `l4pack report`, or choose a recipe that keeps more",
+        hint=hint,
     )

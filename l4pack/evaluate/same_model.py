@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from l4pack.artifact.original import ORIGINAL_KEYS, manifest_of, original_record, weights_digest
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
 from l4pack.evaluate.reference import StoredReference
+from l4pack.stream.units import layer_units, module_names
+from l4pack.stream.weights import Weights
 from l4pack.text.sequences import TokenText
 from l4pack.text.tokenizer import load_tokenizer
 
@@ -53,6 +57,30 @@ def check_reference(artifact: Checkpoint, original: Checkpoint | None, stored: S
     raise UsageError(
         f"{stored.folder} {what}", hint="keep the original's answers again: --against SOURCE --save-reference"
     )
+
+
+def check_not_dequantized(artifact: Weights, original: Weights) -> None:
+    """Raise UsageError when the original's numbers are the artifact's own: what was rounded to integers and back.
+
+    Headers and kept tensors of such a checkpoint are those of the original. The first matrix with integer weights that
+    is not all zeros tells; FP8 is not asked, because a model published in FP8 comes out of it as it went in.
+    """
+    config = artifact.checkpoint.config
+    units = (unit for layer in range(config.text.num_hidden_layers) for unit in layer_units(config, layer))
+    for module in (name for unit in units for name in module_names(config, unit).values()):
+        if not artifact.is_quantized(module):
+            continue
+        mine, theirs = (weights.linears([module])[module] for weights in (artifact, original))
+        if mine.activations is not None:
+            return
+        if mine.weight.any():
+            if torch.equal(mine.weight, theirs.weight):
+                raise UsageError(
+                    f"{original.checkpoint.name} holds the rounded numbers of {artifact.checkpoint.name} ({module}): it "
+                    "was dequantized, and is not the original",
+                    hint="give the checkpoint it was quantized from",
+                )
+            return
 
 
 def check_same_tokens(artifact: Checkpoint, original: Checkpoint, text: TokenText, tokenizer: object) -> None:
