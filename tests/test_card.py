@@ -156,6 +156,16 @@ def test_commands_fit_the_artifact():
     compile(snippet, "card", "exec")
 
 
+def test_the_command_has_the_options_of_the_manifest():
+    made = facts()
+    options = {"--recipe": "int4", "--text": "my notes.txt", "--samples": 8, "--seed": 7}
+    source = {**made.manifest["source"], "name": "tuned"}
+    text = render_card(replace(made, manifest={**made.manifest, "source": source, "job": {"options": options}}))
+    *_, make = commands(text)
+    shown = ["--recipe", "int4", "--text", "my notes.txt", "--samples", "8", "--seed", "7"]
+    assert make == ["l4pack", "quantize", "tuned", *shown, "--out", NAME]
+
+
 def test_sglang_gets_a_command_when_it_reads_the_artifact():
     text = render_card(facts("maverick-int4-4xh100", fits=[Fit("4 x H100", 4, 131072)]))
     assert "does not read" not in text

@@ -344,6 +344,14 @@ def test_who_says_what_a_model_was_made_from(packaged):
         base_claim(SCOUT, source, wider)
 
 
+def test_the_command_on_the_card_is_the_one_that_was_run(l4pack, tmp_path):
+    out = tmp_path / "demo-int4"
+    assert l4pack("quantize", "demo", "--recipe", "int4-rtn", "--out", out, "--shard-size", "2MB").code == 0
+    assert l4pack("package", out, "--source", "demo", "--name", "demo-x", "--base-model", "me/demo").code == 0
+    text = (out / "README.md").read_text()
+    assert "\nl4pack quantize demo --recipe int4-rtn --shard-size 2000000B --out demo-x\n" in text
+
+
 def test_one_artifact_has_one_size(l4pack, tmp_path):
     out = tmp_path / "demo-int4"
     size = json.loads(l4pack("plan", "demo", "--recipe", "int4-rtn", "--json").out)["artifact_bytes"]
@@ -355,4 +363,6 @@ def test_one_artifact_has_one_size(l4pack, tmp_path):
     )  # fmt: skip
     measured(out)
     assert artifact_bytes(out) == size
+    assert l4pack("report", out, "--out", tmp_path / "page.html").code == 0
+    assert f"{size:,} bytes" in (tmp_path / "page.html").read_text()
     assert f"{size:,} bytes" in l4pack("plan", "demo", "--recipe", "int4-rtn").out

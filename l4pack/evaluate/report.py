@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from l4pack.artifact.manifest import MANIFEST_NAME
-from l4pack.artifact.manifest_schema import read_manifest
+from l4pack.artifact.manifest_schema import artifact_bytes, read_manifest
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.model import budget
@@ -79,6 +79,7 @@ def render_report(
         name=folder.name,
         accuracy=accuracy,
         recipe=_recipe_name(folder),
+        size=artifact_bytes(folder) if (folder / MANIFEST_NAME).is_file() else None,
         bars=bars,
         legend=_legend(bars),
         memory=memory,
