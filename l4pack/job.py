@@ -11,7 +11,7 @@ from l4pack.assign import Task
 from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Store
-from l4pack.checkpoint.writer import ShardWriter
+from l4pack.checkpoint.writer import ShardWriter, Written
 from l4pack.errors import StoppedError
 from l4pack.execute import Executor
 from l4pack.plan import Plan
@@ -39,7 +39,7 @@ class Job:
         self._reader, self._writer, self._executor = reader, writer, executor
         self._advance, self._stop = advance or (lambda _: None), stop
         self._lock = threading.Lock()
-        self._finished: list[tuple[Task, str]] = []  # with the digest of what it wrote
+        self._finished: list[tuple[Task, Written]] = []
         self._error: Exception | None = None
         self._begun = False
         self._todo = [task for task in plan.tasks if task.key not in journal.finished]
@@ -90,7 +90,7 @@ class Job:
         if self._stop.is_set() or self._error is not None:
             return
         try:
-            with self._writer.watched() as digest:
+            with self._writer.watched() as written:
                 self._executor.run(task)
         except Exception as error:
             with self._lock:
@@ -98,7 +98,7 @@ class Job:
             return
         file = self._source_file(task)
         with self._lock:
-            self._finished.append((task, digest.hexdigest()))
+            self._finished.append((task, written))
             self._left_in_source[file] -= 1
             used_up = not self._left_in_source[file]
         if used_up:  # at once, not when it is journalled: fetched shards must not pile up
@@ -112,19 +112,23 @@ class Job:
         if not finished:
             return
         self._writer.sync()
-        self._journal.record(finished={task.key: digest for task, digest in finished})
+        self._journal.record(
+            finished={task.key: written.digest for task, written in finished},
+            digests={
+                name: sha256 for _, written in finished for name, sha256 in written.tensors(self._plan.places).items()
+            },
+        )
         for task, _ in finished:
             self._advance(task.read_bytes)
             self._left_in_shard.subtract(self._shard_files(task))
         self._hash_complete_shards(side)
 
     def _hash_complete_shards(self, side: ThreadPoolExecutor) -> None:
-        known = self._journal.digests
+        known = frozenset(self._journal.digests)
         for shard in self._plan.shards:
             if self._left_in_shard[shard.file] == 0:
                 self._left_in_shard[shard.file] = -1  # once
-                if any(name not in known for name in shard.tensors):
-                    self._hashing.append(side.submit(self._writer.digests, shard))
+                self._hashing.append(side.submit(self._writer.digests, shard, known))
 
     def _collect_digests(self) -> None:
         while self._hashing:

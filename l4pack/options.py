@@ -15,7 +15,7 @@ _CALIBRATION = {"samples": "--samples", "sequence_length": "--sequence-length", 
 _RECIPE = "recipe: "
 
 
-Options = dict[str, str | int | list[str]]  # a list is an option given several times
+Options = dict[str, str | int | list[str]]  # a list is an option given several times, true one without a value
 
 
 def plan_options(recipe: Recipe, shard_bytes: int, included: Sequence[str]) -> Options:
@@ -25,7 +25,8 @@ def plan_options(recipe: Recipe, shard_bytes: int, included: Sequence[str]) -> O
     """
     size = {} if shard_bytes == DEFAULT_SHARD_BYTES else {"--shard-size": f"{shard_bytes}B"}
     files: Options = {"--include": list(included)} if included else {}
-    return {"--recipe": recipe.name if _shipped(recipe) else f"{recipe.name}.yaml", **size, **files}
+    flags: Options = {"--keep-float32": True} if recipe.keep_float32 else {}
+    return {"--recipe": recipe.name if _shipped(recipe) else f"{recipe.name}.yaml", **size, **files, **flags}
 
 
 def text_options(recipe: Recipe, record: Mapping[str, Any]) -> Options:
@@ -45,8 +46,8 @@ def recipe_parts(recipe: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in parts.items():
         found |= flat(value, name)
-    for key in _CALIBRATION:
-        found.pop(f"{_RECIPE}calibration.{key}", None)
+    for key in ("keep_float32", *(f"calibration.{name}" for name in _CALIBRATION)):
+        found.pop(f"{_RECIPE}{key}", None)
     return found
 
 

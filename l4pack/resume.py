@@ -26,8 +26,7 @@ def forget_damaged(plan: Plan, journal: Journal, writer: ShardWriter, stop: thre
         extents |= calibrated_extents(plan)
         layers = layers_of(plan)
     damaged = _damaged(extents, journal, writer, plan.workers, stop)
-    files = {plan.places[extent.tensor].file for key in damaged for extent in extents[key]}
-    tensors = [name for shard in plan.shards if shard.file in files for name in shard.tensors]
+    tensors = {extent.tensor for key in damaged for extent in extents[key]}
     # A walk behind a damaged matrix has to come by again: only its last layers' inputs are kept.
     walked = set(layers.values()) if any(layers.get(key) in journal.finished for key in damaged) else set()
     journal.forget({*damaged, *walked}, tensors)

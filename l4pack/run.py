@@ -219,8 +219,7 @@ def _calibrate(
 
 def _digests_left(plan: Plan, journal: Journal, writer: ShardWriter) -> dict[str, str]:
     """Digests of the shards that only calibration completed."""
-    shards = [shard for shard in plan.shards if any(name not in journal.digests for name in shard.tensors)]
-    return {name: digest for shard in shards for name, digest in writer.digests(shard).items()}
+    return {name: sha256 for shard in plan.shards for name, sha256 in writer.digests(shard, journal.digests).items()}
 
 
 def _check_begun(plan: Plan, folder: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from l4pack.artifact.manifest import MANIFEST_NAME
 from l4pack.checkpoint.header import read_header
 from l4pack.checkpoint.open import open_source
+from l4pack.checkpoint.writer import ShardWriter
 from l4pack.plan import Limits, make_plan
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import quantize_block
@@ -205,6 +206,17 @@ def test_the_manifest_has_every_tensors_digest(artifact):
     assert manifest["recipe"]["name"] == "int4"
     assert manifest["source"]["parameters"] > 0
     assert str(made.parent) not in json.dumps(manifest)
+
+
+@pytest.mark.parametrize("recipe", ["int4-rtn", "fp8", "int4"])
+def test_a_tensor_written_whole_is_hashed_as_it_is_written(checkpoint, tmp_path, monkeypatch, recipe):
+    read_back, digest = [], ShardWriter._digest
+    monkeypatch.setattr(
+        ShardWriter, "_digest", lambda writer, extent: (read_back.append(extent), digest(writer, extent))[1]
+    )
+    plan = quick_plan(checkpoint("scout"), recipe)
+    run_plan(plan, tmp_path / "out")
+    assert read_back == []
 
 
 def test_nothing_but_the_artifact_is_left(artifact):

@@ -66,7 +66,8 @@ class JobRecord(_Data):
     For a calibrated artifact, also what decides its bytes beside all that: where it was computed, and with what.
     """
 
-    options: dict[str, str | int | list[str]]  # a list is an option given several times
+    # A list is an option given several times, true one without a value.
+    options: dict[str, str | bool | int | list[str]]
     computed_on: dict[str, str | int] | None = None
 
 

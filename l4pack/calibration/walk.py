@@ -33,6 +33,7 @@ from l4pack.calibration.rows import UnitRows, blocks, expert_rows
 from l4pack.calibration.supply import Supply
 from l4pack.calibration.written import cache_key, input_scale, input_scales_key, unit_key
 from l4pack.checkpoint.reader import NUMPY_TYPES
+from l4pack.checkpoint.writer import Written
 from l4pack.errors import QualityError, SourceError, StoppedError
 from l4pack.execute import INPUT_SCALE
 from l4pack.quant.floats import FloatName
@@ -179,17 +180,18 @@ class CalibrationRun:
         if not found:
             return
         matrices = {}
-        with self._output.writer.watched() as digest:
+        with self._output.writer.watched() as written:
             for module, amax in sorted(found.items()):
                 tensor = input_scale(self._plan.targets[module])
                 self._output.writer.write(tensor.name, 0, stored_scale(amax, cast(FloatName, tensor.dtype)))
                 matrices[module] = {"method": "rtn", "input_amax": float(f"{amax:.6g}")}
-        self._finished(input_scales_key(layer), digest.hexdigest(), {"matrices": matrices})
+        self._finished(input_scales_key(layer), written, {"matrices": matrices})
 
-    def _finished(self, key: str, digest: str, result: Mapping[str, Any]) -> None:
+    def _finished(self, key: str, written: Written, result: Mapping[str, Any]) -> None:
         """Note what came of a piece of work, once its bytes are on disk."""
         self._output.writer.sync()
-        self._output.journal.record(finished={key: digest}, results={key: result})
+        tensors = written.tensors(self._plan.places)
+        self._output.journal.record(finished={key: written.digest}, digests=tensors, results={key: result})
 
     def _cache_range(self) -> CacheRange | None:
         wanted = self._plan.recipe.kv_cache
@@ -197,10 +199,10 @@ class CalibrationRun:
 
     def _write_cache_scales(self, layer: int, cache: CacheRange) -> None:
         tensors = [tensor for tensor in self._plan.kv_scales if tensor.layer == layer]
-        with self._output.writer.watched() as digest:
+        with self._output.writer.watched() as written:
             for tensor, scale in zip(tensors, cache.scales(), strict=True):
                 self._output.writer.write(tensor.name, 0, scale)
-        self._finished(cache_key(layer), digest.hexdigest(), {"kv_cache": {str(layer): cache.record()}})
+        self._finished(cache_key(layer), written, {"kv_cache": {str(layer): cache.record()}})
 
     def _record_coverage(self, layer: int, one: LayerPass) -> None:
         if one.routing is None:
@@ -243,11 +245,11 @@ class CalibrationRun:
                 f"{unit}: a weight at output {error.row}, input {error.column} is infinite or NaN",
                 hint="the checkpoint is damaged: download it again",
             ) from error
-        with self._output.writer.watched() as digest:
+        with self._output.writer.watched() as written:
             for name, target in targets.items():
                 self._output.executor.write_quantized(target, 0, stored(solved[name], scheme.num_bits))
         found = {targets[name].module: result_of(solved[name], taken.own, taken.borrowed) for name in targets}
-        self._finished(unit_key(unit), digest.hexdigest(), {"matrices": found})
+        self._finished(unit_key(unit), written, {"matrices": found})
         self._check_fallbacks()
         self._advance(sum(self._plan.target_bytes(target) for target in targets.values()))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,38 @@ class Extent:
     tensor: str
     start: int
     nbytes: int
+
+
+class Written:
+    """What a thread wrote: its extents, and the SHA-256 of each, so that whole tensors need not be read to be hashed."""
+
+    def __init__(self) -> None:
+        self._extents: list[Extent] = []
+        self._digests: list[hashlib._Hash] = []
+
+    def add(self, tensor: str, start: int, raw: memoryview) -> None:
+        """Count bytes from `start` of a tensor as written; those that follow the last ones go on with their extent."""
+        last = self._extents[-1] if self._extents else Extent("", 0, 0)
+        if (last.tensor, last.start + last.nbytes) == (tensor, start):
+            self._extents[-1] = replace(last, nbytes=last.nbytes + raw.nbytes)
+        else:
+            self._extents.append(Extent(tensor, start, raw.nbytes))
+            self._digests.append(hashlib.sha256())
+        self._digests[-1].update(raw)
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of the extents' digests."""
+        return _combined(digest.hexdigest() for digest in self._digests)
+
+    def tensors(self, places: Mapping[str, Place]) -> dict[str, str]:
+        """Hex SHA-256 of the tensors that were written whole."""
+        pairs = zip(self._extents, self._digests, strict=True)
+        return {
+            extent.tensor: digest.hexdigest()
+            for extent, digest in pairs
+            if (extent.start, extent.nbytes) == (0, places[extent.tensor].nbytes)
+        }
 
 
 class ShardWriter:
@@ -54,20 +86,20 @@ class ShardWriter:
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         if offset < 0 or offset + raw.nbytes > place.nbytes:
             raise ValueError(f"{name}: {raw.nbytes} bytes at {offset} of a tensor of {place.nbytes}")
-        if (digest := getattr(self._watched, "digest", None)) is not None:
-            digest.update(raw)
+        if (written := getattr(self._watched, "written", None)) is not None:
+            written.add(name, offset, raw)
         _write_all(self._files[place.file], raw, place.start + offset)
         with self._lock:
             self._dirty.add(place.file)
 
     @contextmanager
-    def watched(self) -> Iterator[hashlib._Hash]:
-        """A SHA-256 of what this thread writes meanwhile, in the order it is written."""
-        self._watched.digest = hashlib.sha256()
+    def watched(self) -> Iterator[Written]:
+        """What this thread writes meanwhile."""
+        self._watched.written = Written()
         try:
-            yield self._watched.digest
+            yield self._watched.written
         finally:
-            self._watched.digest = None
+            self._watched.written = None
 
     def read(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a tensor as written so far."""
@@ -88,25 +120,27 @@ class ShardWriter:
         for file in dirty:
             os.fdatasync(self._files[file])
 
-    def digests(self, shard: Shard) -> dict[str, str]:
-        """Hex SHA-256 of every tensor of a shard, read back from the file."""
-        result = {name: self.digest([Extent(name, 0, self._places[name].nbytes)]) for name in shard.tensors}
+    def digests(self, shard: Shard, known: Container[str] = ()) -> dict[str, str]:
+        """Hex SHA-256 of every tensor of a complete shard that is not `known`, read back from the file."""
+        names = [name for name in shard.tensors if name not in known]
+        result = {name: self._digest(Extent(name, 0, self._places[name].nbytes)) for name in names}
         os.posix_fadvise(self._files[shard.file], 0, 0, os.POSIX_FADV_DONTNEED)
         return result
 
     def digest(self, extents: Iterable[Extent]) -> str:
-        """Hex SHA-256 of some of the files' bytes, one extent after the other."""
-        digest = hashlib.sha256()
-        buffer = bytearray(_HASH_CHUNK)
-        for extent in extents:
-            place, done = self._places[extent.tensor], 0
-            while done < extent.nbytes:
-                view = memoryview(buffer)[: extent.nbytes - done]
-                count = os.preadv(self._files[place.file], [view], place.start + extent.start + done)
-                if count == 0:
-                    raise OSError(f"{place.file} is shorter than it was written")
-                digest.update(view[:count])
-                done += count
+        """What `Written.digest` was of these extents if the files still hold what was written."""
+        return _combined(map(self._digest, extents))
+
+    def _digest(self, extent: Extent) -> str:
+        digest, place, done = hashlib.sha256(), self._places[extent.tensor], 0
+        buffer = bytearray(min(_HASH_CHUNK, extent.nbytes))
+        while done < extent.nbytes:
+            view = memoryview(buffer)[: extent.nbytes - done]
+            count = os.preadv(self._files[place.file], [view], place.start + extent.start + done)
+            if count == 0:
+                raise OSError(f"{place.file} is shorter than it was written")
+            digest.update(view[:count])
+            done += count
         return digest.hexdigest()
 
     def close(self) -> None:
@@ -114,6 +148,10 @@ class ShardWriter:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
+
+
+def _combined(digests: Iterable[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _write_all(descriptor: int, raw: memoryview, start: int) -> None:
