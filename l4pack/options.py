@@ -13,8 +13,6 @@ from l4pack.work.identity import flat
 
 _CALIBRATION = {"samples": "--samples", "sequence_length": "--sequence-length", "seed": "--seed"}
 _RECIPE = "recipe: "
-
-
 Options = dict[str, str | int | list[str]]  # a list is an option given several times, true one without a value
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from licence_texts import scout_files
 from test_licence import write
 
-from l4pack.artifact.card import CardFacts, Fit, render_card, with_error
+from l4pack.artifact.card import CardFacts, Fit, _typed, render_card, with_error
 from l4pack.artifact.licence import Card, audit
 from l4pack.artifact.manifest import Contents, Manifest
 from l4pack.artifact.markdown import safe
@@ -285,3 +285,9 @@ def test_another_licence_brings_its_own_block():
     assert ModelCard(text).data.license == "apache-2.0"
     assert policy_named("apache-2.0").block.strip() in text
     assert "Built with Llama" not in text
+
+
+def test_options_are_typed_as_the_command_takes_them():
+    options = {"--samples": 4, "--include": ["a.txt", "b c"], "--keep-float32": True}
+    typed = [part for option, value in options.items() for part in _typed(option, value)]
+    assert typed == ["--samples", "4", "--include", "a.txt", "--include", "b c", "--keep-float32"]

@@ -320,6 +320,14 @@ def _transformers(where: str, *, multimodal: bool) -> str:
     )
 
 
+def _typed(option: str, value: Any) -> list[str]:
+    """An option of the manifest as it is typed: a list is one given several times, true one without a value."""
+    if value is True:
+        return [word(option)]
+    values = value if isinstance(value, list) else [value]
+    return [part for one in values for part in (word(option), word(one))]
+
+
 def _make(facts: CardFacts) -> str:
     """The command that was run, as the manifest keeps it; the folder it went to is nobody's business."""
     source = facts.manifest["source"]
@@ -327,5 +335,5 @@ def _make(facts: CardFacts) -> str:
     name = f"{word(source.get('repository') or source['name'])}{revision}"
     recipe = facts.recipe.name if facts.recipe.name in recipe_names() else f"{facts.recipe.name}.yaml"
     options = (facts.manifest.get("job") or {}).get("options") or {"--recipe": recipe}
-    words = [part for option, value in options.items() for part in (word(option), word(value))]
+    words = [part for option, value in options.items() for part in _typed(option, value)]
     return shlex.join(["l4pack", "quantize", name, *words, "--out", word(facts.name)])
