@@ -20,7 +20,9 @@ from damage import (
     ROUTER,
     UP,
     Tensors,
+    add,
     both,
+    config,
     copy_module,
     drop,
     edit_json,
@@ -28,6 +30,7 @@ from damage import (
     filled,
     first_is,
     fuse_packed,
+    group,
     in_bfloat16,
     interleaved,
     kv_scales,
@@ -43,6 +46,7 @@ from damage import (
     swap,
     tensors,
     text_of,
+    times,
     transposed_shape,
     truncate,
     wrong_axis,
@@ -265,6 +269,78 @@ BROKEN: dict[str, Broken] = {
     "tokenizer that truncates": case(
         lambda folder: edit_json(folder, lambda t: t.update(truncation={"max_length": 512}), "tokenizer.json"),
         "companion", source=True, places="tokenizer.json",
+    ),
+    # config.json, key by key
+    **{
+        f"{'.'.join(keys)} changed": case(config(*keys, value=value), "config", source=True, places=".".join(keys[:2]))
+        for keys, value in (
+            (("image_token_index",), 299), (("boi_token_index",), 299), (("eoi_token_index",), 299),
+            (("text_config", "eos_token_id"), 258), (("text_config", "hidden_act"), "gelu"),
+            (("text_config", "attn_scale"), 0.2), (("text_config", "floor_scale"), 8192),
+            (("text_config", "rms_norm_eps"), 1e-6), (("text_config", "layer_types"), ["full_attention"] * 4),
+            (("text_config", "rope_parameters", "rope_theta"), 10000.0), (("text_config", "use_qk_norm"), False),
+            (("vision_config", "hidden_act"), "relu"), (("vision_config", "norm_eps"), 1e-3),
+            (("vision_config", "vision_feature_layer"), -2), (("auto_map",), {"AutoModel": "x--y.Z"}),
+        )
+    },
+    # what runtimes make of the stanza
+    "integer activations": case(
+        stanza(lambda c: c["config_groups"]["group_0"]["input_activations"].update(type="int")),
+        "stanza", recipe="fp8", places="input_activations.type",
+    ),
+    "static said of dynamic activations": case(
+        stanza(lambda c: c["config_groups"]["group_0"]["input_activations"].update(strategy="tensor")),
+        "stanza", "scheme", recipe="fp8", places="input_activations",
+    ),
+    "dynamic weights": case(set_group(dynamic=True), "stanza", places="weights.dynamic"),
+    "outputs quantized": case(
+        group(output_activations={"num_bits": 8, "type": "float", "strategy": "tensor"}), "stanza", places="output_activations"
+    ),
+    "an ignore entry misspelt": case(stanza(lambda c: c["ignore"].append("re:.*self_atn.*")), "ignore", places="ignore"),
+    "a target misspelt": case(
+        stanza(lambda c: c["config_groups"]["group_0"]["targets"].append("re:.*up_porj$")), "ignore", places="targets"
+    ),
+    "a pattern that never ends": case(
+        stanza(lambda c: c["ignore"].append(r"re:(\w+\.?)+!")), "stanza", places="ignore"
+    ),
+    # files that change what runs, what is said, or what is read
+    "code beside the weights": case(add("modeling_llama4.py"), "strange", places="modeling_llama4.py"),
+    "pickled weights beside": case(add("pytorch_model.bin"), "strange", places="pytorch_model.bin"),
+    "an adapter beside": case(add("adapter_config.json", "{}"), "strange", places="adapter_config.json"),
+    "a second template": case(add("chat_template.json", "{}"), "strange", source=True, places="chat_template.json"),
+    "generation_config altered": case(
+        lambda folder: edit_json(folder, lambda g: g.update(eos_token_id=258), "generation_config.json"),
+        "companion", source=True, places="generation_config.json",
+    ),
+    "tokenizer_config altered": case(
+        lambda folder: edit_json(folder, lambda t: t.update(add_bos_token=False), "tokenizer_config.json"),
+        "companion", source=True, places="tokenizer_config.json",
+    ),
+    "processor altered": case(
+        lambda folder: edit_json(folder, lambda p: p.update(size=1), "preprocessor_config.json"),
+        "companion", source=True, places="preprocessor_config.json",
+    ),
+    # token ids
+    "a token beyond the embedding": case(
+        lambda folder: edit_json(folder, lambda t: t["added_tokens"].append({"id": 384, "content": "<x>"}), "tokenizer.json"),
+        "tokenizer", places="tokenizer.json",
+    ),
+    "a vocabulary beyond the embedding": case(
+        lambda folder: edit_json(folder, lambda t: t["model"]["vocab"].update({"zzz": 384}), "tokenizer.json"),
+        "tokenizer", places="tokenizer.json",
+    ),
+    "a special token beyond the embedding": case(
+        lambda folder: edit_json(folder, lambda g: g.update(eos_token_id=[257, 384]), "generation_config.json"),
+        "tokenizer", places="generation_config.json",
+    ),
+    # rounded matrices, to the bit
+    "scale rows exchanged": case(put(f"{GATE}.weight_scale", lambda s: s.flip(0)), "weights", source=True, places=GATE),
+    "one scale doubled": case(put(f"{GATE}.weight_scale", times(2.0)), "weights", source=True, places=GATE),
+    "one scale halved": case(put(f"{GATE}.weight_scale", times(0.5)), "weights", source=True, places=GATE),
+    "one scale a hair off": case(put(f"{GATE}.weight_scale", times(1.008)), "weights", source=True, places=GATE),
+    "one FP8 code a step off": case(
+        put(f"{GATE}.weight", lambda w: (w.view(torch.uint8) ^ (torch.arange(128 * 128).view(128, 128) == 700)).view(torch.float8_e4m3fn)),
+        "weights", recipe="fp8", source=True, places=GATE,
     ),
     # weight files
     "truncated": case(truncate, "shard", places="model.safetensors"),

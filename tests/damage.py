@@ -257,3 +257,42 @@ def resigned(folder: Path) -> Path:
     path.unlink()
     path.write_text(json.dumps(manifest))
     return folder
+
+
+def config(*keys: str, value: Any) -> Callable[[Path], None]:
+    """Set a value of config.json."""
+
+    def change(raw: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            raw = raw[key]
+        raw[keys[-1]] = value
+
+    return lambda folder: edit_json(folder, change)
+
+
+def add(file: str, text: str = "x") -> Callable[[Path], None]:
+    def run(folder: Path) -> None:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(text)
+
+    return run
+
+
+def group(**values: Any) -> Callable[[Path], None]:
+    return stanza(lambda config: config["config_groups"]["group_0"].update(values))
+
+
+def times(factor: float, row: int = 5, column: int = 0) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One scale times a factor."""
+
+    def change(scale: torch.Tensor) -> torch.Tensor:
+        scale[row, column] *= factor
+        return scale
+
+    return change
+
+
+def turned(words: torch.Tensor) -> torch.Tensor:
+    """The signs of a group's codes (the first 16 words of a row) the other way round: q to -1 - q."""
+    words[5, :16] = ~words[5, :16]
+    return words

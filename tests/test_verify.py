@@ -325,3 +325,134 @@ def test_attention_that_vllm_can_not_permute_is_a_warning(tmp_path: Path) -> Non
     folder = foreign.write_artifact(origin, tmp_path / "artifact", schemes)
     messages = [finding.message for finding in verify_artifact(folder).findings if finding.rule == "runtime"]
     assert any(message.startswith("vllm") and "block scales of q_proj and k_proj" in message for message in messages)
+
+
+MANIFESTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "config.json": (damage.config("text_config", "attn_scale", value=0.2), "digest", "config.json"),
+    "tokenizer": (damage.text_of("tokenizer.json", lambda text: text + " "), "digest", "tokenizer.json"),
+    "a template gone": (damage.remove("chat_template.jinja"), "digest", "chat_template.jinja"),
+    "a template more": (damage.add("additional_chat_templates/x.jinja"), "strange", "additional_chat_templates/x.jinja"),
+    "notes": (damage.add("notes.txt"), "strange", "notes.txt"),
+    "no recipe": (lambda folder: damage.edit_json(folder, lambda m: m.pop("recipe"), MANIFEST_NAME), "manifest", MANIFEST_NAME),
+    "a recipe of nothing": (
+        lambda folder: damage.edit_json(folder, lambda m: m.update(recipe={}), MANIFEST_NAME), "manifest", MANIFEST_NAME
+    ),
+    "an older version": (
+        lambda folder: damage.edit_json(folder, lambda m: m.update(schema_version=1), MANIFEST_NAME), "manifest", MANIFEST_NAME
+    ),
+    "a version to come": (
+        lambda folder: damage.edit_json(folder, lambda m: m.update(schema_version=99), MANIFEST_NAME), "manifest", MANIFEST_NAME
+    ),
+    "another recipe": (
+        lambda folder: damage.edit_json(
+            folder, lambda m: m["recipe"]["schemes"]["int4"].update(group_size=64), MANIFEST_NAME
+        ),
+        "manifest", "quantization_config.config_groups",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_what_the_manifest_covers(name: str, copy: Make) -> None:
+    change, rule, where = MANIFESTS[name]
+    folder = copy()
+    change(folder)
+    found = [finding for finding in verify_artifact(folder).findings if finding.level == "error"]
+    assert (rule, where) in {(finding.rule, finding.where) for finding in found}
+
+
+def test_what_package_and_evaluate_add_is_not_strange(copy: Make) -> None:
+    folder = copy()
+    for name in ("README.md", "NOTICE", "USE_POLICY.md", "accuracy.json"):
+        (folder / name).write_text("x")
+    assert verify_artifact(folder).ok
+
+
+def test_the_header_of_a_shard_is_covered(copy: Make) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = copy()
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    path.unlink()
+    save_file(state, path, {"format": "pt", "note": "moved"})
+    assert rules(verify_artifact(folder)) == {"digest"}
+
+
+@pytest.fixture(scope="module")
+def solved(source: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibrated artifact."""
+    from conftest import quick_plan
+
+    plan = quick_plan(source("scout", hidden_size=256, intermediate_size=256), "int4-uniform")
+    return run_plan(plan, tmp_path_factory.mktemp("solved") / "artifact").out
+
+
+SOLVED = {
+    "one scale doubled": damage.put(f"{damage.GATE}.weight_scale", damage.times(2.0)),
+    "one scale halved": damage.put(f"{damage.DOWN}.weight_scale", damage.times(0.5, column=1)),
+    "scale rows exchanged": damage.put(f"{damage.GATE}.weight_scale", lambda scale: scale.flip(0)),
+    "scale rows rolled": damage.put(f"{damage.DOWN}.weight_scale", lambda scale: scale.roll(1, 0)),
+    "scale columns exchanged": damage.put(f"{damage.GATE}.weight_scale", lambda scale: scale.flip(1)),
+    "signs of a group": damage.put(f"{damage.GATE}.weight_packed", damage.turned),
+    "experts exchanged": damage.swap(damage.GATE, f"{damage.EXPERTS}3.gate_proj"),
+    "rows rolled": damage.put(f"{damage.GATE}.weight_packed", lambda words: words.roll(1, 0)),
+}
+
+
+def test_a_solved_artifact_verifies_clean(source: Make, solved: Path) -> None:
+    result = verify_artifact(solved, open_folder(source("scout", hidden_size=256, intermediate_size=256)))
+    assert result.ok
+    assert not result.checked.tally.recomputed
+
+
+@pytest.mark.parametrize("known", ["manifest", "source alone"])
+@pytest.mark.parametrize("name", SOLVED)
+def test_damage_of_solved_matrices_is_found_by_the_source(
+    name: str, known: str, source: Make, solved: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(solved, tmp_path / "artifact"))
+    SOLVED[name](folder)
+    (damage.resigned if known == "manifest" else damage.unsigned)(folder)
+    result = verify_artifact(folder, open_folder(source("scout", hidden_size=256, intermediate_size=256)))
+    assert rules(result) == {"weights"}
+
+
+@pytest.mark.parametrize("recipe", ["int4-rtn", "fp8", "fp8-block"])
+def test_matrices_that_are_zero_in_the_source(recipe: str, source: Make, tmp_path: Path) -> None:
+    """Pruned and expanded models: right beside the source, worth a warning without it; two equal experts too."""
+    from safetensors.torch import load_file, save_file
+
+    origin = Path(shutil.copytree(source("scout", layout="unfused"), tmp_path / "source"))
+    state = load_file(origin / "model.safetensors")
+    for name in ("gate", "up", "down"):
+        state[f"{damage.EXPERTS}2.{name}_proj.weight"].zero_()
+        state[f"{damage.EXPERTS}3.{name}_proj.weight"].copy_(state[f"{damage.EXPERTS}1.{name}_proj.weight"])
+    (origin / "model.safetensors").unlink()
+    save_file(state, origin / "model.safetensors", {"format": "pt"})
+    folder = run_plan(make_plan(open_folder(origin), load_recipe(recipe)), tmp_path / "artifact").out
+    beside, alone = verify_artifact(folder, open_folder(origin)), verify_artifact(folder)
+    assert beside.ok
+    assert "dead" not in rules(beside, "warning")
+    assert alone.ok
+    assert {"dead", "duplicate"} <= rules(alone, "warning")
+
+
+def test_files_that_only_the_library_refuses(copy: Make) -> None:
+    folder = damage.unsigned(copy())
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + size].decode().rstrip().replace('{"format":"pt"}', '{"format":1}').encode()
+    path.unlink()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
+    assert rules(verify_artifact(folder)) == {"shard"}
+
+
+def test_the_reference_lists_every_rule() -> None:
+    import re
+
+    from l4pack.artifact.findings import RULES
+
+    text = (Path(__file__).parents[1] / "docs/reference/verify.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([a-z_-]+)` \|", text, re.MULTILINE) == list(RULES)

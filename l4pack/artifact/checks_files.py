@@ -67,8 +67,13 @@ def _check_kept(artifact: Artifact, source: Checkpoint, found: Findings) -> None
 
 
 def _check_strange(artifact: Artifact, source: Checkpoint | None, covered: Collection[str], found: Findings) -> None:
-    """Files that neither the manifest nor the source has; `covered` are those of the manifest."""
-    known = {*covered, *(source.companions if source is not None else ())}
+    """Files that neither the manifest nor the source has; `covered` are those of the manifest.
+
+    Beside the source, the manifest's word is good for what `--include` added, and not for what runtimes look for.
+    """
+    known = set(covered)
+    if source is not None:
+        known = {*source.companions, *(name for name in covered if not is_companion(name))}
     duties = {name.lower() for name in duty_files()}
     for name in artifact.files:
         alone = not covered and source is None
@@ -78,7 +83,7 @@ def _check_strange(artifact: Artifact, source: Checkpoint | None, covered: Colle
             found.error("strange", name, "no Llama 4 needs it, and a runtime may run, unpickle or be misled by it")
         elif covered or source is not None:
             level = found.error if is_companion(name) or covered else found.warning
-            whose = "the manifest" if covered else "the source"
+            whose = "the source" if name in covered or not covered else "the manifest"
             level("strange", name, f"was added: {whose} has no such file")
         else:
             found.warning("strange", name, "is no file that a runtime or a reader needs")

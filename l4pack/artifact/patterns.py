@@ -17,7 +17,7 @@ from functools import lru_cache
 from l4pack.errors import L4packError
 
 MAX_PATTERN = 2000  # characters
-SECONDS = 10
+SECONDS = 5
 _MAX_STARS = 2
 # Letters, escaped dots, runs of digits, one choice between words, and `.*` (counted beside): at worst the square of a
 # name's length.
