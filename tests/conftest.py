@@ -83,9 +83,9 @@ def quick_recipe(name: str) -> Recipe:
 
 
 def quick_plan(source: Path, recipe: str | Recipe, limits: Limits | None = None) -> Plan:
-    """The plan of a recipe for a tiny checkpoint, with a text if it calibrates."""
-    chosen = quick_recipe(recipe) if isinstance(recipe, str) else recipe
-    plan = make_plan(open_source(str(source)), chosen, limits)
+    """The plan of a recipe for a tiny checkpoint, with a text if it calibrates; float32 stays, to be compared exactly."""
+    chosen, opened = quick_recipe(recipe) if isinstance(recipe, str) else recipe, open_source(str(source))
+    plan = make_plan(opened, chosen.keeping(float32="F32" in opened.float_names.values()), limits)
     if not plan.calibrated:
         return plan
     text = source.parent / "calibration.txt"

@@ -54,7 +54,7 @@ def mixed(checkpoint, tmp_path_factory):
             if kind != "text":
                 (source / "preprocessor_config.json").write_text('{"image_processor_type": "Llama4ImageProcessorFast"}')
             opened = open_source(str(source))
-            plan = make_plan(opened, draw_mix(seed, matrix_layers(opened.layout), only))
+            plan = make_plan(opened, draw_mix(seed, matrix_layers(opened.layout), only).keeping(float32=True))
             made[kind, seed] = plan, run_plan(plan, tmp_path_factory.mktemp("mixed") / f"{kind}-{seed}").out
         return made[kind, seed]
 
