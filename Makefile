@@ -19,7 +19,7 @@ demo: venv
 	$(BIN)/l4pack build demo --recipe int4 --out $(DEMO_OUT) --device h100 --context 2048
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .
