@@ -184,7 +184,7 @@ def test_systems_inputs_and_tools(said):
         "h.csv": "id,text\r\n1,one\u2028two\u2029three\u0085four\r\n\r\n2,five\r\n",
         "i.csv": "\ufefftext;label\none\u2028two\u2029three\u0085four;0\nfive;1",
         "j.tsv": "text\tid\none\u2028two\u2029three\u0085four\t1\nfive\t2\n",
-        "k.jsonl.gz": gzip.compress(lines({"text": "one\u2028two\u2029three\u0085four"}, {"text": "five"}).encode()),
+        "k.jsonl.gz": gzip.compress(lines({"text": "one\u2028two\u2029three\u0085four"}, {"text": "five"}).encode(), mtime=0),
         "l.jsonl": lines({"text": "one\u2028two\u2029three\u0085four"}, {"text": "five"}).encode("utf-16"),
         "m.txt": lines({"content": "one\u2028two\u2029three\u0085four"}, {"content": "five"}),
     }.items(),
@@ -362,7 +362,7 @@ REFUSED = {
     "ZIP": ("a.txt", b"PK\x03\x04", "is a ZIP"),
     "an LFS pointer": ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:1", "is a Git LFS pointer"),
     "damaged gzip": ("a.gz", b"\x1f\x8bwords", "does not unpack"),
-    "gzip cut short": ("a.txt.gz", gzip.compress(bytes(range(65, 91)) * 9999)[:-20], "does not unpack"),
+    "gzip cut short": ("a.txt.gz", gzip.compress(bytes(range(65, 91)) * 9999, mtime=0)[:-20], "does not unpack"),
     "damaged Parquet": ("a.parquet", b"PAR1 words", "can't be read"),
     "Parquet that is none": ("a.parquet", b"words", "is no parquet file"),
     "Arrow that is none": ("a.arrow", b"ARROW1 words", "can't be read"),
@@ -403,7 +403,7 @@ QUESTION = {"context": "one\u2028two", "choices": ["a", "b"], "answer": 1}
 @pytest.mark.parametrize(
     "content",
     [lines(QUESTION, QUESTION).encode(), b"\xef\xbb\xbf" + lines(QUESTION, QUESTION).encode(),
-     json.dumps([QUESTION, QUESTION]).encode(), gzip.compress(lines(QUESTION, QUESTION).encode())],
+     json.dumps([QUESTION, QUESTION]).encode(), gzip.compress(lines(QUESTION, QUESTION).encode(), mtime=0)],
 )  # fmt: skip
 def test_questions(tmp_path, content):
     path = tmp_path / "some.JSONL"
