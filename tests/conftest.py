@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +14,20 @@ from typing import Any
 
 import pytest
 
+# Before torch is there: the number of threads is part of what a calibrated job is, here and in the processes that tests
+# start and kill, and two test processes share two cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from l4pack.__main__ import main
 from l4pack.calibration.text import with_text
 from l4pack.checkpoint.open import open_source
 from l4pack.plan import Limits, Plan, make_plan
 from l4pack.recipe import Recipe, load_recipe
 from l4pack.run import run_plan
+
+# Whoever starts the tests in the background may have these ignored, and a job leaves an ignored signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -79,6 +79,6 @@ def test_a_measurement_goes_on_under_another_limit(
     assert l4pack(*command, "--out", tmp_path / "free.json").code == 0
     changed = (*command, "--out", tmp_path / "changed.json")
     stopped(Wave, *changed)
-    ended = l4pack(*changed, "--max-ram", "1200MiB")
+    ended = l4pack(*changed, "--max-ram", "1110MiB")
     assert ended.code == 0, ended.err
     assert (tmp_path / "changed.json").read_bytes() == (tmp_path / "free.json").read_bytes()

@@ -131,7 +131,7 @@ def opens(hub: HubServer, folder: Path) -> None:
 def sends(**options: Any) -> Callable[[HubServer, Path], None]:
     def send(hub: HubServer, folder: Path) -> None:
         api = hub_api(hub.endpoint, None)
-        upload(api, plan_upload(api, Target(REPO, **options), local_files(folder)), "Upload")
+        upload(api, plan_upload(api, Target(REPO, **options), local_files(folder, SENT)), "Upload")
         revision = options.get("revision", "main")
         there = hub.repos[REPO].files("refs/pr/1" if options.get("pull_request") else revision)
         assert {name: there[name].content for name in SENT} == SENT
