@@ -68,7 +68,7 @@ def streamed(checkpoint: Checkpoint, compute: Compute, tokens: int) -> dict[str,
         stream = Stream(Path(work), "bench", tokens, config.text.hidden_size, compute.dtype)
         stream.middle.data[:] = hidden_states(tokens, config.text.hidden_size)
         clock, cpu = time.perf_counter(), time.process_time()
-        one = LayerPass(skeleton, 0, packed, stream, Blocks.on(compute.device))
+        one = LayerPass(skeleton, 0, packed, stream, Blocks.on(compute.device, config.text.hidden_size))
         attention, shared = Unit(0, Part.ATTENTION), feed_forward_unit(config, 0)
         with Prefetch(lambda unit: load_unit(weights, unit)) as ready:
             ready.plan([attention, shared])
@@ -87,7 +87,7 @@ def streamed(checkpoint: Checkpoint, compute: Compute, tokens: int) -> dict[str,
             torch.cuda.synchronize()
         found = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
         output = stream.following.data[:64].float() - stream.middle.data[:64].float()
-        planned = peak_bytes(config.text, compute.dtype, Blocks.on(compute.device).rows)
+        planned = peak_bytes(config.text, compute.dtype, Blocks.on(compute.device, config.text.hidden_size).rows)
     return {**found, **experts_seconds, "planned_bytes": planned, "output": output.double().sum(1).tolist()}
 
 

@@ -126,7 +126,7 @@ def test_scales_are_those_of_transformers_own_cache(made, tmp_path, kind, strate
 
 def test_blocks_of_a_long_sequence_make_no_difference(sources, text, tmp_path, monkeypatch):
     whole = run_plan(plan_for(sources["scout"], text), tmp_path / "whole").out
-    monkeypatch.setattr("l4pack.stream.rows.CPU_ROWS", 24)
+    monkeypatch.setattr("l4pack.stream.layer.rows_at_once", lambda *_: 24)
     cut = run_plan(plan_for(sources["scout"], text), tmp_path / "cut").out
     for name, scale in scales_of(whole).items():
         torch.testing.assert_close(scales_of(cut)[name], scale, rtol=2e-5, atol=0)

@@ -62,7 +62,7 @@ def assert_close(found, wanted, tolerance=2e-5):
 
 
 @pytest.mark.parametrize(
-    "blocks", [Blocks.on(torch.device("cpu")), Blocks(attention=24, rows=50)], ids=["whole", "small-blocks"]
+    "blocks", [Blocks.on(torch.device("cpu"), 5120), Blocks(attention=24, rows=50)], ids=["whole", "small-blocks"]
 )
 @pytest.mark.parametrize("layout", ["fused", "unfused"])
 @pytest.mark.parametrize("kind", ["scout", "maverick", "text"])

@@ -106,7 +106,7 @@ def _solve(
         scheme,
         sweeps=scheme.gptq.sweeps,
         source_dtype=dtypes[name],
-        rows_at_once=rows_at_once(weight.device.type),
+        rows_at_once=rows_at_once(weight.device.type, weight.shape[1]),
     )
 
 
@@ -116,7 +116,7 @@ def weights_of(solution: gptq.Solution, dtype: torch.dtype = torch.float32) -> T
     if solution.zero_point is not None:
         zero_point = solution.zero_point.float()
     values = torch.empty(solution.levels.shape, device=solution.levels.device)
-    step = rows_at_once(values.device.type)
+    step = rows_at_once(values.device.type, values.shape[1])
     for first in range(0, len(values), step):
         rows = slice(first, first + step)
         part = gptq.Rounded(solution.levels[rows], solution.scale[rows], zero_point[rows])

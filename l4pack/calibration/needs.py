@@ -47,7 +47,7 @@ def calibration_needs(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[
     streams = 2 if asymmetric(recipe, targets) else 1
     disk = streams * BUFFERS * tokens * text.hidden_size * FLOAT
     routing = (streams + 2) * tokens * text.num_local_experts * FLOAT  # logits, and copies to choose borrowed rows from
-    rows = rows_at_once(device)
+    rows = rows_at_once(device, text.hidden_size)
     unit = max(_solving_bytes(text, recipe, targets, rows), _attention_bytes(text, length, rows))
     return Needs(BASE_RAM + _held_bytes(text, recipe) + routing + unit, disk, tokens, streams)
 

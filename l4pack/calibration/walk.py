@@ -152,7 +152,7 @@ class CalibrationRun:
         moe = layer in self._config.text.moe_layers
         experts = [expert_unit(layer, expert) for expert in range(self._config.text.num_local_experts if moe else 0)]
         ready.plan([attention, shared, *experts])
-        blocks_of = Blocks.on(self._device)
+        blocks_of = Blocks.on(self._device, self._config.text.hidden_size)
         passes = [
             LayerPass(self._skeleton, layer, self._packed, stream, blocks_of, release=True) for stream in self._streams
         ]

@@ -456,7 +456,7 @@ def _run_record(artifact: Checkpoint, compute: Compute, settings: Settings, star
         "dtype": str(compute.dtype).removeprefix("torch."),
         "activations": "not rounded" if settings.weights_only else "rounded as the runtime does",
         "kv_cache": ROUNDED_CACHE if rounded_cache else "as computed",
-        "blocks": vars(Blocks.on(compute.device)),
+        "blocks": vars(Blocks.on(compute.device, artifact.config.text.hidden_size)),
         "seed": settings.text.seed,
         "versions": {"l4pack": __version__, "python": platform.python_version(), **_versions()},
         "seconds": time.monotonic() - started,

@@ -94,7 +94,10 @@ def flop_of(text: TextConfig, layers: int, tokens: int) -> float:
 def memory_for(text: TextConfig, compute: Compute, room: Room, *, calibrated: bool) -> int:
     """Predicted resident bytes at the peak. Raises BudgetError when there is less room."""
     return check_memory(
-        text, compute, room, beside=_altering_bytes(text, rows_at_once(compute.device.type), calibrated)
+        text,
+        compute,
+        room,
+        beside=_altering_bytes(text, rows_at_once(compute.device.type, text.hidden_size), calibrated),
     )
 
 

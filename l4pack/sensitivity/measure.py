@@ -251,7 +251,7 @@ def _job(prepared: Prepared, stack: ExitStack, progress: Progress) -> Job:
         measured=Packed(texts.measured.sequences),
         calibration=None if texts.calibration is None else Packed(texts.calibration.sequences),
         options=prepared.options,
-        blocks=Blocks.on(compute.device),
+        blocks=Blocks.on(compute.device, checkpoint.config.text.hidden_size),
         work=prepared.settings.work,
         progress=progress,
         min_tokens=Calibration().min_tokens,

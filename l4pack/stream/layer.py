@@ -38,9 +38,9 @@ class Blocks:
     rows: int
 
     @classmethod
-    def on(cls, device: torch.device) -> Blocks:
-        """Those of a device, whatever memory there is."""
-        rows = rows_at_once(device.type)
+    def on(cls, device: torch.device, hidden_size: int) -> Blocks:
+        """Those of a device and a model, whatever memory there is."""
+        rows = rows_at_once(device.type, hidden_size)
         return cls(attention=rows, rows=rows)
 
 

@@ -18,7 +18,7 @@ HEAD_BYTES = 400 * MIB  # a chunk of both heads and the float64 blocks of logits
 
 def check_memory(text: TextConfig, compute: Compute, room: Room, *, beside: int = 0) -> int:
     """Predicted resident bytes of a walk with `beside` more. Raises BudgetError when there is less room."""
-    needed = peak_bytes(text, compute.dtype, rows_at_once(compute.device.type)) + beside
+    needed = peak_bytes(text, compute.dtype, rows_at_once(compute.device.type, text.hidden_size)) + beside
     if needed > room.nbytes:
         raise BudgetError(
             f"running this model layer by layer takes at least {human_bytes(needed)}, "

@@ -104,7 +104,7 @@ class Walk:
         """
         self.models, self.packed, self.work = tuple(models), packed, work
         self.records: list[dict[str, Any]] = []
-        self._blocks = blocks or Blocks.on(models[0].skeleton.device)
+        self._blocks = blocks or Blocks.on(models[0].skeleton.device, models[0].skeleton.text.hidden_size)
         self._observer = observer
         self._progress = progress or Progress()
         self._release = release
