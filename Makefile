@@ -36,7 +36,7 @@ format: venv
 
 # vLLM's Python sources and a CPU torch, to check artifacts with vLLM's own loader.
 vllm-venv:
-	tools/make_vllm_venv.sh
+	tools/vllm/make_vllm_venv.sh
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUT) dist build

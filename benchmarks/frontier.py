@@ -21,7 +21,7 @@ from typing import Any
 from l4pack.checkpoint.open import open_source
 from l4pack.fit.budgets import Wish
 from l4pack.fit.fit import Fitted, fit
-from l4pack.sensitivity.record import read_sensitivity
+from l4pack.measure.record import read_sensitivity
 
 
 def main() -> None:

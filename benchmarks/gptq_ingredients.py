@@ -22,9 +22,9 @@ from l4pack.calibration.text import with_text
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.source import open_folder
 from l4pack.evaluate.evaluate import Settings, evaluate
-from l4pack.plan import make_plan
+from l4pack.plan.plan import make_plan
+from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, load_recipe
-from l4pack.run import run_plan
 from l4pack.text.choice import TextChoice
 
 RTN: dict[str, Any] = {"method": "rtn", "gptq": None}

@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l4pack import demo
-from l4pack.assign import PlannedTensor
 from l4pack.checkpoint.shards import INDEX_NAME, index_json, lay_out
 from l4pack.model.config import parse_config
 from l4pack.model.tensors import Role, TensorSpec, catalogue
+from l4pack.plan.assign import PlannedTensor
 from l4pack.recipe import KEEP
 
 SHARD_BYTES = 1_000_000_000

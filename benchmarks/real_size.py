@@ -25,12 +25,12 @@ from pathlib import Path
 
 import numpy as np
 
-from l4pack.assign import PlannedTensor
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.shards import lay_out
 from l4pack.checkpoint.source import open_folder
 from l4pack.model.config import known_config, parse_config
 from l4pack.model.tensors import TensorSpec, catalogue
+from l4pack.plan.assign import PlannedTensor
 from l4pack.recipe import KEEP
 from l4pack.units import human_bytes
 

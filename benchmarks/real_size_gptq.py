@@ -33,10 +33,10 @@ from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.model.config import known_config, parse_config
 from l4pack.model.tensors import catalogue
-from l4pack.plan import make_plan
+from l4pack.plan.plan import make_plan
 from l4pack.quant import gptq, gptq_blocks
+from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, load_recipe
-from l4pack.run import run_plan
 from l4pack.stream.hidden import TokenSequence
 from l4pack.stream.layer import LayerPass
 from l4pack.stream.prefetch import Prefetch

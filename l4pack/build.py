@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from l4pack import __version__
-from l4pack.accelerator import quantizer
 from l4pack.artifact.contents import recorded_digest
-from l4pack.artifact.upload import Target
-from l4pack.artifact.verify import verify_artifact
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.model import budget
+from l4pack.budget.named import open_subject
 from l4pack.budget.record import budget_record
 from l4pack.budget.solve import limits as budget_limits
 from l4pack.checkpoint.source import Checkpoint, open_folder
@@ -33,20 +31,22 @@ from l4pack.evaluate.record import find, read_evaluations, write_accuracy
 from l4pack.fit.budgets import Wish
 from l4pack.fit.fit import fit
 from l4pack.fit.record import fit_record, read_fit
-from l4pack.plan import Plan
-from l4pack.publish import Wishes, check_ready, package_artifact, plan_push, push_artifact
+from l4pack.measure.identity import model_fingerprint
+from l4pack.plan.plan import Plan
+from l4pack.plan.summary import plan_record
+from l4pack.publish.publish import Wishes, check_ready, package_artifact, plan_push, push_artifact
+from l4pack.publish.upload import Target
+from l4pack.quantize.accelerator import quantizer
+from l4pack.quantize.run import run_plan
 from l4pack.recipe import Gates
-from l4pack.run import run_plan
-from l4pack.sensitivity.identity import model_fingerprint
-from l4pack.subject import open_subject
-from l4pack.summary import plan_record
 from l4pack.units import human_bytes, human_gib, human_seconds
+from l4pack.verify.verify import verify_artifact
 from l4pack.work.files import write_atomic
 from l4pack.work.signals import stop_signals
 
 if TYPE_CHECKING:
     from l4pack.evaluate.evaluate import Prepared
-    from l4pack.sensitivity.record import Sensitivity
+    from l4pack.measure.record import Sensitivity
     from l4pack.stream.walk import Progress
     from l4pack.text.choice import TextChoice
 

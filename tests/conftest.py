@@ -21,9 +21,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from l4pack.__main__ import main
 from l4pack.calibration.text import with_text
 from l4pack.checkpoint.open import open_source
-from l4pack.plan import Limits, Plan, make_plan
+from l4pack.plan.plan import Limits, Plan, make_plan
+from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, load_recipe
-from l4pack.run import run_plan
 
 # Whoever starts the tests in the background may have these ignored, and a job leaves an ignored signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)

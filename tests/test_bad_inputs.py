@@ -15,9 +15,9 @@ from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.open_files import allow_open_files
 from l4pack.errors import SourceError, UsageError
-from l4pack.plan import make_plan
+from l4pack.plan.plan import make_plan
+from l4pack.quantize.run import run_plan
 from l4pack.recipe import load_recipe
-from l4pack.run import run_plan
 from l4pack.work.folder import claim
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 from conftest import Ended
+from pretend_device import NAME, pretend_device
 from safetensors.torch import load_file
-from support.pretend_device import NAME, pretend_device
 from torch import nn
 
 from l4pack.recipe import load_recipe

@@ -16,7 +16,7 @@ from l4pack.checkpoint.open import open_source
 from l4pack.datafile import read_yaml
 from l4pack.errors import RecipeError
 from l4pack.model.tensors import Role
-from l4pack.plan import make_plan
+from l4pack.plan.plan import make_plan
 from l4pack.recipe import Recipe, Rule, load_recipe, recipe_names
 
 NAMED_IN_THE_DESIGN = {

@@ -19,7 +19,7 @@ from l4pack.quant.floats import E4M3_MAX, FloatName, store_scale
 from l4pack.stream.units import Part, Unit
 
 if TYPE_CHECKING:
-    from l4pack.assign import Target
+    from l4pack.plan.assign import Target
 
 
 class InputScales:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.writer import ShardWriter
+from l4pack.plan.assign import Target
+from l4pack.quant.quantize import Quantized
 
-if TYPE_CHECKING:
-    from l4pack.execute import Executor
+
+class MatrixWriter(Protocol):
+    """Places a quantized slice of a matrix, whose first output row is `row`, in the artifact."""
+
+    def write_quantized(self, target: Target, row: int, quantized: Quantized) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -18,4 +23,4 @@ class Output:
 
     journal: Journal
     writer: ShardWriter
-    executor: Executor
+    executor: MatrixWriter

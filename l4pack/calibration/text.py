@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from l4pack.errors import SourceError
 
 if TYPE_CHECKING:
-    from l4pack.plan import Plan
+    from l4pack.plan.plan import Plan
 
 
 def with_text(plan: Plan, source: str | None = None) -> Plan:

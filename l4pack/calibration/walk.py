@@ -27,7 +27,6 @@ from l4pack.calibration.inputs import InputScales, stored_scale
 from l4pack.calibration.kept import KeptStates
 from l4pack.calibration.kv_cache import CacheRange
 from l4pack.calibration.mlp import Matrices, result_of, solve_mlp, stored
-from l4pack.calibration.needs import asymmetric
 from l4pack.calibration.output import Output
 from l4pack.calibration.rows import UnitRows, blocks, expert_rows
 from l4pack.calibration.supply import Supply
@@ -35,7 +34,8 @@ from l4pack.calibration.written import cache_key, input_scale, input_scales_key,
 from l4pack.checkpoint.reader import NUMPY_TYPES
 from l4pack.checkpoint.writer import Written
 from l4pack.errors import QualityError, SourceError, StoppedError
-from l4pack.execute import INPUT_SCALE
+from l4pack.plan.extents import INPUT_SCALE
+from l4pack.plan.needs import asymmetric
 from l4pack.quant.floats import FloatName
 from l4pack.quant.quantize import NonFiniteError
 from l4pack.stream.embed import embed
@@ -57,8 +57,8 @@ from l4pack.stream.weights import LinearWeight, Weights
 from l4pack.work.seal import Seal
 
 if TYPE_CHECKING:
-    from l4pack.assign import Target
-    from l4pack.plan import Plan
+    from l4pack.plan.assign import Target
+    from l4pack.plan.plan import Plan
 
 # Without it torch refuses every matrix product on CUDA that is to be deterministic; cuBLAS reads it when it starts.
 CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

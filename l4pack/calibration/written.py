@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from l4pack.checkpoint.writer import Extent
-from l4pack.execute import INPUT_SCALE, target_extents
+from l4pack.plan.extents import INPUT_SCALE, target_extents
 from l4pack.stream.units import Unit, layer_units, module_names
 
 if TYPE_CHECKING:
-    from l4pack.assign import PlannedTensor, Target
-    from l4pack.plan import Plan
+    from l4pack.plan.assign import PlannedTensor, Target
+    from l4pack.plan.plan import Plan
 
 
 def layer_key(layer: int) -> str:

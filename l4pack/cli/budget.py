@@ -15,6 +15,7 @@ from l4pack.budget.matrix import HOSTS
 from l4pack.budget.matrix import matrix as make_matrix
 from l4pack.budget.measure import measure as measure_lines
 from l4pack.budget.model import budget
+from l4pack.budget.named import alternatives, candidates, open_subject
 from l4pack.budget.record import budget_record
 from l4pack.budget.report import Format, load_baseline, render
 from l4pack.budget.solve import changes, limits
@@ -23,7 +24,6 @@ from l4pack.cli import console
 from l4pack.cli.options import AsJson
 from l4pack.errors import BudgetError, UsageError
 from l4pack.model.config import KNOWN_MODELS
-from l4pack.subject import alternatives, candidates, open_subject
 
 SHOW = "show"
 DEFAULT_DEVICE = "h100"

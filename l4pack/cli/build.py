@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import RenderableType
 
-from l4pack.artifact.upload import Target
 from l4pack.build import Built, Order, Outcome, Step, build, fit_recipe
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.source import Checkpoint
@@ -21,10 +20,11 @@ from l4pack.cli.plan import limits, size_of
 from l4pack.errors import UsageError
 from l4pack.fit.budgets import Wish
 from l4pack.fit.losses import shipped_sensitivity
-from l4pack.plan import Plan, make_plan
-from l4pack.publish import Wishes
+from l4pack.measure.record import Sensitivity, read_sensitivity
+from l4pack.plan.plan import Plan, make_plan
+from l4pack.publish.publish import Wishes
+from l4pack.publish.upload import Target
 from l4pack.recipe import load_recipe
-from l4pack.sensitivity.record import Sensitivity, read_sensitivity
 from l4pack.units import human_bytes, human_seconds, parse_size
 from l4pack.work.device import AUTO, chosen
 

@@ -17,7 +17,7 @@ from l4pack.units import human_bytes, human_gib, parse_size
 if TYPE_CHECKING:
     from l4pack.checkpoint.source import Checkpoint
     from l4pack.fit.record import Chosen, FitRecord
-    from l4pack.sensitivity.record import Sensitivity
+    from l4pack.measure.record import Sensitivity
 
 _BUDGET = "Budget (one of --device, --max-bytes, --bits)"
 
@@ -108,12 +108,12 @@ def fit(
     Example: `l4pack fit llama-4-scout --max-bytes 65GB --out scout-65gb.yaml`
     """
     from l4pack.fit.budgets import Wish
-    from l4pack.fit.chart import check_chart, draw_chart
     from l4pack.fit.fit import fit as run
     from l4pack.fit.losses import shipped_sensitivity
     from l4pack.fit.recipe import check_file
     from l4pack.fit.record import fit_record
-    from l4pack.sensitivity.record import read_sensitivity
+    from l4pack.measure.record import read_sensitivity
+    from l4pack.report.frontier import check_chart, draw_chart
     from l4pack.work.files import write_atomic
 
     size = None if max_bytes is None else parse_size(max_bytes)

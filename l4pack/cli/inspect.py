@@ -7,7 +7,7 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.cli import console
 from l4pack.cli.options import AsJson, Source
 from l4pack.cli.plan import beside_view
-from l4pack.summary import checkpoint_record, checkpoint_roles, licence_files
+from l4pack.plan.summary import checkpoint_record, checkpoint_roles, licence_files
 from l4pack.units import human_bytes
 
 

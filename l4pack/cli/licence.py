@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 from rich.console import RenderableType
 
-from l4pack.artifact.licence import Audit, audit
 from l4pack.cli import console
 from l4pack.cli.options import AsJson
 from l4pack.errors import LicenceError
+from l4pack.publish.licence import Audit, audit
 
 ModelName = Annotated[
     str | None,

@@ -78,7 +78,7 @@ def measure(
 
     Example: `l4pack measure demo --samples 8 --out sensitivity.json`
     """
-    from l4pack.sensitivity.measure import Direct, Settings, prepare
+    from l4pack.measure.measure import Direct, Settings, prepare
     from l4pack.text.choice import TextChoice
 
     if direct not in list(Direct):
@@ -116,7 +116,7 @@ def _run(prepared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     import resource
     import time
 
-    from l4pack.sensitivity.measure import measure as run
+    from l4pack.measure.measure import measure as run
     from l4pack.stream.walk import Progress
     from l4pack.work.signals import stop_signals
 

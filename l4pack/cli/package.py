@@ -10,7 +10,7 @@ import typer
 from l4pack.checkpoint.open import open_source
 from l4pack.cli import console
 from l4pack.cli.options import Artifact, AsJson
-from l4pack.publish import Packaged, Wishes, package_artifact
+from l4pack.publish.publish import Packaged, Wishes, package_artifact
 
 
 def package(

@@ -11,9 +11,9 @@ from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.cli import console
 from l4pack.cli.options import AsJson, Compute, Include, KeepFloat32, MaxRam, MaxVram, RecipeName, ShardSize, Source
-from l4pack.plan import Limits, Plan, make_plan
+from l4pack.plan.plan import Limits, Plan, make_plan
+from l4pack.plan.summary import files_missing, plan_classes, plan_record, room_record
 from l4pack.recipe import load_recipe
-from l4pack.summary import files_missing, plan_classes, plan_record, room_record
 from l4pack.text.describe import text_lines
 from l4pack.units import human_bytes, parse_size
 from l4pack.work.device import AUTO, CPU, chosen

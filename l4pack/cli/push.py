@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from l4pack.artifact.upload import MAIN, Action, Target, Uploaded, UploadPlan
 from l4pack.checkpoint.source import HUB_ID
 from l4pack.cli import console
 from l4pack.cli.options import Artifact, AsJson
 from l4pack.errors import UsageError
-from l4pack.publish import check_ready, plan_push, push_artifact
+from l4pack.publish.publish import check_ready, plan_push, push_artifact
+from l4pack.publish.upload import MAIN, Action, Target, Uploaded, UploadPlan
 from l4pack.units import human_bytes
 
 

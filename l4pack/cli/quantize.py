@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from l4pack.accelerator import quantizer
 from l4pack.calibration.text import with_text
 from l4pack.checkpoint.open import open_source
 from l4pack.cli import console
@@ -28,10 +27,11 @@ from l4pack.cli.options import (
     Source,
 )
 from l4pack.cli.plan import limits, plan_view
-from l4pack.plan import Plan, make_plan
+from l4pack.plan.plan import Plan, make_plan
+from l4pack.plan.summary import plan_record, room_record
+from l4pack.quantize.accelerator import quantizer
+from l4pack.quantize.run import RunResult, run_plan, work_folder
 from l4pack.recipe import load_recipe
-from l4pack.run import RunResult, run_plan, work_folder
-from l4pack.summary import plan_record, room_record
 from l4pack.units import human_bytes, human_seconds
 from l4pack.work.device import AUTO, chosen
 

@@ -36,9 +36,9 @@ def report(
 
     Example: `l4pack report demo-int4`
     """
+    from l4pack.budget.named import open_subject
     from l4pack.evaluate.record import check_current, read_evaluations
-    from l4pack.evaluate.report import render_report
-    from l4pack.subject import open_subject
+    from l4pack.report.page import render_report
 
     checkpoint = open_folder(artifact)
     measured = read_evaluations(artifact)

@@ -11,12 +11,12 @@ import typer
 from rich.console import RenderableType
 from rich.padding import Padding
 
-from l4pack.artifact.findings import RULES, Area, Finding
-from l4pack.artifact.verify import SAMPLE_SEED, Verification, verify_artifact
 from l4pack.checkpoint.open import open_source
 from l4pack.cli import console
 from l4pack.cli.options import Against, Artifact, AsJson
 from l4pack.units import human_bytes
+from l4pack.verify.findings import RULES, Area, Finding
+from l4pack.verify.verify import SAMPLE_SEED, Verification, verify_artifact
 
 _SHOWN_PLACES = 3
 

@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from l4pack.assign import assign
 from l4pack.budget.devices import Host, find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.model import Budget, Group, budget
@@ -17,7 +16,8 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import BudgetError, UsageError
 from l4pack.fit.solve import Limit, Picks, total
 from l4pack.fit.units import RUNTIMES, Choice, Unit, device_bytes
-from l4pack.plan import Limits, Plan, make_plan
+from l4pack.plan.assign import assign
+from l4pack.plan.plan import Limits, Plan, make_plan
 from l4pack.recipe import Recipe
 from l4pack.units import KIB, human_bytes, human_gib
 

@@ -18,10 +18,10 @@ from l4pack.fit.losses import Losses, losses_for
 from l4pack.fit.recipe import one_line, parse_values, recipe_name, recipe_text, recipe_values
 from l4pack.fit.solve import Limit, Picks, Solution, smallest, solve, total
 from l4pack.fit.units import Unit, Units, model_units
+from l4pack.measure.record import Sensitivity, combined
 from l4pack.model.config import KNOWN_MODELS, known_config
 from l4pack.model.tensors import Role
 from l4pack.recipe import KEEP, Promise, Recipe
-from l4pack.sensitivity.record import Sensitivity, combined
 
 EXACT_ROUNDS, MAX_ROUNDS = 40, 60
 

@@ -17,11 +17,11 @@ from l4pack.artifact.original import weights_digest
 from l4pack.checkpoint.source import Checkpoint, LocalStore
 from l4pack.errors import UsageError
 from l4pack.formats import check_accepts, load_format
+from l4pack.measure.identity import model_fingerprint
+from l4pack.measure.record import Change, Joint, Sensitivity, read_sensitivity
 from l4pack.model.tensors import QUANTIZABLE, Role
 from l4pack.recipe import KEEP, RecipeScheme
 from l4pack.resources import data_folder
-from l4pack.sensitivity.identity import model_fingerprint
-from l4pack.sensitivity.record import Change, Joint, Sensitivity, read_sensitivity
 
 UnitKey = tuple[int, Role]
 MAX_KL = 1e3  # nats

@@ -13,7 +13,7 @@ from l4pack.fit.fit import Fitted
 from l4pack.fit.frontier import Point
 from l4pack.fit.losses import Losses
 from l4pack.fit.units import Choice, Unit
-from l4pack.sensitivity.record import Joint
+from l4pack.measure.record import Joint
 
 MAX_BYTES = 16 * 1024 * 1024
 Bytes = Annotated[int, Field(ge=0, le=2**60)]

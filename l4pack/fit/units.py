@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from l4pack.assign import PlannedTensor, divides, model_dtype, module_tensors, source_dtype
 from l4pack.budget.model import Budget
 from l4pack.budget.subject import Subject
 from l4pack.budget.weights import weights_by_role
@@ -15,6 +14,7 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.fit.losses import Losses, UnitKey
 from l4pack.formats import LocalMatrix, hindrances, load_format, local_matrix
 from l4pack.model.tensors import Linear, Role, canonical_naming, catalogue
+from l4pack.plan.assign import PlannedTensor, divides, model_dtype, module_tensors, source_dtype
 from l4pack.recipe import KEEP, Activations, RecipeScheme
 
 RUNTIMES = ("vllm", "sglang", "transformers")

@@ -1,0 +1,1 @@
+"""Talking to the Hub, and believing none of its answers unchecked."""

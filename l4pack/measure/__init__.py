@@ -1,0 +1,1 @@
+"""What each part of a model costs, in harm, at each precision."""

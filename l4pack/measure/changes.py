@@ -1,0 +1,138 @@
+"""What is changed in one altered stream: a single unit, or many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from l4pack.measure.options import Options, bits, family
+from l4pack.model.config import Llama4Config
+from l4pack.model.tensors import QUANTIZABLE, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Single:
+    """One unit given one option."""
+
+    layer: int
+    role: Role
+    option: str
+
+    @property
+    def key(self) -> str:
+        """What it is called in the state of a job."""
+        return f"{self.layer}.{self.role.value}.{self.option}"
+
+    @property
+    def unit(self) -> tuple[int, Role]:
+        """The unit that is changed."""
+        return self.layer, self.role
+
+    def option_at(self, layer: int, role: Role) -> str | None:
+        """The option that a unit has in this stream; None: it is as it was."""
+        return self.option if (layer, role) == self.unit else None
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Many units changed at once: `choice` gives options to roles, or to `layer.role`, which counts for more."""
+
+    title: str
+    choice: Mapping[str, str]
+
+    @property
+    def key(self) -> str:
+        """What it is called in the state of a job."""
+        return f"joint {self.title}"
+
+    @property
+    def layer(self) -> int:
+        """The first layer that differs, as far as need be known."""
+        return 0
+
+    def option_at(self, layer: int, role: Role) -> str | None:
+        """The option that a unit has in this stream; None: it is as it was."""
+        return self.choice.get(f"{layer}.{role.value}", self.choice.get(role.value))
+
+    def singles(self, config: Llama4Config) -> list[Single]:
+        """The single changes it is made of."""
+        units = ((layer, role) for layer in range(config.text.num_hidden_layers) for role in roles_of(config, layer))
+        found = ((layer, role, self.option_at(layer, role)) for layer, role in units)
+        return [Single(layer, role, option) for layer, role, option in found if option is not None]
+
+
+Change = Single | Mixture
+
+
+def roles_of(config: Llama4Config, layer: int) -> tuple[Role, ...]:
+    """The roles of a layer's matrices, in the order they run."""
+    if layer in config.text.moe_layers:
+        return (Role.ATTENTION, Role.SHARED_EXPERT, Role.ROUTED_EXPERT)
+    return (Role.ATTENTION, Role.DENSE_MLP)
+
+
+def singles_of(config: Llama4Config, options: Options) -> list[Single]:
+    """Every unit with every option it can be given, by layer."""
+    return [
+        Single(layer, role, option)
+        for layer in range(config.text.num_hidden_layers)
+        for role in roles_of(config, layer)
+        for option in options.by_role.get(role, ())
+    ]
+
+
+def anchors(options: Options, role: Role) -> tuple[str, ...]:
+    """The coarsest and the finest integer option of a role (or FP8, where there is nothing else)."""
+    names = options.by_role[role]
+    integers = [name for name in names if family(name) != "fp8"] or list(names)
+    ordered = sorted(integers, key=lambda name: bits(options.schemes[name]))
+    return tuple(dict.fromkeys((ordered[0], ordered[-1])))
+
+
+def mixtures_of(config: Llama4Config, options: Options) -> list[Mixture]:
+    """A handful of joint changes: a role everywhere, everything alike, and two that mix."""
+    coarse: dict[Role, str] = {role: anchors(options, role)[0] for role in options.by_role}
+    fine: dict[Role, str] = {role: anchors(options, role)[-1] for role in options.by_role}
+    fp8: dict[Role, str] = {role: "fp8" for role, names in options.by_role.items() if "fp8" in names}
+    made = [Mixture(f"all of {_words(role)} at {option}", {role.value: option}) for role, option in coarse.items()]
+    mlps: dict[Role, str] = {role: option for role, option in coarse.items() if role is not Role.ATTENTION}
+    made += [_everywhere("all MLPs, coarsest", mlps), _everywhere("everything, coarsest", coarse)]
+    made += [_everywhere("everything at fp8", fp8), _everywhere("everything, finest integers", fine)]
+    experts_coarse: dict[Role, str] = {
+        **fp8,
+        **{role: name for role, name in coarse.items() if role is Role.ROUTED_EXPERT},
+    }
+    made.append(_everywhere("routed experts coarsest, the rest fp8", experts_coarse))
+    half = config.text.num_hidden_layers // 2
+    halves = {
+        f"{layer}.{role.value}": (coarse if layer < half else fine)[role]
+        for layer in range(config.text.num_hidden_layers)
+        for role in roles_of(config, layer)
+        if role in coarse
+    }
+    made.append(Mixture("first half coarsest, second half finest", halves))
+    return _distinct(config, made)
+
+
+def _everywhere(title: str, choice: Mapping[Role, str]) -> Mixture:
+    return Mixture(title, {role.value: option for role, option in choice.items()})
+
+
+def _words(role: Role) -> str:
+    return role.value.replace("_", " ")
+
+
+def _distinct(config: Llama4Config, made: Iterable[Mixture]) -> list[Mixture]:
+    """Those that change several units, each combination once."""
+    found: dict[tuple[Single, ...], Mixture] = {}
+    for mixture in made:
+        changed = tuple(mixture.singles(config))
+        if len(changed) > 1:
+            found.setdefault(changed, mixture)
+    return list(found.values())
+
+
+def present_roles(config: Llama4Config) -> list[Role]:
+    """Roles that the model has matrices of."""
+    there = {role for layer in range(config.text.num_hidden_layers) for role in roles_of(config, layer)}
+    return [role for role in QUANTIZABLE if role in there]

@@ -1,0 +1,112 @@
+"""What a measurement takes, said before it begins: streams, passes over the weights, disk, memory."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l4pack.checkpoint.source import Checkpoint
+from l4pack.errors import BudgetError, UsageError
+from l4pack.model.config import TextConfig
+from l4pack.model.names import classify
+from l4pack.model.tensors import QUANTIZABLE
+from l4pack.plan.needs import widest_mlp
+from l4pack.stream.compute import Compute
+from l4pack.stream.memory import check_memory
+from l4pack.stream.rows import rows_at_once
+from l4pack.units import human_bytes
+from l4pack.work.machine import Room
+
+BUFFERS = 3  # files of hidden states a stream has
+DISK_SHARE = 0.5  # of what is free, at most, unless --streams says more
+CHEAP_FLOP = 1e15  # of running altered streams: some hours of a CPU, seconds of an accelerator
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Costs:
+    """`streams` walk at once, in `waves` passes over the weights at least; bytes read, on disk and in memory.
+
+    `flop` are the operations of running all streams once through the layers they walk; solving comes on top.
+    """
+
+    changes: int
+    direct: int
+    joint: int
+    streams: int
+    waves: int
+    tokens: int
+    calibration_tokens: int
+    flop: float
+    read_bytes: int
+    disk_bytes: int
+    peak_ram_bytes: int
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def layer_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the matrices of all layers."""
+    return sum(entry.nbytes for name, entry in checkpoint.entries.items() if classify(name).role in QUANTIZABLE)
+
+
+def stream_bytes(text: TextConfig, rows: int, dtype: torch.dtype) -> int:
+    """Disk that one stream's hidden states take."""
+    return BUFFERS * rows * text.hidden_size * dtype.itemsize
+
+
+def streams_at_once(text: TextConfig, rows: tuple[int, int], dtype: torch.dtype, asked: int | None, work: Path) -> int:
+    """Altered streams that walk together, of measured and calibration `rows`.
+
+    Raises UsageError (asked for none), BudgetError (no room for one).
+    """
+    if asked is not None and asked < 1:
+        raise UsageError(f"--streams {asked} is no number of streams", hint="take at least 1")
+    if asked is not None:
+        return asked
+    free = shutil.disk_usage(work.parent).free
+    fixed = stream_bytes(text, 2 * rows[0] + rows[1], dtype)
+    one = stream_bytes(text, rows[0], dtype)
+    found = (int(free * DISK_SHARE) - fixed) // one
+    if found < 1:
+        raise BudgetError(
+            f"{work.parent} has {human_bytes(free)} free; hidden states of one altered stream take "
+            f"{human_bytes(fixed + one)}, at most half of it is used",
+            hint="free some space, take fewer --samples, or put --out elsewhere",
+        )
+    return found
+
+
+def flop_of(text: TextConfig, layers: int, tokens: int) -> float:
+    """Of running `tokens` through `layers` layers: two for each weight that a token meets."""
+    heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
+    dense = 1 - len(text.moe_layers) / text.num_hidden_layers
+    mlp = 3 * (dense * text.intermediate_size_mlp + (1 - dense) * 2 * text.intermediate_size)
+    return 2.0 * text.hidden_size * (heads + mlp) * layers * tokens
+
+
+def memory_for(text: TextConfig, compute: Compute, room: Room, *, calibrated: bool) -> int:
+    """Predicted resident bytes at the peak. Raises BudgetError when there is less room."""
+    return check_memory(
+        text,
+        compute,
+        room,
+        beside=_altering_bytes(text, rows_at_once(compute.device.type, text.hidden_size), calibrated),
+    )
+
+
+def _altering_bytes(text: TextConfig, rows: int, calibrated: bool) -> int:
+    """An altered unit beside the original; of a calibrated one, moments, factor and rows on their way too."""
+    inner = widest_mlp(text)
+    widest = max(text.hidden_size, inner)
+    weights = 3 * text.hidden_size * inner * FLOAT
+    if not calibrated:
+        return 2 * weights
+    on_the_way = rows * (4 * (text.hidden_size + inner) + 8 * widest)
+    return 4 * weights + (7 * widest * widest + on_the_way) * FLOAT

@@ -1,0 +1,1 @@
+"""Everything that must go with an artifact, and everything that must be true before it leaves."""

@@ -1,0 +1,339 @@
+"""The model card: metadata and text from what the artifact itself says, with the licence block always in it.
+
+What was not measured is called so. A user's own template (Jinja, sandboxed) may replace the text; metadata and licence
+block stay.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
+
+from l4pack.artifact.mixture import Layers, scheme_layers, scheme_tag, scheme_text
+from l4pack.artifact.policy import Policy, plain
+from l4pack.errors import UsageError
+from l4pack.model.config import parse_config
+from l4pack.model.tensors import Role
+from l4pack.publish.card_check import mark
+from l4pack.publish.markdown import code, safe, word
+from l4pack.publish.template import render_template
+from l4pack.recipe import KEEP, KVStrategy, Recipe, recipe_names
+from l4pack.resources import data_text
+from l4pack.units import human_bytes
+
+NOT_RECORDED = "not recorded"
+MAX_TEMPLATE_BYTES = 1_000_000
+_TASK_KEYS = ("accuracy_reference", "accuracy")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The largest context that fits on a device; 0 when the weights don't, or its GPUs can't share them evenly."""
+
+    device: str
+    gpus: int
+    max_context: int
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """All a card is made from."""
+
+    name: str
+    policy: Policy
+    manifest: Mapping[str, Any]
+    config: Mapping[str, Any]
+    files: Mapping[str, int]
+    base_model: str | None = None
+    languages: Sequence[str] = ()
+    accuracy: Mapping[str, Any] | None = None  # the most careful evaluation
+    others: Sequence[Mapping[str, Any]] = ()  # all other evaluations
+    claim: str = ""  # how sure the base model is, in words; nothing to say where the source was read from there
+    weight_bytes: int | None = None  # of all tensors
+    calibration: Mapping[str, Any] | None = None
+    fits: Sequence[Fit] = field(default_factory=list)
+    gated: bool = False
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe the artifact was made with."""
+        return Recipe.model_validate(self.manifest["recipe"])
+
+    @property
+    def multimodal(self) -> bool:
+        """Whether the model sees images."""
+        return self.config.get("vision_config") is not None
+
+
+def render_card(facts: CardFacts, template: Path | None = None) -> str:
+    """The whole README.md. Raises UsageError when the user's template can't be rendered."""
+    values = card_values(facts)
+    body = (_own_page(values) if template is None else render_template(_read(template), template.name, values)).strip()
+    if plain(facts.policy.block) not in plain(body):
+        body = f"{facts.policy.block.strip()}\n\n{body}"
+    if template is not None:
+        body = f"{body}\n\n{mark(values)}"
+    card = ModelCard(f"---\n{card_metadata(facts).to_yaml()}\n---\n\n{body}\n")
+    return str(card)
+
+
+def card_metadata(facts: CardFacts) -> ModelCardData:
+    """The card's Hub metadata, through huggingface_hub's own class."""
+    recipe = facts.recipe
+    formats = sorted({scheme_tag(scheme).lower() for scheme in recipe.schemes.values()})
+    values: dict[str, Any] = {**facts.policy.metadata}
+    if facts.base_model:
+        values |= {"base_model": [facts.base_model], "base_model_relation": "quantized"}
+    if facts.languages:
+        values["language"] = list(facts.languages)
+    if facts.gated:
+        values |= facts.policy.gating
+    return ModelCardData(
+        **values,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text" if facts.multimodal else "text-generation",
+        tags=[*facts.policy.tags, "compressed-tensors", *formats, "vllm", "l4pack"],
+    )
+
+
+def _read(template: Path) -> str:
+    try:
+        with template.open("rb") as stream:
+            raw = stream.read(MAX_TEMPLATE_BYTES + 1)
+        if len(raw) > MAX_TEMPLATE_BYTES:
+            raise UsageError(
+                f"{template} is larger than {MAX_TEMPLATE_BYTES:,} bytes", hint="give a Jinja template file"
+            )
+        return raw.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{template}: can't be read as text", hint="give a Jinja template file") from error
+
+
+def _own_page(values: Mapping[str, Any]) -> str:
+    environment = Environment(undefined=StrictUndefined, autoescape=False)
+    environment.filters["code"] = code
+    return environment.from_string(data_text("publish", "templates", "card.md.jinja")).render(values)
+
+
+def card_values(facts: CardFacts) -> dict[str, Any]:
+    """What a template may use."""
+    manifest, recipe = facts.manifest, facts.recipe
+    source = manifest["source"]
+    shards = [size for name, size in facts.files.items() if name.endswith(".safetensors")]
+    weights, nbytes = facts.weight_bytes or sum(shards), sum(facts.files.values())
+    given = scheme_layers(recipe, parse_config(facts.config))
+    return {
+        "name": word(facts.name),
+        "licence_block": facts.policy.block.strip(),
+        "base": facts.base_model,
+        "source": source,
+        "recipe": {"name": word(recipe.name), "title": safe(recipe.title)},
+        "l4pack_version": safe(manifest.get("l4pack_version", "")),
+        "claim": facts.claim,
+        "size": f"{human_bytes(nbytes)} ({nbytes:,} bytes)",
+        "source_size": human_bytes(source["weight_bytes"]),
+        "dense_size": human_bytes(2 * source["parameters"]),
+        "ratio": f"{source['weight_bytes'] / weights:.2f}" if weights and source["weight_bytes"] else None,
+        "shards": len(shards),
+        "bits": f"{8 * weights / source['parameters']:.2f}",
+        "schemes": _schemes(recipe, given),
+        "accuracy": _accuracy(facts.accuracy, _tasks(facts)),
+        "evaluations": [_in_a_row(one) for one in facts.others],
+        "gates": [_gate(gate) for one in (facts.accuracy or {}, *facts.others) for gate in one.get("gates", ())],
+        "tasks_measured": bool(_tasks(facts)),
+        "fits": [{"device": fit.device, "tokens": _tokens(fit.max_context)} for fit in facts.fits],
+        "sglang_reads": set(given[Role.ATTENTION]) == {KEEP},
+        "calibration": _calibration(facts),
+        "fallbacks": _fallbacks(facts),
+        "commands": _commands(facts),
+    }
+
+
+def _schemes(recipe: Recipe, given: Mapping[Role, Layers]) -> list[dict[str, str]]:
+    """What each role of the model got; roles that got the same stand together."""
+    got: dict[str, list[str]] = {}
+    for role in sorted(given, key=list(Role).index):
+        got.setdefault(scheme_text(recipe, given[role]), []).append(role.value.replace("_", " "))
+    rows = [{"what": what, "roles": ", ".join(roles)} for what, roles in got.items()]
+    if recipe.kv_cache is not None:
+        each = "layer" if recipe.kv_cache.strategy is KVStrategy.TENSOR else "KV head of a layer"
+        rows.append({"what": f"FP8, with a scale of keys and one of values for each {each}", "roles": "KV cache"})
+    return rows
+
+
+def _tasks(facts: CardFacts) -> dict[str, Mapping[str, Any]]:
+    """Each task from the evaluation that asked most of its questions, beside the original where any did."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for one in (facts.accuracy or {}, *facts.others):
+        for name, task in (one.get("tasks") or {}).items():
+            if name not in found or _asked(task) > _asked(found[name]):
+                found[name] = task
+    return dict(sorted(found.items()))
+
+
+def _asked(task: Mapping[str, Any]) -> tuple[bool, int]:
+    return "accuracy_reference" in task, task["questions"]
+
+
+def _accuracy(measured: Mapping[str, Any] | None, tasks: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Rows of paired numbers with their error bars; None when the original was not measured beside the artifact."""
+    if measured is None or "kl_mean" not in measured:
+        return None
+    try:
+        return {
+            "tokens": f"{measured['tokens']:,}",
+            "text": _setting(measured.get("text")),
+            "computed": _computed(measured.get("run")),
+            "rows": _rows(measured, tasks),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"accuracy.json: {error} is missing or no number", hint="run l4pack evaluate again") from error
+
+
+def _computed(run: Mapping[str, Any] | None) -> str:
+    return f"; {safe(run['dtype'])}, activations {safe(run['activations'])}" if run else ""
+
+
+def _rows(measured: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    def number(key: str) -> str:
+        return with_error(measured[key], measured[f"{key}_standard_error"])
+
+    kl = with_error(measured["kl_mean"], measured["kl_standard_error"])
+    rows = [
+        ("Perplexity", number("perplexity_reference"), number("perplexity_artifact")),
+        ("Perplexity ratio", "1", number("perplexity_ratio")),
+        ("KL divergence from the original, nats a token", "0", kl),
+        ("Same most likely token as the original", "1", number("top1_agreement")),
+    ]
+    for name, task in tasks.items():
+        before, after = (task.get(key) for key in _TASK_KEYS)
+        pair = [
+            "not measured" if one is None else with_error(one["value"], one["standard_error"])
+            for one in (before, after)
+        ]
+        rows.append((f"Task {safe(name)}, {task['questions']:,} questions, accuracy", pair[0], pair[1]))
+    return rows
+
+
+def _in_a_row(measured: Mapping[str, Any]) -> dict[str, str]:
+    """One more evaluation in a table's row."""
+    paired = "kl_mean" in measured
+    return {
+        "text": _setting(measured.get("text")) + _computed(measured.get("run")),
+        "tokens": f"{measured['tokens']:,}",
+        "kl": with_error(measured["kl_mean"], measured["kl_standard_error"]) if paired else "not measured",
+        "agreement": (
+            with_error(measured["top1_agreement"], measured["top1_agreement_standard_error"])
+            if paired
+            else "not measured"
+        ),
+    }
+
+
+def _gate(gate: Mapping[str, Any]) -> str:
+    value = "not measured" if gate["value"] is None else f"{gate['value']:.6g}"
+    return f"{code(gate['gate'])} {gate['limit']:g}: {value}, {'met' if gate['ok'] else '**missed**'}"
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A number with its standard error, to the digits that the error leaves a meaning."""
+    if error is None:
+        return f"{value:.4g} (one sequence: no error bar)"
+    digits = 4 if error <= 0 else min(max(1 - math.floor(math.log10(error)), 0), 8)
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _setting(text: Any) -> str:
+    """The text and setting of a measurement: what its record says that is short; digests stay there."""
+    if not isinstance(text, Mapping):
+        return NOT_RECORDED
+    short = {
+        key: value
+        for key, value in text.items()
+        if isinstance(value, str | int | float) and not isinstance(value, bool) and not key.endswith("sha256")
+    }
+    return ", ".join(f"{safe(key.replace('_', ' '))} {safe(value)}" for key, value in sorted(short.items()))
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} tokens" if count else "none"
+
+
+def _calibration(facts: CardFacts) -> str:
+    if facts.recipe.calibration is None:
+        return "none: every weight is rounded by itself"
+    if facts.calibration is None:
+        return NOT_RECORDED
+    tokens = facts.calibration.get("routed_tokens", {}).values()
+    experts = [count for layer in tokens for count in layer]
+    return f"{_setting(facts.calibration.get('text'))}; {experts.count(0)} of {len(experts)} experts saw no token"
+
+
+def _fallbacks(facts: CardFacts) -> str:
+    if facts.recipe.calibration is None:
+        return "none: rounding has nothing to fall back to"
+    if facts.calibration is None:
+        return NOT_RECORDED
+    solved = [found for found in facts.calibration.get("matrices", {}).values() if "input_amax" not in found]
+    if not solved:
+        return "none: rounding has nothing to fall back to"
+    methods = [found.get("method") for found in solved]
+    listed = "; l4pack-calibration.json lists them" if "rtn" in methods else ""
+    return f"{methods.count('rtn')} of {len(methods)} matrices are rounded to nearest instead{listed}"
+
+
+def _commands(facts: CardFacts) -> dict[str, str]:
+    """Commands to serve and to make the artifact; sized for the smallest device that holds it."""
+    where = f"ORG/{word(facts.name)}"
+    fit = next((fit for fit in facts.fits if fit.max_context), None)
+    promise = facts.recipe.promise
+    kv = promise is not None and promise.kv_dtype == "fp8"
+    vllm, sglang = ["vllm serve", where], ["python -m sglang.launch_server --model-path", where]
+    if fit is not None:
+        vllm.append(f"--tensor-parallel-size {fit.gpus} --max-model-len {fit.max_context}")
+        sglang.append(f"--tp {fit.gpus} --context-length {fit.max_context}")
+    if kv:
+        vllm.append("--kv-cache-dtype fp8")
+        sglang.append("--kv-cache-dtype fp8_e4m3")
+    return {
+        "vllm": " ".join(vllm),
+        "sglang": " ".join(sglang),
+        "transformers": _transformers(where, multimodal=facts.multimodal),
+        "make": _make(facts),
+    }
+
+
+def _transformers(where: str, *, multimodal: bool) -> str:
+    model = "AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM"
+    reader = "AutoProcessor" if multimodal else "AutoTokenizer"
+    return (
+        f"from transformers import {model}, {reader}\n\n"
+        f'model = {model}.from_pretrained("{where}", dtype="auto", device_map="auto")\n'
+        f'{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained("{where}")'
+    )
+
+
+def _typed(option: str, value: Any) -> list[str]:
+    """An option of the manifest as it is typed: a list is one given several times, true one without a value."""
+    if value is True:
+        return [word(option)]
+    values = value if isinstance(value, list) else [value]
+    return [part for one in values for part in (word(option), word(one))]
+
+
+def _make(facts: CardFacts) -> str:
+    """The command that was run, as the manifest keeps it; the folder it went to is nobody's business."""
+    source = facts.manifest["source"]
+    revision = f"@{word(source['revision'])}" if source.get("revision") else ""
+    name = f"{word(source.get('repository') or source['name'])}{revision}"
+    recipe = facts.recipe.name if facts.recipe.name in recipe_names() else f"{facts.recipe.name}.yaml"
+    options = (facts.manifest.get("job") or {}).get("options") or {"--recipe": recipe}
+    words = [part for option, value in options.items() for part in _typed(option, value)]
+    return shlex.join(["l4pack", "quantize", name, *words, "--out", word(facts.name)])

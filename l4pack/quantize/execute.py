@@ -1,0 +1,138 @@
+"""Carrying out one task of a plan: read a slab, make the artifact's bytes of it, write them where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l4pack.checkpoint.reader import NUMPY_TYPES, Reader
+from l4pack.checkpoint.writer import ShardWriter
+from l4pack.errors import SourceError
+from l4pack.plan.assign import COPY_CHUNK, Action, PlannedTensor, Target, Task
+from l4pack.plan.extents import made_by_rows
+from l4pack.quant.floats import FloatName, narrowed
+from l4pack.quant.layout import Layout
+from l4pack.quant.quantize import NonFiniteError, Quantized, absmax, quantize_block
+from l4pack.quant.scheme import Scheme, Strategy
+from l4pack.recipe import Recipe
+
+# Magnitudes from these bit patterns up are infinite or not a number.
+_EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+
+
+class Quantizer(Protocol):
+    """Turns a block of weights into an artifact's arrays; CPU and CUDA give the same bytes."""
+
+    def __call__(
+        self, source: NDArray[Any], layout: Layout, dtype: FloatName, scheme: Scheme, *, amax: float | None = None
+    ) -> Quantized: ...
+
+
+class Executor:
+    """Carries out tasks; one instance serves all worker threads."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        reader: Reader,
+        writer: ShardWriter,
+        dtypes: Mapping[str, FloatName],
+        quantize: Quantizer = quantize_block,
+    ) -> None:
+        self._recipe = recipe
+        self._reader = reader
+        self._writer = writer
+        self._dtypes = dtypes  # safetensors dtype of each source tensor
+        self._quantize = quantize
+
+    def run(self, task: Task) -> None:
+        """Do a task. Raises SourceError naming a tensor with an infinite or NaN weight."""
+        if task.copied is not None:
+            self._copy(task, task.copied)
+            return
+        for target, block in zip(task.targets, self._blocks(task), strict=True):
+            if task.action is Action.UNFUSE:
+                _refuse_non_finite(block, self._dtypes[task.tensor], target.module)
+                self._write_from(target.tensors[0], task.rows[0], self._as_kept(task, block.T, target.tensors[0]))
+            else:
+                self._quantize_block(task, target, block)
+
+    def _copy(self, task: Task, tensor: PlannedTensor) -> None:
+        dtype = self._dtypes[task.tensor]
+        for start in range(0, task.read_bytes, COPY_CHUNK):
+            chunk = self._reader.span(task.tensor, start, min(COPY_CHUNK, task.read_bytes - start))
+            values = chunk.view(NUMPY_TYPES[dtype])
+            _refuse_non_finite(values, dtype, task.tensor)
+            place = start * tensor.nbytes // max(1, task.read_bytes)
+            self._writer.write(tensor.name, place, self._as_kept(task, values, tensor))
+
+    def _as_kept(self, task: Task, values: NDArray[Any], tensor: PlannedTensor) -> NDArray[Any]:
+        """Source numbers as they are kept. Raises SourceError for one that the kept dtype can't hold."""
+        if tensor.dtype == self._dtypes[task.tensor]:
+            return np.ascontiguousarray(values)
+        kept: FloatName = "F16" if tensor.dtype == "F16" else "BF16"
+        rounded = narrowed(values, kept)
+        if _is_non_finite(rounded, kept):
+            raise SourceError(
+                f"{task.tensor} holds a weight too large for {kept}", hint="add --keep-float32 to keep it as it is"
+            )
+        return rounded
+
+    def _blocks(self, task: Task) -> list[NDArray[Any]]:
+        """One 2-D block a target, in the layout it is stored in."""
+        first = task.targets[0].linear
+        start, stop = task.rows
+        if first.layout is Layout.OUT_IN:
+            return [self._reader.matrix(task.tensor, None, slice(start, stop))]
+        if stop - start == first.out_features:
+            slab = self._reader.matrix(task.tensor, first.expert)
+            return [slab[:, target.linear.column :][:, : first.out_features] for target in task.targets]
+        places = [target.linear.column for target in task.targets]
+        return [self._reader.columns(task.tensor, first.expert, slice(place + start, place + stop)) for place in places]
+
+    def _quantize_block(self, task: Task, target: Target, block: NDArray[Any]) -> None:
+        scheme, dtype = self._recipe.schemes[target.scheme], self._dtypes[task.tensor]
+        layout = target.linear.layout
+        try:
+            amax = absmax(block, layout, dtype) if scheme.strategy is Strategy.TENSOR else None
+            quantized = self._quantize(block, layout, dtype, scheme, amax=amax)
+        except NonFiniteError as error:
+            where = f"output {task.rows[0] + error.row}, input {error.column}"
+            raise _non_finite(f"{task.tensor} ({target.module}, {where})") from error
+        self.write_quantized(target, task.rows[0], quantized)
+
+    def write_quantized(self, target: Target, row: int, quantized: Quantized) -> None:
+        """Place a slice whose first output row is `row`; slices are cut at whole blocks and whole words."""
+        linear = target.linear
+        arrays = {
+            "weight_packed": quantized.values,
+            "weight": quantized.values,
+            "weight_scale": quantized.scale,
+            "weight_zero_point": quantized.zero_point,
+            "weight_shape": np.array([linear.out_features, linear.in_features], np.int64),
+        }
+        for tensor, rows in made_by_rows(target, self._recipe.schemes[target.scheme]):
+            array = arrays[tensor.name.removeprefix(f"{target.module}.")]
+            assert array is not None
+            self._write_from(tensor, row // rows if rows else 0, array)
+
+    def _write_from(self, tensor: PlannedTensor, row: int, array: NDArray[Any]) -> None:
+        self._writer.write(tensor.name, row * (tensor.nbytes // tensor.shape[0]), array)
+
+
+def _refuse_non_finite(block: NDArray[Any], dtype: FloatName, name: str) -> None:
+    if _is_non_finite(block, dtype):
+        raise _non_finite(name)
+
+
+def _is_non_finite(block: NDArray[Any], dtype: FloatName) -> bool:
+    exponent = _EXPONENT[dtype]
+    bits: NDArray[Any] = block.view(np.uint16 if exponent < 0x10000 else np.uint32)
+    return bool(((bits & exponent) == exponent).any())
+
+
+def _non_finite(where: str) -> SourceError:
+    return SourceError(f"{where} holds an infinite or NaN weight", hint="the checkpoint is damaged: download it again")

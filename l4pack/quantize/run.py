@@ -1,0 +1,282 @@
+"""Running a plan: a journal, a lock, and a folder that appears only when it is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from l4pack.artifact.calibration_record import RECORD_NAME
+from l4pack.artifact.manifest import MANIFEST_NAME
+from l4pack.calibration.output import Output
+from l4pack.calibration.supply import Supply
+from l4pack.calibration.text import with_text
+from l4pack.checkpoint.apart import refuse_overlap
+from l4pack.checkpoint.companions import folder_files
+from l4pack.checkpoint.journal import Journal
+from l4pack.checkpoint.parts import as_opened, source_part
+from l4pack.checkpoint.reader import Reader
+from l4pack.checkpoint.shards import INDEX_NAME
+from l4pack.checkpoint.source import Store
+from l4pack.checkpoint.tied import check_tied_head
+from l4pack.checkpoint.writer import ShardWriter
+from l4pack.errors import BudgetError, L4packError, SourceError, UsageError
+from l4pack.plan.itinerary import Itinerary
+from l4pack.plan.plan import CONFIG_NAME, Plan, check_room
+from l4pack.quant.quantize import quantize_block
+from l4pack.quantize.execute import Executor, Quantizer
+from l4pack.quantize.fetching import Fetching
+from l4pack.quantize.job import Job
+from l4pack.quantize.resume import forget_damaged
+from l4pack.units import MIB, human_bytes
+from l4pack.work import machine
+from l4pack.work.command import this_command
+from l4pack.work.files import sync_folder, write_atomic
+from l4pack.work.folder import LOCK_NAME, check_writable, owned
+from l4pack.work.identity import Identity
+from l4pack.work.signals import stop_signals
+
+_JOURNAL = "journal.jsonl"
+_ARTIFACT = "artifact"
+_HIDDEN = "hidden"
+_FETCHED = "fetched"
+_KIND = "quantize"
+_OWN_NAMES = {_JOURNAL, f"{_JOURNAL}.tmp", _ARTIFACT, _HIDDEN, _FETCHED, LOCK_NAME, f".l4pack-{_KIND}"}
+_COPY_CHUNK = 8 * MIB
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did. `resumed_bytes` of the source were read by an earlier run of the same job."""
+
+    out: Path
+    seconds: float
+    read_bytes: int
+    resumed_bytes: int
+    peak_rss_bytes: int
+    already_done: bool = False
+
+
+def run_plan(
+    plan: Plan,
+    out: Path,
+    *,
+    restart: bool = False,
+    quantize: Quantizer = quantize_block,
+    advance: Callable[[int], None] | None = None,
+    device: str = "cpu",
+) -> RunResult:
+    """Write the artifact of `plan` to the folder `out`, which appears when it is complete.
+
+    Work lies in `out` + '.partial' until then; the same call goes on where an earlier one was stopped or killed.
+    `advance` is told the source bytes of each finished task; calibration computes on `device`, with the text that comes
+    with the package if the plan has none. Raises UsageError (`out` is taken, or the work begun belongs to another plan),
+    BudgetError (memory, disk), SourceError, QualityError (a gate on calibration), StoppedError (a signal asked to stop).
+    """
+    store = plan.checkpoint.store
+    if plan.checkpoint.bare or store is None:
+        raise SourceError(
+            f"{plan.checkpoint.name} is a configuration without weights", hint="give the checkpoint itself"
+        )
+    started, done = time.monotonic(), RunResult(out, 0.0, 0, plan.read_bytes, _peak_rss(), already_done=True)
+    work = work_folder(out)
+    refuse_overlap([plan.checkpoint], out, work)
+    check_room(plan.peak_ram_bytes, machine.memory())
+    if plan.needs is not None:
+        plan = _ready_to_calibrate(plan, device)
+    if _taken(plan, out):
+        _tidy(work)
+        return done
+    with owned(work, _KIND, restart=restart, keep={_FETCHED}) as folder, stop_signals() as stop:
+        check_writable(out.parent)
+        if _taken(plan, out):  # another run has finished it meanwhile
+            folder.remove()
+            return done
+        resumed = _work(plan, store, work, quantize, advance or (lambda _: None), stop, device)
+        (work / _ARTIFACT).replace(out)
+        sync_folder(out.parent)
+        folder.remove()
+    return RunResult(out, time.monotonic() - started, plan.read_bytes - resumed, resumed, _peak_rss())
+
+
+def work_folder(out: Path) -> Path:
+    """The folder beside `out` where work lies until it is complete. Raises UsageError."""
+    if out.is_symlink() or out.name in ("", "..") or out.is_mount():
+        raise UsageError(f"{out} can't be made in one step", hint="give --out a new folder's name")
+    work = out.with_name(f"{out.name}.partial")
+    if work.is_symlink() or (work.exists() and not _is_own(work)):
+        raise UsageError(
+            f"{work}, where the work would lie, is not l4pack's", hint="move it away, or choose another --out"
+        )
+    return work
+
+
+def _is_own(work: Path) -> bool:
+    """Whether a folder holds nothing but what a job leaves in it: the end of the job removes it with all it holds."""
+    with suppress(FileNotFoundError):  # another run has finished, and removes it
+        return work.is_dir() and {path.name for path in work.iterdir()} <= _OWN_NAMES
+    return True
+
+
+def _tidy(work: Path) -> None:
+    """Remove what a finished job was killed before it removed, if nobody else is at it."""
+    if work.exists():
+        with suppress(L4packError), owned(work, _KIND, restart=True) as folder:
+            folder.remove()
+
+
+def _taken(plan: Plan, out: Path) -> bool:
+    """Whether `out` holds this very artifact already. Raises UsageError when it holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    sizes = folder_files(out, plan.checkpoint.included) if out.is_dir() else {}
+    same = all(sizes.get(name) == size for name, size in plan.files.items())
+    same = same and (out / CONFIG_NAME).read_bytes() == plan.config_json
+    if same and plan.manifest.describes((out / MANIFEST_NAME).read_bytes()):
+        return True
+    raise UsageError(f"{out} exists and is not this artifact", hint="choose another --out, or remove it yourself")
+
+
+def _work(
+    plan: Plan,
+    store: Store,
+    work: Path,
+    quantize: Quantizer,
+    advance: Callable[[int], None],
+    stop: threading.Event,
+    device: str,
+) -> int:
+    """Write every file, the manifest last; returns the source bytes that an earlier run was done with."""
+    folder = work / _ARTIFACT
+    folder.mkdir(exist_ok=True)
+    begun_as = plan.identity()
+    if not as_opened(plan.checkpoint, store):
+        raise _changed(plan)
+    journal = Journal(work / _JOURNAL, begun_as, this_command())
+    try:
+        _check_begun(plan, folder)
+        _check_disk(plan, folder)
+        check_tied_head(plan.checkpoint)
+        writer = ShardWriter(folder, plan.shards, plan.places)
+        try:
+            forget_damaged(plan, journal, writer, stop)
+            with Reader(plan.checkpoint.entries, store.path) as reader:
+                executor = Executor(plan.recipe, reader, writer, plan.checkpoint.float_names, quantize)
+                walked = Itinerary.of(plan.checkpoint).walked() if plan.needs is not None and store.fetches else ()
+                job = Job(plan, store, journal, reader, writer, executor, advance, stop, held=walked)
+                calibrate = partial(_calibrate, plan, Output(journal, writer, executor), work, advance, stop, device)
+                if walked:
+                    with Fetching(plan.checkpoint, store, job, reader) as supply:
+                        calibrate(supply)
+                else:
+                    job.run()
+                    writer.sync()
+                    if plan.needs is not None:
+                        calibrate(None)
+                journal.record(digests=_digests_left(plan, journal, writer))
+                changed = reader.changed()
+        finally:
+            writer.close()
+        files = _write_beside(plan, store, folder, begun_as)
+        if changes := [f"source {changed} has changed"] if changed else plan.identity().changes(begun_as.parts):
+            raise _changed(plan, changes[0])
+        write_atomic(folder / MANIFEST_NAME, plan.manifest_json(journal.digests, files))
+        return job.resumed_bytes
+    finally:
+        journal.close()
+
+
+def _ready_to_calibrate(plan: Plan, device: str) -> Plan:
+    """The plan with its tokens, and with what computes it. Raises UsageError, SourceError."""
+    from l4pack.stream.compute import float32_on  # imports torch
+
+    return (plan if plan.text is not None else with_text(plan)).computed_on(float32_on(device).parts())
+
+
+def _calibrate(
+    plan: Plan,
+    output: Output,
+    work: Path,
+    advance: Callable[[int], None],
+    stop: threading.Event,
+    device: str,
+    supply: Supply | None,
+) -> None:
+    """Solve the calibrated matrices and write the record of it."""
+    from l4pack.calibration.walk import CalibrationRun
+
+    CalibrationRun(plan, output, work / _HIDDEN, stop, advance, device, supply).run()
+    write_atomic(work / _ARTIFACT / RECORD_NAME, plan.calibration_json(output.journal.results))
+
+
+def _digests_left(plan: Plan, journal: Journal, writer: ShardWriter) -> dict[str, str]:
+    """Digests of the shards that only calibration completed."""
+    return {name: sha256 for shard in plan.shards for name, sha256 in writer.digests(shard, journal.digests).items()}
+
+
+def _check_begun(plan: Plan, folder: Path) -> None:
+    """Refuse to publish what somebody put among the shards."""
+    found = folder_files(folder, plan.checkpoint.included)
+    strange = {name.removesuffix(".tmp") for name in found} - plan.files.keys()
+    if strange:
+        raise UsageError(
+            f"{folder} was changed since the job stopped: {min(strange)} is not the job's",
+            hint="remove it, or add --restart to begin again",
+        )
+
+
+def _check_disk(plan: Plan, folder: Path) -> None:
+    beside = (folder.parent / name for name in (_HIDDEN, _FETCHED))
+    files = (*folder.iterdir(), *(path for place in beside for path in place.rglob("*") if path.is_file()))
+    written = sum(path.stat().st_blocks * 512 for path in files)
+    needed, free = plan.disk_bytes - written, shutil.disk_usage(folder).free
+    if needed > free:
+        raise BudgetError(
+            f"{folder.parent} needs {human_bytes(needed)} more disk, {human_bytes(free)} are free",
+            hint="free some space, or choose another --out",
+        )
+
+
+def _write_beside(plan: Plan, store: Store, folder: Path, begun_as: Identity) -> dict[str, str]:
+    """Write the files beside the weights, config.json last; returns their hex SHA-256, taken of what was read."""
+    digests = {}
+    for file in plan.checkpoint.companions:
+        digest = hashlib.sha256()
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        with store.path(file).open("rb") as stream:
+            write_atomic(folder / file, _hashed(stream, digest))
+        digests[file] = digest.hexdigest()
+        if digests[file] != begun_as.parts[source_part(file)]:
+            raise _changed(plan, f"{source_part(file)} has changed")
+    if plan.needs is not None:
+        digests[RECORD_NAME] = hashlib.sha256((folder / RECORD_NAME).read_bytes()).hexdigest()
+    for file, data in ((INDEX_NAME, plan.index_json), (CONFIG_NAME, plan.config_json)):
+        if data is not None:
+            write_atomic(folder / file, data)
+            digests[file] = hashlib.sha256(data).hexdigest()
+    return digests
+
+
+def _hashed(stream: BinaryIO, digest: hashlib._Hash) -> Iterator[bytes]:
+    while chunk := stream.read(_COPY_CHUNK):
+        digest.update(chunk)
+        yield chunk
+
+
+def _changed(plan: Plan, change: str = "") -> SourceError:
+    return SourceError(
+        f"{plan.checkpoint.name} was changed while the job ran{change and f': {change}'}",
+        hint="begin again with --restart once it stays as it is",
+    )
+
+
+def _peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

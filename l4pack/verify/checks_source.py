@@ -1,0 +1,366 @@
+"""Checks against the source checkpoint: kept tensors bit for bit, dequantized weights within the scheme's error.
+
+A matrix that was rounded to nearest lies within half a step of the source wherever the source lies in the range of the
+scales. One that was calibrated (GPTQ and its kind) does not, so there the whole matrix, and every output row of it, may
+be `MAX_RATIO` times as far away as rounding to nearest would be. That still tells a matrix that is transposed, from
+another expert, from the wrong half of a fused tensor, or permuted: those are 1.4 times their own length away. GPTQ that
+makes up for what earlier matrices lost moves a matrix of eight bits further than that, so where the manifest says that
+GPTQ made it, `MAX_MOVE` of its length is allowed: three times what rounding to four bits costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l4pack.checkpoint.header import TensorEntry
+from l4pack.checkpoint.reader import Reader
+from l4pack.checkpoint.source import Checkpoint
+from l4pack.errors import SourceError
+from l4pack.model.tensors import Linear, Role
+from l4pack.quant import cpu
+from l4pack.quant.floats import Float32Array, FloatName, e4m3_values, narrowed, widen
+from l4pack.quant.layout import Layout
+from l4pack.quant.packing import unpack_zero_points
+from l4pack.quant.qparams import QParams, qparams_of_range
+from l4pack.quant.quantize import NonFiniteError, Quantized, absmax, quantize_block, spread
+from l4pack.quant.scheme import NumberType, Scheme, Strategy
+from l4pack.recipe import Method
+from l4pack.verify.checks_kernels import STATISTICS, compare, group_ranges, widen_transposed
+from l4pack.verify.checks_tensors import Matrix
+from l4pack.verify.checks_values import Arrays, Result, coded, fingerprint, is_dead
+from l4pack.verify.origin import Made
+
+MAX_RATIO = 3.0
+MAX_MOVE = 0.3
+MIN_COSINE = 0.9
+MIN_ROW_COSINE = 0.5
+_ROUNDING = 2.0**-8  # a source that quantizes without error may still be rounded to bfloat16
+_ROWS = 64
+# Of slopes (see `_lost_groups`); on solved matrices of trained models they stay within 0.94 and 1.06, and their variance
+# within 0.6 and 1.4 of what is expected.
+_SLOPE_BELOW, _SLOPE_ABOVE, _SPREAD, _SIGMAS, _WEAK = 0.22, 0.3, 6.0, 8.0, 0.02
+_FINGERPRINT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Slab:
+    """The source's numbers of one matrix, as they are stored there."""
+
+    block: NDArray[Any]
+    layout: Layout
+    dtype: FloatName
+
+    def some(self) -> NDArray[Any]:
+        """Enough of it to tell it from any other."""
+        rows = max(1, _FINGERPRINT_BYTES // max(1, self.block[:1].nbytes))
+        return np.ascontiguousarray(self.block[:rows])
+
+    def rows(self, start: int, stop: int, out: Float32Array) -> None:
+        """Output rows as float32 into `out` [rows, in]."""
+        if self.layout is Layout.OUT_IN:
+            out[:] = widen(self.block[start:stop])
+        elif self.dtype == "F16":
+            out[:] = self.block[:, start:stop].T
+        else:
+            widen_transposed(self.block[:, start:stop].view(f"u{self.block.itemsize}"), out)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A matrix beside its source.
+
+    `rows` float64 [out, STATISTICS]. Of each group, float32 [out, groups]: `slopes`, the factor on the source's weights,
+    cut to the range of the stored scale, that comes nearest to the stored ones, and `energies`, their sum of squares.
+    """
+
+    rows: NDArray[np.float64]
+    slopes: Float32Array
+    energies: Float32Array
+
+    @classmethod
+    def empty(cls, rows: int, groups: int) -> Compared:
+        """Room for a matrix."""
+        slopes, energies = np.empty((2, rows, groups), np.float32)
+        return cls(np.empty((rows, STATISTICS), np.float64), slopes, energies)
+
+    def part(self, start: int, stop: int) -> Compared:
+        """Some output rows."""
+        return Compared(self.rows[start:stop], self.slopes[start:stop], self.energies[start:stop])
+
+
+def kept_as(dtype: str) -> tuple[str, ...]:
+    """The dtypes that an unquantized tensor of a source may have in an artifact: float32 may be rounded."""
+    return ("F32", "BF16", "F16") if dtype == "F32" else (dtype,)
+
+
+def as_kept(reader: Reader, source: TensorEntry, dtype: str, result: Result) -> Callable[[int, int], NDArray[np.uint8]]:
+    """A source tensor's bytes as an artifact keeps them in `dtype`, by the place of the artifact's."""
+    if source.dtype == dtype:
+        return lambda start, nbytes: reader.span(source.name, start, nbytes)
+
+    def rounded(start: int, nbytes: int) -> NDArray[np.uint8]:
+        values: NDArray[Any] = reader.span(source.name, 2 * start, 2 * nbytes).view(np.float32)
+        return _narrowed(values, dtype, result).view(np.uint8)
+
+    return rounded
+
+
+def _narrowed(values: NDArray[Any], dtype: str, result: Result) -> NDArray[Any]:
+    rounded = narrowed(values, "F16" if dtype == "F16" else "BF16")
+    result.tally.kept_rounded += int((widen(rounded) != values).sum())
+    return rounded
+
+
+class SourceChecks:
+    """Holds an artifact's matrices against the source; one instance serves all threads."""
+
+    def __init__(self, source: Checkpoint, reader: Reader, made_by: Callable[[Linear], Made | None]) -> None:
+        """`made_by` says how a matrix was made, None where that is not known."""
+        self._source, self._reader, self._made_by = source, reader, made_by
+
+    def slabs(self, linears: list[Linear]) -> list[Slab]:
+        """The numbers of matrices that lie in one source tensor, and there in one expert, read once."""
+        first = linears[0]
+        dtype: FloatName = self._source.float_names[first.tensor]
+        if first.layout is Layout.OUT_IN:
+            return [Slab(self._reader.matrix(first.tensor, None), first.layout, dtype)]
+        whole = self._reader.matrix(first.tensor, first.expert)
+        parts = [whole[:, linear.column : linear.column + linear.out_features] for linear in linears]
+        return [Slab(part, first.layout, dtype) for part in parts]
+
+    def plain(self, name: str, mine: NDArray[Any], dtype: str, slab: Slab, result: Result) -> None:
+        """An expert that was taken out of a fused tensor and not quantized: the same numbers, turned."""
+        result.tally.kept_compared += 1
+        theirs = slab.block if slab.layout is Layout.OUT_IN else slab.block.T
+        if dtype != slab.dtype and dtype in kept_as(slab.dtype):
+            theirs = _narrowed(theirs, dtype, result)
+        if dtype not in kept_as(slab.dtype):
+            result.found.error("kept", name, f"is {dtype}, the source is {slab.dtype}")
+        elif not np.array_equal(mine.view(np.uint8), np.ascontiguousarray(theirs).view(np.uint8)):
+            result.found.error("kept", name, "its values differ from the source's")
+
+    def matrix(self, matrix: Matrix, arrays: Arrays, slab: Slab, result: Result) -> bool:
+        """Hold a quantized matrix against its source; returns whether that explains every byte of it."""
+        module, tally = matrix.linear.module, result.tally
+        tally.matrices_compared += 1
+        tally.weights_compared += matrix.linear.numel
+        if matrix.linear.role is Role.ROUTED_EXPERT:
+            result.sources[module] = fingerprint(slab.some(), slab.some())
+        if is_dead(coded(arrays), matrix.scheme):
+            explained = not slab.block.view(f"u{slab.block.itemsize}").any()
+            if not explained:
+                message = "every weight of the matrix has the same code, and the source's are not all zero"
+                result.found.error("dead", module, message)
+            return explained
+        made = self._made_by(matrix.linear)
+        method = made.scheme.method if made else None
+        wrong = None
+        if made is not None and made.exact and method is Method.RTN:
+            wrong = unequal_rows(arrays, self._again(matrix.linear, made.scheme, slab), made.scheme)
+            if not wrong.any():
+                tally.within_half_step += 1
+                tally.recomputed += 1
+                return True
+        self._bound(matrix, arrays, slab, wrong, method, result)
+        return False
+
+    def _bound(
+        self,
+        matrix: Matrix,
+        arrays: Arrays,
+        slab: Slab,
+        wrong: NDArray[np.bool_] | None,
+        method: Method | None,
+        result: Result,
+    ) -> None:
+        """Hold a matrix against what its scheme allows; `wrong` are rows that are not what rounding makes, if known."""
+        with np.errstate(all="ignore"):
+            compared = self._compared(matrix, arrays, slab)
+            verdict = _verdict(compared, matrix, method)
+        tally = result.tally
+        tally.within_half_step += not compared.rows[:, 0].any()
+        if verdict.message:
+            result.found.error("weights", matrix.linear.module, verdict.message)
+        elif wrong is not None:
+            count = f"{int(wrong.sum()):,} of {wrong.size:,} output rows"
+            first = int(np.flatnonzero(wrong)[0])
+            message = f"{count} are not what rounding makes of the source, the first is row {first}"
+            result.found.error("weights", matrix.linear.module, message)
+        else:
+            tally.largest_error_ratio = max(tally.largest_error_ratio, verdict.ratio)
+
+    def _again(self, linear: Linear, scheme: Scheme, slab: Slab) -> Quantized:
+        """What rounding to nearest makes of the source, by the code that `quantize` runs."""
+        try:
+            amax = absmax(slab.block, slab.layout, slab.dtype) if scheme.strategy is Strategy.TENSOR else None
+            return quantize_block(slab.block, slab.layout, slab.dtype, scheme, amax=amax)
+        except NonFiniteError as error:
+            raise SourceError(f"the source of {linear.module}: {error}", hint="the source is damaged") from error
+
+    def _compared(self, matrix: Matrix, arrays: Arrays, slab: Slab) -> Compared:
+        linear, scheme = matrix.linear, matrix.scheme
+        groups = -(-linear.in_features // scheme.group_columns(linear.in_features))
+        compared = Compared.empty(linear.out_features, groups)
+        try:
+            amax = absmax(slab.block, slab.layout, slab.dtype) if scheme.strategy is Strategy.TENSOR else None
+        except NonFiniteError as error:
+            raise SourceError(f"the source of {linear.module}: {error}", hint="the source is damaged") from error
+        step = math.lcm(_ROWS, scheme.row_multiple())
+        # Two buffers for the whole matrix: a fresh array a piece costs more in page faults than the comparison.
+        buffers = np.empty((2, min(step, linear.out_features), linear.in_features), np.float32)
+        for start in range(0, linear.out_features, step):
+            stop = min(start + step, linear.out_features)
+            weight, stored = buffers[:, : stop - start]
+            slab.rows(start, stop, weight)
+            rtn = _rounding(weight, scheme, slab.dtype, amax)
+            _compare(weight, stored, _rows(arrays, scheme, start, stop), rtn, scheme, compared.part(start, stop))
+        return compared
+
+
+def unequal_rows(arrays: Arrays, again: Quantized, scheme: Scheme) -> NDArray[np.bool_]:
+    """Which output rows differ from those of `again` in any bit of codes, scale or zero point: [out]."""
+    wrong: NDArray[np.bool_] = (_bits(coded(arrays)) != _bits(again.values)).any(axis=1)
+    mine, theirs = _bits(arrays["weight_scale"]), _bits(again.scale)
+    if mine.shape != theirs.shape:
+        return np.ones_like(wrong)
+    scales = (mine != theirs).reshape(len(mine), -1).any(axis=1)
+    if scheme.strategy is Strategy.TENSOR:
+        return wrong | bool(scales.any())
+    height = scheme.block_structure[0] if scheme.block_structure else 1
+    wrong |= np.repeat(scales, height)[: len(wrong)]
+    if again.zero_point is not None:
+        points = (arrays["weight_zero_point"] != again.zero_point).any(axis=1)
+        wrong |= np.repeat(points, scheme.pack_factor)[: len(wrong)]
+    return wrong
+
+
+def _bits(array: NDArray[Any]) -> NDArray[Any]:
+    return np.ascontiguousarray(array).view(f"u{array.itemsize}")
+
+
+def _rows(arrays: Arrays, scheme: Scheme, start: int, stop: int) -> Quantized:
+    """Some output rows of a stored matrix."""
+    scale, zero_point = arrays["weight_scale"], arrays.get("weight_zero_point")
+    if scheme.strategy is not Strategy.TENSOR:
+        height = scheme.block_structure[0] if scheme.block_structure else 1
+        scale = scale[start // height : -(-stop // height)]
+    if zero_point is not None:
+        zero_point = zero_point[start // scheme.pack_factor : -(-stop // scheme.pack_factor)]
+    values = arrays["weight_packed" if "weight_packed" in arrays else "weight"]
+    return Quantized(values[start:stop], scale, zero_point)
+
+
+def _compare(
+    weight: Float32Array,
+    stored: Float32Array,
+    part: Quantized,
+    rtn: QParams,
+    scheme: Scheme,
+    compared: Compared,
+) -> None:
+    """Compare some output rows; `stored` is filled with what they dequantize to."""
+    rows, columns = weight.shape
+    group = scheme.group_columns(columns)
+    shape = (rows, -(-columns // group))
+    scale = spread(widen(part.scale), scheme, shape)
+    zero = np.zeros(shape, np.float32)
+    if part.zero_point is not None:
+        zero = unpack_zero_points(part.zero_point, scheme.num_bits, rows).astype(np.float32)
+    codes = part.values.view(np.uint8)
+    fp8 = scheme.type is NumberType.FLOAT
+    if fp8:
+        cpu.dequantize_table(codes, e4m3_values(), group, scale, stored)
+    else:
+        cpu.dequantize_int(codes, scheme.num_bits, group, scale, zero, stored)
+    rtn_scale, rtn_zero = (spread(values, scheme, shape) for values in (rtn.scale, rtn.zero_point))
+    rounding = (scale, zero, rtn_scale, rtn_zero)
+    into = (compared.rows, compared.slopes, compared.energies)
+    compare(weight, stored, group, scheme.num_bits, fp8, *rounding, *into)
+
+
+def _rounding(weight: Float32Array, scheme: Scheme, dtype: FloatName, amax: float | None) -> QParams:
+    """Scales and zero points of min-max rounding to nearest."""
+    if amax is not None:
+        return qparams_of_range(np.zeros(1, np.float32), np.full(1, amax, np.float32), scheme, dtype)
+    group = scheme.group_columns(weight.shape[1])
+    shape = (weight.shape[0], -(-weight.shape[1] // group))
+    low, high = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    group_ranges(weight, group, low, high)
+    if scheme.block_structure is not None:
+        starts = np.arange(0, shape[0], scheme.block_structure[0])
+        low, high = np.minimum.reduceat(low, starts, axis=0), np.maximum.reduceat(high, starts, axis=0)
+    return qparams_of_range(low, high, scheme, dtype)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    ratio: float  # error over that of rounding to nearest
+    message: str = ""
+
+
+def _verdict(compared: Compared, matrix: Matrix, method: Method | None) -> _Verdict:
+    statistics = compared.rows
+    far, error, rtn, squares, products = statistics.sum(axis=0)
+    if squares == 0:
+        return _Verdict(0.0, "" if error == 0 else "the source is all zeros, the artifact is not")
+    size, rounding = math.sqrt(error / squares), math.sqrt(rtn / squares)
+    stored = error - squares + 2 * products  # |d|^2 = |d - w|^2 - |w|^2 + 2 d w
+    cosine = products / math.sqrt(squares * max(stored, 1e-300))
+    ratio = size / max(rounding, 1e-12)
+    told = f"relative error {size:.3g} (rounding to nearest: {rounding:.3g}), cosine {cosine:.3f}"
+    limit = max(MAX_RATIO * rounding + _ROUNDING, MAX_MOVE if method is Method.GPTQ else 0.0)
+    if not math.isfinite(size) or size > limit:
+        return _Verdict(ratio, f"{told}: not this matrix of the source, or its scales are wrong")
+    if not far:
+        return _Verdict(ratio if rounding else 0.0)
+    if method is Method.RTN:
+        count = f"{int(far):,} of {matrix.linear.numel:,} weights"
+        return _Verdict(ratio, f"{count} are more than half a step from the source; {told}")
+    if cosine < MIN_COSINE and size > 1.5 * rounding:
+        return _Verdict(ratio, f"{told}: not this matrix of the source, or its scales are wrong")
+    return _Verdict(ratio, _lost_rows(statistics) or _lost_groups(compared, matrix.linear.in_features))
+
+
+def _lost_rows(statistics: NDArray[np.float64]) -> str:
+    """Output rows that are not those of the source, in a matrix that is right as a whole."""
+    _, error, rtn, squares, products = statistics.T
+    stored = np.maximum(error - squares + 2 * products, 1e-300)
+    cosine = products / np.sqrt(np.maximum(squares, 1e-300) * stored)
+    lost = np.flatnonzero((cosine < MIN_ROW_COSINE) & (error > MAX_RATIO**2 * rtn) & (squares > 0))
+    if not lost.size:
+        return ""
+    return f"{lost.size:,} of {len(statistics):,} output rows are not the source's, the first is row {lost[0]}"
+
+
+def _lost_groups(compared: Compared, in_features: int) -> str:
+    """Groups whose scale is not theirs, in a matrix whose rows are right.
+
+    Rounding errors, however large, hardly lean on the weights: over n weights with relative error r the slope stays
+    within a few r / sqrt(n) of 1. A doubled scale makes it 1.7 to 2, a halved one 0.5 to 0.74, a turned sign -1; scales
+    of other rows make many slopes a little wrong, which their spread shows.
+    """
+    size, error = in_features / compared.slopes.shape[1], compared.rows[:, 1].sum() / compared.rows[:, 3].sum()
+    expected = error / size  # variance of a slope
+    strong = compared.energies >= _WEAK * compared.energies.mean(axis=1, keepdims=True)
+    off = np.where(strong & (compared.energies > 0), compared.slopes - 1, 0)
+    unsure = _SIGMAS * math.sqrt(expected)
+    lost = np.argwhere((off < -max(_SLOPE_BELOW, unsure)) | (off > max(_SLOPE_ABOVE, unsure)))
+    if lost.size:
+        row, group = lost[0]
+        slope = 1 + off[row, group]
+        return f"{len(lost):,} of {off.size:,} groups are {slope:.2f} times the source's, the first is group {group} of row {row}"
+    squares = (off * off).mean(axis=1)
+    if squares.mean() > _SPREAD * expected:
+        return f"its scales are not in their places: {math.sqrt(squares.mean()):.1%} off, {math.sqrt(expected):.1%} expected"
+    rows = compared.rows[:, 1] / np.maximum(compared.rows[:, 3], 1e-300) / size
+    spread = _SPREAD * (1 + _SIGMAS * math.sqrt(2 / off.shape[1]))
+    odd = np.flatnonzero(squares > spread * np.maximum(rows, expected))
+    if odd.size:
+        return f"the scales of {odd.size:,} of {len(off):,} output rows are not theirs, the first is row {odd[0]}"
+    return ""

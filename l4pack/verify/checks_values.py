@@ -1,0 +1,230 @@
+"""Checks of the bytes: scales, packing, FP8 codes, kept tensors, KV scales, digests. One matrix, or one chunk, at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l4pack.checkpoint.header import TensorEntry
+from l4pack.checkpoint.reader import Reader
+from l4pack.model.names import classify
+from l4pack.model.tensors import Role
+from l4pack.quant.floats import widen
+from l4pack.quant.scheme import NumberType, Scheme
+from l4pack.verify.checks_kernels import scan
+from l4pack.verify.checks_tensors import Matrix
+from l4pack.verify.findings import Findings, Level
+
+CHUNK = 16 * 1024**2
+_FINGERPRINT_BYTES = 1 << 20
+_LARGEST_WEIGHT = 65504.0  # the largest F16: no weight of a language model comes near
+_SMALLEST_WEIGHT = 1e-12
+_FEW_SCALES = 8  # fewer may be equal by chance
+_EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+_PATTERNS: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
+
+Arrays = dict[str, NDArray[Any]]  # suffix -> stored array
+
+
+@dataclass
+class Tally:
+    """What has been looked at."""
+
+    tensors: int = 0
+    bytes: int = 0
+    matrices: int = 0
+    digests: int = 0
+    kept_compared: int = 0
+    kept_rounded: int = 0  # numbers of a float32 source that are not the same in 16 bits
+    matrices_compared: int = 0
+    weights_compared: int = 0
+    within_half_step: int = 0
+    recomputed: int = 0
+    largest_error_ratio: float = 0.0
+
+    def add(self, other: Tally) -> None:
+        """Add another tally."""
+        for item in fields(self):
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            setattr(self, item.name, max(mine, theirs) if item.name == "largest_error_ratio" else mine + theirs)
+
+
+@dataclass
+class Result:
+    """What one unit of work found."""
+
+    found: Findings = field(default_factory=Findings)
+    tally: Tally = field(default_factory=Tally)
+    fingerprints: dict[str, bytes] = field(default_factory=dict)  # module -> digest
+    sources: dict[str, bytes] = field(default_factory=dict)  # module -> digest of the source's weights
+
+
+class ValueChecks:
+    """Reads an artifact's tensors and checks their values; one instance serves all threads."""
+
+    def __init__(
+        self,
+        entries: Mapping[str, TensorEntry],
+        reader: Reader,
+        digests: Mapping[str, str],
+        advance: Callable[[int], None],
+    ) -> None:
+        self._entries, self._reader, self._digests, self._advance = entries, reader, digests, advance
+
+    def read(self, matrix: Matrix, result: Result) -> Arrays:
+        """The arrays of a quantized matrix, held against the manifest's digests."""
+        return {suffix: self._whole(entry, result) for suffix, entry in matrix.parts.items() if suffix != "bias"}
+
+    def matrix(self, matrix: Matrix, arrays: Arrays, result: Result, *, explained: bool = False) -> None:
+        """Check what a quantized matrix holds; `explained` means that the source says that it must be just this."""
+        result.tally.matrices += 1
+        module, values = matrix.linear.module, coded(arrays)
+        dead = is_dead(values, matrix.scheme)
+        if dead and not explained:
+            message = "every weight of the matrix has the same code: right only if the source's are all zero"
+            result.found.warning("dead", module, message)
+        _check_scales(matrix, arrays["weight_scale"], dead or explained, result)
+        if "input_scale" in arrays:
+            _check_positive(matrix.parts["input_scale"].name, widen(arrays["input_scale"]), result)
+        if matrix.scheme.type is NumberType.FLOAT:
+            bad, _ = scan(values.reshape(-1), 0x7F, 0x7F)
+            if bad:
+                result.found.error("not-finite", matrix.values, f"{bad:,} of its FP8 codes are NaN")
+        else:
+            _check_packing(matrix, arrays, result)
+        if matrix.linear.role is Role.ROUTED_EXPERT and not dead:
+            result.fingerprints[module] = fingerprint(values, arrays["weight_scale"])
+
+    def kept(self, name: str, result: Result, other: Callable[[int, int], NDArray[np.uint8]] | None) -> None:
+        """Check an unquantized tensor chunk by chunk; `other(start, nbytes)` gives the source's bytes."""
+        entry = self._entries[name]
+        digest, bad, alive, differs = hashlib.sha256(), 0, False, False
+        exponent = _EXPONENTS[entry.dtype]
+        for start in range(0, entry.nbytes, CHUNK):
+            chunk = self._reader.span(name, start, min(CHUNK, entry.nbytes - start))
+            some, any_value = scan(chunk.view(_PATTERNS[entry.dtype]), exponent, _magnitude(entry.dtype))
+            bad, alive = bad + some, alive or any_value
+            if name in self._digests:
+                digest.update(chunk.data)
+            if other is not None and not differs:
+                differs = not np.array_equal(chunk, other(start, chunk.nbytes))
+            self._advance(chunk.nbytes)
+        self._count(entry, result, digest.hexdigest())
+        if bad:
+            result.found.error("not-finite", name, f"{bad:,} of its values are NaN or infinite")
+        if not alive and not name.endswith("bias") and (other is None or differs):
+            level = result.found.warning if other is None else result.found.error
+            level("dead", name, "holds nothing but zeros" if other is None else "holds zeros, the source does not")
+        if other is not None:
+            result.tally.kept_compared += 1
+            if differs and alive:
+                result.found.error("kept", name, "its bytes differ from the source's")
+
+    def kv_scale(self, name: str, result: Result) -> list[float]:
+        """Check one KV-cache scale of a layer or of its heads; returns its numbers."""
+        value = widen(self._whole(self._entries[name], result))
+        _check_positive(name, value, result, rule="kv-scale")
+        return [float(number) for number in value.reshape(-1)]
+
+    def _whole(self, entry: TensorEntry, result: Result) -> NDArray[Any]:
+        array = self._reader.tensor(entry.name)
+        digest = hashlib.sha256(_bytes(array)).hexdigest() if entry.name in self._digests else ""
+        self._count(entry, result, digest)
+        self._advance(entry.nbytes)
+        return array
+
+    def _count(self, entry: TensorEntry, result: Result, digest: str) -> None:
+        result.tally.tensors += 1
+        result.tally.bytes += entry.nbytes
+        if entry.name in self._digests:
+            result.tally.digests += 1
+            if self._digests[entry.name] != digest:
+                result.found.error("digest", entry.name, "its SHA-256 is not the manifest's")
+
+
+def _magnitude(dtype: str) -> int:
+    return 0x7FFFFFFF if dtype == "F32" else 0x7FFF
+
+
+def coded(arrays: Arrays) -> NDArray[Any]:
+    """The array with a matrix's codes."""
+    return arrays["weight_packed" if "weight_packed" in arrays else "weight"]
+
+
+def is_dead(values: NDArray[Any], scheme: Scheme) -> bool:
+    """Whether every weight of a matrix has the same code."""
+    flat = values.reshape(-1)
+    if scheme.type is NumberType.FLOAT:
+        return not scan(flat, 0x7F, 0x7F)[1]
+    codes = int(flat[0]) & 0xFFFFFFFF
+    code = codes & ((1 << scheme.num_bits) - 1)
+    same = sum(code << shift for shift in range(0, 32, scheme.num_bits))
+    return codes == same and not bool((flat != flat[0]).any())
+
+
+def _check_positive(name: str, scale: NDArray[np.float32], result: Result, rule: str = "scale") -> bool:
+    for wrong, what in ((~np.isfinite(scale), "NaN or infinite"), (scale <= 0, "not above zero")):
+        count = int(wrong.sum())
+        if count:
+            result.found.error(rule, name, f"{count:,} of {scale.size:,} scales are {what}")
+            return False
+    return True
+
+
+def _check_scales(matrix: Matrix, stored: NDArray[Any], dead: bool, result: Result) -> None:
+    name, scale = matrix.parts["weight_scale"].name, widen(stored)
+    if not _check_positive(name, scale, result) or dead:
+        return
+    top = 448.0 if matrix.scheme.type is NumberType.FLOAT else float(2 ** (matrix.scheme.num_bits - 1))
+    largest, smallest = float(scale.max()), float(scale.min())
+    if largest * top > _LARGEST_WEIGHT:
+        result.found.error("scale", name, f"a scale of {largest:g} makes weights up to {largest * top:g}")
+    elif largest * top < _SMALLEST_WEIGHT:
+        result.found.error("scale", name, f"no scale above {largest:g}: the weights vanish")
+    elif scale.size >= _FEW_SCALES and largest == smallest:
+        result.found.error("scale", name, f"all {scale.size:,} scales are {largest:g}: they were never computed")
+
+
+def _check_packing(matrix: Matrix, arrays: Arrays, result: Result) -> None:
+    size = (matrix.linear.out_features, matrix.linear.in_features)
+    if "weight_shape" in arrays and arrays["weight_shape"].tolist() != list(size):
+        name = matrix.parts["weight_shape"].name
+        result.found.error("weight_shape", name, f"says {arrays['weight_shape'].tolist()}, should be {list(size)}")
+    used = size[1] % matrix.scheme.pack_factor * matrix.scheme.num_bits
+    _check_padding(matrix.values, arrays["weight_packed"][:, -1], used, result)
+    if "weight_zero_point" in arrays:
+        used = size[0] % matrix.scheme.pack_factor * matrix.scheme.num_bits
+        _check_padding(matrix.parts["weight_zero_point"].name, arrays["weight_zero_point"][-1], used, result)
+
+
+def _check_padding(name: str, last_words: NDArray[np.int32], used_bits: int, result: Result) -> None:
+    """Words at the end of a row are filled up with zero bits; 0 used bits mean that none are left over."""
+    if used_bits and bool((last_words.view(np.uint32) >> np.uint32(used_bits)).any()):
+        result.found.error("packing", name, f"bits above the first {used_bits} of its last words are set")
+
+
+def _bytes(array: NDArray[Any]) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def fingerprint(values: NDArray[Any], scale: NDArray[Any]) -> bytes:
+    """Enough of a matrix's bytes to tell it from any other; identical matrices have identical ones."""
+    digest = hashlib.blake2b(_bytes(values)[:_FINGERPRINT_BYTES], digest_size=16)
+    digest.update(_bytes(scale)[:_FINGERPRINT_BYTES])
+    return digest.digest()
+
+
+def duplicates(fingerprints: Mapping[str, bytes], sources: Mapping[str, bytes], found: Findings, level: Level) -> None:
+    """Two experts of one layer, same projection, with the same bytes, unless they are the same in the source too."""
+    first: dict[tuple[int | None, str, bytes], str] = {}
+    for module, value in fingerprints.items():
+        key = (classify(f"{module}.weight").layer, module.rpartition(".")[2], value)
+        twin = first.setdefault(key, module)
+        if twin != module and (module not in sources or sources[module] != sources.get(twin)):
+            tell = found.error if level == "error" else found.warning
+            tell("duplicate", module, f"has the same bytes as {twin}")

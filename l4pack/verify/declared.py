@@ -1,0 +1,229 @@
+"""What a quantization_config says of every module, read by each runtime's own matching rule.
+
+transformers (compressed-tensors `utils/match.py`): exact name, `re:` from the start, or class name; a target by name
+comes before one by class. vLLM (`compressed_tensors/utils.py`): exact name or `re:` from the start; a target may also
+be contained in the class name. SGLang: as vLLM, and a dotted suffix of the name is enough to ignore a module.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from pydantic import ValidationError
+
+from l4pack.artifact.kv_cache import declared_strategy
+from l4pack.artifact.patterns import PatternError, pattern
+from l4pack.errors import RecipeError
+from l4pack.formats import FormatSpec, check_accepts, format_names, load_format
+from l4pack.quant.scheme import Scheme
+from l4pack.recipe import KVStrategy
+from l4pack.verify.findings import Findings
+
+PATTERN_SECONDS = 20  # that all expressions of a stanza may take together
+CLASSES = frozenset((
+    "Linear", "Embedding", "LayerNorm", "SequentialLlama4TextExperts", "Llama4TextAttention", "Llama4TextDecoderLayer",
+    "Llama4TextExperts", "Llama4TextMLP", "Llama4TextMoe", "Llama4TextRMSNorm", "Llama4TextL2Norm", "Llama4Router",
+    "Llama4VisionModel", "Llama4VisionAttention", "Llama4VisionEncoder", "Llama4VisionEncoderLayer", "Llama4VisionMLP",
+    "Llama4VisionMLP2", "Llama4VisionPixelShuffleMLP", "Llama4MultiModalProjector", "Llama4UnfoldConvolution",
+))  # fmt: skip
+"""Classes of modules in transformers, which an entry may name too."""
+_SCHEME_KEYS = ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric")
+
+
+class Runtime(StrEnum):
+    """Who reads the stanza."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vLLM"
+    SGLANG = "SGLang"
+
+
+@dataclass(frozen=True)
+class Group:
+    """One config group: the modules it targets, and the scheme and format it gives them (None: not verifiable)."""
+
+    name: str
+    targets: tuple[str, ...]
+    scheme: Scheme | None
+    format: FormatSpec | None
+    static: bool  # activations have scales in the file
+    weight_only: bool  # activations are not quantized
+
+    @property
+    def kind(self) -> str:
+        """The suffix that holds the weights: `weight_packed`, `weight`, or nothing known."""
+        return self.format.tensors[0].suffix if self.format else ""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """The parts of a stanza that say what is quantized, and how."""
+
+    groups: tuple[Group, ...]
+    ignore: tuple[str, ...]
+    kv_cache: bool
+    kv_strategy: KVStrategy | None  # None where there is no KV cache scheme, or none that runtimes take
+
+    def group(self, runtime: Runtime, module: str, classes: tuple[str, ...] = ("Linear",)) -> Group | None:
+        """The group whose scheme a runtime gives a module, or None where it takes the module as it is."""
+        if self.ignored(runtime, module, classes):
+            return None
+        names, by_class = self._targets
+        exact_first = names.exact.get(module)
+        by_pattern = next((group for regex, group in names.patterns if regex.match(module)), None)
+        if exact_first or by_pattern:
+            return exact_first or by_pattern
+        wanted: Callable[[str], bool] = (
+            classes.__contains__
+            if runtime is Runtime.TRANSFORMERS
+            else lambda target: target.lower() in "parallellinear"
+        )
+        return next((group for target, group in by_class if wanted(target)), None)
+
+    def ignored(self, runtime: Runtime, module: str, classes: tuple[str, ...] = ("Linear",)) -> bool:
+        """Whether an ignore entry names the module."""
+        names = self._ignored
+        if module in names.exact or any(regex.match(module) for regex, _ in names.patterns):
+            return True
+        if runtime is Runtime.TRANSFORMERS:
+            return any(name in names.exact for name in classes)
+        if runtime is Runtime.SGLANG:
+            parts = module.split(".")
+            return any(".".join(parts[start:]) in names.exact for start in range(1, len(parts)))
+        return False
+
+    def idle(self, modules: Iterable[str]) -> list[tuple[str, str]]:
+        """Entries, each with the list it stands in, that name no module and no class in any runtime."""
+        modules = list(modules)
+        suffixes = {
+            ".".join(parts[start:]) for parts in (name.split(".") for name in modules) for start in range(len(parts))
+        }
+        lists = [
+            ("ignore", self.ignore),
+            *((f"config_groups.{group.name}.targets", group.targets) for group in self.groups),
+        ]
+
+        def names_something(entry: str) -> bool:
+            if entry.startswith("re:"):
+                return any(map(pattern(entry[3:]).match, modules))
+            return entry in suffixes or entry in CLASSES
+
+        return [(where, entry) for where, entries in lists for entry in entries if not names_something(entry)]
+
+    @cached_property
+    def _targets(self) -> tuple[_Names, list[tuple[str, Group]]]:
+        pairs = [(target, group) for group in self.groups for target in group.targets]
+        return _Names(pairs), [(target, group) for target, group in pairs if "." not in target and ":" not in target]
+
+    @cached_property
+    def _ignored(self) -> _Names:
+        return _Names([(entry, None) for entry in self.ignore])
+
+
+class _Names:
+    """Entries of an ignore or target list, exact names apart from regular expressions."""
+
+    def __init__(self, pairs: Iterable[tuple[str, Any]]) -> None:
+        pairs = list(pairs)
+        self.exact: dict[str, Any] = {}
+        for entry, value in pairs:
+            self.exact.setdefault(entry, value)
+        self.patterns = [(pattern(entry[3:]), value) for entry, value in pairs if entry.startswith("re:")]
+
+
+def read_declared(stanza: Mapping[str, Any], modules: Collection[str], found: Findings) -> Declared:
+    """What a stanza declares; what can't be understood becomes findings of rules `stanza` and `scheme`.
+
+    `modules` are all names that will be asked for: expressions are matched with them at once, within limits.
+    """
+    entries = _Entries(modules, found)
+    groups = stanza.get("config_groups")
+    read = []
+    for name, group in groups.items() if isinstance(groups, Mapping) else ():
+        if isinstance(group, Mapping):
+            read.append(_group(str(name), group, stanza, entries, found))
+    ignore = entries.read(stanza.get("ignore") or [], "ignore")
+    cache = stanza.get("kv_cache_scheme")
+    return Declared(tuple(read), ignore, bool(cache), declared_strategy(cache))
+
+
+def _group(name: str, group: Mapping[str, Any], stanza: Mapping[str, Any], entries: _Entries, found: Findings) -> Group:
+    where = f"config_groups.{name}"
+    targets = entries.read(group.get("targets") or [], f"{where}.targets")
+    given = group.get("format") or stanza.get("format")
+    spec = load_format(given) if given in format_names() else None
+    if spec is None:
+        found.error("scheme", where, f"format {given!r} is not one l4pack knows ({', '.join(format_names())})")
+    scheme = _scheme(group.get("weights"), where, found)
+    activations = group.get("input_activations")
+    static = isinstance(activations, Mapping) and activations.get("dynamic") in (False, None)
+    if spec is not None and scheme is not None and not _accepted(spec, scheme, activations, where, found):
+        scheme = None
+    return Group(name, targets, scheme, spec, static, weight_only=activations is None)
+
+
+def _scheme(weights: Any, where: str, found: Findings) -> Scheme | None:
+    if not isinstance(weights, Mapping):
+        found.error("scheme", where, "has no weights")
+        return None
+    try:
+        return Scheme.model_validate({key: weights[key] for key in _SCHEME_KEYS if weights.get(key) is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        found.error("scheme", f"{where}.weights{'.' * bool(key)}{key}", first["msg"].removeprefix("Value error, "))
+        return None
+
+
+def _accepted(spec: FormatSpec, scheme: Scheme, activations: Any, where: str, found: Findings) -> bool:
+    kind = _activations(activations)
+    if kind == "static_tensor" and any(rule.when == "static_activations" for rule in spec.tensors):
+        kind = spec.accepts.activations[0]
+    try:
+        check_accepts(spec, scheme, kind, where)
+    except RecipeError as error:
+        found.error("scheme", where, f"{error.message}; {error.hint}")
+        return False
+    return True
+
+
+def _activations(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return "none"
+    kind = "dynamic" if value.get("dynamic") else "static"
+    return f"{kind}_{value.get('strategy')}"
+
+
+class _Entries:
+    """Reads lists of names and regular expressions, until these have taken too long."""
+
+    def __init__(self, modules: Collection[str], found: Findings) -> None:
+        self._modules, self._found, self._taken = modules, found, 0.0
+
+    def read(self, values: Any, where: str) -> tuple[str, ...]:
+        """The entries that are names, or expressions that can be matched; the others become findings."""
+        good = []
+        for value in values if isinstance(values, list) else ():
+            try:
+                self._check(value)
+                good.append(value)
+            except PatternError as error:
+                self._found.error("stanza", where, f"{value!r:.80} {error.why}")
+        return tuple(good)
+
+    def _check(self, value: Any) -> None:
+        if not isinstance(value, str):
+            raise PatternError(str(value), "is no name and no regular expression")
+        if value.startswith("re:"):
+            if self._taken > PATTERN_SECONDS:
+                raise PatternError(value, "was not tried: those before it took too long")
+            begun = time.monotonic()
+            try:
+                pattern(value[3:]).prepare(self._modules)
+            finally:
+                self._taken += time.monotonic() - begun

@@ -1,0 +1,252 @@
+"""A calibrated job that is killed or stopped anywhere goes on, and ends in the bytes of one never disturbed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import file_digests
+from models import build
+from spoil import SPOILS
+
+from l4pack.calibration.text import with_text
+from l4pack.calibration.walk import CalibrationRun
+from l4pack.checkpoint.journal import Journal
+from l4pack.checkpoint.open import open_source
+from l4pack.checkpoint.writer import ShardWriter
+from l4pack.errors import BudgetError
+from l4pack.plan.plan import Plan, make_plan
+from l4pack.quant import gptq
+from l4pack.quantize.run import run_plan, work_folder
+from l4pack.recipe import load_recipe
+
+TEXT = " ".join(f"{number * 7919 % 1000:03} is followed by {number * 104729 % 997}" for number in range(300))
+UNITS = 2 * 1 + 2 * (1 + 8)
+COMMAND = ["quantize", "--recipe", "int4-uniform", "--samples", 4, "--sequence-length", 64]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the job expects it."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "numbers.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("resumed") / "tiny-maverick", "maverick")
+
+
+def planned(source: Path, text: Path) -> Plan:
+    recipe = load_recipe("int4-uniform").calibrating(samples=4, sequence_length=64)
+    return with_text(make_plan(open_source(str(source)), recipe), str(text))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return file_digests(run_plan(planned(source, text), tmp_path_factory.mktemp("undisturbed") / "out").out)
+
+
+def killed_after(monkeypatch: pytest.MonkeyPatch, records: int) -> None:
+    """Die at the journal's next record after `records` of them."""
+    write, seen = Journal.record, []
+
+    def dying(self, *arguments, **options):
+        seen.append(None)
+        if len(seen) > records:
+            raise Killed
+        write(self, *arguments, **options)
+
+    monkeypatch.setattr(Journal, "record", dying)
+
+
+@pytest.mark.parametrize("records", [1, 3, 6, 10, 17, 24])
+def test_killed_at_a_layer_or_expert_it_ends_in_the_same_bytes(
+    source, text, undisturbed, tmp_path, monkeypatch, records
+):
+    plan, out = planned(source, text), tmp_path / "out"
+    with monkeypatch.context() as context:
+        killed_after(context, records)
+        with pytest.raises(Killed):
+            run_plan(plan, out)
+    assert not out.exists()
+    solved, solve = [], gptq.prepare
+    monkeypatch.setattr("l4pack.calibration.mlp.gptq.prepare", lambda *a, **k: solved.append(None) or solve(*a, **k))
+    assert file_digests(run_plan(plan, out).out) == undisturbed
+    assert len(solved) // 2 < UNITS if records > 3 else len(solved) // 2 <= UNITS
+
+
+@pytest.fixture(scope="module")
+def half_done(source, text, tmp_path_factory) -> Path:
+    """The work folder of a job that was killed in its third layer."""
+    out = tmp_path_factory.mktemp("half-done") / "out"
+    with pytest.MonkeyPatch.context() as context:
+        killed_after(context, 17)
+        with pytest.raises(Killed):
+            run_plan(planned(source, text), out)
+    return work_folder(out)
+
+
+LEFT = {
+    "quantized-0.hidden": ("zeroed", "flipped", "swapped"),
+    "original-0.hidden": ("removed", "halved"),
+    "original-1.hidden": ("emptied",),
+    "quantized-middle.hidden": ("zeroed",),
+}
+
+
+@pytest.mark.parametrize(("file", "kind"), [(file, kind) for file, kinds in LEFT.items() for kind in kinds])
+def test_whatever_became_of_its_hidden_states_it_ends_in_the_same_bytes(
+    source, text, undisturbed, half_done, tmp_path, monkeypatch, file, kind
+):
+    out, solved, solve = tmp_path / "out", [], gptq.prepare
+    shutil.copytree(half_done, work_folder(out))
+    SPOILS[kind](work_folder(out) / "hidden" / file)
+    monkeypatch.setattr("l4pack.calibration.mlp.gptq.prepare", lambda *a, **k: solved.append(None) or solve(*a, **k))
+    assert file_digests(run_plan(planned(source, text), out).out) == undisturbed
+    assert len(solved) // 2 < UNITS  # what was solved is read back
+
+
+def test_killed_again_while_walking_again_it_ends_in_the_same_bytes(
+    source, text, undisturbed, half_done, tmp_path, monkeypatch
+):
+    out, layers, layer = tmp_path / "out", [], CalibrationRun._layer
+    shutil.copytree(half_done, work_folder(out))
+    SPOILS["zeroed"](work_folder(out) / "hidden" / "quantized-0.hidden")
+    with monkeypatch.context() as context:
+        killed_after(context, 3)
+        with pytest.raises(Killed):
+            run_plan(planned(source, text), out)
+    monkeypatch.setattr(
+        CalibrationRun, "_layer", lambda self, number, ready: layers.append(number) or layer(self, number, ready)
+    )
+    assert file_digests(run_plan(planned(source, text), out).out) == undisturbed
+    assert layers[0] > 0
+
+
+@pytest.mark.parametrize("what", ["solved layer", "solved expert", "rounded", "journal"])
+def test_what_was_changed_since_the_kill_is_made_again(source, text, undisturbed, half_done, tmp_path, what):
+    plan, out = planned(source, text), tmp_path / "out"
+    work = shutil.copytree(half_done, work_folder(out))
+    finished = (work / "journal.jsonl").read_text()
+    assert '"layer 1":' in finished
+    assert '"layer 2, dense mlp":' in finished
+    if what == "journal":
+        (work / "journal.jsonl").write_text(finished.replace('"tokens":[', '"tokens":[9'))
+    else:
+        module = {"solved layer": "layers.0.feed_forward.", "solved expert": "experts.0.", "rounded": "lm_head"}[what]
+        place = next(place for name, place in plan.places.items() if module in name)
+        with (work / "artifact" / place.file).open("r+b") as stream:
+            stream.seek(place.start)
+            stream.write(bytes(place.nbytes))
+    assert file_digests(run_plan(plan, out).out) == undisturbed
+
+
+def test_killed_by_the_system_it_ends_in_the_same_bytes(source, text, undisturbed, tmp_path):
+    script = (
+        "import os, sys, signal, torch; torch.set_num_threads(1)\n"
+        "sys.path.insert(0, os.path.dirname(sys.argv[4]))\n"
+        "import test_calibration_resume as t\n"
+        "from l4pack.calibration.walk import CalibrationRun\n"
+        "solve, seen = CalibrationRun._solve, []\n"
+        "def dying(self, *rest):\n"
+        "    seen.append(None)\n"
+        "    if len(seen) == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    solve(self, *rest)\n"
+        "CalibrationRun._solve = dying\n"
+        "t.run_plan(t.planned(t.Path(sys.argv[1]), t.Path(sys.argv[2])), t.Path(sys.argv[3]))\n"
+    )
+    out = tmp_path / "out"
+    ended = subprocess.run(
+        [sys.executable, "-c", script, source, text, out, __file__], capture_output=True, check=False
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert '"layer 1, routed expert 1"' in (work_folder(out) / "journal.jsonl").read_text()
+    assert file_digests(run_plan(planned(source, text), out).out) == undisturbed
+
+
+def test_a_signal_stops_between_experts_and_the_same_command_goes_on(
+    source, text, undisturbed, tmp_path, monkeypatch, l4pack
+):
+    from l4pack.calibration.walk import CalibrationRun
+
+    solve, seen = CalibrationRun._solve, []
+
+    def interrupted(self, *rest):
+        seen.append(None)
+        if len(seen) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        solve(self, *rest)
+
+    command = [*COMMAND, source, "--text", text, "--out", tmp_path / "out"]
+    with monkeypatch.context() as context:
+        context.setattr(CalibrationRun, "_solve", interrupted)
+        ended = l4pack(*command)
+    assert ended.code == 75, ended.err
+    assert ended.err == "error: stopped; what is finished is kept\nhint: run the same command again to go on\n"
+    ended = l4pack(*command)
+    assert ended.code == 0, ended.err
+    assert file_digests(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.parametrize("write", [2, 9])
+def test_a_disk_that_fills_up(source, text, undisturbed, tmp_path, monkeypatch, l4pack, write):
+    put, seen = ShardWriter.write, []
+
+    def full(self, name, offset, data):
+        if "packed" in name:
+            seen.append(None)
+            if len(seen) > write:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        put(self, name, offset, data)
+
+    command = [*COMMAND, source, "--text", text, "--out", tmp_path / "out"]
+    with monkeypatch.context() as context:
+        context.setattr(ShardWriter, "write", full)
+        ended = l4pack(*command)
+    assert ended.code not in (0, 75)
+    assert ended.err.startswith("error: ")
+    assert ended.err.count("\n") == 2
+    assert l4pack(*command).code == 0
+    assert file_digests(tmp_path / "out") == undisturbed
+
+
+def test_no_room_for_hidden_states(source, text, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(BudgetError, match="no room for"):
+        run_plan(planned(source, text), tmp_path / "out")
+
+
+def test_other_tokens_are_another_job(source, text, tmp_path, monkeypatch, l4pack):
+    out = tmp_path / "out"
+    command = ["quantize", source, "--text", text, "--sequence-length", 64, "--out", out, "--samples"]
+    with monkeypatch.context() as context:
+        killed_after(context, 4)
+        with pytest.raises(Killed):
+            l4pack(*command, 4)
+    ended = l4pack(*command, 3)
+    assert ended.code == 2
+    assert "--restart" in ended.err
+    assert l4pack(*command, 3, "--restart").code == 0

@@ -1,0 +1,293 @@
+"""The model card: what it says, what it must never leave out, and that the Hub's own classes read it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from licence_texts import scout_files
+from test_licence import write
+
+from l4pack.artifact.manifest import Contents, Manifest
+from l4pack.artifact.policy import policy_named
+from l4pack.checkpoint.open import open_source
+from l4pack.errors import UsageError
+from l4pack.publish.card import CardFacts, Fit, _typed, render_card, with_error
+from l4pack.publish.licence import Card, audit
+from l4pack.publish.markdown import safe
+from l4pack.recipe import load_recipe
+
+BASE = "meta-llama/Llama-4-Scout-17B-16E-Instruct"
+NAME = "Llama-4-Scout-17B-16E-Instruct-W4A16-g128"
+ACCURACY = {
+    "tokens": 65536, "text": {"name": "heldout", "sequence_length": 2048, "digests": ["x"]},
+    "kl_mean": 0.0123, "kl_standard_error": 0.00041, "top1_agreement": 0.9612, "top1_agreement_standard_error": 0.0021,
+    "perplexity_reference": 6.1234, "perplexity_reference_standard_error": 0.051,
+    "perplexity_artifact": 6.2001, "perplexity_artifact_standard_error": 0.052,
+    "perplexity_ratio": 1.0125, "perplexity_ratio_standard_error": 0.0008,
+    "tasks": {"arc": {"questions": 100, "accuracy": {"value": 0.61, "standard_error": 0.05},
+                      "accuracy_reference": {"value": 0.625, "standard_error": None}}},
+}  # fmt: skip
+
+
+def facts(recipe: str = "scout-int4-1xh100", **changes: Any) -> CardFacts:
+    source = open_source("llama-4-scout")
+    manifest = json.loads(Manifest.of(source, load_recipe(recipe)).to_json(Contents()))
+    files = {f"model-{i:05}-of-00014.safetensors": 4_633_000_000 for i in range(1, 15)} | {"config.json": 3000}
+    made = CardFacts(NAME, policy_named("llama4"), manifest, source.config.raw, files, base_model=BASE)
+    return replace(made, **changes)
+
+
+def body(text: str) -> str:
+    return " ".join(Card.parse(text).visible.split())
+
+
+def test_the_card_meets_every_licence_duty(tmp_path):
+    files = {**scout_files(), "README.md": render_card(facts()).encode()}
+    result = audit(str(write(tmp_path / "out", files)))
+    assert result.findings == ()
+    assert result.name == NAME
+
+
+def test_metadata_are_read_by_the_hubs_own_class():
+    data = ModelCard(render_card(facts(languages=["en", "fr"]))).data
+    assert (data.license, data.license_name) == ("other", "llama4")
+    assert data.license_link.startswith("https://www.llama.com/llama4/")
+    assert (data.base_model, data.base_model_relation) == ([BASE], "quantized")
+    assert (data.library_name, data.pipeline_tag, data.language) == ("transformers", "image-text-to-text", ["en", "fr"])
+    assert {"llama4", "compressed-tensors", "w4a16-g128"} <= set(data.tags)
+    assert "extra_gated_prompt" not in data.to_dict()
+
+
+def test_a_text_only_model_says_so():
+    config = {key: value for key, value in facts().config.items() if key != "vision_config"}
+    text = render_card(facts(config=config))
+    assert ModelCard(text).data.pipeline_tag == "text-generation"
+    assert "AutoModelForCausalLM" in text
+    assert "AutoTokenizer" in text
+
+
+def test_gating_fields_are_set_when_asked():
+    data = ModelCard(render_card(facts(gated=True))).data.to_dict()
+    assert data["extra_gated_eu_disallowed"] is True
+    assert "Llama 4 Community License" in data["extra_gated_prompt"]
+    assert data["extra_gated_fields"]["geo"] == "ip_location"
+
+
+def test_what_was_not_measured_is_called_so():
+    text = body(render_card(facts()))
+    assert "**Not measured.**" in text
+    assert "**Not computed.**" in text
+    assert "Benchmark tasks: not measured. Image inputs: not measured." in text
+    assert "Calibration | not recorded" in text
+    assert "Fallbacks | not recorded" in text
+    assert "Calibration | none: every weight is rounded by itself" in body(render_card(facts("int4-rtn")))
+
+
+def test_cold_experts_and_fallbacks_are_results():
+    record = {
+        "text": {"name": "calibration", "samples": 256},
+        "routed_tokens": {"layers.1": [5, 0, 7], "layers.3": [0, 0, 9]},
+        "matrices": {"a": {"method": "gptq"}, "b": {"method": "rtn", "reason": "x"}},
+    }
+    text = body(render_card(facts(calibration=record)))
+    assert "name calibration, samples 256; 3 of 6 experts saw no token" in text
+    assert "1 of 2 matrices are rounded to nearest instead; l4pack-calibration.json lists them" in text
+
+
+def test_measurements_stand_with_setting_and_error_bar():
+    text = body(render_card(facts(accuracy=ACCURACY)))
+    assert "same 65,536 tokens (name heldout, sequence length 2048)" in text
+    assert "| Perplexity | 6.123 ± 0.051 | 6.200 ± 0.052 |" in text
+    assert "nats a token | 0 | 0.01230 ± 0.00041 |" in text
+    assert "as the original | 1 | 0.9612 ± 0.0021 |" in text
+    assert "| Task arc, 100 questions, accuracy | 0.625 (one sequence: no error bar) | 0.610 ± 0.050 |" in text
+    assert "Not measured.**" not in text
+    assert "Benchmark tasks" not in text
+
+
+@pytest.mark.parametrize("key", ["tokens", "kl_standard_error", "perplexity_reference", "top1_agreement"])
+def test_a_number_without_its_pair_or_error_bar_is_refused(key):
+    with pytest.raises(UsageError, match=key):
+        render_card(facts(accuracy={name: value for name, value in ACCURACY.items() if name != key}))
+    with pytest.raises(UsageError, match="no number"):
+        render_card(facts(accuracy={**ACCURACY, key: "many"}))
+
+
+def test_a_number_that_is_not_paired_is_no_measurement():
+    assert "**Not measured.**" in render_card(facts(accuracy={"tokens": 100, "perplexity_artifact": 6.2}))
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (6.2, 0.0512, "6.200 ± 0.051"),
+        (1234.5, 99.0, "1234 ± 99"),
+        (0.5, 0.0, "0.5000 ± 0.0000"),
+        (1.0, 1e-12, "1.00000000 ± 0.00000000"),
+    ],
+)
+def test_error_bars_decide_the_digits(value, error, text):
+    assert with_error(value, error) == text
+
+
+def commands(text: str) -> list[list[str]]:
+    return [
+        shlex.split(line) for line in text.splitlines() if line.startswith(("vllm", "python -m", "l4pack quantize"))
+    ]
+
+
+def test_commands_fit_the_artifact():
+    rows = [Fit("1 x RTX 5090", 1, 0), Fit("H100", 1, 131072), Fit("8 x H100", 8, 1000000)]
+    text = render_card(facts(fits=rows))
+    vllm, make = commands(text)
+    assert vllm[:3] == ["vllm", "serve", f"ORG/{NAME}"]
+    assert vllm[3:] == ["--tensor-parallel-size", "1", "--max-model-len", "131072", "--kv-cache-dtype", "fp8"]
+    assert make == ["l4pack", "quantize", "llama-4-scout", "--recipe", "scout-int4-1xh100", "--out", NAME]
+    assert "| 1 x RTX 5090 | none |" in text
+    assert "| H100 | 131,072 tokens |" in text
+    assert "SGLang does not read quantized attention" in text
+    snippet = text.split("```python\n")[1].split("```")[0]
+    compile(snippet, "card", "exec")
+
+
+def test_the_command_has_the_options_of_the_manifest():
+    made = facts()
+    options = {"--recipe": "int4", "--text": "my notes.txt", "--samples": 8, "--seed": 7}
+    source = {**made.manifest["source"], "name": "tuned"}
+    text = render_card(replace(made, manifest={**made.manifest, "source": source, "job": {"options": options}}))
+    *_, make = commands(text)
+    shown = ["--recipe", "int4", "--text", "my notes.txt", "--samples", "8", "--seed", "7"]
+    assert make == ["l4pack", "quantize", "tuned", *shown, "--out", NAME]
+
+
+def test_sglang_gets_a_command_when_it_reads_the_artifact():
+    text = render_card(facts("maverick-int4-4xh100", fits=[Fit("4 x H100", 4, 131072)]))
+    assert "does not read" not in text
+    _, sglang, _ = commands(text)
+    assert sglang[3:] == ["--model-path", f"ORG/{NAME}", "--tp", "4", "--context-length", "131072"]
+
+
+def test_without_a_promise_and_a_budget_the_commands_promise_nothing():
+    vllm, sglang, _ = commands(render_card(facts("int4")))
+    assert vllm == ["vllm", "serve", f"ORG/{NAME}"]
+    assert sglang[-1] == f"ORG/{NAME}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rows"),
+    [
+        ("int4-uniform", ["routed expert, shared expert | W4A16-g128", "attention, router, norm"]),
+        ("int4", ["routed expert | W4A16-g128", "shared expert | W8A16-g128", "attention, router, norm"]),
+        ("meta-fp8", ["routed expert | as in the original in layers 0, 47; FP8-dynamic in layers 1-46"]),
+    ],
+)
+def test_every_role_is_accounted_for(recipe, rows):
+    text = body(render_card(facts(recipe)))
+    assert all(row in text for row in rows)
+    assert "vision" in text
+
+
+OWN = "# {{ name }}\n\nMine.\n"
+
+
+def test_a_users_template_replaces_the_text_and_never_the_licence(tmp_path):
+    own = tmp_path / "card.jinja"
+    own.write_text(OWN)
+    text = render_card(facts(), own)
+    assert "Mine." in text
+    assert "Serving" not in text
+    files = {**scout_files(), "README.md": text.encode()}
+    assert audit(str(write(tmp_path / "out", files)), name=NAME).findings == ()
+    own.write_text("# {{ name }}\n\n{{ licence_block }}\n\nMine.\n")
+    assert render_card(facts(), own).count("**Built with Llama**") == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ nonsense }}", "nonsense"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ source.update({}) }}", "unsafe|not safely callable"),
+    ],
+)
+def test_a_template_that_cannot_be_rendered_is_a_usage_error(tmp_path, template, message):
+    own = tmp_path / "card.jinja"
+    own.write_text(template)
+    with pytest.raises(UsageError, match=message):
+        render_card(facts(), own)
+    with pytest.raises(UsageError, match="can't be read"):
+        render_card(facts(), tmp_path / "absent")
+
+
+ENDLESS = {
+    "loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "a long text": "{{ 'x' * 10000000000 }}", "a wide number": "{{ '%3000000000d' | format(1) }}",
+    "doubling": "{% set ns = namespace(a='x' * 1000) %}{% for i in range(99) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
+    "a long page": "{% for a in range(99999) %}{{ 'x' * 99 }}{% endfor %}",
+    "division": "{{ 1 // 0 }}", "another file": "{% include '/etc/passwd' %}", "types": "{{ name + 1 }}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
+def test_a_template_that_does_not_end_well_ends_soon(tmp_path, monkeypatch, template):
+    monkeypatch.setattr("l4pack.publish.template.SECONDS", 1)
+    own = tmp_path / "card.jinja"
+    own.write_text(template)
+    with pytest.raises(UsageError) as caught:
+        render_card(facts(), own)
+    assert "card.jinja" in caught.value.message
+    assert len(caught.value.message) < 500
+
+
+HOSTILE = "[x](https://evil.example) <b>https://evil.example www.evil.example a@evil.example ![](x) &lt; \n# H | * _"
+
+
+def test_what_looks_like_markup_becomes_code():
+    assert safe("Int4 in groups of 128: FP8, W4A16-g128 (1.5 %)") == "Int4 in groups of 128: FP8, W4A16-g128 (1.5 %)"
+    for part in (*HOSTILE.split(" "), "https://a", "www.a", "a@b.c", "mailto:a", "[a]", "*a*", "#a", "a&lt;b", "\\"):
+        shown = safe(part)
+        assert shown.startswith("`") or (all(mark not in shown for mark in "[]<>*#&@/\\!|~") and "www" not in shown), (
+            part
+        )
+
+
+def test_no_link_or_markup_survives_from_a_record():
+    made = facts(accuracy={**ACCURACY, "text": {"source": HOSTILE}, "tasks": {HOSTILE: ACCURACY["tasks"]["arc"]}})
+    manifest = {**made.manifest, "l4pack_version": HOSTILE, "recipe": {**made.manifest["recipe"], "title": HOSTILE}}
+    text = re.sub(r"`[^`\n]*`", "", Card.parse(render_card(replace(made, manifest=manifest))).visible)
+    assert "evil" not in text
+    assert "<b>" not in text
+
+
+def test_text_from_outside_is_nothing_but_text():
+    made = facts(base_model=None)
+    source = {**made.manifest["source"], "name": "x`\n\n# Not a heading <script>|", "revision": "a`b"}
+    text = render_card(replace(made, manifest={**made.manifest, "source": source}))
+    assert "\n# Not" not in text
+    assert "<script>" not in text
+    assert "x # Not a heading script" in text
+
+
+def test_the_same_facts_give_the_same_bytes():
+    assert render_card(facts(accuracy=ACCURACY)) == render_card(facts(accuracy=ACCURACY))
+
+
+def test_another_licence_brings_its_own_block():
+    text = render_card(facts(policy=policy_named("apache-2.0"), base_model=None))
+    assert ModelCard(text).data.license == "apache-2.0"
+    assert policy_named("apache-2.0").block.strip() in text
+    assert "Built with Llama" not in text
+
+
+def test_options_are_typed_as_the_command_takes_them():
+    options = {"--samples": 4, "--include": ["a.txt", "b c"], "--keep-float32": True}
+    typed = [part for option, value in options.items() for part in _typed(option, value)]
+    assert typed == ["--samples", "4", "--include", "a.txt", "--include", "b c", "--keep-float32"]
