@@ -35,7 +35,7 @@ from l4pack.checkpoint.header import LENGTH_BYTES, TensorEntry, parse_header, re
 from l4pack.checkpoint.source import INDEX_NAME, Checkpoint, assemble, open_folder, parse_index
 from l4pack.errors import BudgetError, HubError, SourceError
 from l4pack.hub.client import hub_api, hub_errors, patiently
-from l4pack.hub.guard import ASTRAY, Transfer, transferring
+from l4pack.hub.exchange import ASTRAY, Transfer, transferring
 from l4pack.model.config import MAX_CONFIG_BYTES, parse_config
 from l4pack.units import human_bytes
 from l4pack.work.folder import claim

@@ -31,7 +31,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from l4pack import __version__
 from l4pack.errors import HubError, L4packError
-from l4pack.hub.guard import (
+from l4pack.hub.exchange import (
     ASTRAY,
     ATTEMPTS,
     BOUNDS,
@@ -40,9 +40,9 @@ from l4pack.hub.guard import (
     HTTPError,
     NoAnswerError,
     TransportError,
-    install,
     one_call,
 )
+from l4pack.hub.guard import install
 
 _Result = TypeVar("_Result")
 

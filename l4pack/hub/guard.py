@@ -13,9 +13,6 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -24,149 +21,26 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._http import hf_raise_for_status, hf_request_event_hook
 
 from l4pack.errors import HubError
+from l4pack.hub import exchange as exchanges
 from l4pack.hub.answers import CREATE, Asked, Kind, find_kind
+from l4pack.hub.exchange import (
+    ASTRAY,
+    CALL,
+    EXCHANGE,
+    HUB_HOSTS,
+    TRANSFER,
+    TRANSIENT,
+    Exchange,
+    NoAnswerError,
+    Transfer,
+)
 
 if TYPE_CHECKING:
     import httpx2 as http
 else:  # httpx, or httpx2, whichever this huggingface_hub stands on
     http = importlib.import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
 
-HTTPError, TransportError = http.HTTPError, http.TransportError
-TRANSIENT = (408, 429, 500, 502, 503, 504)
-ATTEMPTS = 5
-LITTLE = 4096
-AGAIN = "run the same command again"
-ASTRAY = "check HF_ENDPOINT, and whether a proxy or a log-in page answers in the Hub's place"
-HUB_HOSTS = ("huggingface.co", "hf.co", "hub-ci.huggingface.co")
 _KEY = "l4pack"
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What an answer may take. Bytes and seconds."""
-
-    answer_bytes: int = 8 * 1024**2  # of one answer about a repository
-    call_bytes: int = 64 * 1024**2  # of all pages of one call
-    call_requests: int = 300
-    aside_bytes: int = 64 * 1024  # of an answer whose content is not used
-    look_seconds: float = 20.0  # without a byte, for what is looked at; thrice that for a whole answer
-    change_seconds: float = 120.0  # without a byte, and for a whole answer, for what is changed
-    window_seconds: float = 30.0
-    window_bytes: int = 128 * 1024  # that must move in a window
-    redirects: int = 8
-    longest_wait: int = 60
-    inner_wait: int = 10  # between two tries that the client makes by itself
-
-
-BOUNDS = Bounds()
-
-
-class NoAnswerError(HubError):
-    """Nothing, or less than was announced, came back: the request may be tried again."""
-
-
-@dataclass
-class Call:
-    """All the requests that one call to the client makes."""
-
-    requests: int = 0
-    nbytes: int = 0
-
-    def count(self, requests: int, nbytes: int, host: str) -> None:
-        """Note requests and bytes. Raises HubError when they are more than any repository needs."""
-        self.requests += requests
-        self.nbytes += nbytes
-        if self.requests > BOUNDS.call_requests or self.nbytes > BOUNDS.call_bytes:
-            raise HubError(f"{host} answers without end", hint=ASTRAY)
-
-
-@dataclass
-class Transfer:
-    """A file on its way: what the listing says of it, and how its fetching went so far.
-
-    `digest` is the hex SHA-256 or git name of the content, `commit` the repository's commit, both as listed.
-    """
-
-    name: str
-    size: int
-    digest: str
-    commit: str
-    received: int = 0
-    counted: int = 0
-    fruitless: int = 0
-
-    def begin(self) -> None:
-        """Count a try. Raises HubError after too many that brought nothing, or too many bytes in all."""
-        if self.received - self.counted <= max(self.size // 100, LITTLE):
-            self.fruitless += 1
-        self.counted = self.received
-        if self.fruitless > ATTEMPTS + 1 or self.received > 2 * self.size:
-            raise HubError(f"{self.name}: the transfer broke off again and again", hint=AGAIN)
-
-
-@dataclass
-class Exchange:
-    """One request, the redirects it leads to, and the time the network took."""
-
-    asked: Asked
-    host: str
-    kind: Kind | None = None
-    transfer: Transfer | None = None
-    changes: bool = False
-    seconds: float = 0.0
-    _window: list[float] = field(default_factory=lambda: [0.0, 0.0])  # seconds, bytes
-
-    @property
-    def is_answer(self) -> bool:
-        """Whether the answer is about a repository, not a file's content."""
-        return self.kind is not None
-
-    def ends_with(self, error: http.TransportError, method: str) -> bool:
-        """Whether a failure is for our caller to try again. Broken transfers of files are the client's to go on with."""
-        if self.is_answer or (method == "HEAD" and self.transfer is not None):
-            return True
-        return self.changes and isinstance(error, http.TimeoutException)
-
-    def moved(self, nbytes: int, seconds: float) -> None:
-        """Note what went over the wire and how long that took. Raises HubError when it is too slow."""
-        self.seconds += seconds
-        self._window[0] += min(seconds, BOUNDS.window_seconds / 12)  # a server that thinks is not one that drips
-        self._window[1] += nbytes
-        late = self.is_answer and self.seconds > (BOUNDS.change_seconds if self.changes else 3 * BOUNDS.look_seconds)
-        if self._window[0] > BOUNDS.window_seconds:
-            late = late or self._window[1] < BOUNDS.window_bytes
-            self._window = [0.0, 0.0]
-        if late:
-            raise HubError(f"{self.host} answers too slowly", hint="try again later, or from another network")
-
-    def bad(self, what: str) -> HubError:
-        """The error for an answer that can't be right."""
-        return HubError(f"{self.host} does not answer as the Hub does: {what}", hint=ASTRAY)
-
-
-_CALL: ContextVar[Call | None] = ContextVar("_CALL", default=None)
-_TRANSFER: ContextVar[Transfer | None] = ContextVar("_TRANSFER", default=None)
-_EXCHANGE: ContextVar[Exchange | None] = ContextVar("_EXCHANGE", default=None)
-
-
-@contextmanager
-def one_call() -> Iterator[None]:
-    """Bound together all that the block asks of the Hub."""
-    token = _CALL.set(Call())
-    try:
-        yield
-    finally:
-        _CALL.reset(token)
-
-
-@contextmanager
-def transferring(transfer: Transfer) -> Iterator[None]:
-    """Hold what the block fetches to a file's listed size and digest."""
-    token = _TRANSFER.set(transfer)
-    try:
-        yield
-    finally:
-        _TRANSFER.reset(token)
 
 
 @cache
@@ -180,7 +54,7 @@ def _client() -> Any:
         "request": [hf_request_event_hook, _before],
         "response": [_after],
     }
-    client = _Client(event_hooks=hooks, follow_redirects=True, timeout=None, max_redirects=BOUNDS.redirects)
+    client = _Client(event_hooks=hooks, follow_redirects=True, timeout=None, max_redirects=exchanges.BOUNDS.redirects)
     client.headers["Accept-Encoding"] = "identity"
     return client
 
@@ -211,10 +85,12 @@ def _before(request: http.Request) -> None:
     if exchange is None:
         exchange = _begin(request)
         given = request.extensions.get("timeout") or {}
-        silence = BOUNDS.look_seconds if request.method in ("GET", "HEAD") else BOUNDS.change_seconds
+        silence = (
+            exchanges.BOUNDS.look_seconds if request.method in ("GET", "HEAD") else exchanges.BOUNDS.change_seconds
+        )
         limits = {name: given.get(name) or silence for name in ("connect", "read", "write", "pool")}
         request.extensions = {**request.extensions, _KEY: exchange, "timeout": limits, "trace": _trace}
-    _EXCHANGE.set(exchange)
+    EXCHANGE.set(exchange)
     request.headers["Accept-Encoding"] = "identity"
 
 
@@ -223,7 +99,7 @@ def _begin(request: http.Request) -> Exchange:
     looks = request.method in ("GET", "HEAD")
     found = find_kind(request.method, request.url.path)
     if found is not None:
-        call = _CALL.get()
+        call = CALL.get()
         if call is not None and looks:
             call.count(1, 0, host)
         kind, prefix, subject = found
@@ -232,7 +108,7 @@ def _begin(request: http.Request) -> Exchange:
         return Exchange(
             Asked(f"{request.url.scheme}://{host}{prefix}", subject, query, body), host, kind, changes=not looks
         )
-    transfer = _TRANSFER.get() if looks else None
+    transfer = TRANSFER.get() if looks else None
     if transfer is not None and request.method == "GET":
         transfer.begin()
     return Exchange(Asked("", "", "", b""), host, None, transfer, changes=not looks)
@@ -251,7 +127,7 @@ def _trace(event: str, info: dict[str, Any]) -> None:
 
 def _timed(move: Callable[..., Any], size: Callable[[Any], int] | None = None) -> Callable[..., Any]:
     def timed(data: Any, timeout: float | None = None) -> Any:
-        exchange, begun, nbytes = _EXCHANGE.get(), time.monotonic(), 0
+        exchange, begun, nbytes = EXCHANGE.get(), time.monotonic(), 0
         try:
             moved = move(data, timeout=timeout)
             nbytes = len(data) if size is None else size(moved)
@@ -269,7 +145,10 @@ def _timed(move: Callable[..., Any], size: Callable[[Any], int] | None = None) -
 def _after(response: http.Response) -> None:
     """Check an answer before the client looks at it."""
     exchange = response.request.extensions[_KEY]
-    _plain_wait(response, BOUNDS.inner_wait if exchange.changes and not exchange.is_answer else BOUNDS.longest_wait)
+    _plain_wait(
+        response,
+        exchanges.BOUNDS.inner_wait if exchange.changes and not exchange.is_answer else exchanges.BOUNDS.longest_wait,
+    )
     if response.status_code >= 400:
         _refused(response, exchange)
     elif response.status_code in (301, 302, 303, 307, 308) and "Location" in response.headers:
@@ -334,8 +213,8 @@ def _keeps_method(response: http.Response, exchange: Exchange, target: http.URL)
 def _answer(response: http.Response, exchange: Exchange, kind: Kind) -> None:
     if response.status_code not in (200, 201):
         raise exchange.bad(f"status {response.status_code} for {kind.title}")
-    content = _whole(response, exchange, BOUNDS.answer_bytes)
-    call = _CALL.get()
+    content = _whole(response, exchange, exchanges.BOUNDS.answer_bytes)
+    call = CALL.get()
     if call is not None:
         call.count(0, len(content), exchange.host)
     try:
@@ -365,7 +244,7 @@ def _acknowledged(response: http.Response, exchange: Exchange) -> None:
     """An answer that says only that something was done."""
     if response.status_code not in (200, 201, 204):
         raise exchange.bad(f"status {response.status_code}")
-    content = _whole(response, exchange, BOUNDS.aside_bytes)
+    content = _whole(response, exchange, exchanges.BOUNDS.aside_bytes)
     if "html" in response.headers.get("Content-Type", "").lower() and content.lstrip().startswith(b"<"):
         raise exchange.bad("a page instead of an acknowledgement")
     _replace(response, content)
@@ -392,7 +271,7 @@ def _aside(response: http.Response, instead: dict[str, str]) -> None:
     try:
         for chunk in response.stream:  # type: ignore[union-attr]
             nbytes += len(chunk)
-            if nbytes > BOUNDS.aside_bytes:
+            if nbytes > exchanges.BOUNDS.aside_bytes:
                 break
     except http.TransportError:
         pass  # the headers said all that is needed

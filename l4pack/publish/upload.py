@@ -26,7 +26,7 @@ from l4pack.checkpoint.companions import belongs, folder_files
 from l4pack.checkpoint.hub import RemoteFile
 from l4pack.errors import HubError
 from l4pack.hub.client import hub_errors, patiently
-from l4pack.hub.guard import ASTRAY
+from l4pack.hub.exchange import ASTRAY
 
 MAIN = "main"
 CHUNK = 8 * 1024**2

@@ -17,9 +17,9 @@ from small_checkpoint import checkpoint_files
 
 from l4pack.checkpoint.hub import open_hub
 from l4pack.errors import BudgetError, HubError
-from l4pack.hub import guard as hubguard
+from l4pack.hub import exchange
 from l4pack.hub.client import hub_api
-from l4pack.hub.guard import Bounds, Transfer, transferring
+from l4pack.hub.exchange import Bounds, Transfer, transferring
 from l4pack.publish.licence import audit
 from l4pack.publish.upload import Target, local_files, plan_upload, upload
 
@@ -59,7 +59,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    monkeypatch.setattr(hubguard, "BOUNDS", TINY)
+    monkeypatch.setattr(exchange, "BOUNDS", TINY)
     for module in ("l4pack.hub.client", "huggingface_hub.utils._http", "huggingface_hub.file_download"):
         monkeypatch.setattr(f"{module}.time", Hurried())
 
@@ -288,7 +288,7 @@ def test_two_files_of_one_name_are_refused(hub):
 @pytest.mark.parametrize("lie", ["a bomb", "an answer without end", "an announced answer without end"])
 def test_what_is_kept_of_an_answer_is_bounded(hub, folder, monkeypatch, lie):
     """With the bounds of every day: some megabytes go over the wire, socket buffers included."""
-    monkeypatch.setattr(hubguard, "BOUNDS", Bounds())
+    monkeypatch.setattr(exchange, "BOUNDS", Bounds())
     set_up(hub, "information")
     hub.fault("GET", "^/api/models/", times=99, raw=everywhere()[lie])
     assert refused(lambda: opens(hub, folder))
@@ -317,7 +317,7 @@ def test_a_page_names_another_only_on_its_own_list(hub, folder, where):
 
 @pytest.mark.parametrize("body", [b"[]", None])
 def test_pages_without_end_are_left(hub, folder, monkeypatch, body):
-    monkeypatch.setattr(hubguard, "BOUNDS", Bounds(call_requests=20, longest_wait=0))
+    monkeypatch.setattr(exchange, "BOUNDS", Bounds(call_requests=20, longest_wait=0))
     set_up(hub, "the commits before")
 
     def again(reply: Reply) -> None:
@@ -435,7 +435,7 @@ def test_a_part_is_the_part_that_was_asked_for(hub, folder, alter):
 def test_a_transfer_that_breaks_off_goes_on_as_long_as_something_comes(hub):
     set_up(hub, "a shard's facts")
     store = open_hub(REPO, endpoint=hub.endpoint).store
-    fault = hub.fault("GET", "^/large/", times=8, drop_after=max(len(CONTENT) // 10, hubguard.LITTLE + 1))
+    fault = hub.fault("GET", "^/large/", times=8, drop_after=max(len(CONTENT) // 10, exchange.LITTLE + 1))
     assert store.path(SHARD).read_bytes() == CONTENT
     assert fault.hits > 1
 
@@ -465,7 +465,7 @@ def test_a_hub_that_says_nothing_is_left_soon(hub, folder):
     set_up(hub, "a shard's facts")
     hub.fault("HEAD", "/resolve/", times=99, raw=pours(lambda: iter([b""] * 40), pause=0.05))
     assert refused(lambda: fetches(hub, folder))
-    assert len(hub.requests("/resolve/", "HEAD")) == hubguard.ATTEMPTS
+    assert len(hub.requests("/resolve/", "HEAD")) == exchange.ATTEMPTS
 
 
 def test_a_commit_asked_for_by_its_hash_is_the_one_answered(hub):
