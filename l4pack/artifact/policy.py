@@ -131,8 +131,3 @@ def duty_files(origin: str | None = None) -> frozenset[str]:
 def written_files() -> frozenset[str]:
     """Names of the files whose text `package` writes, whatever the source's said."""
     return duty_files("written")
-
-
-def policy_named(name: str) -> Policy:
-    """A shipped policy."""
-    return next(policy for policy in policies() if policy.policy == name)

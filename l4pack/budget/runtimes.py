@@ -86,11 +86,6 @@ def load_runtime(name: str) -> Runtime:
     return known[name]
 
 
-def runtime_names() -> list[str]:
-    """Names of the known runtimes, the default first."""
-    return list(_runtimes())
-
-
 class _RuntimeFile(_Data):
     runtimes: dict[str, Runtime]
 

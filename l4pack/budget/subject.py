@@ -96,9 +96,9 @@ def from_entries(name: str, config: Llama4Config, entries: Iterable[TensorEntry]
     return Subject(name, config, tensors)
 
 
-def from_config(name: str, config: Llama4Config, *, fused: bool = True) -> Subject:
+def from_config(name: str, config: Llama4Config) -> Subject:
     """The BF16 checkpoint that a configuration describes."""
-    specs = catalogue(config, fused=fused).tensors
+    specs = catalogue(config, fused=True).tensors
     return Subject(name, config, tuple(Weight(spec.name, "BF16", spec.shape, spec.role, spec.layer) for spec in specs))
 
 

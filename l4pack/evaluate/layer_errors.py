@@ -106,10 +106,10 @@ def _difference(reference: Tensor, artifact: Tensor) -> float:
     return _ratio(difference, size)
 
 
-def worst_units(layers: Sequence[dict[str, Any]], count: int = WORST) -> list[dict[str, Any]]:
+def worst_units(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The units with the largest errors of their own, worst first."""
     found = [unit for record in layers for unit in (*_shared_units(record), *_expert_units(record))]
-    return sorted(found, key=lambda item: -item["error"])[:count]
+    return sorted(found, key=lambda item: -item["error"])[:WORST]
 
 
 def _shared_units(record: dict[str, Any]) -> list[dict[str, Any]]:

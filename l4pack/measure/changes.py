@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from l4pack.measure.options import Options, bits, family
 from l4pack.model.config import Llama4Config
-from l4pack.model.tensors import QUANTIZABLE, Role
+from l4pack.model.tensors import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +130,3 @@ def _distinct(config: Llama4Config, made: Iterable[Mixture]) -> list[Mixture]:
         if len(changed) > 1:
             found.setdefault(changed, mixture)
     return list(found.values())
-
-
-def present_roles(config: Llama4Config) -> list[Role]:
-    """Roles that the model has matrices of."""
-    there = {role for layer in range(config.text.num_hidden_layers) for role in roles_of(config, layer)}
-    return [role for role in QUANTIZABLE if role in there]

@@ -119,18 +119,16 @@ def check_ready(
     return [*done, f"verify: {verification.checked.tally.matrices} quantized matrices and every other tensor in order"]
 
 
-def plan_push(folder: Path, target: Target, *, endpoint: str | None = None) -> UploadPlan:
+def plan_push(folder: Path, target: Target) -> UploadPlan:
     """What a push would do; changes nothing. Raises HubError."""
     local = local_files(folder, read_manifest(folder).files)
-    return replace(plan_upload(hub_api(endpoint, None), target, local), left_behind=left_here(folder, local))
+    return replace(plan_upload(hub_api(None, None), target, local), left_behind=left_here(folder, local))
 
 
-def push_artifact(
-    plan: UploadPlan, *, endpoint: str | None = None, advance: Callable[[int], None] = lambda _: None
-) -> Uploaded:
+def push_artifact(plan: UploadPlan, *, advance: Callable[[int], None] = lambda _: None) -> Uploaded:
     """Upload as planned and compare digests. Raises HubError."""
     name = plan.target.repo_id.rpartition("/")[2]
-    return upload(hub_api(endpoint, None), plan, f"Upload {name} with l4pack", advance)
+    return upload(hub_api(None, None), plan, f"Upload {name} with l4pack", advance)
 
 
 def _licence_error(result: Audit) -> LicenceError:

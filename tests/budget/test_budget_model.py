@@ -15,9 +15,10 @@ from l4pack.budget.devices import Host, find_host, load_devices
 from l4pack.budget.load import MAX_SEQUENCES, Load
 from l4pack.budget.model import Budget, Verdict, budget, evaluate
 from l4pack.budget.named import alternatives, open_subject
-from l4pack.budget.runtimes import runtime_names
+from l4pack.budget.runtimes import DATA
 from l4pack.budget.solve import changes, limits, max_context, max_sequences
 from l4pack.budget.subject import Subject, from_config
+from l4pack.datafile import read_yaml
 from l4pack.errors import UsageError
 from l4pack.recipe import load_recipe, recipe_names
 from l4pack.units import GIB
@@ -25,7 +26,8 @@ from l4pack.units import GIB
 DEVICES = load_devices()
 PAGE = (Path(__file__).parents[2] / "docs" / "explanation" / "memory-model.md").read_text()
 OPENED: dict[tuple[str, str | None], Subject] = {}
-RUNTIMES = st.sampled_from(runtime_names())
+RUNTIME_NAMES = list(read_yaml(DATA / "runtimes.yaml")["runtimes"])
+RUNTIMES = st.sampled_from(RUNTIME_NAMES)
 EASY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -310,7 +312,7 @@ def test_sglang_takes_activations_from_what_it_leaves_over() -> None:
     assert found.setting.utilization == pytest.approx(round((79.10 - 10.5) / 79.10, 3) * 0.95 * 0.832, abs=0.002)
 
 
-@pytest.mark.parametrize("runtime", runtime_names())
+@pytest.mark.parametrize("runtime", RUNTIME_NAMES)
 def test_a_configuration_that_claims_the_impossible_is_still_answered(runtime: str) -> None:
     text = opened("scout").config.text.model_copy(update={"max_position_embeddings": 10**400})
     config = opened("scout").config.model_copy(update={"text": text})

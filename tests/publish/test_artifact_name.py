@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from publishing import policy_named
 
-from l4pack.artifact.policy import policy_named
 from l4pack.errors import LicenceError
 from l4pack.publish.names import check_name, derive_name, hub_name_findings, name_findings, suggestion
 from l4pack.recipe import load_recipe, recipe_names

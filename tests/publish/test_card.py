@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from licence_texts import scout_files
+from publishing import policy_named
 from test_licence import write
 
 from l4pack.artifact.manifest import Contents, Manifest
-from l4pack.artifact.policy import policy_named
 from l4pack.checkpoint.open import open_source
 from l4pack.errors import UsageError
 from l4pack.publish.card import CardFacts, Fit, _typed, render_card, with_error

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from hub_server import running_hub
 from licence_texts import APACHE, CARD, LICENSE, NOTICE, USE_POLICY, other_files, scout_files
+from publishing import policy_named
 from typer.testing import CliRunner
 
-from l4pack.artifact.policy import Duty, Policy, policies, policy_named
+from l4pack.artifact.policy import Duty, Policy, policies
 from l4pack.cli.app import app
 from l4pack.errors import LicenceError, SourceError
 from l4pack.publish.licence import audit

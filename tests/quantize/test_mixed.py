@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import quick_plan
 from mixes import SCHEMES, WEIGHT_ONLY, draw_mix, matrix_layers
+from publishing import policy_named
 from test_transformers import decompressed, load, logits, reference
 
 from l4pack.artifact.mixture import recipe_tag, scheme_layers, scheme_text
-from l4pack.artifact.policy import policy_named
 from l4pack.artifact.quantized import Quantization
 from l4pack.budget.named import open_subject
 from l4pack.checkpoint.open import open_source

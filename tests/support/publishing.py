@@ -7,10 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from l4pack.artifact.policy import Policy, policies
+
 SECRET = "hf_ThisMustNeverBeSeen"
 NAME = "Llama-4-Tiny-W4A16-g128"
 REPO = f"me/{NAME}"
 BASE = "meta-llama/Llama-4-Tiny"
+
+
+def policy_named(name: str) -> Policy:
+    """A shipped policy."""
+    return next(policy for policy in policies() if policy.policy == name)
 
 
 def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
