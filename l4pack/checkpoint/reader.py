@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -89,16 +89,20 @@ class Reader:
         first = ((index or 0) * count + start) * width
         return self._array(entry, entry.start + first * DTYPE_BITS[entry.dtype] // 8, (stop - start, width))
 
-    def columns(self, name: str, index: int | None, columns: slice) -> NDArray[Any]:
-        """Some columns of all rows of a 2-D tensor, or of matrix `index` of a 3-D one, row by row."""
+    def columns(self, name: str, index: int | None, columns: Sequence[slice]) -> NDArray[Any]:
+        """Some ranges of columns of a 2-D tensor, or of matrix `index` of a 3-D one, side by side; read row by row."""
         entry = self._entries[name]
         count, width = entry.shape[-2:]
-        start, stop, _ = columns.indices(width)
         item = DTYPE_BITS[entry.dtype] // 8
-        block = np.empty((count, stop - start), NUMPY_TYPES[entry.dtype])
-        first = entry.start + ((index or 0) * count * width + start) * item
+        first = entry.start + (index or 0) * count * width * item
+        ranges = [piece.indices(width)[:2] for piece in columns]
+        block = np.empty((count, sum(stop - start for start, stop in ranges)), NUMPY_TYPES[entry.dtype])
         for row in range(count):
-            self._fill(entry, first + row * width * item, block[row].view(np.uint8))
+            place = 0
+            for start, stop in ranges:
+                piece = block[row, place : place + stop - start]
+                self._fill(entry, first + (row * width + start) * item, piece.view(np.uint8))
+                place += stop - start
         return block
 
     def _array(self, entry: TensorEntry, start: int, shape: tuple[int, ...]) -> NDArray[Any]:

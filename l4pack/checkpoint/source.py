@@ -38,6 +38,7 @@ from l4pack.quant.floats import FloatName
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
 MAX_NAME_BYTES = 255  # what file systems take
+_CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _SHARD_NAME = re.compile(r"\w[\w.\-]*\.safetensors")
 
 
@@ -135,6 +136,12 @@ class Checkpoint:
         """The dtype of every tensor, one of WEIGHT_DTYPES. Raises SourceError where the layout is not Llama 4's."""
         assert self.layout
         return {name: cast(FloatName, entry.dtype) for name, entry in self.entries.items()}
+
+    def dtype_of(self, name: str) -> str:
+        """The safetensors dtype of a tensor; of a bare configuration, the dtype it states (BF16 if none)."""
+        if self.bare:
+            return _CONFIG_DTYPES.get(self.config.dtype or "", "BF16")
+        return self.entries[name].dtype
 
     @cached_property
     def shards(self) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 
 from l4pack.checkpoint.source import Checkpoint
-from l4pack.plan.assign import source_dtype
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:
@@ -18,5 +17,5 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
     sections = [config.text, *([config.vision] if config.vision is not None else [])]
     digest = hashlib.sha256(json.dumps([one.model_dump(mode="json") for one in sections], sort_keys=True).encode())
     for spec in sorted(checkpoint.layout.tensors, key=lambda spec: spec.name):
-        digest.update(f"{spec.name} {source_dtype(checkpoint, spec.name)} {spec.shape}\n".encode())
+        digest.update(f"{spec.name} {checkpoint.dtype_of(spec.name)} {spec.shape}\n".encode())
     return digest.hexdigest()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import groupby
 
 from l4pack.artifact import kv_cache
-from l4pack.checkpoint.header import DTYPE_BITS, tensor_bytes
+from l4pack.checkpoint.header import tensor_bytes
+from l4pack.checkpoint.matrices import MatrixSource, StoredMatrices
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import RecipeError
 from l4pack.formats import load_format, stored_tensors
@@ -21,7 +23,6 @@ from l4pack.units import MIB
 COPY_CHUNK = 16 * MIB
 _ROUNDING = 3  # chunks held while float32 is rounded: the source's, the result and what lies between
 ROW_STEP = 128  # slices are cut at multiples of this: FP8 blocks and packed zero points stay whole
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 class Action(StrEnum):
@@ -135,16 +136,9 @@ def _kv_scales(checkpoint: Checkpoint, recipe: Recipe) -> list[tuple[PlannedTens
     ]
 
 
-def source_dtype(checkpoint: Checkpoint, name: str) -> str:
-    """The safetensors dtype of a source tensor; of a bare configuration, the dtype it states (BF16 if none)."""
-    if checkpoint.bare:
-        return _DTYPES.get(checkpoint.config.dtype or "", "BF16")
-    return checkpoint.entries[name].dtype
-
-
 def kept_dtype(checkpoint: Checkpoint, recipe: Recipe, name: str) -> str:
     """The safetensors dtype a source tensor is kept in: its own, but float32 is rounded to what runtimes compute in."""
-    dtype = source_dtype(checkpoint, name)
+    dtype = checkpoint.dtype_of(name)
     return model_dtype(checkpoint) if dtype == "F32" and not recipe.keep_float32 else dtype
 
 
@@ -188,7 +182,7 @@ def _target(checkpoint: Checkpoint, recipe: Recipe, old: Linear, new: Linear, sc
             f"{new.in_features} input features of {new.module}",
             hint="choose a group size that divides every matrix, or strategy channel",
         )
-    dtype = kept_dtype(checkpoint, recipe, old.tensor) if numbers is None else source_dtype(checkpoint, old.tensor)
+    dtype = kept_dtype(checkpoint, recipe, old.tensor) if numbers is None else checkpoint.dtype_of(old.tensor)
     tensors = module_tensors(new, scheme, numbers, dtype)
     return Target(old, new.module, scheme, tensors)
 
@@ -216,8 +210,9 @@ def cut(checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, slab_byt
     """The tasks in the order of the source's bytes; no slab is larger than `slab_bytes` where it may be cut."""
     tasks = [_copy_task(checkpoint, name, tensor) for name, tensor in assignment.copies]
     uncalibrated = [target for target in assignment.targets if not is_calibrated(recipe, target)]
-    for together in _together(uncalibrated):
-        tasks += _slices(checkpoint, recipe, together, slab_bytes)
+    source = StoredMatrices(checkpoint)
+    for _, together in groupby(uncalibrated, key=lambda target: source.together(target.linear)):
+        tasks += _slices(source, recipe, tuple(together), slab_bytes)
     if checkpoint.bare:
         return tuple(tasks)
     entries = checkpoint.entries
@@ -230,28 +225,14 @@ def is_calibrated(recipe: Recipe, target: Target) -> bool:
 
 
 def _copy_task(checkpoint: Checkpoint, name: str, tensor: PlannedTensor) -> Task:
-    read = tensor_bytes(source_dtype(checkpoint, name), tensor.shape)
+    read = tensor_bytes(checkpoint.dtype_of(name), tensor.shape)
     return Task(tensor.name, Action.COPY, name, copied=tensor, read_bytes=read, write_bytes=tensor.nbytes)
 
 
-def _together(targets: Sequence[Target]) -> Iterator[tuple[Target, ...]]:
-    """Gate and up of one expert lie side by side in a fused tensor and are read at once."""
-    waiting: Target | None = None
-    for target in targets:
-        if waiting is not None:
-            yield (waiting, target)
-            waiting = None
-        elif target.linear.layout is Layout.IN_OUT and target.linear.projection == "gate_proj":
-            waiting = target
-        else:
-            yield (target,)
-
-
-def _slices(checkpoint: Checkpoint, recipe: Recipe, targets: tuple[Target, ...], slab_bytes: int) -> Iterator[Task]:
+def _slices(source: MatrixSource, recipe: Recipe, targets: tuple[Target, ...], slab_bytes: int) -> Iterator[Task]:
     linear, scheme = targets[0].linear, targets[0].scheme
     action = Action.UNFUSE if scheme == KEEP else Action.QUANTIZE
-    item = DTYPE_BITS[source_dtype(checkpoint, linear.tensor)] // 8
-    row_bytes = linear.in_features * item * len(targets)
+    row_bytes = sum(source.nbytes(target.linear, rows=1) for target in targets)
     step = max(ROW_STEP, slab_bytes // row_bytes // ROW_STEP * ROW_STEP)
     if action is Action.QUANTIZE and recipe.schemes[scheme].strategy is Strategy.TENSOR:
         step = linear.out_features  # one scale for the whole matrix needs the whole matrix

@@ -24,7 +24,7 @@ from l4pack.artifact.manifest import (
     tensor_record,
 )
 from l4pack.artifact.stanza import quantization_config
-from l4pack.checkpoint.header import DTYPE_BITS
+from l4pack.checkpoint.matrices import StoredMatrices
 from l4pack.checkpoint.parts import source_parts
 from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES, INDEX_NAME, Place, Shard, index_json, lay_out
 from l4pack.checkpoint.source import Checkpoint
@@ -42,7 +42,6 @@ from l4pack.plan.assign import (
     cut,
     is_calibrated,
     model_dtype,
-    source_dtype,
 )
 from l4pack.plan.itinerary import Itinerary, file_sizes
 from l4pack.plan.needs import Needs, calibration_needs
@@ -139,7 +138,7 @@ class Plan:
         wide = 0
         for task in self.tasks:
             kept = task.copied or task.targets[0].tensors[0]
-            rounds = task.action is not Action.QUANTIZE and kept.dtype != source_dtype(self.checkpoint, task.tensor)
+            rounds = task.action is not Action.QUANTIZE and kept.dtype != self.checkpoint.dtype_of(task.tensor)
             wide += max(1, len(task.targets)) if rounds and task.rows[0] == 0 else 0
         return wide
 
@@ -215,7 +214,7 @@ class Plan:
 
     def target_bytes(self, target: Target) -> int:
         """Bytes of a matrix in the source."""
-        return target.linear.numel * DTYPE_BITS[source_dtype(self.checkpoint, target.linear.tensor)] // 8
+        return StoredMatrices(self.checkpoint).nbytes(target.linear)
 
     @property
     def peak_ram_bytes(self) -> int:

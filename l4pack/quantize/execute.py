@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from l4pack.checkpoint.matrices import MatrixBlock, MatrixSource, StoredMatrices
 from l4pack.checkpoint.reader import NUMPY_TYPES, Reader
+from l4pack.checkpoint.source import Checkpoint
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.errors import SourceError
 from l4pack.plan.assign import COPY_CHUNK, Action, PlannedTensor, Target, Task
@@ -37,15 +38,16 @@ class Executor:
     def __init__(
         self,
         recipe: Recipe,
+        checkpoint: Checkpoint,
         reader: Reader,
         writer: ShardWriter,
-        dtypes: Mapping[str, FloatName],
         quantize: Quantizer = quantize_block,
     ) -> None:
         self._recipe = recipe
         self._reader = reader
         self._writer = writer
-        self._dtypes = dtypes  # safetensors dtype of each source tensor
+        self._matrices: MatrixSource = StoredMatrices(checkpoint, reader)
+        self._dtypes = checkpoint.float_names
         self._quantize = quantize
 
     def run(self, task: Task) -> None:
@@ -53,10 +55,11 @@ class Executor:
         if task.copied is not None:
             self._copy(task, task.copied)
             return
-        for target, block in zip(task.targets, self._blocks(task), strict=True):
+        slab = self._matrices.slab([target.linear for target in task.targets], slice(*task.rows))
+        for target, block in zip(task.targets, slab.blocks(), strict=True):
             if task.action is Action.UNFUSE:
-                _refuse_non_finite(block, self._dtypes[task.tensor], target.module)
-                self._write_from(target.tensors[0], task.rows[0], self._as_kept(task, block.T, target.tensors[0]))
+                _refuse_non_finite(block.values, block.dtype, target.module)
+                self._write_from(target.tensors[0], task.rows[0], self._as_kept(task, block.out_in, target.tensors[0]))
             else:
                 self._quantize_block(task, target, block)
 
@@ -81,24 +84,12 @@ class Executor:
             )
         return rounded
 
-    def _blocks(self, task: Task) -> list[NDArray[Any]]:
-        """One 2-D block a target, in the layout it is stored in."""
-        first = task.targets[0].linear
-        start, stop = task.rows
-        if first.layout is Layout.OUT_IN:
-            return [self._reader.matrix(task.tensor, None, slice(start, stop))]
-        if stop - start == first.out_features:
-            slab = self._reader.matrix(task.tensor, first.expert)
-            return [slab[:, target.linear.column :][:, : first.out_features] for target in task.targets]
-        places = [target.linear.column for target in task.targets]
-        return [self._reader.columns(task.tensor, first.expert, slice(place + start, place + stop)) for place in places]
-
-    def _quantize_block(self, task: Task, target: Target, block: NDArray[Any]) -> None:
-        scheme, dtype = self._recipe.schemes[target.scheme], self._dtypes[task.tensor]
-        layout = target.linear.layout
+    def _quantize_block(self, task: Task, target: Target, block: MatrixBlock) -> None:
+        scheme = self._recipe.schemes[target.scheme]
+        stored = block.values, block.layout, block.dtype
         try:
-            amax = absmax(block, layout, dtype) if scheme.strategy is Strategy.TENSOR else None
-            quantized = self._quantize(block, layout, dtype, scheme, amax=amax)
+            amax = absmax(*stored) if scheme.strategy is Strategy.TENSOR else None
+            quantized = self._quantize(*stored, scheme, amax=amax)
         except NonFiniteError as error:
             where = f"output {task.rows[0] + error.row}, input {error.column}"
             raise _non_finite(f"{task.tensor} ({target.module}, {where})") from error

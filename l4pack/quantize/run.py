@@ -169,7 +169,7 @@ def _work(
         try:
             forget_damaged(plan, journal, writer, stop)
             with Reader(plan.checkpoint.entries, store.path) as reader:
-                executor = Executor(plan.recipe, reader, writer, plan.checkpoint.float_names, quantize)
+                executor = Executor(plan.recipe, plan.checkpoint, reader, writer, quantize)
                 walked = Itinerary.of(plan.checkpoint).walked() if plan.needs is not None and store.fetches else ()
                 job = Job(plan, store, journal, reader, writer, executor, advance, stop, held=walked)
                 calibrate = partial(_calibrate, plan, Output(journal, writer, executor), work, advance, stop, device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +22,7 @@ from l4pack.artifact.quantized import (
     dequantized,
     own_scheme,
 )
+from l4pack.checkpoint.matrices import MatrixSource, StoredMatrices
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint, detect_layout
 from l4pack.errors import L4packError, SourceError
@@ -60,6 +61,7 @@ class Weights:
         self._round_activations = round_activations
         self.model_dtype = _DTYPES.get(checkpoint.config.dtype or "bfloat16", torch.bfloat16)
         self._reader = Reader(checkpoint.entries, checkpoint.store.path)
+        self._matrices: MatrixSource = StoredMatrices(checkpoint, self._reader)
         self._naming = canonical_naming(checkpoint.config)
         source = detect_layout(checkpoint.config, checkpoint.entries)
         runtime = catalogue(checkpoint.config, self._naming, fused=False)
@@ -79,16 +81,15 @@ class Weights:
 
     def linears(self, modules: Iterable[str]) -> dict[str, LinearWeight]:
         """Matrices by module; matrices of one fused tensor are read with one read and share its memory."""
-        slabs: dict[tuple[str, int | None], Tensor] = {}
+        plain: defaultdict[Hashable, list[str]] = defaultdict(list)
         result = {}
         for module in modules:
-            linear = self._linears[module]
-            if linear.layout is Layout.IN_OUT:
-                result[module] = LinearWeight(self._from_fused(linear, slabs))
-            elif self.is_quantized(module):
-                result[module] = self._quantized(module, linear)
+            if self.is_quantized(module):
+                result[module] = self._quantized(module, self._linears[module])
             else:
-                result[module] = LinearWeight(self._torch(linear.tensor, self._read(linear.tensor)))
+                plain[self._matrices.together(self._linears[module])].append(module)
+        for together in plain.values():
+            result |= zip(together, map(LinearWeight, self._plain(together)), strict=True)
         return result
 
     def is_quantized(self, module: str) -> bool:
@@ -144,11 +145,10 @@ class Weights:
         total = 0
         for module in modules:
             linear = self._linears[module]
-            if linear.layout is Layout.IN_OUT:
-                entry = self.checkpoint.entries[linear.tensor]
-                total += entry.nbytes * linear.numel // max(1, math.prod(entry.shape))
-            else:
+            if self.is_quantized(module):
                 total += sum(self.checkpoint.entries[name].nbytes for name in self._names(linear).values())
+            else:
+                total += self._matrices.nbytes(linear)
         return total
 
     def _own(self, name: str) -> str:
@@ -173,15 +173,13 @@ class Weights:
         return torch.from_numpy(np.empty(tuple(stored.shape), np.float32)).copy_(stored)
 
     def _stored(self, name: str, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        kind = _VIEWS.get(self.checkpoint.entries[name].dtype)
-        return tensor if kind is None else tensor.view(kind)
+        return _stored(array, self.checkpoint.entries[name].dtype)
 
-    def _from_fused(self, linear: Linear, slabs: dict[tuple[str, int | None], Tensor]) -> Tensor:
-        key = (linear.tensor, linear.expert)
-        if key not in slabs:
-            slabs[key] = self._torch(linear.tensor, self._reader.matrix(linear.tensor, linear.expert))
-        return slabs[key][:, linear.column : linear.column + linear.out_features].T
+    def _plain(self, together: Sequence[str]) -> list[Tensor]:
+        """Matrices [out, in] that lie side by side; they go to the device, and are widened, at once."""
+        slab = self._matrices.slab([self._linears[module] for module in together])
+        parts = slab.split(self._computable(_stored(slab.values, slab.dtype)))
+        return [part.T for part in parts] if slab.layout is Layout.IN_OUT else parts
 
     def _quantized(self, module: str, linear: Linear) -> LinearWeight:
         scheme = self._quantization.scheme(module)
@@ -202,6 +200,12 @@ class Weights:
             stored_scale = None if scale is None else self._torch(f"{linear.module}.input_scale", scale)
             activations = activations_of(scheme, stored_scale, module)
         return LinearWeight(self._computable(weight), activations)
+
+
+def _stored(array: NDArray[Any], dtype: str) -> Tensor:
+    """An array as the reader gives it, with the torch type of its safetensors dtype."""
+    tensor, kind = torch.from_numpy(array), _VIEWS.get(dtype)
+    return tensor if kind is None else tensor.view(kind)
 
 
 def _wide_scales(stored: dict[str, Tensor]) -> dict[str, Tensor]:

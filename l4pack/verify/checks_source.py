@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l4pack.checkpoint.header import TensorEntry
+from l4pack.checkpoint.matrices import MatrixBlock
 from l4pack.checkpoint.reader import Reader
-from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError
 from l4pack.model.tensors import Linear, Role
 from l4pack.quant import cpu
@@ -46,29 +46,6 @@ _ROWS = 64
 # within 0.6 and 1.4 of what is expected.
 _SLOPE_BELOW, _SLOPE_ABOVE, _SPREAD, _SIGMAS, _WEAK = 0.22, 0.3, 6.0, 8.0, 0.02
 _FINGERPRINT_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Slab:
-    """The source's numbers of one matrix, as they are stored there."""
-
-    block: NDArray[Any]
-    layout: Layout
-    dtype: FloatName
-
-    def some(self) -> NDArray[Any]:
-        """Enough of it to tell it from any other."""
-        rows = max(1, _FINGERPRINT_BYTES // max(1, self.block[:1].nbytes))
-        return np.ascontiguousarray(self.block[:rows])
-
-    def rows(self, start: int, stop: int, out: Float32Array) -> None:
-        """Output rows as float32 into `out` [rows, in]."""
-        if self.layout is Layout.OUT_IN:
-            out[:] = widen(self.block[start:stop])
-        elif self.dtype == "F16":
-            out[:] = self.block[:, start:stop].T
-        else:
-            widen_transposed(self.block[:, start:stop].view(f"u{self.block.itemsize}"), out)
 
 
 @dataclass(frozen=True)
@@ -118,42 +95,33 @@ def _narrowed(values: NDArray[Any], dtype: str, result: Result) -> NDArray[Any]:
 
 
 class SourceChecks:
-    """Holds an artifact's matrices against the source; one instance serves all threads."""
+    """Holds an artifact's matrices against the source's; one instance serves all threads."""
 
-    def __init__(self, source: Checkpoint, reader: Reader, made_by: Callable[[Linear], Made | None]) -> None:
+    def __init__(self, made_by: Callable[[Linear], Made | None]) -> None:
         """`made_by` says how a matrix was made, None where that is not known."""
-        self._source, self._reader, self._made_by = source, reader, made_by
+        self._made_by = made_by
 
-    def slabs(self, linears: list[Linear]) -> list[Slab]:
-        """The numbers of matrices that lie in one source tensor, and there in one expert, read once."""
-        first = linears[0]
-        dtype: FloatName = self._source.float_names[first.tensor]
-        if first.layout is Layout.OUT_IN:
-            return [Slab(self._reader.matrix(first.tensor, None), first.layout, dtype)]
-        whole = self._reader.matrix(first.tensor, first.expert)
-        parts = [whole[:, linear.column : linear.column + linear.out_features] for linear in linears]
-        return [Slab(part, first.layout, dtype) for part in parts]
-
-    def plain(self, name: str, mine: NDArray[Any], dtype: str, slab: Slab, result: Result) -> None:
+    def plain(self, name: str, mine: NDArray[Any], dtype: str, source: MatrixBlock, result: Result) -> None:
         """An expert that was taken out of a fused tensor and not quantized: the same numbers, turned."""
         result.tally.kept_compared += 1
-        theirs = slab.block if slab.layout is Layout.OUT_IN else slab.block.T
-        if dtype != slab.dtype and dtype in kept_as(slab.dtype):
+        theirs = source.out_in
+        if dtype != source.dtype and dtype in kept_as(source.dtype):
             theirs = _narrowed(theirs, dtype, result)
-        if dtype not in kept_as(slab.dtype):
-            result.found.error("kept", name, f"is {dtype}, the source is {slab.dtype}")
+        if dtype not in kept_as(source.dtype):
+            result.found.error("kept", name, f"is {dtype}, the source is {source.dtype}")
         elif not np.array_equal(mine.view(np.uint8), np.ascontiguousarray(theirs).view(np.uint8)):
             result.found.error("kept", name, "its values differ from the source's")
 
-    def matrix(self, matrix: Matrix, arrays: Arrays, slab: Slab, result: Result) -> bool:
+    def matrix(self, matrix: Matrix, arrays: Arrays, source: MatrixBlock, result: Result) -> bool:
         """Hold a quantized matrix against its source; returns whether that explains every byte of it."""
         module, tally = matrix.linear.module, result.tally
         tally.matrices_compared += 1
         tally.weights_compared += matrix.linear.numel
         if matrix.linear.role is Role.ROUTED_EXPERT:
-            result.sources[module] = fingerprint(slab.some(), slab.some())
+            some = _some(source)
+            result.sources[module] = fingerprint(some, some)
         if is_dead(coded(arrays), matrix.scheme):
-            explained = not slab.block.view(f"u{slab.block.itemsize}").any()
+            explained = not source.values.view(f"u{source.values.itemsize}").any()
             if not explained:
                 message = "every weight of the matrix has the same code, and the source's are not all zero"
                 result.found.error("dead", module, message)
@@ -162,26 +130,26 @@ class SourceChecks:
         method = made.scheme.method if made else None
         wrong = None
         if made is not None and made.exact and method is Method.RTN:
-            wrong = unequal_rows(arrays, self._again(matrix.linear, made.scheme, slab), made.scheme)
+            wrong = unequal_rows(arrays, self._again(matrix.linear, made.scheme, source), made.scheme)
             if not wrong.any():
                 tally.within_half_step += 1
                 tally.recomputed += 1
                 return True
-        self._bound(matrix, arrays, slab, wrong, method, result)
+        self._bound(matrix, arrays, source, wrong, method, result)
         return False
 
     def _bound(
         self,
         matrix: Matrix,
         arrays: Arrays,
-        slab: Slab,
+        source: MatrixBlock,
         wrong: NDArray[np.bool_] | None,
         method: Method | None,
         result: Result,
     ) -> None:
         """Hold a matrix against what its scheme allows; `wrong` are rows that are not what rounding makes, if known."""
         with np.errstate(all="ignore"):
-            compared = self._compared(matrix, arrays, slab)
+            compared = self._compared(matrix, arrays, source)
             verdict = _verdict(compared, matrix, method)
         tally = result.tally
         tally.within_half_step += not compared.rows[:, 0].any()
@@ -195,20 +163,21 @@ class SourceChecks:
         else:
             tally.largest_error_ratio = max(tally.largest_error_ratio, verdict.ratio)
 
-    def _again(self, linear: Linear, scheme: Scheme, slab: Slab) -> Quantized:
+    def _again(self, linear: Linear, scheme: Scheme, source: MatrixBlock) -> Quantized:
         """What rounding to nearest makes of the source, by the code that `quantize` runs."""
         try:
-            amax = absmax(slab.block, slab.layout, slab.dtype) if scheme.strategy is Strategy.TENSOR else None
-            return quantize_block(slab.block, slab.layout, slab.dtype, scheme, amax=amax)
+            stored = source.values, source.layout, source.dtype
+            amax = absmax(*stored) if scheme.strategy is Strategy.TENSOR else None
+            return quantize_block(*stored, scheme, amax=amax)
         except NonFiniteError as error:
             raise SourceError(f"the source of {linear.module}: {error}", hint="the source is damaged") from error
 
-    def _compared(self, matrix: Matrix, arrays: Arrays, slab: Slab) -> Compared:
+    def _compared(self, matrix: Matrix, arrays: Arrays, source: MatrixBlock) -> Compared:
         linear, scheme = matrix.linear, matrix.scheme
         groups = -(-linear.in_features // scheme.group_columns(linear.in_features))
         compared = Compared.empty(linear.out_features, groups)
         try:
-            amax = absmax(slab.block, slab.layout, slab.dtype) if scheme.strategy is Strategy.TENSOR else None
+            amax = absmax(source.values, source.layout, source.dtype) if scheme.strategy is Strategy.TENSOR else None
         except NonFiniteError as error:
             raise SourceError(f"the source of {linear.module}: {error}", hint="the source is damaged") from error
         step = math.lcm(_ROWS, scheme.row_multiple())
@@ -217,8 +186,8 @@ class SourceChecks:
         for start in range(0, linear.out_features, step):
             stop = min(start + step, linear.out_features)
             weight, stored = buffers[:, : stop - start]
-            slab.rows(start, stop, weight)
-            rtn = _rounding(weight, scheme, slab.dtype, amax)
+            _widen_rows(source, start, stop, weight)
+            rtn = _rounding(weight, scheme, source.dtype, amax)
             _compare(weight, stored, _rows(arrays, scheme, start, stop), rtn, scheme, compared.part(start, stop))
         return compared
 
@@ -238,6 +207,20 @@ def unequal_rows(arrays: Arrays, again: Quantized, scheme: Scheme) -> NDArray[np
         points = (arrays["weight_zero_point"] != again.zero_point).any(axis=1)
         wrong |= np.repeat(points, scheme.pack_factor)[: len(wrong)]
     return wrong
+
+
+def _some(source: MatrixBlock) -> NDArray[Any]:
+    """Enough of a matrix to tell it from any other."""
+    rows = max(1, _FINGERPRINT_BYTES // max(1, source.values[:1].nbytes))
+    return np.ascontiguousarray(source.values[:rows])
+
+
+def _widen_rows(source: MatrixBlock, start: int, stop: int, out: Float32Array) -> None:
+    """Output rows as float32 into `out` [rows, in]."""
+    if source.layout is Layout.OUT_IN or source.dtype == "F16":
+        out[:] = widen(source.out_in[start:stop])
+    else:
+        widen_transposed(source.values[:, start:stop].view(f"u{source.values.itemsize}"), out)
 
 
 def _bits(array: NDArray[Any]) -> NDArray[Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 from l4pack.artifact.manifest_schema import ManifestFile
 from l4pack.artifact.original import check_unquantized
 from l4pack.checkpoint.header import TensorEntry
+from l4pack.checkpoint.matrices import MatrixSource, StoredMatrices
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError
@@ -80,6 +81,9 @@ class _Unit:
     source_file: str | None = None
 
 
+_Pair = tuple[Matrix | Linear, Linear]  # the artifact's matrix, quantized or plain, and the source's
+
+
 def verify_artifact(
     folder: Path,
     against: Checkpoint | None = None,
@@ -139,7 +143,7 @@ def _read_all(
             sampled_of = None
         else:
             with Reader(against.entries, against.store.path) as source_reader:
-                checks = SourceChecks(against, source_reader, made_by(manifest, artifact.config))
+                checks = SourceChecks(made_by(manifest, artifact.config))
                 units, sampled_of = work.beside(against, source_reader, checks, sample)
                 results = _run(units, against, source_reader)
         tally = Tally()
@@ -178,7 +182,7 @@ class _Work:
         chosen = _choose(self._contents.matrices, sample)
         units = [self._checked(matrix) for matrix in self._contents.matrices if matrix.linear.module not in chosen]
         units += self._kept_units(source, reader, places)
-        units += self._slab_units(source, checks, places, chosen)
+        units += self._slab_units(StoredMatrices(source, reader), checks, places, chosen)
         sampled_of = len(self._contents.matrices) if len(chosen) < len(self._contents.matrices) else None
         return sorted(units, key=lambda unit: unit.place), sampled_of
 
@@ -231,39 +235,34 @@ class _Work:
         ]
 
     def _slab_units(
-        self, source: Checkpoint, checks: SourceChecks, places: Mapping[str, Linear], chosen: set[str]
+        self, source: MatrixSource, checks: SourceChecks, places: Mapping[str, Linear], chosen: set[str]
     ) -> list[_Unit]:
-        slabs: dict[tuple[str, int | None], list[Matrix | Linear]] = defaultdict(list)
+        slabs: dict[Hashable, list[_Pair]] = defaultdict(list)
         for matrix in self._contents.matrices:
             if matrix.linear.module in chosen:
                 old = places[matrix.linear.module]
-                slabs[old.tensor, old.expert].append(matrix)
+                slabs[source.together(old)].append((matrix, old))
         for linear in self._contents.plain:
             old = places[linear.module]
             if old.layout is Layout.IN_OUT:
-                slabs[old.tensor, old.expert].append(linear)
+                slabs[source.together(old)].append((linear, old))
         units = []
-        for (tensor, expert), items in slabs.items():
-            entry = source.entries[tensor]
-            file, start = _place(entry)
-            start += (expert or 0) * (entry.nbytes // entry.shape[0]) if len(entry.shape) == 3 else 0
-            units.append(_Unit((file, start), self._compare(items, checks, places), file))
+        for items in slabs.values():
+            file, start = min(source.begins(old) for _, old in items)
+            units.append(_Unit((file, start), self._compare(items, source, checks), file))
         return units
 
-    def _compare(
-        self, items: list[Matrix | Linear], checks: SourceChecks, places: Mapping[str, Linear]
-    ) -> Callable[[Result], None]:
+    def _compare(self, items: Sequence[_Pair], source: MatrixSource, checks: SourceChecks) -> Callable[[Result], None]:
         def run(result: Result) -> None:
-            modules = [item.module if isinstance(item, Linear) else item.linear.module for item in items]
-            slabs = checks.slabs([places[module] for module in modules])
-            for item, slab in zip(items, slabs, strict=True):
+            blocks = source.slab([old for _, old in items]).blocks()
+            for (item, _), block in zip(items, blocks, strict=True):
                 if isinstance(item, Linear):
                     self._values.kept(item.tensor, result, None)
                     entry = self._artifact.entries[item.tensor]
-                    checks.plain(item.tensor, self._reader.tensor(item.tensor), entry.dtype, slab, result)
+                    checks.plain(item.tensor, self._reader.tensor(item.tensor), entry.dtype, block, result)
                 else:
                     arrays = self._values.read(item, result)
-                    explained = checks.matrix(item, arrays, slab, result)
+                    explained = checks.matrix(item, arrays, block, result)
                     self._values.matrix(item, arrays, result, explained=explained)
 
         return run

@@ -49,7 +49,7 @@ def test_the_reader_gives_the_same_numbers(tmp_path):
         assert np.array_equal(reader.tensor("bf16"), MIXED["bf16"].view(torch.uint16).numpy())
         assert np.array_equal(reader.matrix("f32", 1), MIXED["f32"][1].numpy())
         assert np.array_equal(reader.matrix("bf16", None, slice(1, 2)), MIXED["bf16"][1:].view(torch.uint16).numpy())
-        assert np.array_equal(reader.columns("f32", 1, slice(1, 2)), MIXED["f32"][1, :, 1:].numpy())
+        assert np.array_equal(reader.columns("f32", 1, [slice(1, 2)]), MIXED["f32"][1, :, 1:].numpy())
         assert reader.span("i64", 8, 8).tobytes() == (8).to_bytes(8, "little")
 
 

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 
+from l4pack.checkpoint.matrices import MatrixBlock
 from l4pack.model.tensors import Linear, Role
 from l4pack.quant.gptq import solve
 from l4pack.quant.layout import Layout
@@ -17,7 +18,7 @@ from l4pack.quant.quantize import absmax, quantize_block
 from l4pack.quant.scheme import NumberType, Scheme, Strategy
 from l4pack.recipe import Method
 from l4pack.verify.checks_kernels import SLACK, STATISTICS, scan, widen_transposed
-from l4pack.verify.checks_source import Slab, SourceChecks
+from l4pack.verify.checks_source import SourceChecks
 from l4pack.verify.checks_tensors import Matrix
 from l4pack.verify.checks_values import Result
 from l4pack.verify.origin import Made
@@ -66,10 +67,10 @@ def verdict(
     linear = Linear("layers.0.m", Role.ROUTED_EXPERT, 0, 0, "gate_proj", OUT, IN, "t", Layout.OUT_IN)
     block = np.ascontiguousarray(bits(values).T) if turned else bits(values)
     made = None if method is None else Made(SimpleNamespace(method=method), exact=False)  # type: ignore[arg-type]
-    checks = SourceChecks(SimpleNamespace(), SimpleNamespace(), lambda _: made)  # type: ignore[arg-type]
+    checks = SourceChecks(lambda _: made)  # type: ignore[arg-type]
     result = Result()
-    slab = Slab(block, Layout.IN_OUT if turned else Layout.OUT_IN, "BF16")
-    checks.matrix(Matrix(linear, scheme, {}), arrays, slab, result)
+    source = MatrixBlock(block, Layout.IN_OUT if turned else Layout.OUT_IN, "BF16")
+    checks.matrix(Matrix(linear, scheme, {}), arrays, source, result)
     return result
 
 
@@ -85,10 +86,10 @@ def test_statistics_are_those_of_plain_numpy(scheme: Scheme, turned: bool) -> No
     reference = oracle.quantize(values, scheme.model_copy(update={"observer": "minmax"}), "BF16")
     own = oracle.quantize(values, scheme, "BF16") if scheme.observer == "minmax" else None
     linear = SimpleNamespace(out_features=OUT, in_features=IN, module="m")
-    checks = SourceChecks(SimpleNamespace(), SimpleNamespace(), lambda _: None)  # type: ignore[arg-type]
+    checks = SourceChecks(lambda _: None)  # type: ignore[arg-type]
     block = np.ascontiguousarray(bits(values).T) if turned else bits(values)
-    slab = Slab(block, Layout.IN_OUT if turned else Layout.OUT_IN, "BF16")
-    statistics = checks._compared(SimpleNamespace(linear=linear, scheme=scheme), arrays, slab).rows  # type: ignore[arg-type]
+    source = MatrixBlock(block, Layout.IN_OUT if turned else Layout.OUT_IN, "BF16")
+    statistics = checks._compared(SimpleNamespace(linear=linear, scheme=scheme), arrays, source).rows  # type: ignore[arg-type]
     assert statistics.shape == (OUT, STATISTICS)
     far, error, rtn, squares, products = statistics.T
     assert not far.any()
