@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
-from test_cli import CODES, commands
+from command_line import CODES, commands
 
 from l4pack.cli.app import app
 from l4pack.formats import format_names

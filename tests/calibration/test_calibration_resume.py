@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import file_digests
+from killing import TEXT, Killed, killed_after
 from models import build
 from spoil import SPOILS
 
 from l4pack.calibration.text import with_text
 from l4pack.calibration.walk import CalibrationRun
-from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.errors import BudgetError
@@ -27,13 +27,8 @@ from l4pack.quant import gptq
 from l4pack.quantize.run import run_plan, work_folder
 from l4pack.recipe import load_recipe
 
-TEXT = " ".join(f"{number * 7919 % 1000:03} is followed by {number * 104729 % 997}" for number in range(300))
 UNITS = 2 * 1 + 2 * (1 + 8)
 COMMAND = ["quantize", "--recipe", "int4-uniform", "--samples", 4, "--sequence-length", 64]
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the job expects it."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,19 +59,6 @@ def planned(source: Path, text: Path) -> Plan:
 @pytest.fixture(scope="module")
 def undisturbed(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return file_digests(run_plan(planned(source, text), tmp_path_factory.mktemp("undisturbed") / "out").out)
-
-
-def killed_after(monkeypatch: pytest.MonkeyPatch, records: int) -> None:
-    """Die at the journal's next record after `records` of them."""
-    write, seen = Journal.record, []
-
-    def dying(self, *arguments, **options):
-        seen.append(None)
-        if len(seen) > records:
-            raise Killed
-        write(self, *arguments, **options)
-
-    monkeypatch.setattr(Journal, "record", dying)
 
 
 @pytest.mark.parametrize("records", [1, 3, 6, 10, 17, 24])

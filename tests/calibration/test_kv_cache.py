@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import whole_model
+from card_facts import facts
 from conftest import file_digests
+from killing import TEXT, Killed, killed_after
 from models import build
 from safetensors.torch import load_file, save_file
-from test_calibration_resume import TEXT, Killed, killed_after
-from test_card import facts
-from test_stream import assert_close, streamed_logits, token_rows
+from streaming import assert_close, streamed_logits, token_rows
 from transformers import AutoModelForImageTextToText, DynamicCache
 from whole_model import one_thread  # noqa: F401
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from hub_repository import REPO, own_cache  # noqa: F401
 from hub_server import HubServer, running_hub
 from small_checkpoint import checkpoint_files
 
@@ -21,18 +21,7 @@ from l4pack.plan.plan import make_plan
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import load_recipe
 
-REPO = "meta-llama/Llama-4-Tiny"
 SECRET = "hf_ThisMustNeverBeSeen"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees this machine's cache, token, or the real Hub; large files travel by plain HTTP; nobody waits."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
 
 
 @pytest.fixture

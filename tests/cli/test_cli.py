@@ -8,27 +8,11 @@ import subprocess
 import sys
 
 import pytest
-import typer.main
+from command_line import CODES, commands
 
 from l4pack import __version__, errors
 from l4pack.cli import console
-from l4pack.cli.app import app
 from l4pack.units import human_bytes, human_gib, human_seconds, parse_size
-
-
-def commands():
-    """Every command and subcommand by its words."""
-    found = {}
-
-    def walk(group, words):
-        for name, command in group.commands.items():
-            if hasattr(command, "commands"):
-                walk(command, [*words, name])
-            if not hasattr(command, "commands") or command.callback:
-                found[" ".join([*words, name])] = command
-
-    walk(typer.main.get_command(app), [])
-    return found
 
 
 def run(*arguments, **options):
@@ -153,8 +137,6 @@ def test_a_stop_before_a_command_has_begun(l4pack, monkeypatch):
 
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-CODES = {"L4packError": 1, "UsageError": 2, "RecipeError": 2, "BudgetError": 3, "SourceError": 4, "HubError": 5,
-         "QualityError": 6, "LicenceError": 7, "StoppedError": 75}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

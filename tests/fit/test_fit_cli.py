@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from page import Page
 from synthetic_sensitivity import synthetic
-from test_report import Page
 
 from l4pack.checkpoint.open import open_source
 from l4pack.fit.record import FitRecord, read_fit

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from dataclasses import replace
-from typing import Any
 
 import pytest
+from card_facts import BASE, NAME, facts
+from folders import write
 from huggingface_hub import ModelCard
 from licence_texts import scout_files
 from publishing import policy_named
-from test_licence import write
 
-from l4pack.artifact.manifest import Contents, Manifest
-from l4pack.checkpoint.open import open_source
 from l4pack.errors import UsageError
-from l4pack.publish.card import CardFacts, Fit, _typed, render_card, with_error
+from l4pack.publish.card import Fit, _typed, render_card, with_error
 from l4pack.publish.licence import Card, audit
 from l4pack.publish.markdown import safe
-from l4pack.recipe import load_recipe
 
-BASE = "meta-llama/Llama-4-Scout-17B-16E-Instruct"
-NAME = "Llama-4-Scout-17B-16E-Instruct-W4A16-g128"
 ACCURACY = {
     "tokens": 65536, "text": {"name": "heldout", "sequence_length": 2048, "digests": ["x"]},
     "kl_mean": 0.0123, "kl_standard_error": 0.00041, "top1_agreement": 0.9612, "top1_agreement_standard_error": 0.0021,
@@ -33,14 +27,6 @@ ACCURACY = {
     "tasks": {"arc": {"questions": 100, "accuracy": {"value": 0.61, "standard_error": 0.05},
                       "accuracy_reference": {"value": 0.625, "standard_error": None}}},
 }  # fmt: skip
-
-
-def facts(recipe: str = "scout-int4-1xh100", **changes: Any) -> CardFacts:
-    source = open_source("llama-4-scout")
-    manifest = json.loads(Manifest.of(source, load_recipe(recipe)).to_json(Contents()))
-    files = {f"model-{i:05}-of-00014.safetensors": 4_633_000_000 for i in range(1, 15)} | {"config.json": 3000}
-    made = CardFacts(NAME, policy_named("llama4"), manifest, source.config.raw, files, base_model=BASE)
-    return replace(made, **changes)
 
 
 def body(text: str) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from folders import Files, write
 from hub_server import running_hub
 from licence_texts import APACHE, CARD, LICENSE, NOTICE, USE_POLICY, other_files, scout_files
 from publishing import policy_named
@@ -19,14 +19,6 @@ from l4pack.errors import LicenceError, SourceError
 from l4pack.publish.licence import audit
 
 NAME = "Llama-4-Scout-17B-16E-Instruct-W4A16-g128"
-Files = dict[str, bytes]
-
-
-def write(folder: Path, files: Files) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return folder
 
 
 def without(name: str) -> Callable[[Files], Files]:

@@ -12,6 +12,7 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schemes import SCHEMES, assert_same
 
 from l4pack.quant import cpu
 from l4pack.quant import quantize as quantize_module
@@ -22,18 +23,6 @@ from l4pack.quant.qparams import SHRINK
 from l4pack.quant.quantize import NonFiniteError, Quantized, absmax, quantize_block
 from l4pack.quant.scheme import NumberType, Observer, ScaleDtype, Scheme, Strategy
 
-SCHEMES = {
-    "int4-g8": Scheme(num_bits=4, group_size=8),
-    "int4-g32-asym": Scheme(num_bits=4, group_size=32, symmetric=False),
-    "int4-g128": Scheme(num_bits=4, group_size=128),
-    "int4-meta": Scheme(num_bits=4, group_size=32, scale_rule="meta"),
-    "int4-channel-asym": Scheme(num_bits=4, strategy="channel", symmetric=False),
-    "int8-g128-asym": Scheme(num_bits=8, group_size=128, symmetric=False),
-    "int8-channel": Scheme(num_bits=8, strategy="channel"),
-    "fp8-channel": Scheme(num_bits=8, type="float", strategy="channel"),
-    "fp8-tensor": Scheme(num_bits=8, type="float", strategy="tensor", scale_dtype="float32"),
-    "fp8-block": Scheme(num_bits=8, type="float", strategy="block", block_structure=(128, 128)),
-}
 SHAPES = [(1, 8), (3, 40), (16, 128), (130, 256), (2, 384)]
 NUMPY_DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
@@ -59,15 +48,6 @@ def laid_out(source: np.ndarray, layout: Layout) -> np.ndarray:
 def run(source: np.ndarray, dtype: str, scheme: Scheme, layout: Layout = Layout.OUT_IN) -> Quantized:
     amax = absmax(source, Layout.OUT_IN, dtype) if scheme.strategy is Strategy.TENSOR else None
     return quantize_block(laid_out(source, layout), layout, dtype, scheme, amax=amax)
-
-
-def assert_same(first: Quantized, second: Quantized) -> None:
-    for name in ("values", "scale", "zero_point"):
-        a, b = getattr(first, name), getattr(second, name)
-        assert (a is None) == (b is None)
-        if a is not None:
-            assert a.dtype == b.dtype
-            np.testing.assert_array_equal(a, b, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])

@@ -8,7 +8,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from test_quant_blocks import SCHEMES, assert_same
+from schemes import SCHEMES, assert_same
 
 from l4pack.quant import torch_ops
 from l4pack.quant.dequantize import dequantize

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 from conftest import file_digests
+from hub_repository import REPO, own_cache  # noqa: F401
 from hub_server import HubServer, running_hub
 from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
+from killing import TEXT, Killed, killed_after
 from models import build, write_weights
 from safetensors.torch import load_file
-from test_calibration_resume import TEXT, Killed, killed_after
-from test_hub_source import REPO, own_cache  # noqa: F401
 from whole_model import one_thread  # noqa: F401
 
 from l4pack.artifact.manifest import MANIFEST_NAME

@@ -14,7 +14,7 @@ import torch
 from conftest import quick_plan
 from mixes import SCHEMES, WEIGHT_ONLY, draw_mix, matrix_layers
 from publishing import policy_named
-from test_transformers import decompressed, load, logits, reference
+from upstream import decompressed, load, logits, reference
 
 from l4pack.artifact.mixture import recipe_tag, scheme_layers, scheme_text
 from l4pack.artifact.quantized import Quantization

@@ -5,40 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from page import Page
 from whole_model import one_thread  # noqa: F401
 
 from l4pack.report.charts import HEIGHT, Series, heat_map, histogram, line_chart
-
-VOID = {"meta"}
-
-
-class Page(HTMLParser):
-    """Tags and attributes, and whether every tag that was opened was closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.attributes, self.tags, self.words = [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import torch
 import whole_model
 from models import IMAGE_TOKEN
 from safetensors.torch import load_file, save_file
+from streaming import CPU, JOB, LENGTHS, assert_close, stream_model, streamed_logits, token_rows
 from whole_model import one_thread  # noqa: F401
 
 from l4pack.checkpoint.source import open_folder
@@ -22,43 +23,12 @@ from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, Piece, TokenSequence, batches
 from l4pack.stream.layer import Blocks
 from l4pack.stream.memory import check_memory
-from l4pack.stream.modules import Skeleton, upstream_config
+from l4pack.stream.modules import upstream_config
 from l4pack.stream.prefetch import Prefetch
-from l4pack.stream.walk import Model, Progress, Walk
+from l4pack.stream.walk import Progress, Walk
 from l4pack.stream.weights import Weights
 from l4pack.work.identity import Identity
 from l4pack.work.machine import ASKED, CONTAINER, Room
-
-CPU = torch.device("cpu")
-JOB = Identity({"job": "test"})
-LENGTHS = (80, 37, 80, 5)  # longer and shorter than an attention chunk of 32
-
-
-def token_rows(seed=0, lengths=LENGTHS):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in lengths]
-
-
-def stream_model(folder, name="original", **options):
-    checkpoint = open_folder(folder)
-    return Model(
-        name, Weights(checkpoint, CPU, torch.float32, **options), Skeleton(checkpoint.config, CPU, torch.float32)
-    )
-
-
-def streamed_logits(folder, sequences, work, blocks=None, images=None, **options):
-    packed = Packed([TokenSequence(tuple(ids), pixel_values=images) for ids in sequences])
-    model = stream_model(folder, **options)
-    with model.weights, Walk([model], packed, work, JOB, blocks=blocks) as walk:
-        walk.run()
-        answers = StreamAnswers(model, walk.streams[0].current)
-        rows = answers.normed(torch.arange(packed.rows)) @ answers.head(slice(0, answers.vocabulary)).T
-    return list(rows.split([len(ids) for ids in sequences]))
-
-
-def assert_close(found, wanted, tolerance=2e-5):
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(
