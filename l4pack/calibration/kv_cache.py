@@ -47,7 +47,8 @@ class CacheRange:
         return {"key_amax": key, "value_amax": value}
 
     def scales(self) -> list[NDArray[Any]]:
-        """Scales of keys and of values, float32, that map the largest magnitudes to the largest E4M3 value."""
+        """Scales of keys and of values, float32 [1] or [kv_heads, 1, 1], that map the largest magnitudes to the
+        largest E4M3 value."""
         shape = scale_shape(self.strategy, self.kv_heads)
         return [_scale(np.array(amax, np.float32)).reshape(shape) for amax in self.amax()]
 

@@ -34,7 +34,7 @@ class Matrices:
     model_dtype: torch.dtype
 
     def inner(self, inputs: Tensor) -> Tensor:
-        """What goes into the down projection."""
+        """What goes into the down projection: float32 [tokens, inner] for `inputs` [tokens, hidden]."""
         return self.activation(inputs @ self.weights[GATE].T) * (inputs @ self.weights[UP].T)
 
 

@@ -32,7 +32,8 @@ class Moments:
             self._cross.addmm_((original - inputs).T, weighted)
 
     def finish(self) -> tuple[Tensor, Tensor | None]:
-        """The means over the weight added; the sums are used up."""
+        """The means over the weight added, float32 [in, in] each (the cross moments None without `cross`); the sums
+        are used up."""
         scale = 1 / max(self.weight, 1e-30)
         width = len(self._hessian)
         for first in range(0, width, COLUMNS):

@@ -71,18 +71,19 @@ class Reader:
         return None
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """A whole tensor in the NumPy type of its dtype (BF16 and FP8 as bit patterns)."""
+        """A whole tensor [*shape] in the NumPy type of its dtype (BF16 and FP8 as bit patterns). Raises SourceError."""
         entry = self._entries[name]
         return self._array(entry, entry.start, entry.shape)
 
     def span(self, name: str, start: int, nbytes: int) -> NDArray[np.uint8]:
-        """`nbytes` raw bytes of a tensor, from its byte `start`."""
+        """uint8 [nbytes] of a tensor, from its byte `start`. Raises SourceError when the file is cut short."""
         buffer = np.empty(nbytes, np.uint8)
         self._fill(self._entries[name], self._entries[name].start + start, buffer)
         return buffer
 
     def matrix(self, name: str, index: int | None, rows: slice | None = None) -> NDArray[Any]:
-        """Rows of a 2-D tensor, or of matrix `index` of a 3-D one (contiguous in the file)."""
+        """Rows [rows, columns] of a 2-D tensor, or of matrix `index` of a 3-D one (contiguous in the file). Raises
+        SourceError."""
         entry = self._entries[name]
         count, width = entry.shape[-2:]
         start, stop, _ = (rows or slice(None)).indices(count)
@@ -90,7 +91,8 @@ class Reader:
         return self._array(entry, entry.start + first * DTYPE_BITS[entry.dtype] // 8, (stop - start, width))
 
     def columns(self, name: str, index: int | None, columns: Sequence[slice]) -> NDArray[Any]:
-        """Some ranges of columns of a 2-D tensor, or of matrix `index` of a 3-D one, side by side; read row by row."""
+        """Ranges of columns [rows, sum of their widths] of a 2-D tensor, or of matrix `index` of a 3-D one, read row
+        by row."""
         entry = self._entries[name]
         count, width = entry.shape[-2:]
         item = DTYPE_BITS[entry.dtype] // 8

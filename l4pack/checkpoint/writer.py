@@ -31,7 +31,8 @@ class Extent:
 
 
 class Written:
-    """What a thread wrote: its extents, and the SHA-256 of each, so that whole tensors need not be read to be hashed."""
+    """What a thread wrote: its extents, and the SHA-256 of each, so that whole tensors need not be read to be
+    hashed."""
 
     def __init__(self) -> None:
         self._extents: list[Extent] = []
@@ -81,7 +82,9 @@ class ShardWriter:
         sync_folder(folder)  # a journalled task must not outlive the name of its file
 
     def write(self, name: str, offset: int, data: NDArray[np.generic]) -> None:
-        """Put bytes at `offset` of a tensor."""
+        """Put an array's bytes (any dtype and shape [...], as they lie in memory) at byte `offset` of a tensor.
+        Raises ValueError
+        for bytes beyond its end."""
         place = self._places[name]
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         if offset < 0 or offset + raw.nbytes > place.nbytes:
@@ -102,7 +105,7 @@ class ShardWriter:
             self._watched.written = None
 
     def read(self, name: str) -> NDArray[np.uint8]:
-        """The bytes of a tensor as written so far."""
+        """uint8 [nbytes] of a tensor as written so far. Raises OSError when the file is shorter."""
         place = self._places[name]
         raw = np.empty(place.nbytes, np.uint8)
         done = 0

@@ -43,11 +43,11 @@ class StreamAnswers:
 
     @torch.inference_mode()
     def normed(self, rows: Tensor) -> Tensor:
-        """See `Answers`; the norm is computed in the model's dtype."""
+        """float32 [rows, hidden], as in `Answers`; the norm is computed in the model's dtype."""
         hidden = self._outputs.data[rows].to(self._model.skeleton.device, self._model.skeleton.dtype)
         normed: Tensor = self._norm(hidden).float()
         return normed
 
     def head(self, tokens: slice) -> Tensor:
-        """See `Answers`."""
+        """float32 [tokens, hidden], as in `Answers`."""
         return self._model.weights.rows(self.head_name, tokens).float()

@@ -78,7 +78,8 @@ def sequences_of(found: list[Needle]) -> list[TokenSequence]:
 def needle_record(
     length: int, found: list[Needle], log_probability: list[Tensor], greedy: list[Tensor]
 ) -> dict[str, Any]:
-    """Retrieval at each depth: from every sequence's answer tokens, log-probability and whether each was likeliest."""
+    """Retrieval at each depth, from every sequence's answer: log-probability (nats) and whether likeliest, [tokens]
+    each."""
     rows = []
     for number, needle in enumerate(found):
         there, absent = log_probability[2 * number], log_probability[2 * number + 1]

@@ -111,7 +111,9 @@ def claim_reference(folder: Path) -> None:
 def save_reference(
     folder: Path, answers: Answers, rows: Tensor, targets: Tensor, identity: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Keep a model's answers on `rows`; `identity` says of which model on which tokens. Returns the record.
+    """Keep a model's answers on `rows` and the tokens that follow, int64 [tokens] both; returns the record.
+
+    `identity` says of which model on which tokens.
 
     Raises BudgetError when the disk is too full, UsageError for a folder that is somebody else's.
     """

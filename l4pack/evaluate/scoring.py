@@ -70,7 +70,7 @@ class _Online:
         self.true[block] = torch.where(inside, found, self.true[block].to(logits.device)).cpu()
 
     def log_sum(self) -> Tensor:
-        """log sum exp of the logits."""
+        """log sum exp of the logits, float64 [tokens]."""
         return self.largest + self.total.log()
 
     def scores(self, name: str) -> Scores:
@@ -83,7 +83,8 @@ class _Online:
 
 @torch.inference_mode()
 def score(answers: Answers, rows: Tensor, targets: Tensor, name: str = "model") -> Scores:
-    """Score one model: `rows` of hidden states, and the token that follows each. Raises L4packError."""
+    """Score one model: `rows` of hidden states and the token that follows each, int64 [tokens] both. Raises
+    L4packError."""
     online = _Online(targets)
     for tokens in _chunks(answers.vocabulary):
         head = answers.head(tokens)
@@ -94,7 +95,9 @@ def score(answers: Answers, rows: Tensor, targets: Tensor, name: str = "model") 
 
 @torch.inference_mode()
 def score_pair(reference: Answers, artifact: Answers, rows: tuple[Tensor, Tensor], targets: Tensor) -> PairedScores:
-    """Score two models on the same tokens, whose hidden states are `rows` of each. Raises L4packError."""
+    """Score two models on the same tokens: `rows` of each one's hidden states, and `targets`, int64 [tokens] all.
+
+    Raises L4packError."""
     ours, theirs = _Online(targets), _Online(targets)
     gap = torch.zeros(len(targets), dtype=torch.float64)
     for tokens in _chunks(reference.vocabulary):
@@ -109,7 +112,7 @@ def score_pair(reference: Answers, artifact: Answers, rows: tuple[Tensor, Tensor
 
 @torch.inference_mode()
 def divergences(reference: Answers, changed: Sequence[Answers], rows: Tensor, targets: Tensor) -> list[Tensor]:
-    """KL(reference || each of `changed`) of every scored token, float64, where all have the reference's head.
+    """KL(reference || each of `changed`) in nats, float64 [tokens] each, where all have the reference's head.
 
     The head is read once, whatever the number of models. Raises L4packError.
     """

@@ -24,7 +24,7 @@ HISTOGRAM_EDGES = [10.0 ** (exponent / 4) for exponent in range(-28, 9)]  # 1e-7
 
 
 def clusters(lengths: Sequence[int]) -> Tensor:
-    """The cluster of every token, for sequences of `lengths` scored tokens one after another: int64."""
+    """The cluster of every token, int64 [tokens], for sequences of `lengths` scored tokens one after another."""
     whole = len(lengths) >= ENOUGH_SEQUENCES
     parts, first = [], 0
     for length in lengths:
@@ -35,7 +35,7 @@ def clusters(lengths: Sequence[int]) -> Tensor:
 
 
 def mean_and_error(values: Tensor, cluster: Tensor) -> tuple[float, float | None]:
-    """Mean and its standard error, None where one cluster is all there is."""
+    """Mean of values [tokens] and its standard error by cluster, None where one cluster is all there is."""
     mean = float(values.double().mean())
     count = int(cluster.max()) + 1
     if count < 2:
@@ -45,20 +45,21 @@ def mean_and_error(values: Tensor, cluster: Tensor) -> tuple[float, float | None
 
 
 def percentile(values: Tensor, share: float) -> float:
-    """The value that `share` of the values don't exceed (nearest rank)."""
+    """The value that `share` of the values [tokens] don't exceed (nearest rank)."""
     ordered = values.sort().values
     return float(ordered[max(0, math.ceil(share * len(ordered)) - 1)])
 
 
 def perplexity(log_probability: Tensor, cluster: Tensor) -> tuple[float, float | None]:
-    """exp of the mean negative log-likelihood, and its standard error by the delta method."""
+    """exp of the mean negative log-likelihood [tokens] (nats), and its standard error by the delta method."""
     mean, error = mean_and_error(-log_probability, cluster)
     value = math.exp(min(mean, 700.0))
     return value, None if error is None else value * error
 
 
 def summarize(scores: PairedScores, lengths: Sequence[int], positions: Tensor) -> dict[str, Any]:
-    """All paired numbers of a text: `lengths` scored tokens a sequence, `positions` of every scored token."""
+    """All paired numbers of a text: `lengths` scored tokens a sequence, and int64 [tokens] `positions` of all of
+    them."""
     cluster = clusters(lengths)
     agree = (scores.reference.likeliest == scores.artifact.likeliest).double()
     reference, reference_error = perplexity(scores.reference.log_probability, cluster)

@@ -77,7 +77,7 @@ def continuation(tokenizer: PreTrainedTokenizerBase, context: str, text: str, lo
     """Context and text as one sequence of which the text is scored.
 
     Spaces at the end of the context are counted to the text, and both are tokenized together, as in
-    lm-evaluation-harness (`TemplateLM._encode_pair`).
+    lm-evaluation-harness (`TemplateLM._encode_pair`). Raises UsageError when the choice adds no token.
     """
     spaces = len(context) - len(context.rstrip())
     if spaces:
@@ -101,7 +101,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def choices_made(task: Task, sums: Sequence[float]) -> dict[str, Tensor]:
-    """The choice taken for every question, by log-likelihood and by log-likelihood a byte, from one sum a choice."""
+    """int64 [questions], the choice taken by log-likelihood and by log-likelihood a byte, from one sum (nats) a
+    choice."""
     plain, per_byte, place = [], [], 0
     for question in task.questions:
         values = sums[place : place + len(question.choices)]

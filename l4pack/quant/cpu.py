@@ -90,7 +90,7 @@ def ranges_out_in(
     low: NDArray[np.int32],
     high: NDArray[np.int32],
 ) -> None:
-    """As `ranges_in_out`, for a block stored out x in."""
+    """As `ranges_in_out`, for a block stored [out, in]."""
     shift = np.uint32(32 - 8 * flat.itemsize)
     for o in range(low.shape[0]):
         row = flat[o * stride : o * stride + in_features]
@@ -227,7 +227,7 @@ def encode_out_in(
     fp8: bool,
     packed: NDArray[np.uint8],
 ) -> None:
-    """As `encode_in_out`, for a block stored out x in; `packed` is the same memory as bytes."""
+    """As `encode_in_out`, for a block stored [out, in]; `packed` is the same memory as bytes."""
     shift = np.uint32(32 - 8 * flat.itemsize)
     lowest = np.float32(-(1 << (bits - 1)))
     highest = np.float32((1 << (bits - 1)) - 1)
@@ -426,7 +426,7 @@ def errors_out_in(
     fp8: bool,
     errors: NDArray[np.float32],
 ) -> None:
-    """As `errors_in_out`, for a block stored out x in."""
+    """As `errors_in_out`, for a block stored [out, in]."""
     shift = np.uint32(32 - 8 * flat.itemsize)
     values = np.zeros(group, np.float32)
     terms = np.empty(group, np.float32)

@@ -46,15 +46,15 @@ def scale_float(scheme: Scheme, source: FloatName) -> FloatName:
 
 
 def round_to_bfloat16(values: Float32Array) -> NDArray[np.uint16]:
-    """Finite float32 values as bfloat16 bit patterns, rounded to nearest even."""
+    """Finite float32 values [...] as bfloat16 bit patterns, uint16 [...], rounded to nearest even."""
     bits = values.view(np.uint32)
     return ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
 def store_scale(scale: Float32Array, name: FloatName) -> NDArray[Any]:
-    """Round positive float32 scales to the stored dtype, kept within its normal, finite range.
+    """Round positive float32 scales [...] to the stored dtype, kept within its normal, finite range.
 
-    Returns uint16 bit patterns for BF16, float16 or float32.
+    Returns [...] as uint16 bit patterns for BF16, float16 or float32.
     """
     smallest, largest = SCALE_LIMITS[name]
     limited = np.clip(scale, np.float32(smallest), np.float32(largest))
@@ -64,7 +64,7 @@ def store_scale(scale: Float32Array, name: FloatName) -> NDArray[Any]:
 
 
 def widen(stored: NDArray[Any]) -> Float32Array:
-    """float32 values of an array of bfloat16 bit patterns (uint16), float16 or float32."""
+    """float32 values [...] of an array of bfloat16 bit patterns (uint16), float16 or float32."""
     if stored.dtype == np.uint16:
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32, copy=False)

@@ -158,7 +158,8 @@ def prepare(
     dampening: float = 0.01,
     outputs: int = 0,
 ) -> Problem:
-    """Factor a Hessian once, for `solve_problem` of every matrix that sees these inputs.
+    """Factor a Hessian [in, in] once, for `solve_problem` of every matrix that sees these inputs; `cross` is [in, in]
+    too.
 
     `outputs` is how many rows they have together: for more than there are inputs, it is less work to find C H^-1 first,
     which takes the place of `cross`.
@@ -186,7 +187,9 @@ def solve_problem(
     source_dtype: FloatName = "BF16",
     rows_at_once: int = ROWS_AT_ONCE,
 ) -> Solution:
-    """`solve` for one of the matrices of a problem, some output rows at a time: rows don't depend on each other."""
+    """`solve` for one matrix [out, in] of a problem, some output rows at a time: rows don't depend on each other.
+
+    Raises ValueError for a scheme that is not of integers, NonFiniteError for a weight that is not finite."""
     if scheme.type is NumberType.FLOAT:
         raise ValueError("GPTQ solves integer schemes")
     if problem.hessian.shape != (weight.shape[1], weight.shape[1]):
@@ -268,7 +271,7 @@ def _joined(pieces: list[Solution]) -> Solution:
 
 
 def factorize(hessian: Tensor, *, act_order: bool, dampening: float) -> Factor | None:
-    """The upper factor of the inverse of the damped Hessian, or None if no dampening of the ladder is enough.
+    """The upper factor of the inverse of the damped Hessian [in, in], or None if no dampening of the ladder is enough.
 
     A dead column (zero diagonal: its input was never seen) gets the mean diagonal, which rounds it to nearest and
     touches no other column.
@@ -315,7 +318,7 @@ def _asymmetric_target(weight: Tensor, problem: Problem) -> Tensor:
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> Rounded:
-    """Scales by the scheme's observer and the nearest levels, by the kernels of the weight's device."""
+    """Scales by the scheme's observer and the nearest levels of a float32 weight [out, in]; `importance` is [in]."""
     if weight.device.type == "cpu":
         column_weight = None if importance is None else importance.float().numpy()
         quantized = quantize_block(weight.float().numpy(), Layout.OUT_IN, "F32", scheme, column_weight=column_weight)
@@ -361,7 +364,8 @@ def solve_columns(
 
 
 def pull_of(errors: Tensor, factor: Factor) -> Tensor:
-    """R H of the damped Hessian in the original column order, from the errors of `solve_columns`, which are used up."""
+    """R H of the damped Hessian, [out, in] in the original column order, from the errors of `solve_columns`, used up
+    here."""
     divide_by_upper_transposed(errors, factor.upper)
     pull = torch.empty_like(errors)
     pull[:, factor.order] = errors

@@ -30,7 +30,7 @@ def solve_block(
 def solve_block_torch(
     block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
 ) -> tuple[Tensor, Tensor]:
-    """`solve_block` in torch operations, for any device."""
+    """`solve_block` in torch operations, for any device: a block [out, columns], its factor [columns, columns]."""
     lowest, highest = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
     block = block.clone()
     levels, errors = torch.empty_like(block), torch.empty_like(block)
@@ -121,7 +121,8 @@ def descend_torch(
     block_size: int,
     sweeps: int,
 ) -> Tensor:
-    """`descend` in torch operations, for any device: after each block its moves are multiplied into all of `pull`."""
+    """`descend` in torch operations, for any device: a block's moves are multiplied into all of `pull` [out, in]
+    after it."""
     width = pull.shape[1]
     group = torch.arange(width, device=pull.device) // (width // scale.shape[1])
     gain = torch.zeros(len(pull), dtype=torch.float64, device=pull.device)
@@ -157,7 +158,8 @@ def _descend_block(
 
 @kernel
 def _catch_up(own: NDArray[Any], first: int, moves: NDArray[Any], scale: NDArray[Any], panel: NDArray[Any]) -> None:
-    """Take what the columns outside a block moved by since its last turn off `own`, the block's part of a row's pull."""
+    """Take what the columns outside a block moved by since its last turn off `own`, the block's part of a row's
+    pull."""
     group = panel.shape[0] // scale.size
     fours = moves.view(np.int64)  # nearly all zero: four columns are passed over at a time
     for four in range(fours.size):
@@ -183,7 +185,8 @@ def _take_turn(
     moves: NDArray[np.int16],
     columns: tuple[int, int],
 ) -> float:
-    """Let a block's columns, from the first and as many to a group as given, move in one row; what its loss falls by."""
+    """Let a block's columns, from the first and as many to a group as given, move in one row; what its loss falls
+    by."""
     number = own.dtype.type
     lowest, highest = number(-(1 << (num_bits - 1))), number((1 << (num_bits - 1)) - 1)
     first, group = columns

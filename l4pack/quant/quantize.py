@@ -95,7 +95,8 @@ def quantize_block(
 
 
 def absmax(source: NDArray[Any], layout: Layout, dtype: FloatName) -> float:
-    """Largest magnitude of a block; raises NonFiniteError for an infinite or NaN weight."""
+    """Largest magnitude of a block [rows, columns] of either layout. Raises NonFiniteError for an infinite or NaN
+    weight."""
     _, in_features = _shape(source, layout)
     largest = 0.0
     for start, piece in _pieces(source, layout, dtype):

@@ -26,20 +26,20 @@ def times_upper(matrix: Tensor, upper: Tensor) -> None:
 
 
 def times_upper_transposed(matrix: Tensor, upper: Tensor) -> None:
-    """matrix <- matrix U^T."""
+    """matrix [m, n] <- matrix U^T, U [n, n] upper triangular."""
     for tile in _tiles(len(upper)):
         matrix[:, tile] = matrix[:, tile.start :] @ upper[tile, tile.start :].T
 
 
 def divide_by_upper_transposed(matrix: Tensor, upper: Tensor) -> None:
-    """matrix <- matrix U^-T."""
+    """matrix [m, n] <- matrix U^-T, U [n, n] upper triangular."""
     for tile in reversed(list(_tiles(len(upper)))):
         known = matrix[:, tile] - matrix[:, tile.stop :] @ upper[tile, tile.stop :].T
         matrix[:, tile] = torch.linalg.solve_triangular(upper[tile, tile].T, known, upper=False, left=False)
 
 
 def invert_lower(lower: Tensor) -> None:
-    """Invert a lower triangular matrix in place, by halves: nearly all of it is products."""
+    """Invert a lower triangular matrix [n, n] in place, by halves: nearly all of it is products."""
     size = len(lower)
     if size <= INVERT_AT_ONCE:
         identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
@@ -55,7 +55,8 @@ def invert_lower(lower: Tensor) -> None:
 
 
 def reverse(matrix: Tensor) -> None:
-    """Turn the order of both rows and columns round, in place: of memory without gaps, the order of its elements."""
+    """Turn the order of rows and columns of [n, n] round, in place: of memory without gaps, the order of its
+    elements."""
     flat = (matrix if matrix.is_contiguous() else matrix.T).view(-1)
     half = len(flat) // 2
     for first in range(0, half, TILE * TILE):
@@ -78,16 +79,16 @@ def quadratic_form(rows: Tensor, symmetric: Tensor) -> Tensor:
 
 
 def row_parts(rows: Tensor) -> list[Tensor]:
-    """Views of few rows each, so that what is made of them takes little memory."""
+    """Views [few, n] of [m, n], so that what is made of them takes little memory."""
     return [rows[first : first + TILE] for first in range(0, len(rows), TILE)]
 
 
 def all_finite(matrix: Tensor) -> bool:
-    """Whether every element is a number."""
+    """Whether every element of [m, n] is a number."""
     return all(bool(rows.isfinite().all()) for rows in row_parts(matrix))
 
 
 def permute(matrix: Tensor, order: Tensor, into: Tensor) -> None:
-    """Rows and columns of a square matrix in another order, without a second copy on the way."""
+    """Rows and columns of a square matrix [n, n] in another order [n], without a second copy on the way."""
     for rows, target in zip(row_parts(order), row_parts(into), strict=True):
         target.copy_(matrix[rows][:, order])

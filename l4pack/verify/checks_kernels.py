@@ -18,7 +18,7 @@ _TILE_ROWS, _TILE_COLUMNS = 32, 64
 
 @kernel
 def scan(bits: NDArray[Any], exponent: int, magnitude: int) -> tuple[int, bool]:
-    """How many values have all `exponent` bits set (infinite or NaN), and whether any value is not zero."""
+    """How many bit patterns [n] have all `exponent` bits set (infinite or NaN), and whether any value is not zero."""
     bad = 0
     seen = np.uint32(0)
     for i in range(bits.size):

@@ -1,4 +1,5 @@
-"""Checks of the bytes: scales, packing, FP8 codes, kept tensors, KV scales, digests. One matrix, or one chunk, at a time."""
+"""Checks of the bytes: scales, packing, FP8 codes, kept tensors, KV scales, digests. One matrix, or one chunk, at a
+time."""
 
 from __future__ import annotations
 
@@ -152,12 +153,12 @@ def _magnitude(dtype: str) -> int:
 
 
 def coded(arrays: Arrays) -> NDArray[Any]:
-    """The array with a matrix's codes."""
+    """The array [out, ...] with a matrix's codes."""
     return arrays["weight_packed" if "weight_packed" in arrays else "weight"]
 
 
 def is_dead(values: NDArray[Any], scheme: Scheme) -> bool:
-    """Whether every weight of a matrix has the same code."""
+    """Whether every weight of a matrix [out, ...] has the same code."""
     flat = values.reshape(-1)
     if scheme.type is NumberType.FLOAT:
         return not scan(flat, 0x7F, 0x7F)[1]
@@ -213,7 +214,8 @@ def _bytes(array: NDArray[Any]) -> memoryview:
 
 
 def fingerprint(values: NDArray[Any], scale: NDArray[Any]) -> bytes:
-    """Enough of a matrix's bytes to tell it from any other; identical matrices have identical ones."""
+    """Enough of a matrix's bytes (codes [out, ...], scales) to tell it from any other; identical ones have identical
+    ones."""
     digest = hashlib.blake2b(_bytes(values)[:_FINGERPRINT_BYTES], digest_size=16)
     digest.update(_bytes(scale)[:_FINGERPRINT_BYTES])
     return digest.digest()
