@@ -5,27 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from l4pack.budget.checks import Result
+from l4pack.budget.report_format import Format
 from l4pack.budget.view import spare
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_gib
 
 MAX_BASELINE_BYTES = 50_000_000
-
-
-class Format(StrEnum):
-    """How `l4pack budget check` writes its results."""
-
-    TEXT = "text"
-    JSON = "json"
-    MARKDOWN = "markdown"
-    GITHUB = "github"
-    JUNIT = "junit"
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Protocol, cast
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from l4pack.checkpoint.header import DTYPE_BITS
-from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError
 from l4pack.model.tensors import Linear
-from l4pack.quant.floats import FloatName
 from l4pack.quant.layout import Layout
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from l4pack.checkpoint.reader import Reader
+    from l4pack.quant.floats import FloatName
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class StoredMatrices:
             values = self._reader.matrix(first.tensor, first.expert)
         else:
             values = self._reader.columns(first.tensor, first.expert, columns)
-        dtype = cast(FloatName, entry.dtype)  # what the layout's check has left, or an artifact's
+        dtype = cast("FloatName", entry.dtype)  # what the layout's check has left, or an artifact's
         return Slab(values, first.layout, dtype, tuple(stop - start for start, stop in places))
 
 

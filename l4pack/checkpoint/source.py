@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from l4pack.checkpoint.companions import check_companions, choose, folder_files
 from l4pack.checkpoint.exports import (
@@ -33,7 +33,9 @@ from l4pack.datafile import refuse_lfs_pointer
 from l4pack.errors import SourceError
 from l4pack.model.config import KNOWN_MODELS, Llama4Config, known_config, load_config
 from l4pack.model.tensors import Catalogue, Naming, catalogue
-from l4pack.quant.floats import FloatName
+
+if TYPE_CHECKING:
+    from l4pack.quant.floats import FloatName
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
@@ -135,7 +137,7 @@ class Checkpoint:
     def float_names(self) -> dict[str, FloatName]:
         """The dtype of every tensor, one of WEIGHT_DTYPES. Raises SourceError where the layout is not Llama 4's."""
         assert self.layout
-        return {name: cast(FloatName, entry.dtype) for name, entry in self.entries.items()}
+        return {name: cast("FloatName", entry.dtype) for name, entry in self.entries.items()}
 
     def dtype_of(self, name: str) -> str:
         """The safetensors dtype of a tensor; of a bare configuration, the dtype it states (BF16 if none)."""

@@ -1,43 +1,84 @@
-"""The Typer application: every command is registered here."""
+"""The Typer application: every command is named here, and its module is imported when the command is asked for."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections import UserDict
+from functools import cache
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from l4pack import __version__
 from l4pack.cli import console
-from l4pack.cli.budget import budget_app, devices
-from l4pack.cli.build import build_command
-from l4pack.cli.coverage import coverage
-from l4pack.cli.evaluate import evaluate
-from l4pack.cli.fit import fit
-from l4pack.cli.inspect import inspect
-from l4pack.cli.licence import licence
-from l4pack.cli.measure import measure
-from l4pack.cli.package import package
-from l4pack.cli.plan import plan
-from l4pack.cli.push import push
-from l4pack.cli.quantize import quantize
-from l4pack.cli.recipes import formats, recipes
-from l4pack.cli.report import report
-from l4pack.cli.verify import verify
+
+COMMANDS = {
+    "inspect": "inspect:inspect",
+    "plan": "plan:plan",
+    "measure": "measure:measure",
+    "fit": "fit:fit",
+    "quantize": "quantize:quantize",
+    "verify": "verify:verify",
+    "evaluate": "evaluate:evaluate",
+    "coverage": "coverage:coverage",
+    "report": "report:report",
+    "licence": "licence:licence",
+    "package": "package:package",
+    "push": "push:push",
+    "recipes": "recipes:recipes",
+    "formats": "recipes:formats",
+    "devices": "budget:devices",
+    "build": "build:build",
+    "budget": "budget:budget_app",
+}
+"""What stands for each command, as `module:name` in this package: a function, or a Typer application of its own."""
+
+STYLE: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": "markdown"}
+
+
+@cache
+def _loaded(name: str) -> Any:
+    """The command of that name as Click knows it."""
+    module, _, attribute = COMMANDS[name].partition(":")
+    command = getattr(import_module(f"l4pack.cli.{module}"), attribute)
+    holder = typer.Typer(**STYLE)
+    holder.callback()(lambda: None)  # with one, Typer makes a group even of a single command
+    if isinstance(command, typer.Typer):
+        holder.add_typer(command, name=name)
+    else:
+        holder.command(name)(command)
+    group: Any = get_command(holder)
+    return group.commands[name]
+
+
+class _Commands(UserDict[str, Any]):
+    """Commands by name; only those that are taken out are imported."""
+
+    def __getitem__(self, name: str) -> Any:
+        return _loaded(name) if name in self.data else super().__getitem__(name)
+
+
+class _Root(TyperGroup):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = _Commands(COMMANDS)
+
 
 app = typer.Typer(
     name="l4pack",
+    cls=_Root,
     help="Turn a full Llama 4 checkpoint into a verified Int4 or FP8 artifact, on hardware far smaller than the model.",
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
+    **STYLE,
 )
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        console.show(f"l4pack {__version__}")
+        console.show_text(f"l4pack {__version__}\n")
         raise typer.Exit
 
 
@@ -48,12 +89,3 @@ def _root(
     ] = False,
 ) -> None:
     del version
-
-
-for command in (
-    inspect, plan, measure, fit, quantize, verify, evaluate, coverage, report, licence, package, push, recipes,
-    formats, devices,
-):  # fmt: skip
-    app.command()(command)
-app.command(name="build")(build_command)
-app.add_typer(budget_app, name="budget")

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperGroup
 
-from l4pack.budget.checks import DEFAULT_FILE, exit_code, run_checks
-from l4pack.budget.devices import find_host, load_devices
-from l4pack.budget.load import Load
-from l4pack.budget.matrix import HOSTS
-from l4pack.budget.matrix import matrix as make_matrix
-from l4pack.budget.measure import measure as measure_lines
-from l4pack.budget.model import budget
-from l4pack.budget.named import alternatives, candidates, open_subject
-from l4pack.budget.record import budget_record
-from l4pack.budget.report import Format, load_baseline, render
-from l4pack.budget.solve import changes, limits
-from l4pack.budget.view import budget_view, devices_view, matrix_view, measured_view, verdict_line
+from l4pack.budget.report_format import Format
 from l4pack.cli import console
 from l4pack.cli.options import AsJson
 from l4pack.errors import BudgetError, UsageError
-from l4pack.model.config import KNOWN_MODELS
+
+if TYPE_CHECKING:
+    from l4pack.budget.load import Load
 
 SHOW = "show"
 DEFAULT_DEVICE = "h100"
@@ -148,6 +139,8 @@ def show(
 
     Example: `l4pack budget llama-4-scout --recipe int4 --device h100 --context 32768 --kv-dtype fp8`
     """
+    from l4pack.budget.load import Load
+
     load = Load(
         context, sequences, kv_dtype, tp, pp, expert_parallel, hybrid, batched_tokens, max_num_seqs, max_positions,
         images, utilization,
@@ -167,6 +160,13 @@ def show(
 def _show(
     source: str, recipe: str | None, device: str, load: Load, runtime: str, devices: Path | None, as_json: bool
 ) -> None:
+    from l4pack.budget.devices import find_host, load_devices
+    from l4pack.budget.model import budget
+    from l4pack.budget.named import alternatives, open_subject
+    from l4pack.budget.record import budget_record
+    from l4pack.budget.solve import changes, limits
+    from l4pack.budget.view import budget_view
+
     known = load_devices(devices)
     host = find_host(device, known)
     found = budget(open_subject(source, recipe), host, load, runtime)
@@ -189,6 +189,13 @@ def _matrix(
     devices: Path | None,
     as_json: bool,
 ) -> None:
+    from l4pack.budget.devices import find_host, load_devices
+    from l4pack.budget.matrix import HOSTS
+    from l4pack.budget.matrix import matrix as make_matrix
+    from l4pack.budget.named import candidates
+    from l4pack.budget.view import matrix_view
+    from l4pack.model.config import KNOWN_MODELS
+
     known = load_devices(devices)
     own = [name for name in known if name not in load_devices()]
     hosts = [find_host(name, known) for name in ([device] if device else [*HOSTS, *own])]
@@ -202,8 +209,15 @@ def _matrix(
 def _measure(
     source: str, recipe: str | None, device: str, load: Load, runtime: str, devices: Path | None, as_json: bool
 ) -> None:
+    from l4pack.budget.devices import find_host, load_devices
+    from l4pack.budget.measure import measure as measure_lines
+    from l4pack.budget.model import budget
+    from l4pack.budget.named import open_subject
+    from l4pack.budget.solve import limits
+    from l4pack.budget.view import measured_view, verdict_line
+
     found = budget(open_subject(source, recipe), find_host(device, load_devices(devices)), load, runtime)
-    from l4pack.budget.torch_reader import TorchReader  # torch takes seconds to load, and only this needs it
+    from l4pack.budget.torch_reader import TorchReader  # torch takes seconds: not before the rest is known to be right
 
     reader = TorchReader()
     lines = measure_lines(found, reader)
@@ -231,6 +245,10 @@ def check(
 
     Example: `l4pack budget check --format markdown --baseline budget-main.json`
     """
+    from l4pack.budget.checks import DEFAULT_FILE, exit_code, run_checks
+    from l4pack.budget.named import open_subject
+    from l4pack.budget.report import load_baseline, render
+
     before = load_baseline(baseline)
     results = [result for file in files or [Path(DEFAULT_FILE)] for result in run_checks(file, open_subject)]
     console.show_text(render(results, Format.JSON if as_json else format, before))
@@ -245,6 +263,9 @@ def devices(
 
     Example: `l4pack devices`
     """
+    from l4pack.budget.devices import load_devices
+    from l4pack.budget.view import devices_view
+
     known = load_devices(file)
     if as_json:
         records = [

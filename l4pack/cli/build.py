@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import RenderableType
 
-from l4pack.build import Built, Order, Outcome, Step, build, fit_recipe
-from l4pack.checkpoint.open import open_source
-from l4pack.checkpoint.source import Checkpoint
 from l4pack.cli import console
 from l4pack.cli.evaluate import asked_gates
 from l4pack.cli.fit import Bits, MaxBytes, Runtime, SensitivityFile, warn_of_stand_in
 from l4pack.cli.options import AsJson, Compute, Include, KeepFloat32, MaxRam, Out, Source
 from l4pack.cli.plan import limits, size_of
 from l4pack.errors import UsageError
-from l4pack.fit.budgets import Wish
-from l4pack.fit.losses import shipped_sensitivity
-from l4pack.measure.record import Sensitivity, read_sensitivity
-from l4pack.plan.plan import Plan, make_plan
-from l4pack.publish.publish import Wishes
-from l4pack.publish.upload import Target
-from l4pack.recipe import load_recipe
 from l4pack.units import human_bytes, human_seconds, parse_size
 from l4pack.work.device import AUTO, chosen
 
+if TYPE_CHECKING:
+    from l4pack.build import Built, Order, Step
+    from l4pack.checkpoint.source import Checkpoint
+    from l4pack.fit.budgets import Wish
+    from l4pack.measure.record import Sensitivity
+    from l4pack.plan.plan import Plan
+
 DEFAULT_RECIPE = "int4"
-_COLOURS = {Outcome.DONE: "green", Outcome.KEPT: "green", Outcome.NOT_ASKED: "dim", Outcome.FAILED: "red"}
+_COLOURS = {"done": "green", "kept": "green", "not asked": "dim", "failed": "red"}
 
 
-def build_command(
+def build(
     source: Source,
     out: Out,
     recipe: Annotated[
@@ -105,7 +102,14 @@ def build_command(
 
     Example: `l4pack build demo --recipe int4-rtn --out demo-int4 --device h100 --context 8192`
     """
-    from l4pack.text.choice import TextChoice  # imports torch
+    from l4pack.build import Order, fit_recipe
+    from l4pack.build import build as run
+    from l4pack.checkpoint.open import open_source
+    from l4pack.plan.plan import make_plan
+    from l4pack.publish.publish import Wishes
+    from l4pack.publish.upload import Target
+    from l4pack.recipe import load_recipe
+    from l4pack.text.choice import TextChoice
 
     chosen_device = chosen(compute)
     checkpoint = open_source(source, include=include or ())
@@ -135,7 +139,7 @@ def build_command(
         push=None if push is None else Target(push),
         restart=restart,
     )
-    built = build(plan, order, console.progress, before)
+    built = run(plan, order, console.progress, before)
     if as_json:
         console.show_json(built.record())
     else:
@@ -156,6 +160,8 @@ def _wish(
     runtime: str,
 ) -> Wish:
     """What to fit to: the device's load, unless bytes or bits are named; then the device is checked afterwards."""
+    from l4pack.fit.budgets import Wish
+
     if recipe is not None:
         raise UsageError("--fit chooses the recipe itself", hint="leave --recipe out, or --fit")
     size = None if max_bytes is None else parse_size(max_bytes)
@@ -168,6 +174,9 @@ def _wish(
 
 
 def _sensitivity(checkpoint: Checkpoint, path: Path | None) -> Sensitivity:
+    from l4pack.fit.losses import shipped_sensitivity
+    from l4pack.measure.record import read_sensitivity
+
     found = shipped_sensitivity(checkpoint) if path is None else read_sensitivity(path)
     warn_of_stand_in(found, checkpoint)
     return found

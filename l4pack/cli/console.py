@@ -9,15 +9,14 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
-from l4pack.units import human_bytes
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PIPED_WIDTH = 120
 LINE_LIMIT = 1000  # characters of an error: names and values in it come from files
@@ -87,16 +86,6 @@ def plain(text: object) -> str:
     return escape(_one_line(str(text)))
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{human_bytes(task.speed)}/s" if task.speed else "", style="cyan")
-
-
-class _Amount(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{human_bytes(task.completed)} of {human_bytes(task.total or 0)}")
-
-
 class Bar:
     """A progress bar counted in bytes."""
 
@@ -121,6 +110,7 @@ def progress(label: str, total: int) -> Iterator[Bar]:
     if not sys.stderr.isatty():
         yield Bar(None, total, label)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), _Amount(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=_console(stderr=True), transient=True) as bars:
+    from l4pack.cli.bar import progress_of_bytes
+
+    with progress_of_bytes(_console(stderr=True)) as bars:
         yield Bar(bars, total, label)

@@ -10,11 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from l4pack.checkpoint.open import open_source
 from l4pack.cli import console
 from l4pack.cli.options import AsJson, CalibrationText, Compute, Samples, Seed, SequenceLength, Source
 from l4pack.errors import StoppedError
-from l4pack.text.describe import text_lines
 from l4pack.units import human_seconds
 
 
@@ -38,6 +36,7 @@ def coverage(
     Example: `l4pack coverage demo --samples 16`
     """
     from l4pack.calibration.cover import Wanted, cover
+    from l4pack.checkpoint.open import open_source
     from l4pack.stream.walk import Progress
     from l4pack.work.signals import stop_signals
 
@@ -60,6 +59,8 @@ def coverage(
 
 
 def _view(record: dict[str, Any]) -> list[RenderableType]:
+    from l4pack.text.describe import text_lines
+
     table = console.table(">Layer", ">Cold", ">Least", ">Median", ">Most")
     for layer in record["layers"]:
         tokens = sorted(layer["tokens"])

@@ -8,13 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from l4pack.checkpoint.open import open_source
-from l4pack.checkpoint.source import open_folder
 from l4pack.cli import console
 from l4pack.cli.options import Against, Artifact, AsJson, MaxRam
 from l4pack.errors import UsageError
-from l4pack.text.describe import text_lines
-from l4pack.text.files import JSON_SUFFIXES
 from l4pack.units import human_bytes, human_seconds, parse_size
 
 if TYPE_CHECKING:
@@ -151,6 +147,8 @@ def beside(artifact: Path, ending: str) -> Path:
 
 def _of_questions(name: str) -> bool:
     """Whether a task is a file: lm-eval's tasks have names without such endings."""
+    from l4pack.text.files import JSON_SUFFIXES
+
     return name.lower().removesuffix(".gz").endswith(JSON_SUFFIXES)
 
 
@@ -173,6 +171,8 @@ def asked_gates(**values: float | None) -> Gates:
 
 
 def _run(artifact: Path, against: str | None, settings: Any) -> dict[str, Any]:
+    from l4pack.checkpoint.open import open_source
+    from l4pack.checkpoint.source import open_folder
     from l4pack.evaluate.evaluate import evaluate as run
     from l4pack.evaluate.evaluate import total_bytes
     from l4pack.stream.walk import Progress
@@ -186,6 +186,8 @@ def _run(artifact: Path, against: str | None, settings: Any) -> dict[str, Any]:
 
 def accuracy_view(record: dict[str, Any]) -> list[RenderableType]:
     """An evaluation for people."""
+    from l4pack.text.describe import text_lines
+
     text, run = record["text"], record["run"]
     lines: list[RenderableType] = [
         f"[bold]{console.plain(record['artifact'])}[/bold]"

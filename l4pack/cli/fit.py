@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import RenderableType
 
-from l4pack.checkpoint.open import open_source
 from l4pack.cli import console
 from l4pack.cli.options import AsJson, Source
 from l4pack.units import human_bytes, human_gib, parse_size
@@ -107,6 +106,7 @@ def fit(
 
     Example: `l4pack fit llama-4-scout --max-bytes 65GB --out scout-65gb.yaml`
     """
+    from l4pack.checkpoint.open import open_source
     from l4pack.fit.budgets import Wish
     from l4pack.fit.fit import fit as run
     from l4pack.fit.losses import shipped_sensitivity

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from l4pack.checkpoint.open import open_source
-from l4pack.checkpoint.source import Checkpoint
+from typing import TYPE_CHECKING
+
 from l4pack.cli import console
 from l4pack.cli.options import AsJson, Source
 from l4pack.cli.plan import beside_view
-from l4pack.plan.summary import checkpoint_record, checkpoint_roles, licence_files
 from l4pack.units import human_bytes
+
+if TYPE_CHECKING:
+    from l4pack.checkpoint.source import Checkpoint
 
 
 def inspect(source: Source, as_json: AsJson = False) -> None:
@@ -16,6 +18,9 @@ def inspect(source: Source, as_json: AsJson = False) -> None:
 
     Example: `l4pack inspect meta-llama/Llama-4-Scout-17B-16E-Instruct`
     """
+    from l4pack.checkpoint.open import open_source
+    from l4pack.plan.summary import checkpoint_record, checkpoint_roles
+
     checkpoint = open_source(source)
     if as_json:
         console.show_json(checkpoint_record(checkpoint))
@@ -31,6 +36,8 @@ def inspect(source: Source, as_json: AsJson = False) -> None:
 
 
 def _lines(checkpoint: Checkpoint) -> list[str]:
+    from l4pack.plan.summary import checkpoint_record, licence_files
+
     record = checkpoint_record(checkpoint)
     text = checkpoint.config.text
     dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in record["dtypes"].items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import RenderableType
@@ -10,7 +10,9 @@ from rich.console import RenderableType
 from l4pack.cli import console
 from l4pack.cli.options import AsJson
 from l4pack.errors import LicenceError
-from l4pack.publish.licence import Audit, audit
+
+if TYPE_CHECKING:
+    from l4pack.publish.licence import Audit
 
 ModelName = Annotated[
     str | None,
@@ -29,6 +31,8 @@ def licence(
 
     Example: `l4pack licence Llama-4-Scout-17B-16E-Instruct-W4A16-g128`
     """
+    from l4pack.publish.licence import audit
+
     result = audit(target, name=name)
     console.show_json(result.record()) if as_json else console.show(*audit_view(result))
     if not result.ok:

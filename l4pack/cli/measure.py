@@ -8,12 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from l4pack.checkpoint.open import open_source
 from l4pack.cli import console
 from l4pack.cli.evaluate import MaxVram, SequenceLength, TextSource
 from l4pack.cli.options import AsJson, Compute, MaxRam, Source
 from l4pack.errors import UsageError
-from l4pack.text.describe import text_lines
 from l4pack.units import human_bytes, human_seconds, parse_size
 
 WORST = 8
@@ -78,6 +76,7 @@ def measure(
 
     Example: `l4pack measure demo --samples 8 --out sensitivity.json`
     """
+    from l4pack.checkpoint.open import open_source
     from l4pack.measure.measure import Direct, Settings, prepare
     from l4pack.text.choice import TextChoice
 
@@ -131,6 +130,8 @@ def _run(prepared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def plan_view(plan: dict[str, Any]) -> list[RenderableType]:
     """What a measurement takes, for people."""
+    from l4pack.text.describe import text_lines
+
     table = console.table("Plan", "")
     rest = plan["changes"] - plan["direct"]
     predicted = f", {rest:,} predicted" if rest else ""

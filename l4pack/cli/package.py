@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from l4pack.checkpoint.open import open_source
 from l4pack.cli import console
 from l4pack.cli.options import Artifact, AsJson
-from l4pack.publish.publish import Packaged, Wishes, package_artifact
+
+if TYPE_CHECKING:
+    from l4pack.publish.publish import Packaged
 
 
 def package(
@@ -42,6 +43,9 @@ def package(
 
     Example: `l4pack package scout-int4 --base-model meta-llama/Llama-4-Scout-17B-16E-Instruct`
     """
+    from l4pack.checkpoint.open import open_source
+    from l4pack.publish.publish import Wishes, package_artifact
+
     original = None if source is None else open_source(source)
     wishes = Wishes(name=name, base_model=base_model, template=template, gated=gated)
     result = package_artifact(folder, original, wishes)

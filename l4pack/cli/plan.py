@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 
-from l4pack.checkpoint.open import open_source
-from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES
-from l4pack.checkpoint.source import Checkpoint
 from l4pack.cli import console
 from l4pack.cli.options import AsJson, Compute, Include, KeepFloat32, MaxRam, MaxVram, RecipeName, ShardSize, Source
-from l4pack.plan.plan import Limits, Plan, make_plan
-from l4pack.plan.summary import files_missing, plan_classes, plan_record, room_record
-from l4pack.recipe import load_recipe
-from l4pack.text.describe import text_lines
 from l4pack.units import human_bytes, parse_size
 from l4pack.work.device import AUTO, CPU, chosen
+
+if TYPE_CHECKING:
+    from l4pack.checkpoint.source import Checkpoint
+    from l4pack.plan.plan import Limits, Plan
 
 
 def plan(
@@ -34,6 +32,11 @@ def plan(
 
     Example: `l4pack plan llama-4-scout --recipe scout-int4-1xh100`
     """
+    from l4pack.checkpoint.open import open_source
+    from l4pack.plan.plan import make_plan
+    from l4pack.plan.summary import plan_record, room_record
+    from l4pack.recipe import load_recipe
+
     allowed = limits(max_ram, max_vram, shard_size, chosen(compute))
     made = make_plan(
         open_source(source, include=include or ()), load_recipe(recipe).keeping(float32=keep_float32), allowed
@@ -47,6 +50,9 @@ def plan(
 
 def limits(max_ram: str | None, max_vram: str | None, shard_size: str | None, device: str) -> Limits:
     """Limits from what the user typed. Raises UsageError."""
+    from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES
+    from l4pack.plan.plan import Limits
+
     return Limits(
         max_ram=None if max_ram is None else parse_size(max_ram),
         max_vram=None if max_vram is None else parse_size(max_vram),
@@ -57,6 +63,9 @@ def limits(max_ram: str | None, max_vram: str | None, shard_size: str | None, de
 
 def plan_view(plan: Plan) -> list[RenderableType]:
     """A plan for people: one table and what the job takes."""
+    from l4pack.plan.summary import plan_classes
+    from l4pack.text.describe import text_lines
+
     table = console.table("Role", "Scheme", ">Matrices", ">Before", ">After")
     for row in plan_classes(plan):
         sizes = human_bytes(row.source_bytes), human_bytes(row.artifact_bytes)
@@ -92,6 +101,8 @@ _SHOWN_FILES = 12
 
 def beside_view(checkpoint: Checkpoint) -> list[str]:
     """The files beside the weights, for people: carried, left behind, and missing with what that breaks."""
+    from l4pack.plan.summary import files_missing
+
     if checkpoint.bare:
         return []
     lines = [f"carried   {_names(list(checkpoint.companions)) or 'no file beside the weights'}"]

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
 
-from l4pack.checkpoint.source import HUB_ID
 from l4pack.cli import console
 from l4pack.cli.options import Artifact, AsJson
 from l4pack.errors import UsageError
-from l4pack.publish.publish import check_ready, plan_push, push_artifact
-from l4pack.publish.upload import MAIN, Action, Target, Uploaded, UploadPlan
 from l4pack.units import human_bytes
+
+if TYPE_CHECKING:
+    from l4pack.publish.upload import Target, Uploaded, UploadPlan
 
 
 def push(
     folder: Artifact,
     repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository.", show_default=False)],
     public: Annotated[bool, typer.Option("--public", help="Make the repository public; private unless said.")] = False,
-    revision: Annotated[str, typer.Option("--revision", metavar="BRANCH", help="The branch to put it on.")] = MAIN,
+    revision: Annotated[str, typer.Option("--revision", metavar="BRANCH", help="The branch to put it on.")] = "main",
     pull_request: Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")] = False,
     tag: Annotated[str | None, typer.Option("--tag", metavar="TAG", help="Tag the commit.", show_default=False)] = None,
     collection: Annotated[
@@ -40,6 +40,10 @@ def push(
 
     Example: `l4pack push scout-int4 my-org/Llama-4-Scout-17B-16E-Instruct-W4A16-g128 --dry-run`
     """
+    from l4pack.checkpoint.source import HUB_ID
+    from l4pack.publish.publish import plan_push
+    from l4pack.publish.upload import Target
+
     if HUB_ID.fullmatch(repository) is None or "@" in repository:
         raise UsageError(f"'{repository}' is not a repository's name", hint="write ORGANISATION/NAME")
     target = Target(repository, revision, public, pull_request, overwrite, gated, tag, collection)
@@ -55,12 +59,16 @@ def push(
 
 
 def _check(folder: Path, target: Target) -> list[str]:
+    from l4pack.publish.publish import check_ready
+
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     with console.progress("verifying", total) as bar:
         return check_ready(folder, target.repo_id.rpartition("/")[2], gated=target.gated, advance=bar.advance)
 
 
 def _upload(plan: UploadPlan) -> Uploaded:
+    from l4pack.publish.publish import push_artifact
+
     with console.progress("uploading", plan.send_bytes) as bar:
         return push_artifact(plan, advance=bar.advance)
 
@@ -83,6 +91,8 @@ def push_record(plan: UploadPlan, done: Uploaded | None) -> dict[str, Any]:
 
 def plan_view(plan: UploadPlan, ready: list[str]) -> list[RenderableType]:
     """What a push will do, for people."""
+    from l4pack.publish.upload import Action
+
     target = plan.target
     table = console.table("File", ">Size", "What happens")
     for step in plan.steps:
@@ -98,6 +108,8 @@ def plan_view(plan: UploadPlan, ready: list[str]) -> list[RenderableType]:
 
 def done_view(plan: UploadPlan, done: Uploaded) -> list[str]:
     """What a push did, for people."""
+    from l4pack.publish.upload import Action
+
     kept = len(plan.names(Action.KEEP))
     lines = [
         f"[bold]{console.plain(done.pull_request or done.url)}[/bold] at commit {done.commit}",

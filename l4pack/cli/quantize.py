@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from l4pack.calibration.text import with_text
-from l4pack.checkpoint.open import open_source
 from l4pack.cli import console
 from l4pack.cli.options import (
     AsJson,
@@ -27,13 +25,12 @@ from l4pack.cli.options import (
     Source,
 )
 from l4pack.cli.plan import limits, plan_view
-from l4pack.plan.plan import Plan, make_plan
-from l4pack.plan.summary import plan_record, room_record
-from l4pack.quantize.accelerator import quantizer
-from l4pack.quantize.run import RunResult, run_plan, work_folder
-from l4pack.recipe import load_recipe
 from l4pack.units import human_bytes, human_seconds
 from l4pack.work.device import AUTO, chosen
+
+if TYPE_CHECKING:
+    from l4pack.plan.plan import Plan
+    from l4pack.quantize.run import RunResult
 
 
 def quantize(
@@ -63,6 +60,13 @@ def quantize(
 
     Example: `l4pack quantize demo --recipe int4 --out demo-int4`
     """
+    from l4pack.calibration.text import with_text
+    from l4pack.checkpoint.open import open_source
+    from l4pack.plan.plan import make_plan
+    from l4pack.plan.summary import plan_record, room_record
+    from l4pack.quantize.run import work_folder
+    from l4pack.recipe import load_recipe
+
     fetch_folder = work_folder(out) / "fetched" if fetch_as_you_go else None
     device = chosen(compute)
     allowed = limits(max_ram, max_vram, shard_size, device)
@@ -89,6 +93,9 @@ def quantize(
 
 
 def _run(made: Plan, out: Path, device: str, restart: bool) -> RunResult:
+    from l4pack.quantize.accelerator import quantizer
+    from l4pack.quantize.run import run_plan
+
     with console.progress("quantizing", made.read_bytes) as bar:
         return run_plan(made, out, restart=restart, quantize=quantizer(device), advance=bar.advance, device=device)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from l4pack.cli import console
 from l4pack.cli.options import AsJson
-from l4pack.formats import FormatSpec, format_names, load_format
-from l4pack.recipe import Recipe, RecipeScheme, load_recipe, recipe_names
+
+if TYPE_CHECKING:
+    from l4pack.formats import FormatSpec
+    from l4pack.recipe import Recipe, RecipeScheme
 
 Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Explain one; without it, list all.")]
 
@@ -20,6 +21,8 @@ def recipes(name: Name = None, as_json: AsJson = False) -> None:
 
     Example: `l4pack recipes int4`
     """
+    from l4pack.recipe import load_recipe, recipe_names
+
     chosen = [load_recipe(each) for each in ([name] if name else recipe_names())]
     if as_json:
         console.show_json({"recipes": [recipe.model_dump(mode="json") for recipe in chosen]})
@@ -51,6 +54,8 @@ def formats(name: Name = None, as_json: AsJson = False) -> None:
 
     Example: `l4pack formats pack-quantized`
     """
+    from l4pack.formats import format_names, load_format
+
     chosen = [load_format(each) for each in ([name] if name else format_names())]
     if as_json:
         console.show_json({"formats": [spec.model_dump(mode="json") for spec in chosen]})
@@ -70,5 +75,7 @@ def _list_formats(chosen: list[FormatSpec]) -> None:
 
 
 def _explain(value: dict[str, Any], title: str) -> None:
+    import yaml
+
     console.show(f"[bold]{console.plain(title)}[/bold]", "")
     console.show_text(yaml.safe_dump(value, sort_keys=False, default_flow_style=None, width=110))

@@ -7,12 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from l4pack.checkpoint.source import open_folder
 from l4pack.cli import console
 from l4pack.cli.evaluate import beside
 from l4pack.cli.options import Artifact, DeviceName
 from l4pack.errors import UsageError
-from l4pack.work.files import write_atomic
 
 
 def report(
@@ -37,8 +35,10 @@ def report(
     Example: `l4pack report demo-int4`
     """
     from l4pack.budget.named import open_subject
+    from l4pack.checkpoint.source import open_folder
     from l4pack.evaluate.record import check_current, read_evaluations
     from l4pack.report.page import render_report
+    from l4pack.work.files import write_atomic
 
     checkpoint = open_folder(artifact)
     measured = read_evaluations(artifact)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import RenderableType
-from rich.padding import Padding
 
-from l4pack.checkpoint.open import open_source
 from l4pack.cli import console
 from l4pack.cli.options import Against, Artifact, AsJson
 from l4pack.units import human_bytes
-from l4pack.verify.findings import RULES, Area, Finding
-from l4pack.verify.verify import SAMPLE_SEED, Verification, verify_artifact
+
+if TYPE_CHECKING:
+    from l4pack.verify.findings import Area, Finding
+    from l4pack.verify.verify import Verification
 
 _SHOWN_PLACES = 3
 
@@ -39,6 +39,9 @@ def verify(
 
     Example: `l4pack verify demo-int4 --against demo`
     """
+    from l4pack.checkpoint.open import open_source
+    from l4pack.verify.verify import verify_artifact
+
     if sample is not None and against is None:
         raise typer.BadParameter("needs --against", param_hint="--sample")
     source = open_source(against) if against is not None else None
@@ -102,6 +105,8 @@ def _checked_table(result: Verification) -> RenderableType:
 
 
 def _looked_at(result: Verification) -> dict[Area, str]:
+    from l4pack.verify.findings import Area
+
     checked, tally = result.checked, result.checked.tally
     rows = {
         Area.FILES: f"{checked.files:,} files",
@@ -121,6 +126,8 @@ def _looked_at(result: Verification) -> dict[Area, str]:
 
 
 def _compared(result: Verification) -> str:
+    from l4pack.verify.verify import SAMPLE_SEED
+
     checked, tally = result.checked, result.checked.tally
     sample = f" of {checked.sampled_of:,} (seed {SAMPLE_SEED})" if checked.sampled_of is not None else ""
     told = f"{tally.matrices_compared:,}{sample} matrices, {tally.within_half_step:,} within half a step"
@@ -135,6 +142,10 @@ def _count(count: int) -> str:
 
 def _grouped(findings: list[Finding]) -> list[RenderableType]:
     """One block a rule: what it means, how often, and the first places."""
+    from rich.padding import Padding
+
+    from l4pack.verify.findings import RULES
+
     lines: list[RenderableType] = []
     for rule in dict.fromkeys(finding.rule for finding in findings):
         same = [finding for finding in findings if finding.rule == rule]

@@ -13,19 +13,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub import HfApi
 
 from l4pack.artifact.policy import Breach, Duty, Policy, agrees, plain, policies
-from l4pack.checkpoint.hub import open_remote
 from l4pack.checkpoint.open import hub_repository
 from l4pack.datafile import MAX_BYTES, parse_yaml
 from l4pack.errors import LicenceError, SourceError
-from l4pack.hub.client import hub_api, hub_errors
 from l4pack.model.config import known_config
 from l4pack.publish.names import name_findings
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 CARD_NAME = "README.md"
 MAX_TEXT_BYTES = 2_000_000
@@ -148,6 +148,8 @@ def audit(target: str, *, name: str | None = None, endpoint: str | None = None, 
     if Path(target).is_dir():
         return audit_materials(folder_materials(Path(target), name))
     repo_id, revision = hub_repository(target)
+    from l4pack.hub.client import hub_api, hub_errors
+
     api = hub_api(endpoint, token)
     with hub_errors(api, repo_id, revision):
         return audit_materials(hub_materials(api, repo_id, revision, name))
@@ -178,6 +180,8 @@ def folder_materials(folder: Path, name: str | None = None) -> Materials:
 
 def hub_materials(api: HfApi, repo_id: str, revision: str | None, name: str | None = None) -> Materials:
     """A Hub repository's files, read as they are asked for."""
+    from l4pack.checkpoint.hub import open_remote
+
     remote = open_remote(api, repo_id, revision)
     load = partial(remote.small, limit=MAX_TEXT_BYTES)
     return Materials(repo_id, name or repo_id.rpartition("/")[2], frozenset(remote.files), load)

@@ -144,7 +144,7 @@ def test_every_error_is_one_line_a_hint_and_its_code(l4pack, monkeypatch, kind):
     def fail(*_):
         raise kind("something\nwith a line break \x1b[31m", hint="do\tthat")
 
-    monkeypatch.setattr("l4pack.cli.inspect.open_source", fail)
+    monkeypatch.setattr("l4pack.checkpoint.open.open_source", fail)
     ended = l4pack("inspect", "x")
     assert ended.code == CODES[kind.__name__] == kind.exit_code
     assert ended.err == "error: something with a line break [31m\nhint: do that\n"
@@ -163,7 +163,7 @@ def test_an_unforeseen_error_is_not_hidden(l4pack, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("l4pack.cli.inspect.open_source", fail)
+    monkeypatch.setattr("l4pack.checkpoint.open.open_source", fail)
     with pytest.raises(ZeroDivisionError):
         l4pack("inspect", "x")
 
