@@ -33,9 +33,11 @@ _LICENCE = re.compile(
     re.IGNORECASE,
 )
 _LICENCE_TYPES = ("", ".txt", ".md", ".rst", ".pdf", ".html")
-_SECRET = re.compile(r"key|token|secret|passw|credential|server", re.IGNORECASE)
+_SECRET = re.compile(
+    r"key|token|secret|passw|credential|server|private|internal|confidential|[rd]sa|25519", re.IGNORECASE
+)
 # What l4pack itself writes into an artifact's folder; config.json and the weights as runtimes look for them.
-_RECORD = re.compile(r"l4pack-[a-z]+\.json|accuracy[\w\-]*\.json|README\.md")
+_RECORD = re.compile(r"l4pack-(manifest|calibration)\.json|accuracy\.json|README\.md")
 _WEIGHT_FILE = re.compile(
     r"config\.json|model\.safetensors|model-\d{5,}-of-\d{5,}\.safetensors|model\.safetensors\.index\.json"
 )
@@ -194,7 +196,13 @@ def check_companions(folder: Path, names: Collection[str]) -> None:
             raise SourceError(
                 f"{name!a} in {folder} is no name for a published file", hint="rename the file, or remove it"
             )
-        if not path.resolve().is_relative_to(home):
+        real = path.resolve()
+        if path.is_symlink() and real.parent == folder.resolve() and real.name not in names:
+            raise SourceError(
+                f"{name} in {folder} is a link to {real.name}, which is not to be published",
+                hint="put the file itself there, or remove the link",
+            )
+        if not real.is_relative_to(home):
             raise SourceError(
                 f"{name} is a link that leaves {folder}, and would be published with the artifact",
                 hint="put the file itself there, or remove the link",

@@ -16,6 +16,12 @@ from l4pack.model.config import KNOWN_MODELS
 DEMO = "demo"
 HUB_SCHEME = "hf://"  # as in huggingface_hub's own file system
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
+# What people call the folders they write to: a first part of that name is a path, though it is not there (yet).
+_FOLDERS = {
+    "out", "output", "outputs", "model", "models", "checkpoint", "checkpoints", "ckpt", "ckpts", "artifact", "artifacts",
+    "data", "dataset", "datasets", "build", "dist", "tmp", "temp", "runs", "result", "results", "snapshots", "weights",
+    "work", "export", "exports", "cache", "home", "root", "mnt", "opt", "srv", "var", "workspace", "scratch",
+}  # fmt: skip
 _FILE = re.compile(r"\.(json|safetensors|ya?ml|bin|pth?|gguf|txt)$", re.IGNORECASE)
 
 
@@ -94,5 +100,9 @@ _PATH = re.compile(r"[./~\\]|[^@]*[/\\]")
 
 
 def looks_local(text: str, folder: Path = Path()) -> bool:
-    """Whether `ORG/NAME` could as well be a path: its first part is a folder in `folder`, or it ends like a file."""
-    return _FILE.search(text) is not None or (folder / text.partition("/")[0]).is_dir()
+    """Whether `ORG/NAME` could as well be a path.
+
+    Its first part is a folder in `folder`, or is what such folders are called, or it ends like a file.
+    """
+    first = text.partition("/")[0]
+    return first.lower() in _FOLDERS or _FILE.search(text) is not None or (folder / first).is_dir()

@@ -17,6 +17,8 @@ from l4pack.verify.findings import Findings
 from l4pack.verify.opened import Artifact
 
 _STANZA = "quantization_config"
+# transformers fills these in by the class that reads the section, whatever stands there.
+_SECTION_TYPES = {("text_config", "model_type"), ("vision_config", "model_type")}
 # Spelled differently by different versions of transformers, or of the file and not of the model; dtype and the rotary
 # numbers are compared by what they mean.
 _RESPELLED = {
@@ -146,7 +148,8 @@ def check_config_kept(artifact: Artifact, source: Checkpoint, found: Findings) -
     changes = list(_changes(_without_stanza(mine), _without_stanza(theirs)))
     read = _as_transformers_reads(mine.raw, theirs.raw) if changes else None
     for path, new, old in changes:
-        if path[-1] in _RESPELLED or (read and _same_at(path, *read)):
+        respelled = path[-1] in _RESPELLED or (read is not None and _same_at(path, *read))
+        if respelled and (path not in _SECTION_TYPES or _ABSENT in (new, old)):
             continue
         if new is _ABSENT:
             message = "is in the source's config.json and not here"
@@ -155,6 +158,10 @@ def check_config_kept(artifact: Artifact, source: Checkpoint, found: Findings) -
         else:
             message = f"is {new!r:.60}, the source's is {old!r:.60}"
         found.error("config", ".".join(path), message)
+    if "compression_config" in mine.raw and "compression_config" not in theirs.raw:
+        found.error(
+            "config", "compression_config", "is not in the source's config.json: a runtime may take it for the stanza"
+        )
     _check_meaning(mine, theirs, found)
 
 
@@ -164,8 +171,25 @@ def _check_meaning(mine: Llama4Config, theirs: Llama4Config, found: Findings) ->
         new, old = _rope(mine.raw, section), _rope(theirs.raw, section)
         if new != old:
             found.error("config", f"{section}.rope_parameters", f"are {new}, the source's are {old}")
+    given = set(_dtypes(theirs.raw).values())
+    for where, dtype in _dtypes(mine.raw).items():
+        rounded = "float32" in given and dtype in ("bfloat16", "float16")
+        if given and dtype not in given and not rounded and where != "dtype":
+            found.error("config", where, f"is {dtype}, the source's config.json says {' and '.join(sorted(given))}")
     if mine.dtype != theirs.dtype and not (theirs.dtype == "float32" and mine.dtype in ("bfloat16", "float16")):
         found.error("config", "dtype", f"is {mine.dtype}, the source's is {theirs.dtype}")
+
+
+def _dtypes(raw: Mapping[str, Any]) -> dict[str, str]:
+    """Every dtype that a configuration states, by its key."""
+    sections = {"": raw, **{f"{name}.": raw.get(name) for name in _THETA}}
+    return {
+        f"{section}{key}": str(values[key]).removeprefix("torch.")
+        for section, values in sections.items()
+        if isinstance(values, Mapping)
+        for key in ("dtype", "torch_dtype")
+        if values.get(key) is not None
+    }
 
 
 def _without_stanza(config: Llama4Config) -> dict[str, Any]:

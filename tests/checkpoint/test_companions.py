@@ -17,6 +17,7 @@ PRIVATE = [
     "id_rsa", "id_ed25519.pub", "run.sh", "env", ".env", "prod.env", "nohup.out", "trainer_state.json", "optimizer.pt",
     "events.out.tfevents.1700000000.host.1.0", "hf_quant_config.json", "adapter_config.json", "training_args.bin", "core",
     "notes.txt", "wandb-metadata.json", "LICENSE_KEY.txt", "license.key", "license-server.txt", "modeling_llama4.py",
+    "License-id_rsa", "license-private", "NOTICE.internal.md", "l4pack-secrets.json", "accuracy-notes.json",
     "tokenizer.json.bak", "tokenizer.py", "secrets.json", "config.json.orig", "adapter_model.safetensors", "chat.jsonl",
 ]  # fmt: skip
 PUBLIC = [
@@ -138,6 +139,21 @@ def test_what_is_asked_for_can_not_be_a_link_out_or_without_a_name(folder, tmp_p
     with pytest.raises(SourceError, match="is no name for a published file"):
         open_source(str(folder), include=["x-*"])
     check_pattern("x-*")
+
+
+@pytest.mark.parametrize("file", ["LICENSE", "tokenizer.json"])
+def test_a_link_to_what_stays_behind_is_no_way_out(folder, file):
+    (folder / ".env").write_text("TOKEN=x")
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).symlink_to(".env")
+    with pytest.raises(SourceError, match=r"a link to \.env, which is not to be published"):
+        open_source(str(folder))
+
+
+def test_a_link_to_what_goes_along_is_one_more_name(folder):
+    (folder / "LICENSE.txt").write_text("words")
+    (folder / "LICENSE").symlink_to("LICENSE.txt")
+    assert open_source(str(folder)).companions["LICENSE"] == 5
 
 
 def test_a_configuration_has_nothing_to_include(l4pack):

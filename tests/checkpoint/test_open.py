@@ -31,7 +31,7 @@ def asked(monkeypatch, tmp_path):
     return seen
 
 
-PATHS = ["out/scout-int4", "./scout/int4", "../scout/int4", "/scout/int4", "~/scout", "a/b/c", "org/name/", "org\\name",
+PATHS = ["out/scout-int4", "models/scout", "Checkpoints/step-100", "outputs/x@main", "data/scout-int4", "./scout/int4", "../scout/int4", "/scout/int4", "~/scout", "a/b/c", "org/name/", "org\\name",
          "org/config.json", "scouts/model.safetensors", "out/x@main", "out/", ".", "..\\x", "a/b/c@main"]  # fmt: skip
 REPOSITORIES = {
     "org/name": ("org/name", None),

@@ -281,6 +281,8 @@ BROKEN: dict[str, Broken] = {
             (("text_config", "rope_parameters", "rope_theta"), 10000.0), (("text_config", "use_qk_norm"), False),
             (("vision_config", "hidden_act"), "relu"), (("vision_config", "norm_eps"), 1e-3),
             (("vision_config", "vision_feature_layer"), -2), (("auto_map",), {"AutoModel": "x--y.Z"}),
+            (("text_config", "model_type"), "llama4_tex"), (("vision_config", "model_type"), None),
+            (("compression_config",), {}), (("torch_dtype",), "float16"), (("text_config", "torch_dtype"), "float16"),
         )
     },
     # what runtimes make of the stanza

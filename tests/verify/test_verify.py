@@ -333,6 +333,8 @@ MANIFESTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a template gone": (damage.remove("chat_template.jinja"), "digest", "chat_template.jinja"),
     "a template more": (damage.add("additional_chat_templates/x.jinja"), "strange", "additional_chat_templates/x.jinja"),
     "notes": (damage.add("notes.txt"), "strange", "notes.txt"),
+    "named like a record": (damage.add("l4pack-secrets.json"), "strange", "l4pack-secrets.json"),
+    "named like an evaluation": (damage.add("accuracy-notes.json"), "strange", "accuracy-notes.json"),
     "no recipe": (lambda folder: damage.edit_json(folder, lambda m: m.pop("recipe"), MANIFEST_NAME), "manifest", MANIFEST_NAME),
     "a recipe of nothing": (
         lambda folder: damage.edit_json(folder, lambda m: m.update(recipe={}), MANIFEST_NAME), "manifest", MANIFEST_NAME
