@@ -17,10 +17,10 @@ from l4pack.checkpoint.header import DTYPE_BITS
 from l4pack.datafile import read_yaml, validate
 from l4pack.errors import RecipeError
 from l4pack.model.tensors import QUANTIZABLE, Linear, Role
-from l4pack.quant.scheme import NumberType, ScaleDtype, Scheme, Strategy
+from l4pack.quant.dtypes import NAMES
+from l4pack.quant.grid import NumberType
+from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.resources import data_folder
-
-_SCALE_DTYPES = {ScaleDtype.BFLOAT16: "BF16", ScaleDtype.FLOAT16: "F16", ScaleDtype.FLOAT32: "F32"}
 
 SizeText = Annotated[
     str, Field(pattern=r"^((in|out)(/(pack|group|rows|columns))?|[0-9]+)$", coerce_numbers_to_str=True)
@@ -173,7 +173,7 @@ def stored_tensors(
     """The tensors that stand for one matrix `[out_features, in_features]`, in the order they are written."""
     holds = {"asymmetric": not scheme.symmetric, "static_activations": static}
     sizes = _sizes(scheme, out_features, in_features)
-    scale_dtype = _SCALE_DTYPES.get(scheme.scale_dtype, source_dtype)
+    scale_dtype = NAMES.get(scheme.scale_dtype, source_dtype)
     return [
         StoredTensor(
             suffix=rule.suffix,
@@ -227,7 +227,7 @@ def _conditions(scheme: Scheme, roles: Collection[Role], *, weight_only: bool, m
         "attention": attention,
         "block_attention": attention and scheme.strategy is Strategy.BLOCK,
         "mixed": mixed,
-        "weight_only_experts": experts and weight_only and scheme.type is NumberType.FLOAT,
+        "weight_only_experts": experts and weight_only,
     }
 
 

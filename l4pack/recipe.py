@@ -15,7 +15,7 @@ from l4pack.datafile import read_yaml, validate
 from l4pack.errors import RecipeError, UsageError
 from l4pack.formats import check_accepts, load_format
 from l4pack.model.tensors import QUANTIZABLE, Role
-from l4pack.quant.scheme import NumberType, Scheme, Strategy
+from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.resources import data_folder
 
 KEEP = "keep"
@@ -74,7 +74,7 @@ class RecipeScheme(Scheme):
 
     @model_validator(mode="after")
     def _method_fits(self) -> RecipeScheme:
-        if self.method is Method.GPTQ and self.type is not NumberType.INT:
+        if self.method is Method.GPTQ and not self.grid.even:
             raise ValueError("method: gptq solves integer schemes")
         if self.method is not Method.GPTQ and self.gptq is not None:
             raise ValueError("gptq: its options are for method gptq")

@@ -16,9 +16,10 @@ from l4pack.artifact.patterns import matches, pattern
 from l4pack.errors import L4packError
 from l4pack.quant.dequantize import dequantize
 from l4pack.quant.floats import Float32Array
+from l4pack.quant.grid import NumberType
 from l4pack.quant.packing import packed_columns
 from l4pack.quant.quantize import Quantized
-from l4pack.quant.scheme import NumberType, Scheme, Strategy
+from l4pack.quant.scheme import Scheme, Strategy
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -115,10 +116,10 @@ def dequantized(
     tensors: Mapping[str, NDArray[Any]], scheme: Scheme, out_features: int, in_features: int, module: str
 ) -> Float32Array:
     """float32 [out_features, in_features] of a module's tensors by suffix. Raises L4packError on a wrong shape."""
-    values = tensors["weight_packed" if scheme.type is NumberType.INT else "weight"]
+    values = tensors["weight_packed" if scheme.grid.even else "weight"]
     zero_point = None if scheme.symmetric else tensors.get("weight_zero_point")
     scale = tensors["weight_scale"]
-    width = packed_columns(in_features, scheme.num_bits) if scheme.type is NumberType.INT else in_features
+    width = packed_columns(in_features, scheme.num_bits) if scheme.grid.even else in_features
     _expect(values.shape, (out_features, width), f"{module}'s values")
     _expect(scale.reshape(-1).shape if scheme.strategy is Strategy.TENSOR else scale.shape,
             _scale_shape(scheme, out_features, in_features), f"{module}.weight_scale")  # fmt: skip

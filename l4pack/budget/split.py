@@ -14,7 +14,8 @@ from l4pack.budget.subject import Kind, Subject
 from l4pack.errors import UsageError
 from l4pack.formats import DEGREES, Stored, load_format, split_hindrances
 from l4pack.model.tensors import Linear, Role, catalogue
-from l4pack.quant.scheme import NumberType, Scheme, Strategy
+from l4pack.quant.grid import NumberType
+from l4pack.quant.scheme import Scheme, Strategy
 
 _BLOCK = (128, 128)
 
@@ -54,7 +55,7 @@ def _stored(subject: Subject) -> tuple[Stored, ...]:
         for scale in parts.get("weight_scale", ()):
             scheme = None if linear is None else _scheme(linear, parts, scale)
             if linear is not None and scheme is not None:
-                spec = load_format("pack-quantized" if scheme.type is NumberType.INT else "float-quantized")
+                spec = load_format("pack-quantized" if scheme.grid.even else "float-quantized")
                 found[scheme, linear.role, linear.projection, linear.in_features] = (spec, scheme, linear)
     return tuple(found.values())
 

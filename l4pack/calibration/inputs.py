@@ -15,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from l4pack.quant.floats import E4M3_MAX, FloatName, store_scale
+from l4pack.quant.dtypes import FloatName
+from l4pack.quant.floats import store_scale
+from l4pack.quant.grid import E4M3
 from l4pack.stream.units import Part, Unit
 
 if TYPE_CHECKING:
@@ -54,4 +56,4 @@ class InputScales:
 
 def stored_scale(amax: float, dtype: FloatName) -> NDArray[Any]:
     """The scale [1] that maps `amax` to the largest E4M3 value, as stored in a safetensors dtype."""
-    return store_scale(np.array([amax / E4M3_MAX], np.float32), dtype)
+    return store_scale(np.array([amax / E4M3.highest], np.float32), dtype)

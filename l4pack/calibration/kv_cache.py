@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from l4pack.artifact.kv_cache import scale_shape
-from l4pack.quant.floats import E4M3_MAX, store_scale
+from l4pack.quant.floats import store_scale
+from l4pack.quant.grid import E4M3
 from l4pack.recipe import KVStrategy
 
 
@@ -59,4 +60,4 @@ def _by_head(entering: Tensor) -> Tensor:
 
 def _scale(amax: NDArray[np.float32]) -> NDArray[Any]:
     """Where all is zero nothing is known of what may come: the scale is 1, as runtimes take it without one."""
-    return store_scale(np.where(amax > 0, amax / np.float32(E4M3_MAX), np.float32(1)), "F32")
+    return store_scale(np.where(amax > 0, amax / np.float32(E4M3.highest), np.float32(1)), "F32")

@@ -14,7 +14,7 @@ from torch import Tensor
 from l4pack.calibration.moments import Moments
 from l4pack.calibration.rows import Block
 from l4pack.quant import gptq
-from l4pack.quant.floats import FloatName
+from l4pack.quant.dtypes import FloatName
 from l4pack.quant.packing import pack_levels, pack_zero_points
 from l4pack.quant.quantize import Quantized
 from l4pack.recipe import GptqOptions, RecipeScheme

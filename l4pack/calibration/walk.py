@@ -36,8 +36,9 @@ from l4pack.checkpoint.writer import Written
 from l4pack.errors import QualityError, SourceError, StoppedError
 from l4pack.plan.extents import INPUT_SCALE
 from l4pack.plan.needs import asymmetric
-from l4pack.quant.floats import FloatName
+from l4pack.quant.dtypes import FloatName
 from l4pack.quant.quantize import NonFiniteError
+from l4pack.quant.torch_ops import DTYPES
 from l4pack.stream.embed import embed
 from l4pack.stream.hidden import Packed
 from l4pack.stream.layer import Blocks, LayerPass, Stream
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
 
 # Without it torch refuses every matrix product on CUDA that is to be deterministic; cuBLAS reads it when it starts.
 CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-_MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class CalibrationRun:
@@ -232,7 +232,7 @@ class CalibrationRun:
         matrices = Matrices(
             {name: weights.linears[name].weight for name in MLP_PROJECTIONS},
             ACT2FN[self._skeleton.text.hidden_act],
-            _MODEL_DTYPES[self._config.dtype or "bfloat16"],
+            DTYPES[self._config.dtype or "bfloat16"],
         )
         scheme = self._plan.recipe.schemes[targets[MLP_PROJECTIONS[0]].scheme]
         dtypes = {name: self._plan.checkpoint.float_names[target.linear.tensor] for name, target in targets.items()}
@@ -277,7 +277,7 @@ class CalibrationRun:
             arrays[tensor.name.removeprefix(f"{module}.")] = raw.view(NUMPY_TYPES[tensor.dtype]).reshape(tensor.shape)
         scheme, linear = self._plan.recipe.schemes[target.scheme], target.linear
         values = torch.from_numpy(dequantized(arrays, scheme, linear.out_features, linear.in_features, module))
-        return values.to(_MODEL_DTYPES[self._config.dtype or "bfloat16"]).to(self._device, torch.float32)
+        return values.to(DTYPES[self._config.dtype or "bfloat16"]).to(self._device, torch.float32)
 
     def _check_fallbacks(self) -> None:
         results = [

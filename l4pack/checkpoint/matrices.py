@@ -16,13 +16,13 @@ from l4pack.checkpoint.header import DTYPE_BITS
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError
 from l4pack.model.tensors import Linear
+from l4pack.quant.dtypes import FloatName
 from l4pack.quant.layout import Layout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from l4pack.checkpoint.reader import Reader
-    from l4pack.quant.floats import FloatName
 
 
 @dataclass(frozen=True)

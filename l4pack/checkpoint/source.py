@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 from l4pack.checkpoint.companions import check_companions, choose, folder_files
 from l4pack.checkpoint.exports import (
@@ -33,14 +33,11 @@ from l4pack.datafile import refuse_lfs_pointer
 from l4pack.errors import SourceError
 from l4pack.model.config import KNOWN_MODELS, Llama4Config, known_config, load_config
 from l4pack.model.tensors import Catalogue, Naming, catalogue
-
-if TYPE_CHECKING:
-    from l4pack.quant.floats import FloatName
+from l4pack.quant.dtypes import NAMES, FloatName
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
 MAX_NAME_BYTES = 255  # what file systems take
-_CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _SHARD_NAME = re.compile(r"\w[\w.\-]*\.safetensors")
 
 
@@ -142,7 +139,7 @@ class Checkpoint:
     def dtype_of(self, name: str) -> str:
         """The safetensors dtype of a tensor; of a bare configuration, the dtype it states (BF16 if none)."""
         if self.bare:
-            return _CONFIG_DTYPES.get(self.config.dtype or "", "BF16")
+            return NAMES.get(self.config.dtype or "", "BF16")
         return self.entries[name].dtype
 
     @cached_property

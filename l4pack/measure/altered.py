@@ -13,10 +13,10 @@ from l4pack.calibration.mlp import Matrices, solve_mlp, weights_of
 from l4pack.calibration.rows import Block, UnitRows, blocks, expert_rows
 from l4pack.errors import SourceError
 from l4pack.quant.dequantize import dequantize
-from l4pack.quant.floats import STORED, FloatName
+from l4pack.quant.dtypes import FLOATS, FloatName
+from l4pack.quant.grid import E4M3, ScaleDtype
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, quantize_block
-from l4pack.quant.scheme import ScaleDtype
 from l4pack.recipe import Activations as RecipeActivations
 from l4pack.recipe import Method, RecipeScheme
 from l4pack.stream.activations import Activations
@@ -24,7 +24,6 @@ from l4pack.stream.layer import LayerPass
 from l4pack.stream.units import Part, Unit, UnitWeights, module_names
 from l4pack.stream.weights import LinearWeight, Weights
 
-_SCALE_DTYPES = {name: dtype for dtype, name in STORED.items()}
 Blocks = Callable[[], Iterable[Block]]
 
 
@@ -61,7 +60,7 @@ def altered(
 def rounded(weight: Tensor, scheme: RecipeScheme, dtype: FloatName) -> Tensor:
     """A matrix [out, in] rounded to nearest, as float32; `dtype` is the checkpoint's."""
     if scheme.scale_dtype is ScaleDtype.SOURCE:
-        scheme = scheme.model_copy(update={"scale_dtype": _SCALE_DTYPES[dtype]})
+        scheme = scheme.model_copy(update={"scale_dtype": ScaleDtype(FLOATS[dtype].word)})
     quantized = quantize_block(weight.float().cpu().numpy(), Layout.OUT_IN, "F32", scheme)
     return torch.from_numpy(dequantize(quantized, scheme, *weight.shape))
 
@@ -101,7 +100,7 @@ def _solved(
 def _rounding(scheme: RecipeScheme) -> Activations | None:
     """What a runtime does to the inputs of a matrix; only FP8 schemes round them."""
     if scheme.activations is RecipeActivations.DYNAMIC_TOKEN:
-        return Activations("float", "token")
+        return Activations(E4M3, "token")
     if scheme.activations is RecipeActivations.DYNAMIC_GROUP and scheme.block_structure is not None:
-        return Activations("float", "group", scheme.block_structure[1])
+        return Activations(E4M3, "group", scheme.block_structure[1])
     return None

@@ -9,7 +9,8 @@ from l4pack.errors import UsageError
 from l4pack.formats import load_format, reader_limits
 from l4pack.model.config import Llama4Config
 from l4pack.model.tensors import QUANTIZABLE, Role, catalogue
-from l4pack.quant.scheme import NumberType, Observer, Strategy
+from l4pack.quant.grid import NumberType
+from l4pack.quant.scheme import Observer, Strategy
 from l4pack.recipe import Activations, GptqOptions, Method, RecipeScheme
 
 GROUPS = (32, 64, 128)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from l4pack.artifact import kv_cache
 from l4pack.checkpoint.header import tensor_bytes
@@ -15,13 +14,11 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import RecipeError
 from l4pack.formats import load_format, stored_tensors
 from l4pack.model.tensors import Linear, Role, TensorSpec, canonical_naming, catalogue, rename
+from l4pack.quant.dtypes import FloatName
 from l4pack.quant.layout import Layout
 from l4pack.quant.scheme import Strategy
 from l4pack.recipe import KEEP, KV_CACHE, Method, Recipe, RecipeScheme
 from l4pack.units import MIB
-
-if TYPE_CHECKING:
-    from l4pack.quant.floats import FloatName
 
 COPY_CHUNK = 16 * MIB
 _ROUNDING = 3  # chunks held while float32 is rounded: the source's, the result and what lies between

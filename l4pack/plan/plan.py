@@ -46,6 +46,7 @@ from l4pack.plan.assign import (
 from l4pack.plan.itinerary import Itinerary, file_sizes
 from l4pack.plan.needs import Needs, calibration_needs
 from l4pack.plan.options import plan_options, recipe_parts, text_options
+from l4pack.quant.dtypes import FLOATS
 from l4pack.recipe import KEEP, KV_CACHE, Activations, Recipe
 from l4pack.units import MIB, human_bytes
 from l4pack.work import machine
@@ -123,7 +124,7 @@ class Plan:
         """
         raw: Mapping[str, Any] = self.checkpoint.config.raw
         if self.rounded_tensors:
-            raw = with_dtype(raw, "float16" if model_dtype(self.checkpoint) == "F16" else "bfloat16")
+            raw = with_dtype(raw, FLOATS[model_dtype(self.checkpoint)].word)
         config = {**raw, "quantization_config": self.stanza}
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 

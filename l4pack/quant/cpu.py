@@ -18,6 +18,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from l4pack.quant.grid import E4M3
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -28,7 +30,7 @@ ERROR_TILE = 32  # output features transposed at once: one cache line of bfloat1
 TAIL = 16  # terms of a sum: fewer are one vector or less
 
 MAGIC = np.float32(1.5 * 2**23)  # float32 spacing here is 1: adding it rounds half to even, the integer in the low bits
-E4M3_LIMIT = np.float32(448.0)
+E4M3_LIMIT = np.float32(E4M3.highest)
 E4M3_SMALLEST_NORMAL = np.uint32(0x3C800000)  # 2^-6 as float32 bits
 E4M3_SUBNORMAL_MAGIC = np.float32(2.0**14)  # float32 spacing here is 2^-9, that of E4M3 subnormals
 E4M3_SUBNORMAL_BITS = np.uint32(0x46800000)  # the same as bits

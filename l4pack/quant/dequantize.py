@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from l4pack.quant import cpu
-from l4pack.quant.floats import Float32Array, e4m3_values, widen
+from l4pack.quant.floats import Float32Array, widen
 from l4pack.quant.packing import unpack_zero_points
 from l4pack.quant.quantize import Quantized, spread
-from l4pack.quant.scheme import NumberType, Scheme
+from l4pack.quant.scheme import Scheme
 
 
 def dequantize(quantized: Quantized, scheme: Scheme, out_features: int, in_features: int) -> Float32Array:
@@ -21,8 +21,8 @@ def dequantize(quantized: Quantized, scheme: Scheme, out_features: int, in_featu
     scale = spread(widen(quantized.scale), scheme, shape)
     out = np.empty((out_features, in_features), np.float32)
     values = np.ascontiguousarray(quantized.values).view(np.uint8)
-    if scheme.type is NumberType.FLOAT:
-        cpu.dequantize_table(values, e4m3_values(), group, scale, out)
+    if not scheme.grid.even:
+        cpu.dequantize_table(values, np.array(scheme.grid.values, np.float32), group, scale, out)
         return out
     zero_point = np.zeros_like(scale)
     if quantized.zero_point is not None:

@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from l4pack.quant import gptq_blocks, torch_ops
-from l4pack.quant.floats import STORED, FloatName
+from l4pack.quant.dtypes import FLOATS, FloatName
+from l4pack.quant.grid import ScaleDtype
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, quantize_block
-from l4pack.quant.scheme import NumberType, ScaleDtype, Scheme
+from l4pack.quant.scheme import Scheme
 from l4pack.quant.triangular import (
     all_finite,
     divide_by_upper_transposed,
@@ -190,15 +191,14 @@ def solve_problem(
     """`solve` for one matrix [out, in] of a problem, some output rows at a time: rows don't depend on each other.
 
     Raises ValueError for a scheme that is not of integers, NonFiniteError for a weight that is not finite."""
-    if scheme.type is NumberType.FLOAT:
+    if not scheme.grid.even:
         raise ValueError("GPTQ solves integer schemes")
     if problem.hessian.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(
             f"a Hessian of shape {tuple(problem.hessian.shape)} does not fit weights {tuple(weight.shape)}"
         )
     if scheme.scale_dtype is ScaleDtype.SOURCE:
-        dtypes = {name: dtype for dtype, name in STORED.items()}
-        scheme = scheme.model_copy(update={"scale_dtype": dtypes[source_dtype]})
+        scheme = scheme.model_copy(update={"scale_dtype": ScaleDtype(FLOATS[source_dtype].word)})
     settings = _Settings(scheme, block_size, sweeps)
     pieces = range(0, len(weight), rows_at_once)
     return _joined(

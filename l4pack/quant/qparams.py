@@ -2,7 +2,7 @@
 
     symmetric integers   scale = amax / ((2^bits - 1) / 2), or amax / 2^(bits-1) under Meta's rule
     asymmetric integers  scale = (high - low) / (2^bits - 1), zero point = clamp(rint(qmin - low / scale))
-    FP8                  scale = amax / 448
+    FP8                  scale = amax / 448, its largest number
 
 Scales are rounded to the dtype they are stored in first, and everything after uses the stored scale.
 """
@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from l4pack.quant.floats import E4M3_MAX, Float32Array, FloatName, store_scale, widen
-from l4pack.quant.scheme import NumberType, ScaleRule, Scheme
+from l4pack.quant.dtypes import FloatName
+from l4pack.quant.floats import Float32Array, store_scale, widen
+from l4pack.quant.scheme import ScaleRule, Scheme
 
 SHRINK = (*(round(1 - 0.02 * step, 2) for step in range(11)), 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3)
 """Fractions of a group's range that the MSE observer tries, largest first; a tie keeps the larger range.
@@ -38,11 +39,8 @@ class QParams:
 
 def top_level(scheme: Scheme) -> float:
     """What the largest magnitude of a symmetric range is divided by to get the scale."""
-    if scheme.type is NumberType.FLOAT:
-        return E4M3_MAX
-    if scheme.scale_rule is ScaleRule.META:
-        return float(2 ** (scheme.num_bits - 1))
-    return float(2**scheme.num_bits - 1) / 2
+    grid = scheme.grid
+    return -grid.lowest if scheme.scale_rule is ScaleRule.META else (grid.highest - grid.lowest) / 2
 
 
 def qparams_of_range(low: Float32Array, high: Float32Array, scheme: Scheme, name: FloatName) -> QParams:
@@ -52,7 +50,7 @@ def qparams_of_range(low: Float32Array, high: Float32Array, scheme: Scheme, name
         stored = store_scale(np.divide(amax, np.float32(top_level(scheme)), dtype=np.float32), name)
         scale = widen(stored)
         return QParams(stored, scale, np.zeros_like(scale))
-    lowest, highest = np.float32(-(2 ** (scheme.num_bits - 1))), np.float32(2 ** (scheme.num_bits - 1) - 1)
+    lowest, highest = np.float32(scheme.grid.lowest), np.float32(scheme.grid.highest)
     with np.errstate(over="ignore"):  # an infinite width is limited to the largest finite scale
         stored = store_scale((high - low) / (highest - lowest), name)
     scale = widen(stored)

@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l4pack.quant import cpu
-from l4pack.quant.floats import Float32Array, FloatName, scale_float
+from l4pack.quant.dtypes import FloatName
+from l4pack.quant.floats import Float32Array, not_finite
+from l4pack.quant.grid import E4M3
 from l4pack.quant.layout import Layout
 from l4pack.quant.packing import pack_zero_points, packed_columns
 from l4pack.quant.qparams import QParams, candidates, halving_sum, least_error, qparams_of_range
-from l4pack.quant.scheme import NumberType, Observer, Scheme, Strategy
+from l4pack.quant.scheme import Observer, Scheme, Strategy
 
 # A piece is read twice. Out x in it stays in the last-level cache; in x out, long runs of each row matter more.
 PIECE_BYTES = {Layout.OUT_IN: 4 << 20, Layout.IN_OUT: 20 << 20}
@@ -88,7 +90,7 @@ def quantize_block(
     parts: list[QParams] = []
     for start, piece in _pieces(source, layout, dtype):
         ranges = _ranges(piece, scheme.group_columns(in_features), start)
-        part = _choose(piece, ranges, scheme, scale_float(scheme, dtype), amax, weight)
+        part = _choose(piece, ranges, scheme, scheme.scale_float(dtype), amax, weight)
         parts.append(part)
         _encode(piece, scheme, part, packed[start : start + piece.out_features])
     return _assemble(packed, parts, scheme, in_features)
@@ -169,9 +171,8 @@ def _non_finite(piece: _Piece, start: int) -> NonFiniteError:
     block = np.lib.stride_tricks.as_strided(
         piece.flat, (rows, columns), (piece.stride * itemsize, itemsize), writeable=False
     )
-    largest_finite, magnitude = (0x7F7F, 0x7FFF) if itemsize == 2 else (0x7F7FFFFF, 0x7FFFFFFF)
     out_in = block if piece.layout is Layout.OUT_IN else block.T
-    row, column = np.argwhere((out_in & magnitude) > largest_finite)[0]
+    row, column = np.argwhere(not_finite(out_in, "BF16" if itemsize == 2 else "F32"))[0]
     return NonFiniteError(start + int(row), int(column))
 
 
@@ -213,7 +214,7 @@ def _errors(piece: _Piece, tried: QParams, scheme: Scheme, weight: Float32Array)
     errors = np.empty(shape, np.float32)
     scale, zero_point = (spread(values, scheme, shape) for values in (tried.scale, tried.zero_point))
     measure = cpu.errors_out_in if piece.layout is Layout.OUT_IN else cpu.errors_in_out
-    fp8 = scheme.type is NumberType.FLOAT
+    fp8 = scheme.grid is E4M3
     position = (piece.flat, piece.stride, piece.in_features, group)
     measure(*position, weight, scale, zero_point, scheme.num_bits, fp8, errors)
     if scheme.block_structure is None:
@@ -228,7 +229,7 @@ def _encode(piece: _Piece, scheme: Scheme, qparams: QParams, packed: NDArray[np.
     group = scheme.group_columns(piece.in_features)
     shape = (piece.out_features, -(-piece.in_features // group))
     scale, zero_point = (spread(values, scheme, shape) for values in (qparams.scale, qparams.zero_point))
-    fp8 = scheme.type is NumberType.FLOAT
+    fp8 = scheme.grid is E4M3
     arguments = (piece.flat, piece.stride, piece.in_features, group, scale, zero_point, scheme.num_bits, fp8)
     if piece.layout is Layout.OUT_IN:
         cpu.encode_out_in(*arguments, packed.view(np.uint8))
@@ -245,7 +246,7 @@ def spread(values: Float32Array, scheme: Scheme, shape: tuple[int, ...]) -> Floa
 
 def _assemble(packed: NDArray[np.uint32], parts: list[QParams], scheme: Scheme, in_features: int) -> Quantized:
     scale = parts[0].stored if scheme.strategy is Strategy.TENSOR else np.concatenate([p.stored for p in parts])
-    if scheme.type is NumberType.FLOAT:
+    if scheme.grid is E4M3:
         return Quantized(np.ascontiguousarray(packed.view(np.uint8)[:, :in_features]), scale, None)
     if scheme.symmetric:
         return Quantized(packed.view(np.int32), scale, None)

@@ -10,6 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from l4pack.quant.dtypes import NAMES, FloatName
+from l4pack.quant.grid import GRIDS, Grid, NumberType, ScaleDtype
+
 
 class Strategy(StrEnum):
     """Which weights of a matrix share one scale."""
@@ -18,13 +21,6 @@ class Strategy(StrEnum):
     CHANNEL = "channel"
     GROUP = "group"
     BLOCK = "block"
-
-
-class NumberType(StrEnum):
-    """Integer levels, or the E4M3 floats of FP8."""
-
-    INT = "int"
-    FLOAT = "float"
 
 
 class Observer(StrEnum):
@@ -43,15 +39,6 @@ class ScaleRule(StrEnum):
 
     FULL_RANGE = "full_range"
     META = "meta"
-
-
-class ScaleDtype(StrEnum):
-    """The dtype a scale is stored in; `source` is the dtype of the matrix it was made from."""
-
-    SOURCE = "source"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
 
 
 BlockSide = Annotated[int, Field(gt=0, le=65536)]
@@ -88,8 +75,8 @@ class Scheme(BaseModel):
         _refuse(
             self.strategy is Strategy.TENSOR and self.observer is Observer.MSE, "observer 'mse' is for finer strategies"
         )
-        if self.type is NumberType.FLOAT:
-            _refuse(self.num_bits != 8, "type 'float' means FP8: num_bits must be 8")
+        _refuse((self.type, self.num_bits) not in GRIDS, "type 'float' means FP8: num_bits must be 8")
+        if not self.grid.even:
             _refuse(not self.symmetric, "FP8 is symmetric")
             _refuse(self.strategy is Strategy.GROUP, "FP8 takes strategy tensor, channel or block")
             _refuse(self.scale_rule is not ScaleRule.FULL_RANGE, "scale_rule 'meta' is for integers")
@@ -100,6 +87,15 @@ class Scheme(BaseModel):
             )
             _refuse(self.scale_rule is ScaleRule.META and not self.symmetric, "scale_rule 'meta' is symmetric")
         return self
+
+    @property
+    def grid(self) -> Grid:
+        """The numbers that weights are rounded to."""
+        return GRIDS[self.type, self.num_bits]
+
+    def scale_float(self, source: FloatName) -> FloatName:
+        """The dtype that scales are stored in, for a matrix whose weights are `source`."""
+        return source if self.scale_dtype is ScaleDtype.SOURCE else NAMES[self.scale_dtype]
 
     @property
     def pack_factor(self) -> int:
@@ -118,7 +114,7 @@ class Scheme(BaseModel):
         """A matrix may be cut only at output rows that are a multiple of this."""
         if self.block_structure is not None:
             return self.block_structure[0]
-        return self.pack_factor if self.type is NumberType.INT and not self.symmetric else 1
+        return 1 if self.symmetric else self.pack_factor
 
 
 def _refuse(wrong: bool, message: str) -> None:

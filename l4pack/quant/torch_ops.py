@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l4pack.quant.floats import SCALE_LIMITS, FloatName
+from l4pack.quant.dtypes import FLOATS, NAMES
+from l4pack.quant.grid import E4M3, Grid
 from l4pack.quant.packing import packed_columns
 from l4pack.quant.qparams import SHRINK, top_level
 from l4pack.quant.quantize import NonFiniteError, Quantized, check_scheme
-from l4pack.quant.scheme import NumberType, Observer, ScaleDtype, Scheme
+from l4pack.quant.scheme import Observer, Scheme
 
-_FLOAT_NAMES: dict[torch.dtype, FloatName] = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-_SCALE_DTYPES = {
-    ScaleDtype.BFLOAT16: torch.bfloat16,
-    ScaleDtype.FLOAT16: torch.float16,
-    ScaleDtype.FLOAT32: torch.float32,
-}
+DTYPES: dict[str, torch.dtype] = {word: getattr(torch, word) for word in NAMES}
+"""Torch's float dtypes by the word of configurations, recipes and torch itself."""
+
+_LIMITS = {DTYPES[kind.word]: (kind.smallest, kind.largest) for kind in FLOATS.values()}
+_SMALL_FLOATS = {E4M3: torch.float8_e4m3fn}  # grids that torch rounds to by a cast
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def choose_qparams(
 ) -> ScaleTensors:
     """Scales and zero points of `weight` [out, in], in the shape they are stored in."""
     _refuse_non_finite(weight)
-    dtype = _SCALE_DTYPES.get(scheme.scale_dtype, weight.dtype)
+    dtype = DTYPES.get(scheme.scale_dtype, weight.dtype)
     groups = _grouped(weight.float(), scheme)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     if amax is not None:
@@ -105,10 +105,10 @@ def encode(weight: Tensor, scheme: Scheme, qparams: ScaleTensors) -> QuantizedTe
     out_features, in_features = weight.shape
     groups = _grouped(weight.float(), scheme)
     ratio = groups / _spread(qparams.scale.float(), scheme, out_features)
-    if scheme.type is NumberType.FLOAT:
-        codes = ratio.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    if scheme.grid in _SMALL_FLOATS:
+        codes = _cast(ratio, scheme.grid).view(torch.uint8)
         return QuantizedTensors(codes.flatten(1)[:, :in_features].contiguous(), qparams.scale, None)
-    levels = _levels(ratio, _spread(qparams.zero_point, scheme, out_features), scheme)
+    levels = nearest(ratio, scheme.grid, _spread(qparams.zero_point, scheme, out_features))
     packed = pack_levels(levels.flatten(1), scheme.num_bits)
     zero_point = None
     if not scheme.symmetric:
@@ -119,8 +119,8 @@ def encode(weight: Tensor, scheme: Scheme, qparams: ScaleTensors) -> QuantizedTe
 def dequantize(quantized: QuantizedTensors, scheme: Scheme, out_features: int, in_features: int) -> Tensor:
     """float32 [out, in] of a quantized matrix, on its device."""
     scale = _spread(quantized.scale.float(), scheme, out_features)
-    if scheme.type is NumberType.FLOAT:
-        values = _grouped(quantized.values.view(torch.float8_e4m3fn).float(), scheme)
+    if scheme.grid in _SMALL_FLOATS:
+        values = _grouped(quantized.values.view(_SMALL_FLOATS[scheme.grid]).float(), scheme)
         return (values * scale).flatten(1)[:, :in_features].contiguous()
     levels = _grouped(unpack_levels(quantized.values, scheme.num_bits, in_features), scheme)
     if quantized.zero_point is not None:
@@ -180,18 +180,27 @@ def _spread(values: Tensor, scheme: Scheme, out_features: int) -> Tensor:
 
 def _qparams_of_range(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype) -> ScaleTensors:
     """As `qparams.qparams_of_range`."""
-    smallest, largest = SCALE_LIMITS[_FLOAT_NAMES[dtype]]
+    smallest, largest = _LIMITS[dtype]
     if scheme.symmetric:
         scale = (torch.maximum(-low, high) / top_level(scheme)).clamp(smallest, largest).to(dtype)
         return ScaleTensors(scale, torch.zeros_like(scale, dtype=torch.float32))
-    lowest, highest = -(2 ** (scheme.num_bits - 1)), 2 ** (scheme.num_bits - 1) - 1
+    lowest, highest = scheme.grid.lowest, scheme.grid.highest
     scale = ((high - low) / (highest - lowest)).clamp(smallest, largest).to(dtype)
     return ScaleTensors(scale, (lowest - low / scale.float()).round().clamp(lowest, highest))
 
 
-def _levels(ratio: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
-    """Signed integer levels, as float32, of weight / scale."""
-    return (ratio.round() + zero_point).clamp(-(2 ** (scheme.num_bits - 1)), 2 ** (scheme.num_bits - 1) - 1)
+def nearest(ratio: Tensor, grid: Grid, zero_point: Tensor | float = 0.0) -> Tensor:
+    """The grid's numbers nearest to float32 value / scale, half to even and its ends beyond them, in the same shape.
+
+    An even grid is shifted by the zero point, which broadcasts; others have none.
+    """
+    if grid in _SMALL_FLOATS:
+        return _cast(ratio, grid).float()
+    return (ratio.round() + zero_point).clamp(grid.lowest, grid.highest)
+
+
+def _cast(ratio: Tensor, grid: Grid) -> Tensor:
+    return ratio.clamp(grid.lowest, grid.highest).to(_SMALL_FLOATS[grid])
 
 
 def _squared_error(groups: Tensor, importance: Tensor, tried: ScaleTensors, scheme: Scheme) -> Tensor:
@@ -201,12 +210,8 @@ def _squared_error(groups: Tensor, importance: Tensor, tried: ScaleTensors, sche
     """
     scale = _spread(tried.scale.float(), scheme, len(groups))
     ratio = groups * (1 / scale)
-    if scheme.type is NumberType.FLOAT:
-        nearest = ratio.clamp(-448, 448).to(torch.float8_e4m3fn).float()
-    else:
-        zero_point = _spread(tried.zero_point, scheme, len(groups))
-        nearest = _levels(ratio, zero_point, scheme) - zero_point
-    error = nearest * scale - groups
+    zero_point = _spread(tried.zero_point, scheme, len(groups))
+    error = (nearest(ratio, scheme.grid, zero_point) - zero_point) * scale - groups
     total = _halving_sum((error * error) * importance)
     return total if scheme.block_structure is None else _halving_sum(_by_block(total, scheme).transpose(1, 2))
 

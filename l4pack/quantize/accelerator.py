@@ -14,7 +14,7 @@ from l4pack.work.device import CPU
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from l4pack.quant.floats import FloatName
+    from l4pack.quant.dtypes import FloatName
     from l4pack.quant.scheme import Scheme
 
 

@@ -14,14 +14,12 @@ from l4pack.checkpoint.writer import ShardWriter
 from l4pack.errors import SourceError
 from l4pack.plan.assign import COPY_CHUNK, Action, PlannedTensor, Target, Task
 from l4pack.plan.extents import made_by_rows
-from l4pack.quant.floats import FloatName, narrowed
+from l4pack.quant.dtypes import FloatName
+from l4pack.quant.floats import narrowed, not_finite
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, Quantized, absmax, quantize_block
 from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.recipe import Recipe
-
-# Magnitudes from these bit patterns up are infinite or not a number.
-_EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
 
 class Quantizer(Protocol):
@@ -78,7 +76,7 @@ class Executor:
             return np.ascontiguousarray(values)
         kept: FloatName = "F16" if tensor.dtype == "F16" else "BF16"
         rounded = narrowed(values, kept)
-        if _is_non_finite(rounded, kept):
+        if not_finite(rounded, kept).any():
             raise SourceError(
                 f"{task.tensor} holds a weight too large for {kept}", hint="add --keep-float32 to keep it as it is"
             )
@@ -115,14 +113,8 @@ class Executor:
 
 
 def _refuse_non_finite(block: NDArray[Any], dtype: FloatName, name: str) -> None:
-    if _is_non_finite(block, dtype):
+    if not_finite(block, dtype).any():
         raise _non_finite(name)
-
-
-def _is_non_finite(block: NDArray[Any], dtype: FloatName) -> bool:
-    exponent = _EXPONENT[dtype]
-    bits: NDArray[Any] = block.view(np.uint16 if exponent < 0x10000 else np.uint32)
-    return bool(((bits & exponent) == exponent).any())
 
 
 def _non_finite(where: str) -> SourceError:

@@ -9,16 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
 from l4pack.errors import L4packError
+from l4pack.quant.grid import E4M3, GRIDS, INT8, Grid, NumberType
+from l4pack.quant.torch_ops import nearest
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
-E4M3_MAX, INT8_MAX = 448.0, 127.0
-SMALLEST_TOKEN_SCALE = 1 / (E4M3_MAX * 512)
+SMALLEST_TOKEN_SCALE = {E4M3: 1 / (E4M3.highest * 512), INT8: 1e-30}
 SMALLEST_GROUP_AMAX = 1e-10
 
 
@@ -26,7 +26,7 @@ SMALLEST_GROUP_AMAX = 1e-10
 class Activations:
     """How the inputs of one matrix are rounded."""
 
-    levels: Literal["float", "int"]
+    grid: Grid
     strategy: Literal["token", "group", "tensor"]
     group_size: int | None = None
     scale: Tensor | None = None  # of a static scheme: float32, one number
@@ -37,26 +37,16 @@ class Activations:
         if self.strategy == "group":
             values = values.reshape(*values.shape[:-1], -1, self.group_size or values.shape[-1])
         scale = self._scale(values)
-        rounded = (round_e4m3 if self.levels == "float" else _round_int)(values / scale) * scale
+        rounded = nearest(values / scale, self.grid) * scale
         return (rounded.flatten(-2) if self.strategy == "group" else rounded).to(inputs.dtype)
 
     def _scale(self, values: Tensor) -> Tensor:
         if self.scale is not None:
             return self.scale
-        largest = E4M3_MAX if self.levels == "float" else INT8_MAX
         amax = values.abs().amax() if self.strategy == "tensor" else values.abs().amax(-1, keepdim=True)
         if self.strategy == "group":
-            return amax.clamp(min=SMALLEST_GROUP_AMAX) / largest
-        return (amax / largest).clamp(min=SMALLEST_TOKEN_SCALE if self.levels == "float" else 1e-30)
-
-
-def round_e4m3(values: Tensor) -> Tensor:
-    """float32 values rounded to E4M3, those beyond its range to its ends."""
-    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
-
-
-def _round_int(values: Tensor) -> Tensor:
-    return values.round().clamp(-INT8_MAX - 1, INT8_MAX)
+            return amax.clamp(min=SMALLEST_GROUP_AMAX) / self.grid.highest
+        return (amax / self.grid.highest).clamp(min=SMALLEST_TOKEN_SCALE[self.grid])
 
 
 def activations_of(scheme: QuantizationScheme, input_scale: Tensor | None, module: str) -> Activations | None:
@@ -73,7 +63,7 @@ def activations_of(scheme: QuantizationScheme, input_scale: Tensor | None, modul
             hint="add --weights-only to evaluate the weights alone",
         )
     scale = input_scale.float().reshape(()) if static and input_scale is not None else None
-    return Activations("float" if kind == "float" else "int", strategy, args.group_size, scale)  # type: ignore[arg-type]
+    return Activations(GRIDS[NumberType(kind), 8], strategy, args.group_size, scale)  # type: ignore[arg-type]
 
 
 def _text(value: Any) -> str:

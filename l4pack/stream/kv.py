@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from l4pack.stream.activations import round_e4m3
+from l4pack.quant.grid import E4M3
+from l4pack.quant.torch_ops import nearest
 
 
 class Entry(Protocol):
@@ -39,7 +40,7 @@ class RoundedCache:
 
 
 def _rounded(entering: Tensor, scale: Tensor) -> Tensor:
-    return (round_e4m3(entering.float() / scale) * scale).to(entering.dtype)
+    return (nearest(entering.float() / scale, E4M3) * scale).to(entering.dtype)
 
 
 def unchanged(keys: Tensor, values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:

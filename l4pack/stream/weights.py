@@ -27,13 +27,13 @@ from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint, detect_layout
 from l4pack.errors import L4packError, SourceError
 from l4pack.model.tensors import Linear, canonical_naming, catalogue, rename
-from l4pack.quant.floats import FloatName
+from l4pack.quant.dtypes import FloatName
 from l4pack.quant.layout import Layout
+from l4pack.quant.torch_ops import DTYPES
 from l4pack.stream.activations import Activations, activations_of
 from l4pack.stream.kv import RoundedCache
 
 _VIEWS = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Weights:
             raise SourceError(f"{checkpoint.name} is a configuration without weights", hint="give a checkpoint folder")
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self._round_activations = round_activations
-        self.model_dtype = _DTYPES.get(checkpoint.config.dtype or "bfloat16", torch.bfloat16)
+        self.model_dtype = DTYPES.get(checkpoint.config.dtype or "bfloat16", torch.bfloat16)
         self._reader = Reader(checkpoint.entries, checkpoint.store.path)
         self._matrices: MatrixSource = StoredMatrices(checkpoint, self._reader)
         self._naming = canonical_naming(checkpoint.config)

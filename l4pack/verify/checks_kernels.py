@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from l4pack.quant.cpu import kernel
+from l4pack.quant.cpu import E4M3_LIMIT, kernel
 
 SLACK = 1.06
 """How much further than half a step a weight may lie: scales and ratios rounded to bfloat16 by other writers."""
@@ -95,7 +95,7 @@ def compare(
             s, z, rs, rz = scale[row, g], zero[row, g], rtn_scale[row, g], rtn_zero[row, g]
             low, high = (lowest - z) * s, (highest - z) * s
             if fp8:
-                low, high = np.float32(-448) * s, np.float32(448) * s
+                low, high = -E4M3_LIMIT * s, E4M3_LIMIT * s
             beyond, slopes[row, g], energies[row, g] = _too_far(w, d, low, high, s, fp8)
             far += beyond
             error, rtn, square, product = _sums(w, d, lowest, highest, rs, rz, fp8)

@@ -24,12 +24,14 @@ from l4pack.checkpoint.reader import Reader
 from l4pack.errors import SourceError
 from l4pack.model.tensors import Linear, Role
 from l4pack.quant import cpu
-from l4pack.quant.floats import Float32Array, FloatName, e4m3_values, narrowed, widen
+from l4pack.quant.dtypes import FloatName
+from l4pack.quant.floats import Float32Array, narrowed, widen
+from l4pack.quant.grid import E4M3
 from l4pack.quant.layout import Layout
 from l4pack.quant.packing import unpack_zero_points
 from l4pack.quant.qparams import QParams, qparams_of_range
 from l4pack.quant.quantize import NonFiniteError, Quantized, absmax, quantize_block, spread
-from l4pack.quant.scheme import NumberType, Scheme, Strategy
+from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.recipe import Method
 from l4pack.verify.checks_kernels import STATISTICS, compare, group_ranges, widen_transposed
 from l4pack.verify.checks_tensors import Matrix
@@ -256,9 +258,9 @@ def _compare(
     if part.zero_point is not None:
         zero = unpack_zero_points(part.zero_point, scheme.num_bits, rows).astype(np.float32)
     codes = part.values.view(np.uint8)
-    fp8 = scheme.type is NumberType.FLOAT
+    fp8 = scheme.grid is E4M3
     if fp8:
-        cpu.dequantize_table(codes, e4m3_values(), group, scale, stored)
+        cpu.dequantize_table(codes, np.array(E4M3.values, np.float32), group, scale, stored)
     else:
         cpu.dequantize_int(codes, scheme.num_bits, group, scale, zero, stored)
     rtn_scale, rtn_zero = (spread(values, scheme, shape) for values in (rtn.scale, rtn.zero_point))

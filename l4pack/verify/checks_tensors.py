@@ -17,6 +17,7 @@ from l4pack.errors import SourceError
 from l4pack.formats import reader_limits, split_hindrances, stored_tensors, unservable
 from l4pack.model.names import classify, split_suffix
 from l4pack.model.tensors import Linear, Role, TensorSpec
+from l4pack.quant.dtypes import NAMES
 from l4pack.quant.scheme import Scheme
 from l4pack.recipe import KVStrategy
 from l4pack.verify.declared import Declared, Group, Runtime
@@ -24,7 +25,6 @@ from l4pack.verify.findings import Findings
 from l4pack.verify.opened import Artifact
 
 PLAIN = "plain"
-_CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _TOGETHER = {"gate_proj": "gate_up", "up_proj": "gate_up", "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv"}
 
 Parts = Mapping[str, TensorEntry]  # suffix -> tensor
@@ -314,7 +314,7 @@ def _check_sizes(examiner: _Examiner, declared: Declared, found: Findings) -> No
 
 
 def _check_dtypes(artifact: Artifact, plain: list[Linear], others: tuple[TensorSpec, ...], found: Findings) -> None:
-    wanted = _CONFIG_DTYPES.get(artifact.config.dtype or "")
+    wanted = NAMES.get(artifact.config.dtype or "")
     names = [linear.tensor for linear in plain] + [spec.name for spec in others]
     for name in names:
         if wanted and artifact.entries[name].dtype != wanted:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,10 @@ from l4pack.checkpoint.header import TensorEntry
 from l4pack.checkpoint.reader import Reader
 from l4pack.model.names import classify
 from l4pack.model.tensors import Role
+from l4pack.quant.dtypes import FLOATS, FloatName
 from l4pack.quant.floats import widen
-from l4pack.quant.scheme import NumberType, Scheme
+from l4pack.quant.grid import E4M3
+from l4pack.quant.scheme import Scheme
 from l4pack.verify.checks_kernels import scan
 from l4pack.verify.checks_tensors import Matrix
 from l4pack.verify.findings import Findings, Level
@@ -26,8 +28,7 @@ _FINGERPRINT_BYTES = 1 << 20
 _LARGEST_WEIGHT = 65504.0  # the largest F16: no weight of a language model comes near
 _SMALLEST_WEIGHT = 1e-12
 _FEW_SCALES = 8  # fewer may be equal by chance
-_EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
-_PATTERNS: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
+_E4M3_NAN = 0x7F  # the code of NaN, and all bits of a code but its sign
 
 Arrays = dict[str, NDArray[Any]]  # suffix -> stored array
 
@@ -92,8 +93,8 @@ class ValueChecks:
         _check_scales(matrix, arrays["weight_scale"], dead or explained, result)
         if "input_scale" in arrays:
             _check_positive(matrix.parts["input_scale"].name, widen(arrays["input_scale"]), result)
-        if matrix.scheme.type is NumberType.FLOAT:
-            bad, _ = scan(values.reshape(-1), 0x7F, 0x7F)
+        if matrix.scheme.grid is E4M3:
+            bad, _ = scan(values.reshape(-1), _E4M3_NAN, _E4M3_NAN)
             if bad:
                 result.found.error("not-finite", matrix.values, f"{bad:,} of its FP8 codes are NaN")
         else:
@@ -105,10 +106,10 @@ class ValueChecks:
         """Check an unquantized tensor chunk by chunk; `other(start, nbytes)` gives the source's bytes."""
         entry = self._entries[name]
         digest, bad, alive, differs = hashlib.sha256(), 0, False, False
-        exponent = _EXPONENTS[entry.dtype]
+        kind = FLOATS[cast(FloatName, entry.dtype)]
         for start in range(0, entry.nbytes, CHUNK):
             chunk = self._reader.span(name, start, min(CHUNK, entry.nbytes - start))
-            some, any_value = scan(chunk.view(_PATTERNS[entry.dtype]), exponent, _magnitude(entry.dtype))
+            some, any_value = scan(chunk.view("u4" if entry.dtype == "F32" else "u2"), kind.exponent, kind.magnitude)
             bad, alive = bad + some, alive or any_value
             if name in self._digests:
                 digest.update(chunk.data)
@@ -148,10 +149,6 @@ class ValueChecks:
                 result.found.error("digest", entry.name, "its SHA-256 is not the manifest's")
 
 
-def _magnitude(dtype: str) -> int:
-    return 0x7FFFFFFF if dtype == "F32" else 0x7FFF
-
-
 def coded(arrays: Arrays) -> NDArray[Any]:
     """The array [out, ...] with a matrix's codes."""
     return arrays["weight_packed" if "weight_packed" in arrays else "weight"]
@@ -160,8 +157,8 @@ def coded(arrays: Arrays) -> NDArray[Any]:
 def is_dead(values: NDArray[Any], scheme: Scheme) -> bool:
     """Whether every weight of a matrix [out, ...] has the same code."""
     flat = values.reshape(-1)
-    if scheme.type is NumberType.FLOAT:
-        return not scan(flat, 0x7F, 0x7F)[1]
+    if scheme.grid is E4M3:
+        return not scan(flat, _E4M3_NAN, _E4M3_NAN)[1]
     codes = int(flat[0]) & 0xFFFFFFFF
     code = codes & ((1 << scheme.num_bits) - 1)
     same = sum(code << shift for shift in range(0, 32, scheme.num_bits))
@@ -181,7 +178,7 @@ def _check_scales(matrix: Matrix, stored: NDArray[Any], dead: bool, result: Resu
     name, scale = matrix.parts["weight_scale"].name, widen(stored)
     if not _check_positive(name, scale, result) or dead:
         return
-    top = 448.0 if matrix.scheme.type is NumberType.FLOAT else float(2 ** (matrix.scheme.num_bits - 1))
+    top = -matrix.scheme.grid.lowest
     largest, smallest = float(scale.max()), float(scale.min())
     if largest * top > _LARGEST_WEIGHT:
         result.found.error("scale", name, f"a scale of {largest:g} makes weights up to {largest * top:g}")

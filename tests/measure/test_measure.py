@@ -38,6 +38,7 @@ from l4pack.measure.state import State
 from l4pack.model.tensors import Role
 from l4pack.quant import gptq
 from l4pack.quant.dequantize import dequantize
+from l4pack.quant.grid import E4M3
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import quantize_block
 from l4pack.recipe import RecipeScheme
@@ -134,10 +135,10 @@ def kl_by_hand(original, changed, sequences):
 
 CASES = [
     ("scout", 0, "attention", "int4-g32-rtn", None),
-    ("scout", 1, "attention", "fp8", Activations("float", "token")),
+    ("scout", 1, "attention", "fp8", Activations(E4M3, "token")),
     ("scout", 0, "routed_expert", "int8-g128", None),
-    ("scout", 1, "shared_expert", "fp8", Activations("float", "token")),
-    ("scout", 1, "shared_expert", "fp8-block", Activations("float", "group", 128)),
+    ("scout", 1, "shared_expert", "fp8", Activations(E4M3, "token")),
+    ("scout", 1, "shared_expert", "fp8-block", Activations(E4M3, "group", 128)),
     ("maverick", 0, "dense_mlp", "int8-g64", None),
     ("maverick", 1, "routed_expert", "int8-g32", None),
 ]

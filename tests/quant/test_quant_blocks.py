@@ -18,10 +18,11 @@ from l4pack.quant import cpu
 from l4pack.quant import quantize as quantize_module
 from l4pack.quant.dequantize import dequantize
 from l4pack.quant.floats import round_to_bfloat16, widen
+from l4pack.quant.grid import NumberType, ScaleDtype
 from l4pack.quant.layout import Layout
 from l4pack.quant.qparams import SHRINK
 from l4pack.quant.quantize import NonFiniteError, Quantized, absmax, quantize_block
-from l4pack.quant.scheme import NumberType, Observer, ScaleDtype, Scheme, Strategy
+from l4pack.quant.scheme import Observer, Scheme, Strategy
 
 SHAPES = [(1, 8), (3, 40), (16, 128), (130, 256), (2, 384)]
 NUMPY_DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}

@@ -12,10 +12,11 @@ from schemes import SCHEMES, assert_same
 
 from l4pack.quant import torch_ops
 from l4pack.quant.dequantize import dequantize
+from l4pack.quant.grid import NumberType, ScaleDtype
 from l4pack.quant.layout import Layout
 from l4pack.quant.packing import pack_levels, pack_zero_points, unpack_levels, unpack_zero_points
 from l4pack.quant.quantize import NonFiniteError, absmax, quantize_block
-from l4pack.quant.scheme import NumberType, Observer, ScaleDtype, Scheme, Strategy
+from l4pack.quant.scheme import Observer, Scheme, Strategy
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 SHAPE = (136, 256)

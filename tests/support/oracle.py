@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from l4pack.quant.scheme import NumberType, ScaleDtype, ScaleRule, Scheme, Strategy
+from l4pack.quant.grid import NumberType, ScaleDtype
+from l4pack.quant.scheme import ScaleRule, Scheme, Strategy
 
 
 def float_table(exponent_bits: int, mantissa_bits: int, bias: int, largest: float) -> list[float]:

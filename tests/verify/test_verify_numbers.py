@@ -12,10 +12,11 @@ import torch
 from l4pack.checkpoint.matrices import MatrixBlock
 from l4pack.model.tensors import Linear, Role
 from l4pack.quant.gptq import solve
+from l4pack.quant.grid import NumberType
 from l4pack.quant.layout import Layout
 from l4pack.quant.packing import pack_levels, pack_zero_points
 from l4pack.quant.quantize import absmax, quantize_block
-from l4pack.quant.scheme import NumberType, Scheme, Strategy
+from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.recipe import Method
 from l4pack.verify.checks_kernels import SLACK, STATISTICS, scan, widen_transposed
 from l4pack.verify.checks_source import SourceChecks
