@@ -10,6 +10,7 @@ from typing import Any
 
 from l4pack.artifact.kv_cache import cache_arguments
 from l4pack.model.tensors import Linear, Role
+from l4pack.quant.scheme import Scheme
 from l4pack.recipe import Activations, KVCache, RecipeScheme
 
 _MODULES = {
@@ -61,18 +62,23 @@ def _group(scheme: RecipeScheme, targets: list[str]) -> dict[str, Any]:
     return {
         "targets": targets,
         "format": scheme.format,
-        "weights": arguments(
-            num_bits=scheme.num_bits,
-            type=scheme.type.value,
-            symmetric=scheme.symmetric,
-            strategy=scheme.strategy.value,
-            group_size=scheme.group_size,
-            block_structure=list(scheme.block_structure) if scheme.block_structure else None,
-            observer="memoryless_minmax" if scheme.observer.value == "minmax" else "memoryless_mse",
-        ),
+        "weights": weight_arguments(scheme),
         "input_activations": input_arguments(scheme.activations),
         "output_activations": None,
     }
+
+
+def weight_arguments(scheme: Scheme) -> dict[str, Any]:
+    """How a scheme's weights are quantized."""
+    return arguments(
+        num_bits=scheme.num_bits,
+        type=scheme.type.value,
+        symmetric=scheme.symmetric,
+        strategy=scheme.strategy.value,
+        group_size=scheme.group_size,
+        block_structure=list(scheme.block_structure) if scheme.block_structure else None,
+        observer="memoryless_minmax" if scheme.observer.value == "minmax" else "memoryless_mse",
+    )
 
 
 def input_arguments(activations: Activations) -> dict[str, Any] | None:
