@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from l4pack.checkpoint.header import DTYPE_BITS
 from l4pack.datafile import read_yaml, validate
 from l4pack.errors import RecipeError
+from l4pack.model.parts import DOWN, KEY, OUTPUT, VALUE
 from l4pack.model.tensors import QUANTIZABLE, Linear, Role
 from l4pack.quant.dtypes import NAMES
 from l4pack.quant.grid import NumberType
@@ -259,16 +260,13 @@ def _broken(limit: ShapeLimit, scheme: Scheme, role: Role, matrices: Collection[
     return None
 
 
-ROW_SPLIT = (
-    "o_proj",
-    "down_proj",
-)  # matrices that tensor parallelism cuts along their inputs; all others along outputs
+ROW_SPLIT = (OUTPUT, DOWN)  # matrices that tensor parallelism cuts along their inputs; all others along outputs
 DEGREES = (1, 2, 4, 8)  # into which Llama 4's heads can be split
 
 
 def local_matrix(linear: Linear, kv_heads: int, tp: int) -> LocalMatrix:
     """What one of `tp` GPUs holds of a matrix, rounded up; KV heads are repeated beyond their number."""
-    parts = min(tp, kv_heads) if linear.projection in ("k_proj", "v_proj") else tp
+    parts = min(tp, kv_heads) if linear.projection in (KEY, VALUE) else tp
     rows, columns = (1, parts) if linear.projection in ROW_SPLIT else (parts, 1)
     return LocalMatrix(linear.projection, -(-linear.out_features // rows), -(-linear.in_features // columns))
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from l4pack.formats import Condition, FormatSpec
+from l4pack.model import parts
+from l4pack.model.tensors import Naming
 from l4pack.recipe import KVStrategy
 
 SUFFIXES = ("k_scale", "v_scale")
@@ -22,9 +24,9 @@ def scale_shape(strategy: KVStrategy, kv_heads: int) -> tuple[int, ...]:
     return (kv_heads, 1, 1) if strategy is KVStrategy.HEAD else (1,)
 
 
-def scale_names(text_prefix: str, layer: int) -> tuple[str, str]:
-    """Names of a layer's scales, keys first, in a model whose text part begins with a prefix."""
-    key, value = (f"{text_prefix}layers.{layer}.self_attn.{suffix}" for suffix in SUFFIXES)
+def scale_names(naming: Naming, layer: int) -> tuple[str, str]:
+    """Names of a layer's scales, keys first."""
+    key, value = (f"{naming.layer(layer)}{parts.ATTENTION}.{suffix}" for suffix in SUFFIXES)
     return key, value
 
 

@@ -18,9 +18,9 @@ from l4pack.artifact.manifest_schema import ManifestFile, SourceRecord, read_man
 from l4pack.checkpoint.exports import WEIGHT_DTYPES
 from l4pack.checkpoint.header import DTYPE_BITS, TensorEntry
 from l4pack.checkpoint.reader import NUMPY_TYPES, Reader
-from l4pack.checkpoint.source import Checkpoint, LocalStore, detect_layout
+from l4pack.checkpoint.source import Checkpoint, LocalStore
 from l4pack.errors import SourceError, UsageError
-from l4pack.model.names import classify
+from l4pack.model.names import classify, detect_layout
 from l4pack.model.tensors import Role, canonical_naming, rename
 from l4pack.quant.floats import round_to_bfloat16, widen
 

@@ -9,18 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from l4pack.artifact.kv_cache import cache_arguments
+from l4pack.model import parts
+from l4pack.model.names import MODULES
 from l4pack.model.tensors import Linear, Role
 from l4pack.quant.scheme import Scheme
 from l4pack.recipe import Activations, KVCache, RecipeScheme
 
-_MODULES = {
-    Role.ROUTED_EXPERT: r"feed_forward\.experts\.\d+\.(gate|up|down)_proj",
-    Role.SHARED_EXPERT: r"feed_forward\.shared_expert\.(gate|up|down)_proj",
-    Role.DENSE_MLP: r"feed_forward\.(gate|up|down)_proj",
-    Role.ATTENTION: r"self_attn\.(q|k|v|o)_proj",
-}
-_NEVER = ("re:.*lm_head$", "re:.*router$")
-_VISION = ("re:.*vision_model.*", "re:.*multi_modal_projector.*")
+_NEVER = (f"re:.*{parts.HEAD}$", f"re:.*{parts.ROUTER}$")
+_VISION = (f"re:.*{parts.VISION_MODEL}.*", f"re:.*{parts.PROJECTOR}.*")
 
 ACTIVATIONS: dict[Activations, dict[str, Any] | None] = {
     Activations.NONE: None,
@@ -118,5 +114,5 @@ def _patterns(assigned: Iterable[tuple[Linear, str | None]], wanted: set[str | N
         meant = [layer for layer, yes in sorted(layers.items()) if yes]
         if meant:
             chosen = r"\d+" if len(meant) == len(layers) else f"({'|'.join(map(str, meant))})"
-            patterns.append(rf"re:.*layers\.{chosen}\.{_MODULES[role]}$")
+            patterns.append(rf"re:.*{parts.LAYERS}\.{chosen}\.{MODULES[role]}$")
     return patterns

@@ -19,13 +19,26 @@ from l4pack.budget.runtimes import Runtime
 from l4pack.budget.subject import Kind, Subject, from_config
 from l4pack.errors import UsageError
 from l4pack.model.config import TextConfig
+from l4pack.model.parts import (
+    CLASS_EMBEDDING,
+    GATE_UP,
+    KEY,
+    LAYER_NORMS,
+    NORM_AFTER,
+    NORM_BEFORE,
+    POSITIONS,
+    VALUE,
+    VISION_DOWN,
+)
 from l4pack.model.tensors import Role
 
 VOCAB_PADDING = 64  # vLLM `vocab_parallel_embedding.py`
 MODEL_BYTES = 2  # BF16
 FP8_SCALE_BYTES = 4  # vLLM and SGLang keep the scales of FP8 matrices in float32
-ROW_SPLIT = {*formats.ROW_SPLIT, "fc2"}
-REPEATED = {"class_embedding", "positional_embedding_vlm", "layernorm_pre", "layernorm_post"}
+ROW_SPLIT = {*formats.ROW_SPLIT, VISION_DOWN}
+REPEATED = {
+    CLASS_EMBEDDING, POSITIONS, NORM_BEFORE, NORM_AFTER, *LAYER_NORMS,
+}  # fmt: skip
 FLOATS = ("BF16", "F16", "F32")
 
 
@@ -102,11 +115,11 @@ def _split_axis(kind: Kind) -> int | None:
     """
     if kind.role in (Role.ROUTER, Role.NORM) or kind.suffix in ("weight_shape", "input_scale", "k_scale", "v_scale"):
         return None
-    if kind.projection in REPEATED or kind.projection.endswith("layernorm"):
+    if kind.projection in REPEATED:
         return None
     axis = 1 if kind.projection in ROW_SPLIT else 0
     if kind.role is Role.ROUTED_EXPERT and len(kind.shape) == 3:
-        axis = 2 if kind.projection.startswith("gate_up") else 1
+        axis = 2 if kind.projection.startswith(GATE_UP) else 1
     return axis if len(kind.shape) > axis and kind.shape[axis] > 1 else None
 
 
@@ -116,7 +129,7 @@ def _share(kind: Kind, size: int, text: TextConfig, tp: int) -> int:
         padded = -(-size // VOCAB_PADDING) * VOCAB_PADDING
         return -(-padded // tp)
     parts = tp
-    if kind.role is Role.ATTENTION and kind.projection in ("k_proj", "v_proj"):
+    if kind.role is Role.ATTENTION and kind.projection in (KEY, VALUE):
         parts = min(tp, text.num_key_value_heads)
     if size % parts:
         raise UsageError(

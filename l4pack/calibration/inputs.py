@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from l4pack.model import parts
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.floats import store_scale
 from l4pack.quant.grid import E4M3
@@ -37,7 +38,7 @@ class InputScales:
         shared = Unit(unit.layer, unit.part, None) if unit.part is Part.EXPERT else unit
         for local, name in names.items():
             if name in self._observed:
-                key = (shared, "down" if local == "down_proj" else "gate_up")
+                key = (shared, "down" if local == parts.DOWN else "gate_up")
                 self._members.setdefault(key, []).append(name)
                 self._amax.setdefault(key, torch.zeros(()))
                 submodule: nn.Module = module.get_submodule(local)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from l4pack.calibration.moments import Moments
 from l4pack.calibration.rows import Block
+from l4pack.model.parts import DOWN, GATE, UP
 from l4pack.quant import gptq
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.packing import pack_levels, pack_zero_points
@@ -20,7 +21,6 @@ from l4pack.quant.quantize import Quantized
 from l4pack.recipe import GptqOptions, RecipeScheme
 from l4pack.stream.rows import rows_at_once
 
-GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 Blocks = Callable[[], Iterable[Block]]
 Activation = Callable[[Tensor], Tensor]
 

@@ -34,6 +34,7 @@ from l4pack.calibration.written import cache_key, input_scale, input_scales_key,
 from l4pack.checkpoint.reader import NUMPY_TYPES
 from l4pack.checkpoint.writer import Written
 from l4pack.errors import QualityError, SourceError, StoppedError
+from l4pack.model.parts import MLP_MATRICES
 from l4pack.plan.extents import INPUT_SCALE
 from l4pack.plan.needs import asymmetric
 from l4pack.quant.dtypes import FloatName
@@ -45,7 +46,6 @@ from l4pack.stream.layer import Blocks, LayerPass, Stream
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.prefetch import Prefetch
 from l4pack.stream.units import (
-    MLP_PROJECTIONS,
     Part,
     Unit,
     UnitWeights,
@@ -230,11 +230,11 @@ class CalibrationRun:
     def _solve(self, unit: Unit, weights: UnitWeights, targets: Mapping[str, Target], passes: list[LayerPass]) -> None:
         taken = self._rows_of(unit, passes)
         matrices = Matrices(
-            {name: weights.linears[name].weight for name in MLP_PROJECTIONS},
+            {name: weights.linears[name].weight for name in MLP_MATRICES},
             ACT2FN[self._skeleton.text.hidden_act],
             DTYPES[self._config.dtype or "bfloat16"],
         )
-        scheme = self._plan.recipe.schemes[targets[MLP_PROJECTIONS[0]].scheme]
+        scheme = self._plan.recipe.schemes[targets[MLP_MATRICES[0]].scheme]
         dtypes = {name: self._plan.checkpoint.float_names[target.linear.tensor] for name, target in targets.items()}
         original = passes[0] if len(passes) > 1 else None
         try:

@@ -13,7 +13,9 @@ from typing import Any
 
 from l4pack.checkpoint.header import TensorEntry
 from l4pack.errors import SourceError
+from l4pack.model import parts
 from l4pack.model.config import Llama4Config, parse_config
+from l4pack.model.names import of_vision
 from l4pack.model.tensors import Catalogue, Role
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
@@ -131,7 +133,7 @@ def without_tied_head(
 
     Runtimes take the embedding for it. That the two are equal is checked by `check_tied_head`, which reads them.
     """
-    heads = [entry for name, entry in entries.items() if re.search(r"(^|\.)lm_head\.weight$", name)]
+    heads = [entry for name, entry in entries.items() if f".{name}".endswith(f".{parts.HEAD}.{parts.WEIGHT}")]
     text = config.text
     tied = text.tie_word_embeddings and len(heads) == 1 and heads[0].dtype in WEIGHT_DTYPES
     if not tied or heads[0].shape != (text.vocab_size, text.hidden_size):
@@ -165,7 +167,7 @@ def why_unknown(config: Llama4Config, unknown: Collection[str], entries: Mapping
     """The error for tensors that config.json has no place for; never empty."""
     first = min(unknown)
     told = f"{len(unknown)} tensors are not part of Llama 4, the first is {first} in {entries[first].file}"
-    if config.vision is None and all("vision_model." in name or "multi_modal_projector." in name for name in unknown):
+    if config.vision is None and all(map(of_vision, unknown)):
         return SourceError(
             f"{len(unknown)} tensors are of a vision tower, and config.json is that of a text model ({first})",
             hint="take the config.json of the whole model (model_type llama4), or remove the tower's tensors",

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,8 @@ from l4pack.checkpoint.header import TensorEntry, read_header
 from l4pack.datafile import refuse_lfs_pointer
 from l4pack.errors import SourceError
 from l4pack.model.config import KNOWN_MODELS, Llama4Config, known_config, load_config
-from l4pack.model.tensors import Catalogue, Naming, catalogue
+from l4pack.model.names import detect_layout
+from l4pack.model.tensors import Catalogue, catalogue
 from l4pack.quant.dtypes import NAMES, FloatName
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -320,33 +321,6 @@ def merge_headers(
             hint="download both again",
         )
     return entries
-
-
-def detect_layout(config: Llama4Config, names: Iterable[str]) -> Catalogue:
-    """The catalogue for the prefixes and the expert layout that these tensor names show. Raises SourceError."""
-    names = list(names)
-    text = _prefix(names, "embed_tokens.weight")
-    if text is None:
-        raise SourceError(
-            "no token embedding (…embed_tokens.weight) among the tensors", hint="is this the full checkpoint?"
-        )
-    head = _prefix(names, "lm_head.weight")
-    vision, projector = (
-        _prefix(names, "vision_model.class_embedding"),
-        _prefix(names, "multi_modal_projector.linear_1.weight"),
-    )
-    naming = Naming(
-        text=text,
-        head=f"{text.removesuffix('model.') if head is None else head}lm_head",
-        vision=f"{vision or ''}vision_model.",
-        projector=f"{projector or ''}multi_modal_projector.",
-    )
-    return catalogue(config, naming, fused=any(name.endswith(".experts.gate_up_proj") for name in names))
-
-
-def _prefix(names: list[str], ending: str) -> str | None:
-    found = [name.removesuffix(ending) for name in names if name.endswith(ending)]
-    return min(found, key=len) if found else None
 
 
 def check_layout(layout: Catalogue, entries: Mapping[str, TensorEntry]) -> None:

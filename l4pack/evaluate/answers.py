@@ -36,9 +36,9 @@ class StreamAnswers:
         config = model.weights.checkpoint.config
         naming = canonical_naming(config)
         self._model, self._outputs = model, outputs
-        self._norm = model.skeleton.norm(model.weights.tensor(f"{naming.text}norm.weight"))
+        self._norm = model.skeleton.norm(model.weights.tensor(naming.final_norm))
         tied = config.text.tie_word_embeddings
-        self.head_name = f"{naming.text}embed_tokens.weight" if tied else f"{naming.head}.weight"
+        self.head_name = naming.embedding if tied else naming.head_weight
         self.vocabulary = config.text.vocab_size
 
     @torch.inference_mode()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from l4pack.errors import L4packError
 from l4pack.evaluate.answers import Answers
+from l4pack.model.parts import HEAD
 
 VOCABULARY_CHUNK = 8192
 TOKEN_BLOCK = 512
@@ -77,7 +78,7 @@ class _Online:
         """Raises L4packError when a logit was not a number."""
         log_probability = self.true - self.log_sum()
         if not bool(torch.isfinite(log_probability).all()):
-            raise L4packError(f"{name}: the logits are infinite or not a number", hint="the norm or lm_head is damaged")
+            raise L4packError(f"{name}: the logits are infinite or not a number", hint=f"the norm or {HEAD} is damaged")
         return Scores(log_probability, self.likeliest)
 
 

@@ -5,16 +5,19 @@ quantized artifact adds (`weight_packed`, `weight_scale`, ...). Prefixes are not
 (`language_model.model.layers...`), text-only (`model.layers...`) and nested (`model.language_model.layers...`)
 checkpoints are read alike.
 
-Sources: transformers `models/llama4/modeling_llama4.py`; compressed-tensors `compressors/`; vLLM `mllama4.py`.
+Sources of suffixes: transformers `models/llama4/modeling_llama4.py`; compressed-tensors `compressors/`; vLLM `mllama4.py`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from l4pack.errors import SourceError
-from l4pack.model.tensors import Role
+from l4pack.model import parts
+from l4pack.model.config import Llama4Config
+from l4pack.model.tensors import Catalogue, Naming, Role, catalogue
 
 SUFFIXES = (
     "weight", "bias", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
@@ -22,25 +25,49 @@ SUFFIXES = (
 )  # fmt: skip
 
 _SUFFIX = rf"(?:{'|'.join(SUFFIXES)})"
-_MLP = rf"(?:gate|up|down)_proj\.{_SUFFIX}"
-_FUSED = r"(?:gate_up|down)_proj(?:_weight)?(?:\.weight)?(?:_scale|_packed)?"
-_LAYER = re.compile(r"(?:^|\.)layers\.(?P<layer>\d{1,4})\.(?P<rest>.+)$")
+_NUMBER = r"\d{1,4}"
+_MLP = rf"(?:{'|'.join(parts.MLP_MATRICES)})\.{_SUFFIX}"
+_ATTENTION = rf"(?:(?:{'|'.join(parts.ATTENTION_MATRICES)})\.)?{_SUFFIX}"
+_FUSED = rf"(?:{parts.GATE_UP}|{parts.DOWN})(?:_weight)?(?:\.weight)?(?:_scale|_packed)?"
+_LAYER = re.compile(rf"(?:^|\.){parts.LAYERS}\.(?P<layer>{_NUMBER})\.(?P<rest>.+)$")
 _IN_LAYER = [
-    (Role.ROUTED_EXPERT, re.compile(rf"feed_forward\.experts\.(?P<expert>\d{{1,4}})\.{_MLP}")),
-    (Role.ROUTED_EXPERT, re.compile(rf"feed_forward\.experts\.{_FUSED}")),
-    (Role.SHARED_EXPERT, re.compile(rf"feed_forward\.shared_expert\.{_MLP}")),
-    (Role.DENSE_MLP, re.compile(rf"feed_forward\.{_MLP}")),
-    (Role.ROUTER, re.compile(rf"feed_forward\.router\.{_SUFFIX}")),
-    (Role.ATTENTION, re.compile(rf"self_attn\.(?:[qkvo]_proj\.)?{_SUFFIX}")),
-    (Role.NORM, re.compile(r"(?:input|post_attention)_layernorm\.weight")),
+    (Role.ROUTED_EXPERT, re.compile(rf"{parts.FEED_FORWARD}\.{parts.EXPERTS}\.(?P<expert>{_NUMBER})\.{_MLP}")),
+    (Role.ROUTED_EXPERT, re.compile(rf"{parts.FEED_FORWARD}\.{parts.EXPERTS}\.{_FUSED}")),
+    (Role.SHARED_EXPERT, re.compile(rf"{parts.FEED_FORWARD}\.{parts.SHARED_EXPERT}\.{_MLP}")),
+    (Role.DENSE_MLP, re.compile(rf"{parts.FEED_FORWARD}\.{_MLP}")),
+    (Role.ROUTER, re.compile(rf"{parts.FEED_FORWARD}\.{parts.ROUTER}\.{_SUFFIX}")),
+    (Role.ATTENTION, re.compile(rf"{parts.ATTENTION}\.{_ATTENTION}")),
+    (Role.NORM, re.compile(rf"(?:{'|'.join(parts.LAYER_NORMS)})\.weight")),
 ]
 _OUTER = [
-    (Role.VISION, re.compile(r"(?:.*\.)?vision_model\..+")),
-    (Role.PROJECTOR, re.compile(rf"(?:.*\.)?multi_modal_projector\.linear_1\.{_SUFFIX}")),
-    (Role.EMBEDDING, re.compile(rf"(?:.*\.)?embed_tokens\.{_SUFFIX}")),
-    (Role.LM_HEAD, re.compile(rf"(?:.*\.)?lm_head\.{_SUFFIX}")),
-    (Role.NORM, re.compile(r"(?:.*\.)?norm\.weight")),
+    (Role.VISION, re.compile(rf"(?:.*\.)?{parts.VISION_MODEL}\..+")),
+    (Role.PROJECTOR, re.compile(rf"(?:.*\.)?{parts.PROJECTOR}\.{parts.PROJECTION}\.{_SUFFIX}")),
+    (Role.EMBEDDING, re.compile(rf"(?:.*\.)?{parts.EMBEDDING}\.{_SUFFIX}")),
+    (Role.LM_HEAD, re.compile(rf"(?:.*\.)?{parts.HEAD}\.{_SUFFIX}")),
+    (Role.NORM, re.compile(rf"(?:.*\.)?{parts.FINAL_NORM}\.weight")),
 ]
+
+
+def _one_of(names: Sequence[str]) -> str:
+    """`(gate|up|down)_proj`."""
+    return f"({'|'.join(name.removesuffix('_proj') for name in names)})_proj"
+
+
+MODULES = {
+    Role.ROUTED_EXPERT: rf"{parts.FEED_FORWARD}\.{parts.EXPERTS}\.\d+\.{_one_of(parts.MLP_MATRICES)}",
+    Role.SHARED_EXPERT: rf"{parts.FEED_FORWARD}\.{parts.SHARED_EXPERT}\.{_one_of(parts.MLP_MATRICES)}",
+    Role.DENSE_MLP: rf"{parts.FEED_FORWARD}\.{_one_of(parts.MLP_MATRICES)}",
+    Role.ATTENTION: rf"{parts.ATTENTION}\.{_one_of(parts.ATTENTION_MATRICES)}",
+}
+"""How a configuration speaks of all matrices of a role, below their layers."""
+TOWER_MODULES = (
+    f"{parts.VISION_MODEL}.{parts.VISION_LAYERS}.0.{parts.ATTENTION}.{parts.QUERY}",
+    f"{parts.VISION_MODEL}.{parts.VISION_LAYERS}.0.{parts.VISION_MLP}.{parts.VISION_UP}",
+    f"{parts.VISION_MODEL}.{parts.PATCHES}",
+    f"{parts.VISION_MODEL}.{parts.ADAPTER}.{parts.VISION_MLP}.{parts.VISION_UP}",
+    f"{parts.PROJECTOR}.{parts.PROJECTION}",
+)
+"""Modules of a whole model's tower: a text model's configuration may speak of them, as it does of others of its kind."""
 
 
 class Place(NamedTuple):
@@ -53,7 +80,7 @@ class Place(NamedTuple):
 
 def classify(name: str) -> Place:
     """Role, layer and expert of a Llama 4 tensor, plain or quantized. Raises SourceError for any other name."""
-    place = _in_layer(name) if "vision_model." not in name else None
+    place = _in_layer(name) if f"{parts.VISION_MODEL}." not in name else None
     if place is not None:
         return place
     for role, pattern in _OUTER:
@@ -69,6 +96,34 @@ def split_suffix(name: str) -> tuple[str, str]:
     """
     module, _, suffix = name.rpartition(".")
     return (module, suffix) if suffix in SUFFIXES else (name, "")
+
+
+def detect_layout(config: Llama4Config, names: Iterable[str]) -> Catalogue:
+    """The catalogue for the prefixes and the expert layout that these tensor names show. Raises SourceError."""
+    names = list(names)
+    embedding, head = f"{parts.EMBEDDING}.{parts.WEIGHT}", f"{parts.HEAD}.{parts.WEIGHT}"
+    text, before_head = _prefix(names, embedding), _prefix(names, head)
+    if text is None:
+        raise SourceError(f"no token embedding (…{embedding}) among the tensors", hint="is this the full checkpoint?")
+    vision = _prefix(names, f"{parts.VISION_MODEL}.{parts.CLASS_EMBEDDING}")
+    projector = _prefix(names, f"{parts.PROJECTOR}.{parts.PROJECTION}.{parts.WEIGHT}")
+    naming = Naming(
+        text=text,
+        head=f"{text.removesuffix('model.') if before_head is None else before_head}{parts.HEAD}",
+        vision=f"{vision or ''}{parts.VISION_MODEL}.",
+        projector=f"{projector or ''}{parts.PROJECTOR}.",
+    )
+    return catalogue(config, naming, fused=any(name.endswith(f".{parts.EXPERTS}.{parts.GATE_UP}") for name in names))
+
+
+def _prefix(names: list[str], ending: str) -> str | None:
+    found = [name.removesuffix(ending) for name in names if name.endswith(ending)]
+    return min(found, key=len) if found else None
+
+
+def of_vision(name: str) -> bool:
+    """Whether a tensor's name is one of the vision tower or the projector, whatever lies before them."""
+    return f"{parts.VISION_MODEL}." in name or f"{parts.PROJECTOR}." in name
 
 
 def _in_layer(name: str) -> Place | None:

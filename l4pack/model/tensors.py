@@ -1,24 +1,23 @@
 """Every tensor of a Llama 4 checkpoint, from its configuration alone: name, role, layer, storage and shape.
 
-This is the one place that knows Llama 4's names and layouts. Two views of one model:
+Names are put together of `parts.py`. Two views of one model:
 
 - `TensorSpec`: what lies in a source checkpoint under one name;
 - `Linear`: one weight matrix as a runtime sees it, `[out_features, in_features]`, the unit a scheme applies to, and
   where its numbers lie in the source (in fused checkpoints one 3-D tensor holds the matrices of many experts, stored
   `[expert, in, out]`, with gate columns before up columns).
-
-Source: transformers `models/llama4/modeling_llama4.py` and `convert_llama4_weights_to_hf.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from l4pack.model.config import Llama4Config, TextConfig, VisionConfig
+from l4pack.model import parts
+from l4pack.model.config import Llama4Config, TextConfig
 from l4pack.quant.layout import Layout
 
 
@@ -42,16 +41,50 @@ QUANTIZABLE = (Role.ROUTED_EXPERT, Role.SHARED_EXPERT, Role.DENSE_MLP, Role.ATTE
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """The prefixes a checkpoint writes before its names."""
+    """The prefixes a checkpoint writes before its names, and the names they make."""
 
-    text: str = "language_model.model."
-    head: str = "language_model.lm_head"
-    vision: str = "vision_model."
-    projector: str = "multi_modal_projector."
+    text: str = f"{parts.LANGUAGE_MODEL}.model."
+    head: str = f"{parts.LANGUAGE_MODEL}.{parts.HEAD}"
+    vision: str = f"{parts.VISION_MODEL}."
+    projector: str = f"{parts.PROJECTOR}."
+
+    @property
+    def embedding(self) -> str:
+        """The token embedding."""
+        return f"{self.text}{parts.EMBEDDING}.{parts.WEIGHT}"
+
+    @property
+    def final_norm(self) -> str:
+        """The norm before the head."""
+        return f"{self.text}{parts.FINAL_NORM}.{parts.WEIGHT}"
+
+    @property
+    def head_weight(self) -> str:
+        """The head; the embedding is taken for it where the two are tied."""
+        return f"{self.head}.{parts.WEIGHT}"
+
+    def layer(self, layer: int) -> str:
+        """What the names of a layer begin with."""
+        return f"{self.text}{parts.LAYERS}.{layer}."
+
+
+ROUTER = f"{parts.FEED_FORWARD}.{parts.ROUTER}"
+_EXPERTS = f"{parts.FEED_FORWARD}.{parts.EXPERTS}"
+_IN_FUSED = {parts.GATE: parts.GATE_UP, parts.UP: parts.GATE_UP, parts.DOWN: parts.DOWN}
+
+
+def mlp_prefix(role: Role, expert: int | None = None) -> str:
+    """What the names of an MLP begin with, below their layer; a routed expert has a number."""
+    below = {
+        Role.DENSE_MLP: "",
+        Role.SHARED_EXPERT: f"{parts.SHARED_EXPERT}.",
+        Role.ROUTED_EXPERT: f"{parts.EXPERTS}.{expert}.",
+    }
+    return f"{parts.FEED_FORWARD}.{below[role]}"
 
 
 MULTIMODAL_NAMING = Naming()
-TEXT_ONLY_NAMING = Naming(text="model.", head="lm_head")
+TEXT_ONLY_NAMING = Naming(text="model.", head=parts.HEAD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +153,7 @@ def catalogue(config: Llama4Config, naming: Naming | None = None, *, fused: bool
     naming = naming or (TEXT_ONLY_NAMING if config.vision is None else MULTIMODAL_NAMING)
     text = config.text
     linears = [linear for layer in range(text.num_hidden_layers) for linear in _linears(text, naming, layer, fused)]
-    tensors = [
-        TensorSpec(f"{naming.text}embed_tokens.weight", Role.EMBEDDING, None, (text.vocab_size, text.hidden_size))
-    ]
+    tensors = [TensorSpec(naming.embedding, Role.EMBEDDING, None, (text.vocab_size, text.hidden_size))]
     by_layer: dict[int, list[Linear]] = {}
     for linear in linears:
         by_layer.setdefault(linear.layer, []).append(linear)
@@ -130,8 +161,11 @@ def catalogue(config: Llama4Config, naming: Naming | None = None, *, fused: bool
         tensors += _layer_tensors(text, naming, layer, by_layer[layer], fused)
     tensors += _outer_tensors(text, naming)
     if config.vision is not None:
-        tensors += _vision_tensors(config.vision, naming.vision)
-        tensors += _projector_tensors(config.vision, text, naming.projector)
+        tower, projector = parts.vision_shapes(config.vision), parts.projector_shapes(config.vision, text)
+        tensors += [TensorSpec(f"{naming.vision}{name}", Role.VISION, None, shape) for name, shape in tower.items()]
+        tensors += [
+            TensorSpec(f"{naming.projector}{name}", Role.PROJECTOR, None, shape) for name, shape in projector.items()
+        ]
     return Catalogue(config, naming, fused, tuple(tensors), tuple(linears))
 
 
@@ -151,125 +185,77 @@ def rename(name: str, old: Naming, new: Naming) -> str:
 
 
 def _linears(text: TextConfig, naming: Naming, layer: int, fused: bool) -> Iterator[Linear]:
-    prefix = f"{naming.text}layers.{layer}."
-    for projection, (out_features, in_features) in _attention_shapes(text).items():
-        yield _linear(f"{prefix}self_attn.{projection}", Role.ATTENTION, layer, out_features, in_features)
+    prefix = naming.layer(layer)
+    for projection, shape in parts.attention_shapes(text).items():
+        yield _linear(f"{prefix}{parts.ATTENTION}.", projection, Role.ATTENTION, layer, shape)
     if layer not in text.moe_layers:
-        yield from _mlp(f"{prefix}feed_forward.", Role.DENSE_MLP, layer, text.hidden_size, text.intermediate_size_mlp)
+        yield from _mlp(prefix, Role.DENSE_MLP, layer, parts.mlp_shapes(text.hidden_size, text.intermediate_size_mlp))
         return
-    size = text.intermediate_size
-    yield from _mlp(f"{prefix}feed_forward.shared_expert.", Role.SHARED_EXPERT, layer, text.hidden_size, size)
+    shapes = parts.mlp_shapes(text.hidden_size, text.intermediate_size)
+    yield from _mlp(prefix, Role.SHARED_EXPERT, layer, shapes)
     for expert in range(text.num_local_experts):
-        experts = f"{prefix}feed_forward.experts."
-        for linear in _mlp(f"{experts}{expert}.", Role.ROUTED_EXPERT, layer, text.hidden_size, size, expert):
-            yield _in_fused(linear, experts) if fused else linear
+        yield from _mlp(prefix, Role.ROUTED_EXPERT, layer, shapes, expert, fused=fused)
 
 
-def _attention_shapes(text: TextConfig) -> dict[str, tuple[int, int]]:
-    queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    hidden = text.hidden_size
-    return {
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-    }
-
-
-def _mlp(prefix: str, role: Role, layer: int, hidden: int, size: int, expert: int | None = None) -> Iterator[Linear]:
-    yield _linear(f"{prefix}gate_proj", role, layer, size, hidden, expert)
-    yield _linear(f"{prefix}up_proj", role, layer, size, hidden, expert)
-    yield _linear(f"{prefix}down_proj", role, layer, hidden, size, expert)
+def _mlp(
+    prefix: str,
+    role: Role,
+    layer: int,
+    shapes: Mapping[str, tuple[int, int]],
+    expert: int | None = None,
+    *,
+    fused: bool = False,
+) -> Iterator[Linear]:
+    below = f"{prefix}{mlp_prefix(role, expert)}"
+    for projection, shape in shapes.items():
+        tensor = f"{prefix}{_EXPERTS}.{_IN_FUSED[projection]}" if fused else None
+        yield _linear(below, projection, role, layer, shape, expert, tensor)
 
 
 def _linear(
-    module: str, role: Role, layer: int, out_features: int, in_features: int, expert: int | None = None
+    prefix: str,
+    projection: str,
+    role: Role,
+    layer: int,
+    shape: tuple[int, int],
+    expert: int | None = None,
+    fused: str | None = None,
 ) -> Linear:
+    """A matrix in a tensor of its own, or in a fused one."""
     return Linear(
-        module=module,
+        module=f"{prefix}{projection}",
         role=role,
         layer=layer,
         expert=expert,
-        projection=module.rpartition(".")[2],
-        out_features=out_features,
-        in_features=in_features,
-        tensor=f"{module}.weight",
-        layout=Layout.OUT_IN,
-    )
-
-
-def _in_fused(linear: Linear, experts: str) -> Linear:
-    down = linear.projection == "down_proj"
-    return Linear(
-        module=linear.module,
-        role=linear.role,
-        layer=linear.layer,
-        expert=linear.expert,
-        projection=linear.projection,
-        out_features=linear.out_features,
-        in_features=linear.in_features,
-        tensor=f"{experts}{'down_proj' if down else 'gate_up_proj'}",
-        layout=Layout.IN_OUT,
-        column=linear.out_features if linear.projection == "up_proj" else 0,
+        projection=projection,
+        out_features=shape[0],
+        in_features=shape[1],
+        tensor=fused or f"{prefix}{projection}.{parts.WEIGHT}",
+        layout=Layout.IN_OUT if fused else Layout.OUT_IN,
+        column=shape[0] if fused and projection == parts.UP else 0,
     )
 
 
 def _layer_tensors(
     text: TextConfig, naming: Naming, layer: int, linears: list[Linear], fused: bool
 ) -> Iterator[TensorSpec]:
-    prefix = f"{naming.text}layers.{layer}."
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        yield TensorSpec(f"{prefix}{norm}.weight", Role.NORM, layer, (text.hidden_size,))
+    prefix = naming.layer(layer)
+    for norm in parts.LAYER_NORMS:
+        yield TensorSpec(f"{prefix}{norm}.{parts.WEIGHT}", Role.NORM, layer, (text.hidden_size,))
     if layer in text.moe_layers:
         shape = (text.num_local_experts, text.hidden_size)
-        yield TensorSpec(f"{prefix}feed_forward.router.weight", Role.ROUTER, layer, shape)
+        yield TensorSpec(f"{prefix}{ROUTER}.{parts.WEIGHT}", Role.ROUTER, layer, shape)
         if fused:
-            yield from _fused_tensors(text, f"{prefix}feed_forward.experts.", layer)
+            for name, stored in parts.fused_shapes(text).items():
+                yield TensorSpec(f"{prefix}{_EXPERTS}.{name}", Role.ROUTED_EXPERT, layer, stored)
     for linear in linears:
         if linear.layout is Layout.OUT_IN:
             yield TensorSpec(linear.tensor, linear.role, layer, (linear.out_features, linear.in_features))
         if linear.role is Role.ATTENTION and text.attention_bias:
-            yield TensorSpec(f"{linear.module}.bias", Role.ATTENTION, layer, (linear.out_features,))
-
-
-def _fused_tensors(text: TextConfig, experts: str, layer: int) -> Iterator[TensorSpec]:
-    count, hidden, size = text.num_local_experts, text.hidden_size, text.intermediate_size
-    yield TensorSpec(f"{experts}gate_up_proj", Role.ROUTED_EXPERT, layer, (count, hidden, 2 * size))
-    yield TensorSpec(f"{experts}down_proj", Role.ROUTED_EXPERT, layer, (count, size, hidden))
+            yield TensorSpec(f"{linear.module}.{parts.BIAS}", Role.ATTENTION, layer, (linear.out_features,))
 
 
 def _outer_tensors(text: TextConfig, naming: Naming) -> Iterator[TensorSpec]:
-    yield TensorSpec(f"{naming.text}norm.weight", Role.NORM, None, (text.hidden_size,))
+    yield TensorSpec(naming.final_norm, Role.NORM, None, (text.hidden_size,))
     if not text.tie_word_embeddings:
-        yield TensorSpec(f"{naming.head}.weight", Role.LM_HEAD, None, (text.vocab_size, text.hidden_size))
-
-
-def _vision_tensors(vision: VisionConfig, prefix: str) -> Iterator[TensorSpec]:
-    hidden, size = vision.hidden_size, vision.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "class_embedding": (hidden,),
-        "positional_embedding_vlm": (vision.patches + 1, hidden),
-        "patch_embedding.linear.weight": (hidden, vision.num_channels * vision.patch_size**2),
-    }
-    shapes |= _with_bias("layernorm_pre", (hidden,)) | _with_bias("layernorm_post", (hidden,))
-    for layer in range(vision.num_hidden_layers):
-        block = f"model.layers.{layer}."
-        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            shapes |= _with_bias(f"{block}self_attn.{projection}", (hidden, hidden))
-        shapes |= _with_bias(f"{block}mlp.fc1", (size, hidden)) | _with_bias(f"{block}mlp.fc2", (hidden, size))
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes |= _with_bias(f"{block}{norm}", (hidden,))
-    shapes["vision_adapter.mlp.fc1.weight"] = (vision.projector_input_dim, size)
-    shapes["vision_adapter.mlp.fc2.weight"] = (vision.projector_output_dim, vision.projector_output_dim)
-    for name, shape in shapes.items():
-        yield TensorSpec(f"{prefix}{name}", Role.VISION, None, shape)
-
-
-def _with_bias(module: str, weight_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    return {f"{module}.weight": weight_shape, f"{module}.bias": weight_shape[:1]}
-
-
-def _projector_tensors(vision: VisionConfig, text: TextConfig, prefix: str) -> Iterator[TensorSpec]:
-    """The projector has no bias, whatever `multi_modal_projector_bias` says: transformers doesn't read that key."""
-    shape = (text.hidden_size, vision.vision_output_dim)
-    yield TensorSpec(f"{prefix}linear_1.weight", Role.PROJECTOR, None, shape)
+        yield TensorSpec(naming.head_weight, Role.LM_HEAD, None, (text.vocab_size, text.hidden_size))

@@ -125,12 +125,12 @@ def assign(checkpoint: Checkpoint, recipe: Recipe) -> Assignment:
 def _kv_scales(checkpoint: Checkpoint, recipe: Recipe) -> list[tuple[PlannedTensor, ...]]:
     if recipe.kv_cache is None:
         return []
-    text, prefix = checkpoint.config.text, canonical_naming(checkpoint.config).text
+    text, naming = checkpoint.config.text, canonical_naming(checkpoint.config)
     shape = kv_cache.scale_shape(recipe.kv_cache.strategy, text.num_key_value_heads)
     return [
         tuple(
             PlannedTensor(name, kv_cache.DTYPE, shape, Role.ATTENTION, layer, None, KV_CACHE)
-            for name in kv_cache.scale_names(prefix, layer)
+            for name in kv_cache.scale_names(naming, layer)
         )
         for layer in range(text.num_hidden_layers)
     ]

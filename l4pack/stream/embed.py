@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from l4pack.errors import UsageError
+from l4pack.model.parts import VISION_LAYERS
 from l4pack.model.tensors import canonical_naming
 from l4pack.stream.hidden import Buffer, Packed, TokenSequence
 from l4pack.stream.modules import Skeleton, upstream_config
 from l4pack.stream.weights import Weights
 
-VISION_LAYER = "model.layers."
 ROWS_AT_ONCE = 8192
 
 
 @torch.inference_mode()
 def embed(weights: Weights, skeleton: Skeleton, packed: Packed, target: Buffer) -> None:
     """Write every row's embedding. Raises UsageError for a token the model has not, or images that don't fit."""
-    name = f"{canonical_naming(weights.checkpoint.config).text}embed_tokens.weight"
+    name = canonical_naming(weights.checkpoint.config).embedding
     tokens = torch.tensor([token for item in packed.sequences for token in item.tokens], dtype=torch.long)
     distinct, place = torch.unique(tokens, return_inverse=True)
     size = weights.checkpoint.config.text.vocab_size
@@ -75,9 +75,9 @@ def image_features(weights: Weights, skeleton: Skeleton, pixel_values: Tensor, c
     rotary = type(model.rotary_embedding)
     model.rotary_embedding = rotary(config.vision_config)
     _fill(weights, projector, naming.projector)
-    _fill(weights, model, naming.vision, leave=VISION_LAYER)
+    _fill(weights, model, naming.vision, leave=f"{VISION_LAYERS}.")
     for number, layer in enumerate(model.model.layers):
-        _fill_while_running(weights, layer, f"{naming.vision}{VISION_LAYER}{number}.")
+        _fill_while_running(weights, layer, f"{naming.vision}{VISION_LAYERS}.{number}.")
     pixels = pixel_values.to(skeleton.device, skeleton.dtype)
     seen = model(pixel_values=pixels, return_dict=True).last_hidden_state
     features: Tensor = projector(seen.reshape(-1, seen.shape[-1]))

@@ -11,22 +11,20 @@ from enum import StrEnum
 
 from torch import Tensor, nn
 
+from l4pack.model import parts
 from l4pack.model.config import Llama4Config
-from l4pack.model.tensors import canonical_naming
+from l4pack.model.tensors import ROUTER, Role, canonical_naming, mlp_prefix
 from l4pack.stream.kv import RoundedCache
 from l4pack.stream.weights import LinearWeight, Weights
-
-ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class Part(StrEnum):
     """What a unit is in its layer."""
 
-    ATTENTION = "attention"
-    DENSE = "dense_mlp"
-    SHARED = "shared_expert"
-    EXPERT = "routed_expert"
+    ATTENTION = Role.ATTENTION.value
+    DENSE = Role.DENSE_MLP.value
+    SHARED = Role.SHARED_EXPERT.value
+    EXPERT = Role.ROUTED_EXPERT.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +71,12 @@ def layer_units(config: Llama4Config, layer: int) -> list[Unit]:
 
 def module_names(config: Llama4Config, unit: Unit) -> dict[str, str]:
     """The unit's matrices: name below the layer or MLP, and runtime module."""
-    prefix = f"{canonical_naming(config).text}layers.{unit.layer}."
+    prefix = canonical_naming(config).layer(unit.layer)
     if unit.part is Part.ATTENTION:
-        return {f"self_attn.{name}": f"{prefix}self_attn.{name}" for name in ATTENTION_PROJECTIONS}
-    middle = {
-        Part.DENSE: "feed_forward.",
-        Part.SHARED: "feed_forward.shared_expert.",
-        Part.EXPERT: f"feed_forward.experts.{unit.expert}.",
-    }[unit.part]
-    return {name: f"{prefix}{middle}{name}" for name in MLP_PROJECTIONS}
+        below = (f"{parts.ATTENTION}.{name}" for name in parts.ATTENTION_MATRICES)
+        return {name: f"{prefix}{name}" for name in below}
+    prefix += mlp_prefix(Role(unit.part.value), unit.expert)
+    return {name: f"{prefix}{name}" for name in parts.MLP_MATRICES}
 
 
 def load_unit(weights: Weights, unit: Unit) -> UnitWeights:
@@ -105,12 +100,12 @@ def _small_tensors(weights: Weights, unit: Unit) -> dict[str, str]:
     if unit.part is not Part.ATTENTION:
         return {}
     config = weights.checkpoint.config
-    prefix = f"{canonical_naming(config).text}layers.{unit.layer}."
-    local = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    prefix = canonical_naming(config).layer(unit.layer)
+    local = [f"{norm}.{parts.WEIGHT}" for norm in parts.LAYER_NORMS]
     if unit.layer in config.text.moe_layers:
-        local.append("feed_forward.router.weight")
+        local.append(f"{ROUTER}.{parts.WEIGHT}")
     if config.text.attention_bias:
-        local += [f"self_attn.{name}.bias" for name in ATTENTION_PROJECTIONS]
+        local += [f"{parts.ATTENTION}.{name}.{parts.BIAS}" for name in parts.ATTENTION_MATRICES]
     return {name: f"{prefix}{name}" for name in local}
 
 

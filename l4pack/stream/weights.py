@@ -24,8 +24,9 @@ from l4pack.artifact.quantized import (
 )
 from l4pack.checkpoint.matrices import MatrixSource, StoredMatrices
 from l4pack.checkpoint.reader import Reader
-from l4pack.checkpoint.source import Checkpoint, detect_layout
+from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import L4packError, SourceError
+from l4pack.model.names import detect_layout
 from l4pack.model.tensors import Linear, canonical_naming, catalogue, rename
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.layout import Layout
@@ -126,7 +127,7 @@ class Weights:
                 hint="add --weights-only to evaluate the weights alone",
             )
         shape = scale_shape(strategy, self.checkpoint.config.text.num_key_value_heads)
-        key, value = (self._kv_scale(name, shape) for name in scale_names(self._naming.text, layer))
+        key, value = (self._kv_scale(name, shape) for name in scale_names(self._naming, layer))
         return RoundedCache(key, value)
 
     def _kv_scale(self, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -16,6 +16,7 @@ from l4pack.checkpoint.header import TensorEntry
 from l4pack.errors import SourceError
 from l4pack.formats import reader_limits, split_hindrances, stored_tensors, unservable
 from l4pack.model.names import classify, split_suffix
+from l4pack.model.parts import FUSED_MODULES, VISION_MODEL
 from l4pack.model.tensors import Linear, Role, TensorSpec
 from l4pack.quant.dtypes import NAMES
 from l4pack.quant.scheme import Scheme
@@ -25,7 +26,7 @@ from l4pack.verify.findings import Findings
 from l4pack.verify.opened import Artifact
 
 PLAIN = "plain"
-_TOGETHER = {"gate_proj": "gate_up", "up_proj": "gate_up", "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv"}
+_TOGETHER = {name: fused for fused, names in FUSED_MODULES.items() for name in names}
 
 Parts = Mapping[str, TensorEntry]  # suffix -> tensor
 
@@ -89,7 +90,7 @@ class _Examiner:
             self.plain.append(linear)
 
     def _absent(self, linear: Linear, parts: Parts) -> None:
-        if not self.artifact.unreadable and linear.module.rpartition(f".{linear.expert}.")[0] not in self.fused:
+        if not self.artifact.unreadable and _experts(linear) not in self.fused:
             group = self.declared.group(Runtime.TRANSFORMERS, linear.module)
             suffix = group.kind if group else "weight"
             self.found.error("missing", f"{linear.module}.{suffix}", "the matrix is not in the artifact")
@@ -242,6 +243,11 @@ def _is_fused(module: str) -> bool:
     return place.role is Role.ROUTED_EXPERT and place.expert is None
 
 
+def _experts(linear: Linear) -> str:
+    """The module that a routed expert lies in."""
+    return linear.module.rpartition(f".{linear.expert}.")[0]
+
+
 def _take_kv_scales(examiner: _Examiner) -> tuple[str, ...]:
     """KV-cache scales of the text model's attention, when the stanza has a scheme for them."""
     if not examiner.declared.kv_cache:
@@ -250,7 +256,7 @@ def _take_kv_scales(examiner: _Examiner) -> tuple[str, ...]:
     text = examiner.artifact.config.text
     shape = scale_shape(examiner.declared.kv_strategy or KVStrategy.TENSOR, text.num_key_value_heads)
     for layer in range(text.num_hidden_layers):
-        for name in scale_names(examiner.artifact.layout.naming.text, layer):
+        for name in scale_names(examiner.artifact.layout.naming, layer):
             module, suffix = split_suffix(name)
             entry = examiner.left.get(module, {}).pop(suffix, None)
             if entry is None and not examiner.artifact.unreadable:
@@ -262,7 +268,7 @@ def _take_kv_scales(examiner: _Examiner) -> tuple[str, ...]:
 
 def _why_unexpected(name: str) -> str:
     if name.endswith(("k_scale", "v_scale")):
-        where = "vLLM refuses it under vision_model" if "vision_model" in name else "kv_cache_scheme is null"
+        where = f"vLLM refuses it under {VISION_MODEL}" if VISION_MODEL in name else "kv_cache_scheme is null"
         return f"a KV-cache scale, and {where}"
     return "no runtime expects it"
 
@@ -272,9 +278,9 @@ def _check_together(shown: Mapping[str, tuple[Linear, str]], found: Findings) ->
     schemes: dict[str, dict[str, str]] = defaultdict(dict)
     for module, (linear, scheme) in shown.items():
         if linear.role is Role.ROUTED_EXPERT:
-            schemes[module.partition(".experts.")[0] + ".experts"].setdefault(scheme, module)
+            schemes[_experts(linear)].setdefault(scheme, module)
         elif linear.projection in _TOGETHER:
-            schemes[f"{module.rpartition('.')[0]}.{_TOGETHER[linear.projection]}_proj"].setdefault(scheme, module)
+            schemes[f"{module.rpartition('.')[0]}.{_TOGETHER[linear.projection]}"].setdefault(scheme, module)
     for where, by_scheme in schemes.items():
         if len(by_scheme) > 1:
             says = ", ".join(

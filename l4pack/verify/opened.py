@@ -13,20 +13,13 @@ from safetensors import SafetensorError, safe_open
 
 from l4pack.checkpoint.exports import SINGLE_NAME
 from l4pack.checkpoint.header import TensorEntry, read_header
-from l4pack.checkpoint.source import INDEX_NAME, MAX_INDEX_BYTES, detect_layout, parse_index
+from l4pack.checkpoint.source import INDEX_NAME, MAX_INDEX_BYTES, parse_index
 from l4pack.errors import SourceError
 from l4pack.model.config import MULTIMODAL, Llama4Config, load_config
-from l4pack.model.names import split_suffix
+from l4pack.model.names import TOWER_MODULES, detect_layout, split_suffix
+from l4pack.model.parts import FUSED_MODULES
 from l4pack.model.tensors import MULTIMODAL_NAMING, TEXT_ONLY_NAMING, Catalogue, Naming, catalogue
 from l4pack.verify.findings import Findings
-
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Modules that vLLM and SGLang make of several (`packed_modules_mapping`)."""
-# A text model's stanza may speak of the tower that others of its kind have.
-_OF_VISION = (
-    "vision_model.model.layers.0.self_attn.q_proj", "vision_model.model.layers.0.mlp.fc1", "vision_model.patch_embedding",
-    "vision_model.vision_adapter.mlp.fc1", "multi_modal_projector.linear_1",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,9 +61,9 @@ class Artifact:
     def modules(self) -> tuple[str, ...]:
         """Every name that an entry of the stanza may mean: modules, those that runtimes fuse, and all they lie in."""
         names = {split_suffix(name)[0] for name in self.layout.by_name} | {self.layout.naming.head}
-        names |= {linear.module for linear in self.layout.linears} | {*_OF_VISION}
-        for fused, parts in FUSED.items():
-            names |= {name.removesuffix(part) + fused for name in names for part in parts if name.endswith(f".{part}")}
+        names |= {linear.module for linear in self.layout.linears} | {*TOWER_MODULES}
+        for fused, held in FUSED_MODULES.items():
+            names |= {name.removesuffix(part) + fused for name in names for part in held if name.endswith(f".{part}")}
         for name in list(names):
             pieces = name.split(".")
             names |= {".".join(pieces[:end]) for end in range(1, len(pieces))}

@@ -17,7 +17,7 @@ from l4pack.checkpoint.source import open_folder
 from l4pack.errors import UsageError
 from l4pack.evaluate.record import read_evaluations
 from l4pack.evaluate.schema import parse_evaluation
-from l4pack.stream.units import MLP_PROJECTIONS
+from l4pack.model.parts import MLP_MATRICES
 from l4pack.stream.weights import Weights
 
 pytest_plugins = ["publishing_fixtures"]
@@ -99,12 +99,12 @@ def test_a_dequantized_artifact_is_no_original(evaluate, checkpoint, made, tmp_p
     prefix = "language_model.model.layers."
     with Weights(open_folder(made), torch.device("cpu"), torch.bfloat16) as weights:
         for layer, expert in [(layer, expert) for layer in range(4) for expert in range(4)]:
-            names = [f"{prefix}{layer}.feed_forward.experts.{expert}.{name}" for name in MLP_PROJECTIONS]
+            names = [f"{prefix}{layer}.feed_forward.experts.{expert}.{name}" for name in MLP_MATRICES]
             gate, up, down = (weights.linears(names)[name].weight for name in names)
             experts = f"{prefix}{layer}.feed_forward.experts."
             state[f"{experts}gate_up_proj"][expert] = torch.cat([gate, up]).T
             state[f"{experts}down_proj"][expert] = down.T
-            names = [f"{prefix}{layer}.feed_forward.shared_expert.{name}" for name in MLP_PROJECTIONS]
+            names = [f"{prefix}{layer}.feed_forward.shared_expert.{name}" for name in MLP_MATRICES]
             state |= {f"{name}.weight": one.weight for name, one in weights.linears(names).items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     ended = evaluate(made, "--against", folder)
