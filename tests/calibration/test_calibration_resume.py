@@ -146,7 +146,6 @@ def test_what_was_changed_since_the_kill_is_made_again(source, text, undisturbed
 def test_killed_by_the_system_it_ends_in_the_same_bytes(source, text, undisturbed, tmp_path):
     script = (
         "import os, sys, signal, torch; torch.set_num_threads(1)\n"
-        "sys.path.insert(0, os.path.dirname(sys.argv[4]))\n"
         "import test_calibration_resume as t\n"
         "from l4pack.calibration.walk import CalibrationRun\n"
         "solve, seen = CalibrationRun._solve, []\n"
@@ -159,7 +158,10 @@ def test_killed_by_the_system_it_ends_in_the_same_bytes(source, text, undisturbe
     )
     out = tmp_path / "out"
     ended = subprocess.run(
-        [sys.executable, "-c", script, source, text, out, __file__], capture_output=True, check=False
+        [sys.executable, "-c", script, source, text, out],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert '"layer 1, routed expert 1"' in (work_folder(out) / "journal.jsonl").read_text()
