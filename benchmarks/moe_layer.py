@@ -28,12 +28,14 @@ from l4pack.checkpoint.source import Checkpoint, open_folder
 from l4pack.evaluate.answers import StreamAnswers
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, TokenSequence
-from l4pack.stream.layer import Blocks, LayerPass, Stream
+from l4pack.stream.lanes import Lane, Model
+from l4pack.stream.layer import Blocks, LayerPass
 from l4pack.stream.memory import peak_bytes
 from l4pack.stream.modules import Skeleton, text_config
 from l4pack.stream.prefetch import Prefetch
+from l4pack.stream.sides import StreamFiles
 from l4pack.stream.units import Part, Unit, expert_unit, feed_forward_unit, load_unit, place
-from l4pack.stream.walk import Model, Walk
+from l4pack.stream.walk import Walk
 from l4pack.stream.weights import Weights
 from l4pack.units import human_bytes
 from l4pack.work.identity import Identity
@@ -65,7 +67,8 @@ def streamed(checkpoint: Checkpoint, compute: Compute, tokens: int) -> dict[str,
     packed = Packed([TokenSequence((0,) * SEQUENCE)] * (tokens // SEQUENCE))
     skeleton = Skeleton(config, compute.device, compute.dtype)
     with tempfile.TemporaryDirectory(dir=FOLDER) as work, Weights(checkpoint, compute.device, compute.dtype) as weights:
-        stream = Stream(Path(work), "bench", tokens, config.text.hidden_size, compute.dtype)
+        files = StreamFiles(Path(work), "bench", ["bench"], tokens, config.text.hidden_size, compute.dtype)
+        stream = files.open()["bench"]
         stream.middle.data[:] = hidden_states(tokens, config.text.hidden_size)
         clock, cpu = time.perf_counter(), time.process_time()
         one = LayerPass(skeleton, 0, packed, stream, Blocks.on(compute.device, config.text.hidden_size))
@@ -145,9 +148,9 @@ def walk(layers: int, tokens: int) -> dict[str, Any]:
     ):
         model = Model("bench", weights, Skeleton(checkpoint.config, compute.device, compute.dtype))
         clock, cpu = time.perf_counter(), time.process_time()
-        with Walk([model], packed, Path(work), Identity({"job": "bench"})) as running:
+        with Walk([Lane("bench", model, packed)], Path(work), Identity({"job": "bench"})) as running:
             running.run()
-            StreamAnswers(model, running.streams[0].current)
+            StreamAnswers(model, running.streams["bench"].current)
     return {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
 
 

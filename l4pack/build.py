@@ -47,7 +47,7 @@ from l4pack.work.signals import stop_signals
 if TYPE_CHECKING:
     from l4pack.evaluate.evaluate import Prepared
     from l4pack.measure.record import Sensitivity
-    from l4pack.stream.walk import Progress
+    from l4pack.stream.visitor import Progress
     from l4pack.text.choice import TextChoice
 
 
@@ -244,7 +244,7 @@ class _Chain:
         text, out = self._order.text, self._order.out
         if text is None:
             return NOT_ASKED
-        from l4pack.stream.walk import Progress
+        from l4pack.stream.visitor import Progress
 
         with self._watch("evaluating", self._evaluated_bytes()) as bar, stop_signals() as stop:
             prepared = self._prepared(text, Progress(advance=bar.advance, stop=stop))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from l4pack import __version__
 from l4pack.calibration.coverage import Coverage
@@ -20,11 +18,12 @@ from l4pack.recipe import Calibration
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed
 from l4pack.stream.identity import text_parts
-from l4pack.stream.layer import LayerPass, Routing, Stream
+from l4pack.stream.lanes import Lane, Model
 from l4pack.stream.memory import check_memory
 from l4pack.stream.modules import Skeleton
-from l4pack.stream.units import Unit
-from l4pack.stream.walk import Model, Progress, Walk
+from l4pack.stream.sides import Stream
+from l4pack.stream.visitor import Progress, Visit, Visitor
+from l4pack.stream.walk import Walk
 from l4pack.stream.weights import Weights
 from l4pack.text.choice import DEMO_CALIBRATION, TextChoice
 from l4pack.text.sequences import TokenText, load_text
@@ -59,25 +58,29 @@ class Covered:
         return {**self.coverage.record(), "text": self.text, "seconds": self.seconds}
 
 
-@dataclass
-class _Counter:
+class _Counter(Visitor):
     """Looks on while the model runs."""
 
-    coverage: Coverage
-    started: float = field(default_factory=time.monotonic)
+    def __init__(self, coverage: Coverage) -> None:
+        self._coverage = coverage
 
-    def unit(self, model: int, unit: Unit, layer_pass: LayerPass, forward: Callable[[Tensor], Tensor]) -> None:
-        """Nothing to see."""
+    def resume(self, records: Sequence[Mapping[str, Any]]) -> bool:
+        """Take in what was counted in the layers done before."""
+        for layer, record in enumerate(records):
+            if "tokens" in record:
+                self._coverage.add(layer, record["tokens"])
+        return True
 
-    def routed(self, model: int, layer: int, routing: Routing) -> None:
+    def routed(self, visit: Visit) -> None:
         """Count a layer's routed tokens."""
-        del model
-        self.coverage.add(layer, routing.counts())
+        for one in visit.passes.values():
+            assert one.routing is not None
+            self._coverage.add(visit.layer, one.routing.counts())
 
-    def layer(self, layer: int, streams: Sequence[Stream]) -> dict[str, Any]:
+    def leave(self, layer: int, streams: Mapping[str, Stream]) -> dict[str, Any]:
         """Keep what was counted, for a run that goes on."""
         del streams
-        counts = self.coverage.tokens.get(layer)
+        counts = self._coverage.tokens.get(layer)
         return {} if counts is None else {"tokens": list(counts)}
 
 
@@ -87,8 +90,14 @@ def _job(checkpoint: Checkpoint, text: TokenText, compute: Compute) -> Identity:
     return Identity(parts | weight_parts(checkpoint))
 
 
-def cover(checkpoint: Checkpoint, wanted: Wanted, work: Path, compute: str, progress: Progress) -> Covered:
-    """Count the tokens of every expert. Raises UsageError (the text, a model without experts), SourceError."""
+def cover(
+    checkpoint: Checkpoint, wanted: Wanted, work: Path, compute: str, progress: Progress, *, restart: bool = False
+) -> Covered:
+    """Count the tokens of every expert. Raises UsageError (the text, a model without experts), SourceError.
+
+    Hidden states lie in `work` until the end; an interrupted call with the same arguments goes on, to the same counts.
+    """
+    started = time.monotonic()
     if not checkpoint.config.text.moe_layers:
         raise UsageError(f"{checkpoint.name} has no routed experts", hint="there is nothing to cover")
     if checkpoint.bare:
@@ -105,15 +114,12 @@ def cover(checkpoint: Checkpoint, wanted: Wanted, work: Path, compute: str, prog
     text = load_text(choice, load_tokenizer(checkpoint), checkpoint.config.text.max_position_embeddings)
     where = Compute.of(compute)
     check_memory(checkpoint.config.text, where, where.room(None, None))
-    counter = _Counter(Coverage.of(checkpoint.config, wanted.max_cold))
+    coverage = Coverage.of(checkpoint.config, wanted.max_cold)
     refuse_overlap([checkpoint], work)
-    with owned(work, WORK_KIND) as folder, Weights(checkpoint, where.device, where.dtype) as weights:
+    with owned(work, WORK_KIND, restart=restart) as folder, Weights(checkpoint, where.device, where.dtype) as weights:
         model = Model("model", weights, Skeleton(checkpoint.config, where.device, where.dtype))
-        job = _job(checkpoint, text, where)
-        with Walk([model], Packed(text.sequences), work, job, observer=counter, progress=progress) as walk:
-            for layer, record in enumerate(walk.records):
-                if "tokens" in record:
-                    counter.coverage.add(layer, record["tokens"])
+        lane, job = Lane(model.name, model, Packed(text.sequences)), _job(checkpoint, text, where)
+        with Walk([lane], work, job, _Counter(coverage), progress=progress) as walk:
             walk.run()
         folder.remove()
-    return Covered(counter.coverage, text.record, time.monotonic() - counter.started)
+    return Covered(coverage, text.record, time.monotonic() - started)

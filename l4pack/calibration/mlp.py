@@ -21,7 +21,7 @@ from l4pack.quant.quantize import Quantized
 from l4pack.recipe import GptqOptions, RecipeScheme
 from l4pack.stream.rows import rows_at_once
 
-Blocks = Callable[[], Iterable[Block]]
+Inputs = Callable[[], Iterable[Block]]
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -40,24 +40,24 @@ class Matrices:
 
 def solve_mlp(
     matrices: Matrices,
-    blocks: Blocks,
+    inputs: Inputs,
     scheme: RecipeScheme,
     dtypes: Mapping[str, FloatName],
 ) -> dict[str, gptq.Solution]:
-    """Solutions by projection. `blocks` gives the unit's inputs anew each time; `dtypes` are those of the source.
+    """Solutions by projection. `inputs` gives the unit's inputs anew each time; `dtypes` are those of the source.
 
     Raises NonFiniteError for a weight that is not finite.
     """
     options = scheme.gptq
     assert options is not None
     inner, hidden = matrices.weights[GATE].shape
-    first = _problem(_moments(blocks(), hidden, options), options, outputs=2 * inner)
+    first = _problem(_moments(inputs(), hidden, options), options, outputs=2 * inner)
     solve = partial(_solve, matrices=matrices, scheme=scheme, dtypes=dtypes)
     solutions = {name: solve(first, name) for name in (GATE, UP)}
     del first
     solved = {name: weights_of(solution, matrices.model_dtype) for name, solution in solutions.items()}
     after = Matrices(solved, matrices.activation, matrices.model_dtype)
-    moments = _moments((_inner(block, matrices, after) for block in blocks()), inner, options)
+    moments = _moments((_inner(block, matrices, after) for block in inputs()), inner, options)
     del solved, after
     second = _problem(moments, options, outputs=hidden)
     del moments

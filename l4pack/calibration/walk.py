@@ -1,19 +1,15 @@
-"""The walk through a model that solves it: each layer's real inputs, the solved layer's outputs, nothing kept but those.
+"""Solving a model as it is walked through: each layer's real inputs, the solved layer's outputs, nothing kept but those.
 
-Up to two streams of hidden states go through every layer: the model as quantized so far, whose inputs the matrices are
-solved for, and the original, whose outputs they aim at. What is finished is in the journal: a layer once its outputs
-are on disk, a unit once its matrices are. A run that goes on repeats the layer it was killed in, reading the finished
+Up to two lanes go through every layer: the model as quantized so far, whose inputs the matrices are solved for, and the
+original, whose outputs they aim at. A unit is in the journal once its matrices are on disk. A run that goes on repeats the layer it was killed in, reading the finished
 matrices back from the shards, so it computes the same numbers and ends in the same bytes: on one machine with as many
 threads, torch's products of the same shapes are the same bit by bit.
 """
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,48 +20,38 @@ from transformers.activations import ACT2FN
 from l4pack.artifact.quantized import dequantized
 from l4pack.calibration.coverage import Coverage
 from l4pack.calibration.inputs import InputScales, stored_scale
-from l4pack.calibration.kept import KeptStates
 from l4pack.calibration.kv_cache import CacheRange
 from l4pack.calibration.mlp import Matrices, result_of, solve_mlp, stored
 from l4pack.calibration.output import Output
 from l4pack.calibration.rows import UnitRows, blocks, expert_rows
-from l4pack.calibration.supply import Supply
-from l4pack.calibration.written import cache_key, input_scale, input_scales_key, unit_key
+from l4pack.calibration.written import cache_key, input_scale, input_scales_key, layers_of, unit_key
 from l4pack.checkpoint.reader import NUMPY_TYPES
 from l4pack.checkpoint.writer import Written
-from l4pack.errors import QualityError, SourceError, StoppedError
+from l4pack.errors import QualityError, SourceError
 from l4pack.model.parts import MLP_MATRICES
 from l4pack.plan.extents import INPUT_SCALE
 from l4pack.plan.needs import asymmetric
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.quantize import NonFiniteError
 from l4pack.quant.torch_ops import DTYPES
-from l4pack.stream.embed import embed
+from l4pack.stream.compute import reproducible
 from l4pack.stream.hidden import Packed
-from l4pack.stream.layer import Blocks, LayerPass, Stream
+from l4pack.stream.lanes import Lane, Model
+from l4pack.stream.layer import LayerPass
 from l4pack.stream.modules import Skeleton
-from l4pack.stream.prefetch import Prefetch
-from l4pack.stream.units import (
-    Part,
-    Unit,
-    UnitWeights,
-    expert_unit,
-    feed_forward_unit,
-    load_unit,
-    module_names,
-)
+from l4pack.stream.sides import Stream
+from l4pack.stream.supply import Supply
+from l4pack.stream.units import Part, Unit, UnitWeights, module_names
+from l4pack.stream.visitor import Progress, Visit, Visitor
+from l4pack.stream.walk import Walk
 from l4pack.stream.weights import LinearWeight, Weights
-from l4pack.work.seal import Seal
 
 if TYPE_CHECKING:
     from l4pack.plan.assign import Target
     from l4pack.plan.plan import Plan
 
-# Without it torch refuses every matrix product on CUDA that is to be deterministic; cuBLAS reads it when it starts.
-CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-
-class CalibrationRun:
+class CalibrationRun(Visitor):
     """Solves and writes the calibrated matrices of a plan; every other matrix of a layer must be in the shards before it."""
 
     def __init__(
@@ -78,102 +64,92 @@ class CalibrationRun:
         device: str = "cpu",
         supply: Supply | None = None,
     ) -> None:
-        """`folder` takes the hidden states; `supply` gets the source's files, which else must all be there.
-
-        Raises BudgetError when the disk has no room for the hidden states.
-        """
+        """`folder` takes the hidden states; `supply` gets the source's files, which else must all be there."""
         assert plan.text is not None
         assert plan.recipe.calibration is not None
         assert plan.needs is not None
-        self._plan, self._output, self._stop, self._advance = plan, output, stop, advance
-        self._supply = supply
+        self._plan, self._output, self._folder = plan, output, folder
+        self._progress, self._supply = Progress(advance=advance, stop=stop), supply
         self._options = plan.recipe.calibration
         self._config = plan.checkpoint.config
         self._targets = {target.module: target for target in plan.calibrated}
         self._inputs = InputScales(plan.observed)
+        self._cache: CacheRange | None = None
         self._made = {linear.module: name for linear, name in plan.assigned if name is not None}
         self._packed = Packed(plan.text.sequences)
-        self._device = torch.device(device)
-        dtype = torch.float32
+        self._device, dtype = torch.device(device), torch.float32
         self._skeleton = Skeleton(self._config, self._device, dtype)
         self._weights = Weights(plan.checkpoint, self._device, dtype)
-        names = ["original", "quantized"] if asymmetric(plan.recipe, plan.calibrated) else ["quantized"]
-        folder.mkdir(exist_ok=True)
-        width = self._config.text.hidden_size
-        layers = self._config.text.num_hidden_layers
-        self._kept = KeptStates(output.journal, folder, names, self._packed.rows, width, dtype, layers)
-        self._done = self._kept.done()
-        side = self._done % 2 if 0 < self._done < layers else None
-        self._streams = [Stream(folder, name, self._packed.rows, width, dtype, side) for name in names]
         self._coverage = Coverage.of(self._config, self._options.max_cold_experts)
         for key, found in output.journal.results.items():
             if "tokens" in found:
                 self._coverage.add(int(key), found["tokens"])
-        self._saver = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._saving: tuple[int, Future[list[Seal]]] | None = None
 
     def run(self) -> None:
-        """Walk to the last layer. Raises StoppedError, QualityError when a gate is missed, SourceError."""
-        done = self._done
-        finished = {module for found in self._output.journal.results.values() for module in found.get("matrices", ())}
-        done_before = [target for module, target in self._targets.items() if module in finished]
-        self._advance(sum(map(self._plan.target_bytes, done_before)))
-        try:
-            with reproducible(), self._weights, Prefetch(self._load) as ready:
-                if done == 0:
-                    with self._supplied(0):
-                        for stream in self._streams:
-                            embed(self._weights, self._skeleton, self._packed, stream.current)
-                for layer in range(done, self._config.text.num_hidden_layers):
-                    with self._supplied(layer + 1):
-                        self._layer(layer, ready)
-                self._settle()
-        finally:
-            self._saver.shutdown(wait=True)
-            for stream in self._streams:
-                stream.close()
+        """Walk to the last layer. Raises StoppedError, QualityError when a gate is missed, SourceError, and BudgetError
+        when the disk has no room for the hidden states."""
+        model = Model("source", self._weights, self._skeleton)
+        names = ["original", "quantized"] if asymmetric(self._plan.recipe, self._plan.calibrated) else ["quantized"]
+        lanes = [Lane(name, model, self._packed) for name in names]
+        job = self._output.journal.identity
+        with (
+            reproducible(),
+            self._weights,
+            Walk(lanes, self._folder, job, self, progress=self._progress, release=True, supply=self._supply) as walk,
+        ):
+            walk.run()
 
-    @contextmanager
-    def _supplied(self, step: int) -> Iterator[None]:
-        """A step of the walk, with its files there."""
-        if self._supply is None:
-            yield
-            return
-        self._supply.arrive(step)
-        yield
-        self._weights.close_files()
-        self._supply.leave(step)
+    def resume(self, records: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether all that the layers before wrote is in the journal, whose end may have been lost."""
+        journal, done = self._output.journal, len(records)
+        written = [key for key, layer in layers_of(self._plan).items() if layer < done]
+        seen = [str(layer) for layer in self._config.text.moe_layers if layer < done]
+        return journal.finished.keys() >= set(written) and journal.results.keys() >= set(seen)
 
-    def _load(self, unit: Unit) -> UnitWeights:
-        return load_unit(self._weights, unit)
+    def size(self, model: Model, unit: Unit) -> int:
+        """Source bytes of the matrices that are solved."""
+        del model
+        return sum(self._plan.target_bytes(target) for target in self._targets_of(unit).values())
 
-    def _layer(self, layer: int, ready: Prefetch[Unit, UnitWeights]) -> None:
-        attention, shared = Unit(layer, Part.ATTENTION), feed_forward_unit(self._config, layer)
-        moe = layer in self._config.text.moe_layers
-        experts = [expert_unit(layer, expert) for expert in range(self._config.text.num_local_experts if moe else 0)]
-        ready.plan([attention, shared, *experts])
-        blocks_of = Blocks.on(self._device, self._config.text.hidden_size)
-        passes = [
-            LayerPass(self._skeleton, layer, self._packed, stream, blocks_of, release=True) for stream in self._streams
-        ]
-        weights = ready.take(attention)
-        for one in passes[:-1]:
-            one.attention(weights)
-        cache = self._cache_range()
-        passes[-1].attention(self._as_written(attention, weights), cache)
-        for one in passes:
-            one.route()
-        self._record_coverage(layer, passes[0])
-        self._settle()  # from here on the files are written that a killed run would go on from
-        for unit in (shared, *experts):
-            self._unit(unit, ready.take(unit), passes)
-        for one, stream in zip(passes, self._streams, strict=True):
-            one.finish()
-            stream.release()
+    def experts(self, visit: Visit, used: Iterable[int]) -> Iterable[int]:
+        """All of them: one without tokens is solved for borrowed ones."""
+        del visit, used
+        return range(self._config.text.num_local_experts)
+
+    def visit(self, visit: Visit, unit: Unit, weights: UnitWeights) -> None:
+        """Run a unit in both lanes, once it is solved."""
+        *original, quantized = passes = list(visit.passes.values())
+        targets = self._targets_of(unit)
+        if targets and unit_key(unit) not in self._output.journal.finished:
+            self._solve(unit, weights, targets, passes)
+        for one in original:
+            one.run(unit, weights)
+        written = self._as_written(unit, weights)
+        if unit.part is Part.ATTENTION:
+            self._cache = self._cache_range()
+            quantized.attention(written, self._cache)
+        else:
+            module = quantized.mlp(unit, written)
+            self._inputs.watch(unit, module, module_names(self._config, unit))
+            quantized.feed_forward(unit, module)
+
+    def routed(self, visit: Visit) -> None:
+        """Record how many tokens each expert sees. Raises QualityError."""
+        routing = next(iter(visit.passes.values())).routing
+        assert routing is not None
+        tokens = routing.counts()
+        self._coverage.add(visit.layer, tokens)
+        if self._plan.calibrated or self._plan.observed:  # what enters the KV cache, no expert decides
+            self._coverage.check()
+        self._output.journal.record(results={str(visit.layer): {"tokens": tokens}})
+
+    def leave(self, layer: int, streams: Mapping[str, Stream]) -> dict[str, Any]:
+        """Write the scales that are known now."""
+        del streams
         self._write_input_scales(layer)
-        if cache is not None:
-            self._write_cache_scales(layer, cache)
-        self._save(layer)
+        if self._cache is not None:
+            self._write_cache_scales(layer, self._cache)
+        return {}
 
     def _write_input_scales(self, layer: int) -> None:
         found = self._inputs.finish()
@@ -204,27 +180,10 @@ class CalibrationRun:
                 self._output.writer.write(tensor.name, 0, scale)
         self._finished(cache_key(layer), written, {"kv_cache": {str(layer): cache.record()}})
 
-    def _record_coverage(self, layer: int, one: LayerPass) -> None:
-        if one.routing is None:
-            return
-        tokens = one.routing.counts()
-        self._coverage.add(layer, tokens)
-        if self._plan.calibrated or self._plan.observed:  # what enters the KV cache, no expert decides
-            self._coverage.check()
-        self._output.journal.record(results={str(layer): {"tokens": tokens}})
-
-    def _unit(self, unit: Unit, weights: UnitWeights, passes: list[LayerPass]) -> None:
-        if self._stop.is_set():
-            raise StoppedError("stopped; what is finished is kept", hint="run the same command again to go on")
+    def _targets_of(self, unit: Unit) -> dict[str, Target]:
+        """The unit's matrices to solve, by their names in it."""
         names = module_names(self._config, unit)
-        targets = {local: self._targets[name] for local, name in names.items() if name in self._targets}
-        if targets and unit_key(unit) not in self._output.journal.finished:
-            self._solve(unit, weights, targets, passes)
-        for one in passes[:-1]:
-            one.feed_forward(unit, one.mlp(unit, weights))
-        module = passes[-1].mlp(unit, self._as_written(unit, weights))
-        self._inputs.watch(unit, module, names)
-        passes[-1].feed_forward(unit, module)
+        return {local: self._targets[name] for local, name in names.items() if name in self._targets}
 
     @torch.inference_mode()
     def _solve(self, unit: Unit, weights: UnitWeights, targets: Mapping[str, Target], passes: list[LayerPass]) -> None:
@@ -251,7 +210,6 @@ class CalibrationRun:
         found = {targets[name].module: result_of(solved[name], taken.own, taken.borrowed) for name in targets}
         self._finished(unit_key(unit), written, {"matrices": found})
         self._check_fallbacks()
-        self._advance(sum(self._plan.target_bytes(target) for target in targets.values()))
 
     def _rows_of(self, unit: Unit, passes: list[LayerPass]) -> UnitRows:
         routing, original = passes[-1].routing, passes[0].routing if len(passes) > 1 else None
@@ -292,36 +250,3 @@ class CalibrationRun:
                 f"the gate is {self._options.max_fallbacks:.1%} of all {len(self._targets)}",
                 hint="give more --samples or a broader --text, or raise calibration.max_fallbacks in the recipe",
             )
-
-    def _save(self, layer: int) -> None:
-        written = [stream.following for stream in self._streams]
-
-        def save() -> list[Seal]:
-            for buffer in written:
-                buffer.flush()
-                buffer.release()
-            return self._kept.seal(layer)
-
-        self._settle()
-        self._saving = (layer, self._saver.submit(save))
-        for stream in self._streams:
-            stream.advance()
-
-    def _settle(self) -> None:
-        """Wait until the last complete layer is on disk, and note it."""
-        if self._saving is not None:
-            layer, future = self._saving
-            self._kept.note(layer, future.result())
-            self._saving = None
-
-
-@contextmanager
-def reproducible() -> Iterator[None]:
-    """Only algorithms of torch that give the same bits every time."""
-    os.environ.setdefault(*CUBLAS_WORKSPACE)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)

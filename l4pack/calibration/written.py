@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     from l4pack.plan.plan import Plan
 
 
-def layer_key(layer: int) -> str:
-    """A layer whose outputs are on disk."""
-    return f"layer {layer}"
-
-
 def unit_key(unit: Unit) -> str:
     """A unit whose matrices are solved."""
     return str(unit)
@@ -44,9 +39,9 @@ def calibrated_extents(plan: Plan) -> dict[str, list[Extent]]:
     return {key: extents for _, key, extents in _written(plan) if extents}
 
 
-def layers_of(plan: Plan) -> dict[str, str]:
-    """The key of each key's layer."""
-    return {key: layer_key(layer) for layer, key, extents in _written(plan) if extents}
+def layers_of(plan: Plan) -> dict[str, int]:
+    """The layer of each key."""
+    return {key: layer for layer, key, extents in _written(plan) if extents}
 
 
 def _written(plan: Plan) -> Iterator[tuple[int, str, list[Extent]]]:

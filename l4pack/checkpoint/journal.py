@@ -37,7 +37,7 @@ class Journal:
 
         `command` is what the user typed, to be shown when the job is taken for another one later.
         """
-        self.path = path
+        self.path, self.identity = path, identity
         self.finished: dict[str, str] = {}
         self.digests: dict[str, str] = {}
         self.results: dict[str, Any] = {}

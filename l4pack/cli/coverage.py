@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +10,6 @@ from rich.console import RenderableType
 
 from l4pack.cli import console
 from l4pack.cli.options import AsJson, CalibrationText, Compute, Samples, Seed, SequenceLength, Source
-from l4pack.errors import StoppedError
 from l4pack.units import human_seconds
 
 
@@ -27,8 +24,12 @@ def coverage(
     ] = 1.0,
     compute: Compute = "auto",
     work: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where hidden states go meanwhile.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where hidden states go meanwhile; NAME.coverage.partial.", show_default=False
+        ),
     ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Count how many tokens of a text reach each expert, so that a calibration's mix can be judged before it runs.
@@ -37,22 +38,15 @@ def coverage(
     """
     from l4pack.calibration.cover import Wanted, cover
     from l4pack.checkpoint.open import open_source
-    from l4pack.stream.walk import Progress
+    from l4pack.stream.visitor import Progress
     from l4pack.work.signals import stop_signals
 
     wanted = Wanted(text, samples, sequence_length, seed, max_cold)
-    folder = work or Path(tempfile.mkdtemp(prefix="l4pack-coverage-"))
+    folder = work or Path(f"{Path(source).resolve().name}.coverage.partial")
     checkpoint = open_source(source)
-    try:
-        with console.progress("covering", checkpoint.weight_bytes) as bar, stop_signals() as stop:
-            found = cover(checkpoint, wanted, folder, compute, Progress(bar.advance, bar.label, stop))
-    except StoppedError as error:
-        if work is not None:
-            raise
-        raise StoppedError("stopped; nothing is kept", hint="add --work DIR to be able to go on") from error
-    finally:
-        if work is None:
-            shutil.rmtree(folder, ignore_errors=True)
+    with console.progress("covering", checkpoint.weight_bytes) as bar, stop_signals() as stop:
+        progress = Progress(bar.advance, bar.label, stop)
+        found = cover(checkpoint, wanted, folder, compute, progress, restart=restart)
     record = found.record()
     console.show_json(record) if as_json else console.show(*_view(record))
     found.coverage.check(hint="give more --samples or a broader --text, or raise --max-cold")

@@ -175,7 +175,7 @@ def _run(artifact: Path, against: str | None, settings: Any) -> dict[str, Any]:
     from l4pack.checkpoint.source import open_folder
     from l4pack.evaluate.evaluate import evaluate as run
     from l4pack.evaluate.evaluate import total_bytes
-    from l4pack.stream.walk import Progress
+    from l4pack.stream.visitor import Progress
     from l4pack.work.signals import stop_signals
 
     checkpoint, original = open_folder(artifact), None if against is None else open_source(against)

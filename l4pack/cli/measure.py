@@ -116,7 +116,7 @@ def _run(prepared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     import time
 
     from l4pack.measure.measure import measure as run
-    from l4pack.stream.walk import Progress
+    from l4pack.stream.visitor import Progress
     from l4pack.work.signals import stop_signals
 
     started = time.monotonic()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from l4pack.model.tensors import canonical_naming
-from l4pack.stream.hidden import Buffer
-from l4pack.stream.walk import Model
+from l4pack.stream.hidden import Rows
+from l4pack.stream.lanes import Model
 
 
 class Answers(Protocol):
@@ -32,7 +32,7 @@ class Answers(Protocol):
 class StreamAnswers:
     """The answers of a model that has walked through all its layers."""
 
-    def __init__(self, model: Model, outputs: Buffer) -> None:
+    def __init__(self, model: Model, outputs: Rows) -> None:
         config = model.weights.checkpoint.config
         naming = canonical_naming(config)
         self._model, self._outputs = model, outputs

@@ -23,7 +23,7 @@ from l4pack.artifact.original import ORIGINAL_KEYS, check_original, original_rec
 from l4pack.checkpoint.apart import refuse_overlap
 from l4pack.checkpoint.parts import weight_parts
 from l4pack.checkpoint.source import Checkpoint
-from l4pack.errors import StoppedError, UsageError
+from l4pack.errors import UsageError
 from l4pack.evaluate.answers import Answers, StreamAnswers
 from l4pack.evaluate.harness import (
     STREAMED,
@@ -48,16 +48,19 @@ from l4pack.model.tensors import QUANTIZABLE
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, TokenSequence
 from l4pack.stream.identity import text_parts
+from l4pack.stream.lanes import Lane, Model
 from l4pack.stream.layer import Blocks
 from l4pack.stream.memory import check_memory
 from l4pack.stream.modules import Skeleton
-from l4pack.stream.walk import Model, Progress, Walk
+from l4pack.stream.visitor import Progress
+from l4pack.stream.walk import Walk
 from l4pack.stream.weights import Weights
 from l4pack.text.choice import TextChoice
 from l4pack.text.sequences import TokenText, load_text, token_digest
 from l4pack.text.tokenizer import load_tokenizer
 from l4pack.work.folder import owned
 from l4pack.work.identity import Identity
+from l4pack.work.signals import check_stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,16 +152,11 @@ def prepare(
         check_reference(artifact, original, stored)
     if measured is None:
         progress.label("digesting")
-        measured = measured_digest(artifact, lambda: _go_on(progress))
+        measured = measured_digest(artifact, lambda: check_stop(progress.stop))
         progress.label("evaluating")
     of = _original_parts(original, stored)
     identity = Identity({"artifact": measured, **of, **_parts(inputs, settings, compute)})
     return Prepared(artifact, original, settings, progress, inputs, compute, stored, manager, identity, started)
-
-
-def _go_on(progress: Progress) -> None:
-    if progress.stop.is_set():
-        raise StoppedError("stopped before the first layer", hint="run the same command again")
 
 
 def _original_parts(original: Checkpoint | None, stored: StoredReference | None) -> dict[str, Any]:
@@ -230,13 +228,13 @@ class Prepared:
             job = _job(models, _parts(inputs, settings, compute))
             walk = stack.enter_context(
                 Walk(
-                    models, packed, settings.work, job, observer=LayerErrors(artifact.config),
-                    progress=self.progress, release=settings.max_ram is not None,
+                    [Lane(model.name, model, packed) for model in models], settings.work, job,
+                    LayerErrors(artifact.config), progress=self.progress, release=settings.max_ram is not None,
                 )
             )  # fmt: skip
             walk.run()
             self.progress.label("scoring")
-            answers = [StreamAnswers(model, stream.current) for model, stream in zip(models, walk.streams, strict=True)]
+            answers = [StreamAnswers(model, walk.streams[model.name].current) for model in models]
             kept = _save_reference(settings, answers[0], packed, inputs, original)
             record = _record(artifact, original, inputs, packed, _score(answers, stored, packed))
             record["layers"], record["resumed_layers"] = walk.records, walk.resumed_layers

@@ -22,8 +22,10 @@ from l4pack.evaluate.answers import StreamAnswers
 from l4pack.evaluate.scoring import score
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, TokenSequence
+from l4pack.stream.lanes import Lane, Model
 from l4pack.stream.modules import Skeleton
-from l4pack.stream.walk import Model, Progress, Walk
+from l4pack.stream.visitor import Progress
+from l4pack.stream.walk import Walk
 from l4pack.stream.weights import Weights
 from l4pack.text.sequences import token_digest
 from l4pack.work.identity import Identity
@@ -58,9 +60,9 @@ class StreamedScorer:
         device, dtype = self._compute.device, self._compute.dtype
         with Weights(self._checkpoint, device, dtype, round_activations=self._round_activations) as weights:
             model = Model("model", weights, Skeleton(self._checkpoint.config, device, dtype))
-            with Walk([model], packed, self._work, job, progress=self._progress) as walk:
+            with Walk([Lane(model.name, model, packed)], self._work, job, progress=self._progress) as walk:
                 walk.run()
-                answers = StreamAnswers(model, walk.streams[0].current)
+                answers = StreamAnswers(model, walk.streams[model.name].current)
                 targets = packed.targets()
                 found = score(answers, packed.scored_rows(), targets)
         shutil.rmtree(self._work)

@@ -7,15 +7,17 @@ of the inputs that the original's unit saw, and ||artifact's output - original's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from l4pack.model.config import Llama4Config
-from l4pack.stream.layer import LayerPass, Routing, Stream
-from l4pack.stream.units import Part, Unit
+from l4pack.stream.layer import LayerPass, Routing
+from l4pack.stream.sides import Stream
+from l4pack.stream.units import Part, Unit, UnitWeights
+from l4pack.stream.visitor import Visit, Visitor
 
 SAMPLE_ROWS = 2048  # of one layer, shared out among its experts
 LEAST_ROWS = 16
@@ -23,8 +25,8 @@ ATTENTION_ROWS = 1024
 WORST = 5
 
 
-class LayerErrors:
-    """Looks on a walk of the original and the artifact (or of the artifact alone); see `stream.walk.Observer`."""
+class LayerErrors(Visitor):
+    """Looks on as the original and the artifact walk, one lane each (or the artifact alone)."""
 
     def __init__(self, config: Llama4Config) -> None:
         self._config = config
@@ -32,25 +34,31 @@ class LayerErrors:
         self._errors: dict[Unit, tuple[float, float]] = {}
         self._routing: dict[int, Routing] = {}
 
+    def visit(self, visit: Visit, unit: Unit, weights: UnitWeights) -> None:
+        """Run a unit; keep the original's outputs on a sample, or compare the artifact's with them."""
+        for one in visit.passes.values():
+            self._compare(visit.model, unit, one, one.run(unit, weights))
+
     @torch.inference_mode()
-    def unit(self, model: int, unit: Unit, layer_pass: LayerPass, forward: Callable[[Tensor], Tensor]) -> None:
-        """Keep the original's outputs on a sample, or compare the artifact's with them."""
+    def _compare(self, model: int, unit: Unit, layer_pass: LayerPass, forward: Callable[[Tensor], Tensor]) -> None:
         if model == 0:
             self._samples[unit] = [(inputs, forward(inputs)) for inputs in self._sample(unit, layer_pass)]
         elif sample := self._samples.pop(unit, None):
             difference = sum(_energy(forward(inputs) - wanted) for inputs, wanted in sample)
             self._errors[unit] = (difference, sum(_energy(wanted) for _, wanted in sample))
 
-    def routed(self, model: int, layer: int, routing: Routing) -> None:
+    def routed(self, visit: Visit) -> None:
         """Keep where the router sent every token."""
-        del layer
-        self._routing[model] = routing
+        for one in visit.passes.values():
+            assert one.routing is not None
+            self._routing[visit.model] = one.routing
 
-    def layer(self, layer: int, streams: Sequence[Stream]) -> dict[str, Any]:
+    def leave(self, layer: int, streams: Mapping[str, Stream]) -> dict[str, Any]:
         """Everything known of a layer."""
         record: dict[str, Any] = {"layer": layer}
         if len(streams) == 2:
-            record["residual_error"] = _difference(streams[0].following.data, streams[1].following.data)
+            original, artifact = (stream.following.data for stream in streams.values())
+            record["residual_error"] = _difference(original, artifact)
         errors = {unit: _ratio(*squares) for unit, squares in self._errors.items()}
         for unit, error in errors.items():
             if unit.part is not Part.EXPERT:

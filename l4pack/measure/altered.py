@@ -24,11 +24,11 @@ from l4pack.stream.layer import LayerPass
 from l4pack.stream.units import Part, Unit, UnitWeights, module_names
 from l4pack.stream.weights import LinearWeight, Weights
 
-Blocks = Callable[[], Iterable[Block]]
+Inputs = Callable[[], Iterable[Block]]
 
 
 def altered(
-    weights: Weights, unit: Unit, original: UnitWeights, scheme: RecipeScheme, activation: str, inputs: Blocks | None
+    weights: Weights, unit: Unit, original: UnitWeights, scheme: RecipeScheme, activation: str, inputs: Inputs | None
 ) -> UnitWeights:
     """The unit with all its matrices given `scheme`. `inputs` are those a calibrated scheme is solved for.
 
@@ -65,7 +65,7 @@ def rounded(weight: Tensor, scheme: RecipeScheme, dtype: FloatName) -> Tensor:
     return torch.from_numpy(dequantize(quantized, scheme, *weight.shape))
 
 
-def calibration_inputs(unit: Unit, one: LayerPass, tokens: int, min_tokens: int) -> Blocks:
+def calibration_inputs(unit: Unit, one: LayerPass, tokens: int, min_tokens: int) -> Inputs:
     """A unit's inputs on the calibration text, of which there are `tokens`; a thin expert borrows to `min_tokens`.
 
     Nothing before the unit is changed, so the original's inputs are the unit's own: only the down projection, which
@@ -89,7 +89,7 @@ def _solved(
     dtypes: dict[str, FloatName],
     activation: str,
     model_dtype: torch.dtype,
-    inputs: Blocks,
+    inputs: Inputs,
 ) -> dict[str, Tensor]:
     matrices = {name: linear.weight.float() for name, linear in original.linears.items()}
     function: Any = ACT2FN[activation]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +13,6 @@ import torch
 
 from l4pack import __version__
 from l4pack.artifact.original import weights_digest
-from l4pack.calibration.walk import reproducible
 from l4pack.checkpoint.apart import refuse_overlap
 from l4pack.checkpoint.parts import weight_parts
 from l4pack.checkpoint.source import Checkpoint
@@ -36,14 +35,15 @@ from l4pack.measure.record import Change as ChangeRecord
 from l4pack.measure.record import Joint, ModelId, Sensitivity, Total, combined
 from l4pack.measure.state import State
 from l4pack.measure.texts import Texts, load_texts
-from l4pack.measure.walk import Job, Wave
+from l4pack.measure.wave import Shared, Wave
 from l4pack.recipe import Calibration
-from l4pack.stream.compute import Compute
+from l4pack.stream.compute import Compute, reproducible
 from l4pack.stream.hidden import Packed
 from l4pack.stream.identity import text_parts
+from l4pack.stream.lanes import Model
 from l4pack.stream.layer import Blocks
 from l4pack.stream.modules import Skeleton
-from l4pack.stream.walk import Model, Progress
+from l4pack.stream.visitor import Progress
 from l4pack.stream.weights import Weights
 from l4pack.text.choice import TextChoice
 from l4pack.work.folder import check_writable, owned
@@ -164,9 +164,9 @@ def measure(prepared: Prepared, progress: Progress | None = None) -> Sensitivity
     with ExitStack() as stack:
         folder = stack.enter_context(owned(work, WORK_KIND, restart=settings.restart))
         stack.enter_context(reproducible())
-        state = State(work, prepared.job())
-        job = _job(prepared, stack, progress or Progress())
-        runner = _Runner(job, prepared, state)
+        job = prepared.job()
+        state = State(work, job)
+        runner = _Runner(_shared(prepared, job, stack, progress or Progress()), prepared, state)
         runner.run(prepared.first())
         if prepared.direct is Direct.AUTO:
             off = Predictor(prepared.singles, prepared.options, state, runner.clusters).off()
@@ -180,9 +180,9 @@ def measure(prepared: Prepared, progress: Progress | None = None) -> Sensitivity
 class _Runner:
     """Runs changes in waves."""
 
-    def __init__(self, job: Job, prepared: Prepared, state: State) -> None:
-        self._job, self._prepared, self._state = job, prepared, state
-        lengths = [len(item.tokens) - item.score_from for item in job.measured.sequences]
+    def __init__(self, shared: Shared, prepared: Prepared, state: State) -> None:
+        self._shared, self._prepared, self._state = shared, prepared, state
+        lengths = [len(item.tokens) - item.score_from for item in shared.measured.sequences]
         self.clusters = Clusters(clusters(lengths))
 
     def run(self, changes: Sequence[Change]) -> None:
@@ -195,11 +195,8 @@ class _Runner:
         named = {change.key for change in (*changes, *later)} | set(self._state.errors)
         errors_only = [single for single in self._prepared.singles if single.key not in named]
         keep_at = min((change.layer for change in later), default=None)
-        wave = Wave(self._job, changes, errors_only, self._state, keep_at=keep_at)
-        with closing(wave):
-            found = wave.run()
-            self._state.wave_done({key: self.clusters.sums(kl) for key, kl in found.items()})
-        wave.lanes.remove()
+        errors, found = Wave(self._shared, changes, errors_only, keep_at=keep_at).run()
+        self._state.wave_done(errors, {key: self.clusters.sums(kl) for key, kl in found.items()})
 
 
 def _check_source(checkpoint: Checkpoint) -> None:
@@ -243,16 +240,17 @@ def _tokens(texts: Texts) -> tuple[int, int]:
     return texts.measured.record["tokens"], 0 if calibration is None else calibration.record["tokens"]
 
 
-def _job(prepared: Prepared, stack: ExitStack, progress: Progress) -> Job:
+def _shared(prepared: Prepared, job: Identity, stack: ExitStack, progress: Progress) -> Shared:
     checkpoint, compute, texts = prepared.checkpoint, prepared.compute, prepared.texts
     weights = stack.enter_context(Weights(checkpoint, compute.device, compute.dtype))
-    return Job(
+    return Shared(
         model=Model("original", weights, Skeleton(checkpoint.config, compute.device, compute.dtype)),
         measured=Packed(texts.measured.sequences),
         calibration=None if texts.calibration is None else Packed(texts.calibration.sequences),
         options=prepared.options,
         blocks=Blocks.on(compute.device, checkpoint.config.text.hidden_size),
         work=prepared.settings.work,
+        job=job,
         progress=progress,
         min_tokens=Calibration().min_tokens,
     )

@@ -11,10 +11,10 @@ from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Store
 from l4pack.checkpoint.writer import ShardWriter, Written
-from l4pack.errors import StoppedError
 from l4pack.plan.assign import Task
 from l4pack.plan.plan import Plan
 from l4pack.quantize.execute import Executor
+from l4pack.work.signals import check_stop
 
 SYNC_SECONDS = 1.0
 
@@ -77,8 +77,7 @@ class Job:
         self._collect_digests()
         if self._error is not None:
             raise self._error
-        if self._stop.is_set():
-            raise StoppedError("stopped; what is finished is kept", hint="run the same command again to go on")
+        check_stop(self._stop)
 
     def _drop_left_behind(self) -> None:
         """Let go of files that an earlier run used up and was killed before it let go of them."""

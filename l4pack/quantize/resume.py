@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.writer import Extent, ShardWriter
-from l4pack.errors import StoppedError
 from l4pack.plan.extents import task_extents
 from l4pack.plan.plan import Plan
+from l4pack.work.signals import check_stop
 
 
 def forget_damaged(plan: Plan, journal: Journal, writer: ShardWriter, stop: threading.Event) -> None:
@@ -19,17 +19,12 @@ def forget_damaged(plan: Plan, journal: Journal, writer: ShardWriter, stop: thre
     Reads all that is finished. Raises StoppedError when asked to stop.
     """
     extents: dict[str, Sequence[Extent]] = {task.key: task_extents(task, plan.recipe) for task in plan.tasks}
-    layers: Mapping[str, str] = {}
     if plan.needs is not None:
-        from l4pack.calibration.written import calibrated_extents, layers_of
+        from l4pack.calibration.written import calibrated_extents
 
         extents |= calibrated_extents(plan)
-        layers = layers_of(plan)
     damaged = _damaged(extents, journal, writer, plan.workers, stop)
-    tensors = {extent.tensor for key in damaged for extent in extents[key]}
-    # A walk behind a damaged matrix has to come by again: only its last layers' inputs are kept.
-    walked = set(layers.values()) if any(layers.get(key) in journal.finished for key in damaged) else set()
-    journal.forget({*damaged, *walked}, tensors)
+    journal.forget(damaged, {extent.tensor for key in damaged for extent in extents[key]})
 
 
 def _damaged(
@@ -43,6 +38,5 @@ def _damaged(
     keys = [key for key in journal.finished if key in extents]
     with ThreadPoolExecutor(workers, "l4pack-check") as pool:
         found = [key for key, bad in zip(keys, pool.map(differs, keys), strict=True) if bad]
-    if stop.is_set():
-        raise StoppedError("stopped; what is finished is kept", hint="run the same command again to go on")
+    check_stop(stop)
     return found

@@ -17,7 +17,6 @@ from typing import BinaryIO
 from l4pack.artifact.calibration_record import RECORD_NAME
 from l4pack.artifact.manifest import MANIFEST_NAME
 from l4pack.calibration.output import Output
-from l4pack.calibration.supply import Supply
 from l4pack.calibration.text import with_text
 from l4pack.checkpoint.apart import refuse_overlap
 from l4pack.checkpoint.companions import folder_files
@@ -36,6 +35,7 @@ from l4pack.quantize.execute import Executor, Quantizer
 from l4pack.quantize.fetching import Fetching
 from l4pack.quantize.job import Job
 from l4pack.quantize.resume import forget_damaged
+from l4pack.stream.supply import Supply
 from l4pack.units import MIB, human_bytes
 from l4pack.work import machine
 from l4pack.work.command import this_command

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -11,6 +14,9 @@ import torch
 
 from l4pack.work import machine
 from l4pack.work.device import CPU, chosen
+
+# Without it torch refuses every matrix product on CUDA that is to be deterministic; cuBLAS reads it when it starts.
+CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @dataclass(frozen=True)
@@ -55,3 +61,15 @@ class Compute:
 def float32_on(device: str) -> Compute:
     """How calibration computes: in float32 wherever it is."""
     return Compute(torch.device(device), torch.float32)
+
+
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Only algorithms of torch that give the same bits every time."""
+    os.environ.setdefault(*CUBLAS_WORKSPACE)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from l4pack.errors import UsageError
 from l4pack.model.parts import VISION_LAYERS
 from l4pack.model.tensors import canonical_naming
-from l4pack.stream.hidden import Buffer, Packed, TokenSequence
+from l4pack.stream.hidden import Packed, Rows, TokenSequence
 from l4pack.stream.modules import Skeleton, upstream_config
 from l4pack.stream.weights import Weights
 
@@ -19,7 +19,7 @@ ROWS_AT_ONCE = 8192
 
 
 @torch.inference_mode()
-def embed(weights: Weights, skeleton: Skeleton, packed: Packed, target: Buffer) -> None:
+def embed(weights: Weights, skeleton: Skeleton, packed: Packed, target: Rows) -> None:
     """Write every row's embedding. Raises UsageError for a token the model has not, or images that don't fit."""
     name = canonical_naming(weights.checkpoint.config).embedding
     tokens = torch.tensor([token for item in packed.sequences for token in item.tokens], dtype=torch.long)

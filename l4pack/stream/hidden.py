@@ -87,11 +87,6 @@ def batches(pieces: Sequence[Piece], most: int) -> Iterator[list[Piece]]:
         yield waiting
 
 
-def buffer_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
-    """Size of a buffer's file."""
-    return max(1, rows * width * dtype.itemsize)
-
-
 class Buffer:
     """A file-backed matrix [rows, width]."""
 
@@ -101,7 +96,7 @@ class Buffer:
         Whatever else lies under the name is removed: what nobody vouches for is never read. Raises BudgetError when
         the disk is too full.
         """
-        nbytes = buffer_bytes(rows, width, dtype)
+        nbytes = max(1, rows * width * dtype.itemsize)
         if not kept:
             path.unlink(missing_ok=True)
         self._file = open_own(path, os.O_RDWR | (0 if kept else os.O_CREAT | os.O_EXCL), 0o600)
@@ -131,3 +126,15 @@ class Buffer:
         """Close the file; `data` must not be used any more."""
         del self.data
         os.close(self._file)
+
+
+class Rows:
+    """Some rows [rows, width] of a buffer."""
+
+    def __init__(self, buffer: Buffer, part: slice = slice(None)) -> None:
+        self._buffer = buffer
+        self.data = buffer.data[part]
+
+    def release(self) -> None:
+        """Let the pages of the whole buffer go."""
+        self._buffer.release()

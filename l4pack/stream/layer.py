@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from l4pack.errors import L4packError
-from l4pack.stream.hidden import Buffer, Packed, Piece, batches, buffer_bytes
+from l4pack.stream.hidden import Packed, Piece, batches
 from l4pack.stream.kv import BlockCache, Entry, PassingCache, causal_mask, unchanged
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.rows import rows_at_once
+from l4pack.stream.sides import Stream
 from l4pack.stream.units import Part, Unit, UnitWeights, place
-from l4pack.work.seal import Span
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -62,54 +61,6 @@ class Routing:
         return torch.bincount(self.experts.reshape(-1), minlength=self.logits.shape[1]).tolist()
 
 
-def _side_file(name: str, side: int) -> str:
-    return f"{name}-{side}.hidden"
-
-
-def side_span(name: str, side: int, rows: int, width: int, dtype: torch.dtype) -> Span:
-    """All of the file that holds one side of a stream."""
-    return Span(_side_file(name, side), 0, buffer_bytes(rows, width, dtype))
-
-
-class Stream:
-    """The hidden states of one model on the way through its layers."""
-
-    def __init__(
-        self, folder: Path, name: str, rows: int, width: int, dtype: torch.dtype, kept: int | None = None
-    ) -> None:
-        """`kept` is the side that is current, of an earlier run that is gone on from."""
-        self.name = name
-        self._sides = [
-            Buffer(folder / _side_file(name, side), rows, width, dtype, kept=side == kept) for side in (0, 1)
-        ]
-        self.middle = Buffer(folder / f"{name}-middle.hidden", rows, width, dtype)
-        self.side = kept or 0
-
-    @property
-    def current(self) -> Buffer:
-        """Inputs of the layer."""
-        return self._sides[self.side]
-
-    @property
-    def following(self) -> Buffer:
-        """Outputs of the layer."""
-        return self._sides[1 - self.side]
-
-    def advance(self) -> None:
-        """Take the outputs as the next layer's inputs."""
-        self.side = 1 - self.side
-
-    def release(self) -> None:
-        """Let all pages go."""
-        for buffer in (*self._sides, self.middle):
-            buffer.release()
-
-    def close(self) -> None:
-        """Close the files."""
-        for buffer in (*self._sides, self.middle):
-            buffer.close()
-
-
 class LayerPass:
     """Runs one layer of one stream, unit by unit."""
 
@@ -131,6 +82,15 @@ class LayerPass:
         self.moe = index in skeleton.config.text.moe_layers
         self.routing: Routing | None = None
         self._entry: Entry = unchanged
+
+    def run(self, unit: Unit, weights: UnitWeights) -> Forward:
+        """Run a unit, attention first; returns what it makes of other inputs, for attention from a sequence's start."""
+        if unit.part is Part.ATTENTION:
+            self.attention(weights)
+            return lambda inputs: self.attention_of(inputs, torch.arange(inputs.shape[1])[None])
+        module = self.mlp(unit, weights)
+        self.feed_forward(unit, module)
+        return module
 
     @torch.inference_mode()
     def attention(self, weights: UnitWeights, entry: Entry | None = None) -> None:

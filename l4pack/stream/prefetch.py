@@ -13,13 +13,12 @@ ValueT = TypeVar("ValueT")
 
 
 class Prefetch(Generic[KeyT, ValueT]):
-    """Loads what is planned, in order; at most `ahead` loaded things wait beside the one in use."""
+    """Loads what is planned, in order; one loaded thing waits beside the one in use."""
 
-    def __init__(self, load: Callable[[KeyT], ValueT], ahead: int = 1) -> None:
+    def __init__(self, load: Callable[[KeyT], ValueT]) -> None:
         self._load = load
-        self._ahead = ahead
         self._planned: deque[KeyT] = deque()
-        self._started: deque[tuple[KeyT, Future[ValueT]]] = deque()
+        self._started: tuple[KeyT, Future[ValueT]] | None = None
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
     def __enter__(self) -> Self:
@@ -36,15 +35,17 @@ class Prefetch(Generic[KeyT, ValueT]):
 
     def take(self, key: KeyT) -> ValueT:
         """The next planned thing, which must be `key`; raises what loading it raised."""
-        self._start(at_least=1)
-        expected, future = self._started.popleft()
+        if self._started is None:
+            raise RuntimeError(f"{key} was asked for, but nothing is planned")
+        expected, future = self._started
         if expected != key:
             raise RuntimeError(f"{key} was asked for, but {expected} is next")
         value = future.result()
+        self._started = None
         self._start()
         return value
 
-    def _start(self, at_least: int = 0) -> None:
-        while self._planned and len(self._started) < max(self._ahead, at_least):
+    def _start(self) -> None:
+        if self._started is None and self._planned:
             key = self._planned.popleft()
-            self._started.append((key, self._threads.submit(self._load, key)))
+            self._started = (key, self._threads.submit(self._load, key))

@@ -1,247 +1,211 @@
-"""Walking models through their layers side by side, and going on after a kill.
+"""The one walk through models' layers: layer order, prefetch, hidden states, progress, going on after a stop or a kill.
 
-After each layer the outputs are put on disk and then a state (see `work.state`) says which layer is done and what its
-outputs are; the inputs of the layer are overwritten only after that. So whatever is killed whenever, a complete layer
-is there to go on from. A thread puts and seals them while the next layer's attention is computed.
+After each layer the outputs are put on disk and then a state (see `kept`) says which layer is done and what its outputs
+are; the inputs of the layer are overwritten only after that. A thread puts and seals them while the next layer's
+attention is computed. What runs with which weights, and what is recorded, a visitor says.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any, Self
 
-import torch
-from pydantic import Field
-from torch import Tensor
-
-from l4pack.errors import StoppedError
-from l4pack.stream.embed import embed
-from l4pack.stream.hidden import Packed
-from l4pack.stream.layer import Blocks, LayerPass, Routing, Stream, side_span
-from l4pack.stream.modules import Skeleton
+from l4pack.stream.kept import WalkState
+from l4pack.stream.lanes import Lane, Lanes
+from l4pack.stream.layer import Blocks, LayerPass
 from l4pack.stream.prefetch import Prefetch
-from l4pack.stream.units import (
-    Part,
-    Unit,
-    UnitWeights,
-    expert_unit,
-    feed_forward_unit,
-    layer_units,
-    load_unit,
-    unit_bytes,
-)
-from l4pack.stream.weights import Weights
+from l4pack.stream.sides import Stream
+from l4pack.stream.supply import Supply
+from l4pack.stream.units import Unit, UnitWeights, expert_unit, layer_units, load_unit
+from l4pack.stream.visitor import Progress, Visit, Visitor
 from l4pack.work.identity import Identity
-from l4pack.work.seal import Span, seal
-from l4pack.work.state import Found, StateFile
+from l4pack.work.signals import check_stop
 
-STATE_NAME = "state.json"
-
-
-class _Done(Found):
-    """Complete layers, and what was said of each."""
-
-    layers: Annotated[int, Field(ge=1)]
-    records: list[dict[str, Any]]
-
-
-class Observer(Protocol):
-    """What looks on while models walk; what it says of a layer is kept and survives a kill."""
-
-    def unit(self, model: int, unit: Unit, layer_pass: LayerPass, forward: Callable[[Tensor], Tensor]) -> None:
-        """A unit of model number `model` has run; `forward` runs it on other inputs."""
-
-    def routed(self, model: int, layer: int, routing: Routing) -> None:
-        """A router has been asked."""
-
-    def layer(self, layer: int, streams: Sequence[Stream]) -> dict[str, Any]:
-        """All models are through a layer, its outputs are each stream's `following`; returns plain JSON data."""
-        ...
-
-
-@dataclass(frozen=True)
-class Model:
-    """A checkpoint on the walk."""
-
-    name: str
-    weights: Weights
-    skeleton: Skeleton
-
-
-@dataclass
-class Progress:
-    """How a walk tells how far it is."""
-
-    advance: Callable[[int], None] = lambda _: None
-    label: Callable[[str], None] = lambda _: None
-    stop: threading.Event = field(default_factory=threading.Event)
+_Ready = Prefetch[tuple[int, Unit], UnitWeights]
 
 
 class Walk:
-    """Walks one or more models over the same sequences; a context manager."""
+    """Takes lanes through all layers, those of one model together, model by model; a context manager."""
 
     def __init__(
         self,
-        models: Sequence[Model],
-        packed: Packed,
+        lanes: Sequence[Lane],
         work: Path,
         job: Identity,
+        visitor: Visitor | None = None,
         *,
         blocks: Blocks | None = None,
-        observer: Observer | None = None,
         progress: Progress | None = None,
         release: bool = False,
+        supply: Supply | None = None,
+        first: int = 0,
+        keep: int | None = None,
     ) -> None:
         """`work` is a folder that this process holds; one begun for another `job` is refused with UsageError.
 
         With `release`, pages of hidden states are let go as soon as they are used, so that they don't count as the
-        process's.
+        process's. `supply` gets the models' files, which else must all be there. The walk begins with the step `first`
+        if an earlier one in this folder has copied its inputs, and copies those of the step `keep`. Raises BudgetError
+        when the disk has no room for the hidden states.
         """
-        self.models, self.packed, self.work = tuple(models), packed, work
-        self.records: list[dict[str, Any]] = []
-        self._blocks = blocks or Blocks.on(models[0].skeleton.device, models[0].skeleton.text.hidden_size)
-        self._observer = observer
-        self._progress = progress or Progress()
-        self._release = release
+        self.models = list({id(lane.model): lane.model for lane in lanes}.values())
+        skeleton = self.models[0].skeleton
+        self.order = range(skeleton.config.text.num_hidden_layers)
+        self._visitor, self._progress, self._supply = visitor or Visitor(), progress or Progress(), supply
+        self._blocks = blocks or Blocks.on(skeleton.device, skeleton.text.hidden_size)
+        self._release, self._keep = release, keep
         work.mkdir(parents=True, exist_ok=True)
+        self._lanes, self._state = Lanes(work, lanes), WalkState(work, job)
+        self.records, self.resumed_layers = self._resumed()
+        self._begun = self.resumed_layers or self._kept(first)
+        if not self.resumed_layers:
+            self._state.begin([lane.name for lane in lanes], self._begun)
+        self._lanes.open(self._begun % 2, kept=self.resumed_layers > 0)
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._saving: Future[None] | None = None
-        self._state = StateFile(work / STATE_NAME, job, _Done)
-        self._done = self._read_state()
-        self.resumed_layers = self._done
-        kept = self._done % 2 if self._done else None
-        if not self._done:
-            self._state.remove()
-        width = models[0].weights.checkpoint.config.text.hidden_size
-        self.streams = [Stream(work, model.name, packed.rows, width, model.skeleton.dtype, kept) for model in models]
 
-    def __enter__(self) -> Walk:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._saver.shutdown(wait=True)
-        for stream in self.streams:
-            stream.close()
+        self._lanes.close()
 
     @property
-    def layers(self) -> int:
-        """Layers of the models."""
-        return self.models[0].weights.checkpoint.config.text.num_hidden_layers
+    def streams(self) -> dict[str, Stream]:
+        """Hidden states by lane."""
+        return self._lanes.streams
 
     def run(self) -> None:
         """Walk to the last layer; each stream's `current` then holds its outputs. Raises StoppedError when asked to."""
-        if self._done == 0:
-            for model, stream in zip(self.models, self.streams, strict=True):
-                embed(model.weights, model.skeleton, self.packed, stream.current)
-        for number in range(len(self.models)):
-            for layer in range(self._done):
-                self._count_unread(number, layer, ())
+        self._begin()
         with Prefetch(self._load) as ready:
-            for layer in range(self._done, self.layers):
-                self._layer(layer, ready)
+            for step in range(self._begun, len(self.order)):
+                with self._supplied(step + 1):
+                    self._layer(step, ready)
         self._settle()
+
+    def _resumed(self) -> tuple[list[dict[str, Any]], int]:
+        """What is recorded of the steps that need not be done again, and their number."""
+        names = [lane.name for lane in self._lanes.lanes]
+        done, records = self._state.done(names, len(self.order), self._lanes.spans), self._state.records
+        return (records, done) if done and self._visitor.resume(records) else ([], 0)
+
+    def _kept(self, first: int) -> int:
+        """The step to begin with: `first` if its inputs are copied."""
+        return first if first and self._state.keeps(first, self._lanes.copies(first)) else 0
+
+    def _begin(self) -> None:
+        """Put the first step's inputs in place."""
+        if not self._begun:
+            with self._supplied(0):
+                self._lanes.embed()
+        elif not self.resumed_layers:
+            self._lanes.restore(self._begun)
+        elif self._begun == self._keep and self._state.kept != self._keep:  # it was killed between the two
+            self._copy_inputs(self._begun)
+        for number in range(len(self.models)):
+            for layer in self.order[: self._begun]:
+                self._count(number, layer_units(self.models[number].skeleton.config, layer))
+
+    @contextmanager
+    def _supplied(self, step: int) -> Iterator[None]:
+        """A step with its files there; 0 is embedding, layers come after it."""
+        if self._supply is None:
+            yield
+            return
+        self._supply.arrive(step)
+        yield
+        for model in self.models:
+            model.weights.close_files()
+        self._supply.leave(step)
 
     def _load(self, key: tuple[int, Unit]) -> UnitWeights:
         return load_unit(self.models[key[0]].weights, key[1])
 
-    def _layer(self, layer: int, ready: Prefetch[tuple[int, Unit], UnitWeights]) -> None:
+    def _layer(self, step: int, ready: _Ready) -> None:
+        started, layer = time.monotonic(), self.order[step]
         used: set[int] = set()
-        started = time.monotonic()
-        for number, model in enumerate(self.models):
-            self._progress.label(f"layer {layer + 1} of {self.layers}, {model.name}")
-            self._layer_of(number, layer, ready, used)
-        rate = self.packed.rows * len(self.models) / max(time.monotonic() - started, 1e-9)
-        self._progress.label(f"layer {layer + 1} of {self.layers} done, {rate:,.0f} tokens/s")
-        record = self._observer.layer(layer, self.streams) if self._observer else {}
-        self._save(layer, record)
+        for number in range(len(self.models)):
+            self._visit(self._entered(number, step), used, ready)
+        rows = sum(lane.packed.rows for lane in self._lanes.lanes if lane.walks(step))
+        rate = rows / max(time.monotonic() - started, 1e-9)
+        self._progress.label(f"layer {layer + 1} of {len(self.order)} done, {rate:,.0f} tokens/s")
+        self._save(step, self._visitor.leave(layer, self.streams))
 
-    def _layer_of(
-        self, number: int, layer: int, ready: Prefetch[tuple[int, Unit], UnitWeights], used: set[int]
-    ) -> None:
-        config = self.models[number].weights.checkpoint.config
-        stream, release = self.streams[number], self._release
-        one = LayerPass(self.models[number].skeleton, layer, self.packed, stream, self._blocks, release=release)
-        attention, shared = Unit(layer, Part.ATTENTION), feed_forward_unit(config, layer)
-        ready.plan([(number, attention), (number, shared)])
-        one.attention(self._take(number, attention, ready))
-        if self._observer:
-            self._observer.unit(number, attention, one, _attention_at_start(one))
-        routing = one.route()
-        experts = []
-        if routing is not None:
+    def _entered(self, number: int, step: int) -> Visit:
+        """One model's lanes before a layer."""
+        model, layer = self.models[number], self.order[step]
+        lanes = {lane.name: lane for lane in self._lanes.lanes if lane.model is model}
+
+        def enter(name: str) -> LayerPass:
+            stream, packed = self.streams[name], lanes[name].packed
+            return LayerPass(model.skeleton, layer, packed, stream, self._blocks, release=self._release)
+
+        passes = {name: enter(name) for name, lane in lanes.items() if lane.walks(step)}
+        count = f", {len(passes)} streams" if len(passes) > 1 else ""
+        self._progress.label(f"layer {layer + 1} of {len(self.order)}, {model.name}{count}")
+        return Visit(layer, number, passes, self.streams, enter)
+
+    def _visit(self, visit: Visit, used: set[int], ready: _Ready) -> None:
+        units = layer_units(self.models[visit.model].skeleton.config, visit.layer)
+        attention, everyones, *experts = units
+        ready.plan((visit.model, unit) for unit in (attention, everyones))
+        self._run(visit, attention, ready)
+        if experts:
+            experts = self._routed(visit, used)
+        ready.plan((visit.model, unit) for unit in experts)
+        self._settle()  # from here on the side is written that a killed run would go on from
+        for unit in (everyones, *experts):
+            self._run(visit, unit, ready)
+        read = {attention, everyones, *experts}
+        self._count(visit.model, [unit for unit in units if unit not in read])
+        for one in visit.passes.values():
+            one.finish()
+
+    def _routed(self, visit: Visit, used: set[int]) -> list[Unit]:
+        """The experts that run, once all routers are asked; those with tokens join the `used` ones of this layer."""
+        for one in visit.passes.values():
+            routing = one.route()
+            assert routing is not None
             used |= {expert for expert, count in enumerate(routing.counts()) if count}
-            experts = [expert_unit(layer, expert) for expert in sorted(used)]
-            if self._observer:
-                self._observer.routed(number, layer, routing)
-        ready.plan((number, unit) for unit in experts)
-        self._settle()  # from here on the file is written that a killed run would go on from
-        for unit in (shared, *experts):
-            module = one.mlp(unit, self._take(number, unit, ready))
-            one.feed_forward(unit, module)
-            if self._observer:
-                self._observer.unit(number, unit, one, module)
-        self._count_unread(number, layer, (attention, shared, *experts))
-        one.finish()
+        self._visitor.routed(visit)
+        return [expert_unit(visit.layer, expert) for expert in self._visitor.experts(visit, used)]
 
-    def _take(self, number: int, unit: Unit, ready: Prefetch[tuple[int, Unit], UnitWeights]) -> UnitWeights:
-        if self._progress.stop.is_set():
-            raise StoppedError(
-                f"stopped in layer {unit.layer}; the layers before it are kept", hint="run the same command to go on"
-            )
-        weights = ready.take((number, unit))
-        self._progress.advance(unit_bytes(self.models[number].weights, unit))
-        return weights
+    def _run(self, visit: Visit, unit: Unit, ready: _Ready) -> None:
+        check_stop(self._progress.stop)
+        self._visitor.visit(visit, unit, ready.take((visit.model, unit)))
+        self._count(visit.model, [unit])
 
-    def _count_unread(self, number: int, layer: int, read: Sequence[Unit]) -> None:
-        """Tell progress of a layer's bytes that need not be read: experts without tokens, layers done before."""
-        weights = self.models[number].weights
-        unread = [unit for unit in layer_units(weights.checkpoint.config, layer) if unit not in set(read)]
-        self._progress.advance(sum(unit_bytes(weights, unit) for unit in unread))
+    def _count(self, number: int, units: Sequence[Unit]) -> None:
+        """Tell progress of units that have run, or need not: experts without tokens, layers done before."""
+        self._progress.advance(sum(self._visitor.size(self.models[number], unit) for unit in units))
 
-    def _save(self, layer: int, record: dict[str, Any]) -> None:
+    def _save(self, step: int, record: dict[str, Any]) -> None:
         self.records.append(record)
-        found = _Done(layers=layer + 1, records=list(self.records))
-        written, spans = [stream.following for stream in self.streams], self._spans(layer + 1)
+        done = step + 1
 
         def save() -> None:
-            for buffer in written:
-                buffer.flush()
-            self._state.write(found, seal(self.work, spans))
+            self._lanes.flush(done % 2, release=self._release)
+            # What is copied is forgotten before it is overwritten: a run killed between has this walk's own outputs.
+            self._state.finish(record, self._lanes.spans(done), forget=done == self._keep)
+            if done == self._keep:
+                self._copy_inputs(done)
 
         self._settle()
         self._saving = self._saver.submit(save)
-        for stream in self.streams:
-            stream.advance()
+        self._lanes.advance()
+
+    def _copy_inputs(self, step: int) -> None:
+        self._lanes.copy(step)
+        self._state.keep(step, self._lanes.copies(step))
 
     def _settle(self) -> None:
         """Wait until the last complete layer is on disk."""
         if self._saving is not None:
             self._saving.result()
             self._saving = None
-
-    def _spans(self, layers: int) -> list[Span]:
-        """Where the outputs of the last of so many layers lie."""
-        rows, width = self.packed.rows, self.models[0].weights.checkpoint.config.text.hidden_size
-        return [side_span(model.name, layers % 2, rows, width, model.skeleton.dtype) for model in self.models]
-
-    def _read_state(self) -> int:
-        """Layers that are done and whose outputs are there as they were."""
-        found = self._state.read()
-        if found is None or len(found.records) != found.layers or found.layers > self.layers:
-            return 0
-        if not self._state.unbroken(self._spans(found.layers)):
-            return 0
-        self.records = found.records
-        return found.layers
-
-
-def _attention_at_start(one: LayerPass) -> Callable[[Tensor], Tensor]:
-    def forward(inputs: Tensor) -> Tensor:
-        return one.attention_of(inputs, torch.arange(inputs.shape[1])[None])
-
-    return forward

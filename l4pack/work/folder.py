@@ -20,7 +20,7 @@ from l4pack.errors import L4packError, UsageError
 from l4pack.work.files import sync_folder
 
 LOCK_NAME = "lock"
-VOUCHING = ("state.json", "journal.jsonl")  # say what of the other files is to be believed
+VOUCHING = ("state.json", "measured.json", "journal.jsonl")  # say what of the other files is to be believed
 _MARK = ".l4pack-"
 _ATTEMPTS = 100  # at taking a folder that others remove meanwhile
 

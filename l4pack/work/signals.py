@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from l4pack.errors import StoppedError
+
 _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -34,3 +36,9 @@ def stop_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def check_stop(stop: threading.Event) -> None:
+    """Raise StoppedError when asked to stop."""
+    if stop.is_set():
+        raise StoppedError("stopped; what is finished is kept", hint="run the same command again to go on")

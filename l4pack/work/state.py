@@ -22,7 +22,7 @@ from l4pack.work.identity import Identity, another_job, command_shown
 from l4pack.work.seal import Seal, Span, unbroken
 
 MAX_BYTES = 256 * 1024 * 1024
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Found(BaseModel):
@@ -39,7 +39,7 @@ class _Kept(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     job: dict[str, Any]
     command: str
     found: dict[str, Any]

@@ -434,6 +434,7 @@ def test_coverage_command(source, text, l4pack):
 
 @pytest.mark.parametrize("spoiled", [None, "model-1.hidden", "state.json"])
 def test_coverage_goes_on_to_the_same_counts(source, text, l4pack, tmp_path, monkeypatch, spoiled):
+    monkeypatch.chdir(tmp_path)
     command = ["coverage", source, "--text", text, "--samples", SAMPLES, "--sequence-length", LENGTH, "--json"]
     counts = {key: value for key, value in json.loads(l4pack(*command).out).items() if key != "seconds"}
     settle, work = Walk._settle, tmp_path / "work"
@@ -446,10 +447,10 @@ def test_coverage_goes_on_to_the_same_counts(source, text, l4pack, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(Walk, "_settle", stop)
         assert l4pack(*command, "--work", work).code == 75
-        unkept = l4pack(*command)
-        assert (unkept.code, unkept.err) == (
+        ended = l4pack(*command)
+        assert (ended.code, ended.err) == (
             75,
-            "error: stopped; nothing is kept\nhint: add --work DIR to be able to go on\n",
+            "error: stopped; what is finished is kept\nhint: run the same command again to go on\n",
         )
     if spoiled:
         SPOILS["flipped"](work / spoiled)

@@ -31,7 +31,6 @@ from l4pack.measure.changes import Single
 from l4pack.measure.identity import model_fingerprint
 from l4pack.measure.measure import Direct, Settings, measure, prepare
 from l4pack.measure.options import OPTIONS, options_for
-from l4pack.measure.originals import Originals
 from l4pack.measure.predict import Clusters, Predictor
 from l4pack.measure.record import Change, combined, read_sensitivity
 from l4pack.measure.state import State
@@ -43,8 +42,12 @@ from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import quantize_block
 from l4pack.recipe import RecipeScheme
 from l4pack.stream.activations import Activations
+from l4pack.stream.kept import WalkState
+from l4pack.stream.lanes import Lanes
+from l4pack.stream.walk import Walk
 from l4pack.text.choice import TextChoice
 from l4pack.work.folder import WorkFolder
+from l4pack.work.state import StateFile
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "sleeps", "under", "old", "apple", "tree")
 LENGTH, SAMPLES = 96, 4
@@ -480,27 +483,27 @@ class DeathError(Exception):
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_whatever_it_dies_beside_it_ends_in_the_same_numbers(checkpoint, text_file, tmp_path, monkeypatch, before):
-    """Every time the state is written, in four waves of which later ones begin at kept inputs of layer 1."""
+    """Every time a state is written, in four waves of which later ones begin at kept inputs of layer 1."""
     source = open_source(str(checkpoint("scout", **SMALL)))
     settings = settings_for(text_file, tmp_path / "s.json", options=("int8-g64", "fp8"), streams=6)
     whole = measure(prepare(source, replace(settings, out=tmp_path / "whole.json")))
-    write, restored, count = State._write, Originals.restore, {"writes": 0, "restored": 0}
+    write, restored, count = StateFile.write, Lanes.restore, {"writes": 0, "restored": 0}
 
-    def die(self):
+    def die(self, *found):
         count["writes"] += 1
         if not before:
-            write(self)
+            write(self, *found)
         if count["writes"] == count["alive"]:
             raise DeathError
         if before:
-            write(self)
+            write(self, *found)
 
-    def note(self):
+    def note(self, step):
         count["restored"] += 1
-        restored(self)
+        restored(self, step)
 
-    monkeypatch.setattr(State, "_write", die)
-    monkeypatch.setattr(Originals, "restore", note)
+    monkeypatch.setattr(StateFile, "write", die)
+    monkeypatch.setattr(Lanes, "restore", note)
     found = None
     for alive in range(2, 9):
         count |= {"writes": 0, "alive": alive}
@@ -520,14 +523,14 @@ def half_done(checkpoint, text_file, tmp_path_factory):
     settings = settings_for(
         text_file, folder / "s.json", options=("int4-g128",), streams=4, text=TextChoice(str(text_file), 2, 48)
     )
-    keep = State.keep
+    keep = WalkState.keep
 
     def die(self, *arguments):
         keep(self, *arguments)
         raise DeathError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(State, "keep", die)
+        patch.setattr(WalkState, "keep", die)
         with pytest.raises(DeathError):
             measure(prepare(source, settings))
     return source, settings, measure(prepare(source, replace(settings, out=folder / "whole.json")))
@@ -589,14 +592,15 @@ def stopped(l4pack, monkeypatch):
     """A measurement that is asked to stop when the first layer is done."""
 
     def run(*arguments):
-        layer_done = State.layer_done
+        save = Walk._save
 
-        def stop(self, *found, **options):
-            layer_done(self, *found, **options)
+        def stop(self, *found):
+            save(self, *found)
+            self._settle()
             signal.raise_signal(signal.SIGTERM)
 
         with monkeypatch.context() as patch:
-            patch.setattr(State, "layer_done", stop)
+            patch.setattr(Walk, "_save", stop)
             return l4pack("measure", *arguments)
 
     return run

@@ -11,9 +11,7 @@ import pytest
 from conftest import Ended, file_digests, quick_plan
 from limits import least_ram
 
-from l4pack.calibration.walk import CalibrationRun
 from l4pack.errors import StoppedError
-from l4pack.measure.walk import Wave
 from l4pack.stream.walk import Walk
 
 Run = Callable[..., Ended]
@@ -22,17 +20,17 @@ FEW = ("--samples", 6, "--sequence-length", 100, "--compute", "cpu")  # 600 toke
 
 @pytest.fixture
 def stopped(l4pack: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Run a command that is stopped once `owner` has saved a layer."""
+    """Run a command that is stopped once its walk has saved a layer."""
 
-    def run(owner: Any, *command: object) -> None:
-        save = owner._save
+    def run(*command: object) -> None:
+        save = Walk._save
 
         def save_and_stop(*arguments: Any) -> None:
             save(*arguments)
             raise StoppedError("stopped by a test", hint="")
 
         with monkeypatch.context() as patched:
-            patched.setattr(owner, "_save", save_and_stop)
+            patched.setattr(Walk, "_save", save_and_stop)
             ended = l4pack(*command)
         assert ended.code == 75, ended.err
 
@@ -54,7 +52,7 @@ def test_an_artifact_is_the_same_under_every_limit_and_when_it_changes(
         ended = l4pack(*command, "--out", out, *limit)
         assert ended.code == 0, ended.err
     changed = tmp_path / "changed"
-    stopped(CalibrationRun, *command, "--out", changed)
+    stopped(*command, "--out", changed)
     assert l4pack(*command, "--out", changed, "--max-ram", tight).code == 0
     assert file_digests(whole[0]) == file_digests(whole[1]) == file_digests(changed)
 
@@ -66,7 +64,7 @@ def test_an_evaluation_goes_on_under_another_limit(
     command = ("evaluate", made, "--against", source, *FEW, "--json")
     free = json.loads(l4pack(*command).out)
     changed = (*command, "--work", tmp_path / "work")
-    stopped(Walk, *changed)
+    stopped(*changed)
     again = json.loads(l4pack(*changed, "--max-ram", least_ram(l4pack, *command)).out)
     assert again["resumed_layers"] == 1
     assert {**again, "run": 0, "resumed_layers": 0} == {**free, "run": 0}
@@ -78,7 +76,7 @@ def test_a_measurement_goes_on_under_another_limit(
     command = ("measure", source, *FEW, "--calibration-samples", 3, "--options", "int4-g128,fp8", "--direct", "all")
     assert l4pack(*command, "--out", tmp_path / "free.json").code == 0
     changed = (*command, "--out", tmp_path / "changed.json")
-    stopped(Wave, *changed)
+    stopped(*changed)
     ended = l4pack(*changed, "--max-ram", least_ram(l4pack, *command, "--out", tmp_path / "none.json"))
     assert ended.code == 0, ended.err
     assert (tmp_path / "changed.json").read_bytes() == (tmp_path / "free.json").read_bytes()

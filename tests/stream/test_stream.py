@@ -12,7 +12,7 @@ import torch
 import whole_model
 from models import IMAGE_TOKEN
 from safetensors.torch import load_file, save_file
-from streaming import CPU, JOB, LENGTHS, assert_close, stream_model, streamed_logits, token_rows
+from streaming import CPU, JOB, LENGTHS, assert_close, lanes_of, stream_model, streamed_logits, token_rows
 from whole_model import one_thread  # noqa: F401
 
 from l4pack.checkpoint.source import open_folder
@@ -25,7 +25,8 @@ from l4pack.stream.layer import Blocks
 from l4pack.stream.memory import check_memory
 from l4pack.stream.modules import upstream_config
 from l4pack.stream.prefetch import Prefetch
-from l4pack.stream.walk import Progress, Walk
+from l4pack.stream.visitor import Progress
+from l4pack.stream.walk import Walk
 from l4pack.stream.weights import Weights
 from l4pack.work.identity import Identity
 from l4pack.work.machine import ASKED, CONTAINER, Room
@@ -132,13 +133,16 @@ def test_a_stopped_walk_goes_on_to_the_same_states(checkpoint, tmp_path):
     for layer in (2, 3):
         progress = Progress()
         progress.label = lambda text, stop=progress.stop, at=f"layer {layer} of 4,": stop.set() if at in text else None
-        with Walk([model], packed, tmp_path / "work", JOB, progress=progress) as walk, pytest.raises(StoppedError):
+        with (
+            Walk(lanes_of(model, packed), tmp_path / "work", JOB, progress=progress) as walk,
+            pytest.raises(StoppedError),
+        ):
             walk.run()
-    with Walk([model], packed, tmp_path / "work", JOB) as walk:
+    with Walk(lanes_of(model, packed), tmp_path / "work", JOB) as walk:
         assert walk.resumed_layers == 2
         walk.run()
         assert len(walk.records) == 4
-        answers = StreamAnswers(model, walk.streams[0].current)
+        answers = StreamAnswers(model, walk.streams["original"].current)
         rows = answers.normed(torch.arange(packed.rows)) @ answers.head(slice(0, answers.vocabulary)).T
     assert torch.equal(rows, torch.cat(wanted))
 
@@ -152,10 +156,10 @@ def test_progress_ends_at_all_bytes(checkpoint, tmp_path, stop_in):
     if stop_in:
         stopping = Progress()
         stopping.label = lambda text: stopping.stop.set() if f"layer {stop_in} of 4," in text else None
-        with Walk([model], packed, tmp_path, JOB, progress=stopping) as walk, pytest.raises(StoppedError):
+        with Walk(lanes_of(model, packed), tmp_path, JOB, progress=stopping) as walk, pytest.raises(StoppedError):
             walk.run()
     done = []
-    with Walk([model], packed, tmp_path, JOB, progress=Progress(advance=done.append)) as walk:
+    with Walk(lanes_of(model, packed), tmp_path, JOB, progress=Progress(advance=done.append)) as walk:
         walk.run()
     assert sum(done) == total_bytes(model.weights.checkpoint, None)
 
@@ -164,7 +168,7 @@ def test_work_of_another_job_is_refused(checkpoint, tmp_path):
     streamed_logits(checkpoint("text"), token_rows(), tmp_path)
     packed, model = Packed([TokenSequence((1, 2, 3))]), stream_model(checkpoint("text"))
     with pytest.raises(UsageError, match="begun as another job: job was test and is another"):
-        Walk([model], packed, tmp_path, Identity({"job": "another"}))
+        Walk(lanes_of(model, packed), tmp_path, Identity({"job": "another"}))
 
 
 def test_a_damaged_state_file_means_beginning_again(checkpoint, tmp_path):

@@ -8,20 +8,20 @@ import sys
 from typing import Any
 
 from l4pack.__main__ import main
-from l4pack.measure.state import State
+from l4pack.stream.kept import WalkState
 
 LAYERS = int(sys.argv[1])
 sys.argv = ["l4pack", "measure", *sys.argv[2:]]
-layer_done = State.layer_done
+finish = WalkState.finish
 done: list[int] = []
 
 
 def note_and_die(self: Any, *arguments: Any, **options: Any) -> None:
-    layer_done(self, *arguments, **options)
+    finish(self, *arguments, **options)
     done.append(1)
     if len(done) == LAYERS:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-State.layer_done = note_and_die  # type: ignore[method-assign]
+WalkState.finish = note_and_die  # type: ignore[method-assign]
 main()

@@ -8,8 +8,9 @@ from whole_model import one_thread  # noqa: F401
 from l4pack.checkpoint.source import open_folder
 from l4pack.evaluate.answers import StreamAnswers
 from l4pack.stream.hidden import Packed, TokenSequence
+from l4pack.stream.lanes import Lane, Model
 from l4pack.stream.modules import Skeleton
-from l4pack.stream.walk import Model, Walk
+from l4pack.stream.walk import Walk
 from l4pack.stream.weights import Weights
 from l4pack.work.identity import Identity
 
@@ -34,12 +35,16 @@ def stream_model(folder, name="original", **options):
     )
 
 
+def lanes_of(model, packed):
+    return [Lane(model.name, model, packed)]
+
+
 def streamed_logits(folder, sequences, work, blocks=None, images=None, **options):
     packed = Packed([TokenSequence(tuple(ids), pixel_values=images) for ids in sequences])
     model = stream_model(folder, **options)
-    with model.weights, Walk([model], packed, work, JOB, blocks=blocks) as walk:
+    with model.weights, Walk(lanes_of(model, packed), work, JOB, blocks=blocks) as walk:
         walk.run()
-        answers = StreamAnswers(model, walk.streams[0].current)
+        answers = StreamAnswers(model, walk.streams["original"].current)
         rows = answers.normed(torch.arange(packed.rows)) @ answers.head(slice(0, answers.vocabulary)).T
     return list(rows.split([len(ids) for ids in sequences]))
 

@@ -113,7 +113,7 @@ BROKEN = {
     "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe{}"),
     "of today's predecessor": lambda path: path.write_text('{"job": "x", "layers": 1, "records": [{}]}'),
     "a figure changed": lambda path: path.write_text(path.read_text().replace("0.25", "0.26")),
-    "another version": _edited(lambda value: value.update(schema_version=2)),
+    "another version": _edited(lambda value: value.update(schema_version=3)),
     "wrong type": _edited(lambda value: value["found"].update(layers="2")),
     "out of range": _edited(lambda value: value["found"].update(layers=0)),
     "unknown key": _edited(lambda value: value["found"].update(more=1)),

@@ -1,0 +1,64 @@
+"""What a walk is made of, and what a visitor may say of it: which experts run, with which weights, and what is recorded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from l4pack.stream.lanes import Model
+from l4pack.stream.layer import LayerPass
+from l4pack.stream.sides import Stream
+from l4pack.stream.units import Unit, UnitWeights, unit_bytes
+
+
+@dataclass(frozen=True)
+class Visit:
+    """The lanes of one model in one layer; `model` is its number. A visitor may add `passes`."""
+
+    layer: int
+    model: int
+    passes: dict[str, LayerPass]
+    streams: Mapping[str, Stream]
+    enter: Callable[[str], LayerPass]  # the pass of any lane of the model, by its name
+
+
+@dataclass
+class Progress:
+    """How a walk tells how far it is, and is told to stop."""
+
+    advance: Callable[[int], None] = lambda _: None
+    label: Callable[[str], None] = lambda _: None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+class Visitor:
+    """Called by a walk, in this order in every layer; does what a plain forward pass does unless a method is replaced."""
+
+    def resume(self, records: Sequence[Mapping[str, Any]]) -> bool:
+        """What `leave` gave in the layers done before; returns whether all else that they gave is there too."""
+        del records
+        return True
+
+    def visit(self, visit: Visit, unit: Unit, weights: UnitWeights) -> None:
+        """Run a unit, attention first, then the MLP of all tokens, then experts."""
+        for one in visit.passes.values():
+            one.run(unit, weights)
+
+    def routed(self, visit: Visit) -> None:
+        """The routers of all lanes have been asked."""
+
+    def experts(self, visit: Visit, used: Iterable[int]) -> Iterable[int]:
+        """Which experts run, of those `used` by any lane of this model or one before it in this layer."""
+        del visit
+        return sorted(used)
+
+    def leave(self, layer: int, streams: Mapping[str, Stream]) -> dict[str, Any]:
+        """All lanes are through a layer, whose outputs are `following`; returns plain JSON data, which survives a kill."""
+        del layer, streams
+        return {}
+
+    def size(self, model: Model, unit: Unit) -> int:
+        """What a unit counts in progress."""
+        return unit_bytes(model.weights, unit)
