@@ -41,6 +41,14 @@ def _run() -> int:
     except L4packError as error:
         console.error(error.message, error.hint)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        from l4pack.cli.parts import missing_part
+
+        missing = missing_part(error)
+        if missing is None:
+            raise
+        console.error(missing.message, missing.hint)
+        return missing.exit_code
     except BrokenPipeError:
         # The reader of a pipe left; stdout must not be flushed into it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -30,6 +30,10 @@ def verify(
             "--sample", metavar="N", min=1, help="Compare N matrices with the source, not all.", show_default=False
         ),
     ] = None,
+    headers_only: Annotated[
+        bool,
+        typer.Option("--headers-only", help="Read no tensor: names, dtypes, shapes, configuration and files alone."),
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings fail too.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -44,9 +48,11 @@ def verify(
 
     if sample is not None and against is None:
         raise typer.BadParameter("needs --against", param_hint="--sample")
+    if headers_only and against is not None:
+        raise typer.BadParameter("reads nothing to hold against a source", param_hint="--headers-only")
     source = open_source(against) if against is not None else None
     with console.progress("verifying", _weight_bytes(folder)) as bar:
-        result = verify_artifact(folder, source, sample, bar.advance)
+        result = verify_artifact(folder, source, sample, bar.advance, headers_only=headers_only)
     passed = result.ok and not (strict and result.findings)
     if as_json:
         console.show_json(verification_record(result, passed=passed))
@@ -69,6 +75,7 @@ def verification_record(result: Verification, *, passed: bool) -> dict[str, obje
         "errors": result.errors,
         "warnings": len(result.findings) - result.errors,
         "against": result.against,
+        "headers_only": result.headers_only,
         "checked": {
             "files": checked.files,
             "modules": checked.modules,
@@ -118,6 +125,8 @@ def _looked_at(result: Verification) -> dict[Area, str]:
         Area.KEPT: "not asked for (--against SOURCE)",
         Area.WEIGHTS: "not asked for (--against SOURCE)",
     }
+    if result.headers_only:
+        rows |= dict.fromkeys((Area.VALUES, Area.DIGESTS), "not looked at (--headers-only)")
     if result.against is not None:
         lost = f"; {tally.kept_rounded:,} float32 numbers rounded to 16 bits" if tally.kept_rounded else ""
         rows[Area.KEPT] = f"{tally.kept_compared:,} tensors, bit for bit{lost}"
@@ -126,7 +135,7 @@ def _looked_at(result: Verification) -> dict[Area, str]:
 
 
 def _compared(result: Verification) -> str:
-    from l4pack.verify.verify import SAMPLE_SEED
+    from l4pack.verify.tally import SAMPLE_SEED
 
     checked, tally = result.checked, result.checked.tally
     sample = f" of {checked.sampled_of:,} (seed {SAMPLE_SEED})" if checked.sampled_of is not None else ""

@@ -35,8 +35,9 @@ from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.recipe import Method
 from l4pack.verify.checks_kernels import STATISTICS, compare, group_ranges, widen_transposed
 from l4pack.verify.checks_tensors import Matrix
-from l4pack.verify.checks_values import Arrays, Result, coded, fingerprint, is_dead
+from l4pack.verify.checks_values import Arrays, coded, fingerprint, is_dead
 from l4pack.verify.origin import Made
+from l4pack.verify.tally import Result
 
 MAX_RATIO = 3.0
 MAX_MOVE = 0.3

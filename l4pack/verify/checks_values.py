@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +21,7 @@ from l4pack.quant.scheme import Scheme
 from l4pack.verify.checks_kernels import scan
 from l4pack.verify.checks_tensors import Matrix
 from l4pack.verify.findings import Findings, Level
+from l4pack.verify.tally import Result
 
 CHUNK = 16 * 1024**2
 _FINGERPRINT_BYTES = 1 << 20
@@ -31,39 +31,6 @@ _FEW_SCALES = 8  # fewer may be equal by chance
 _E4M3_NAN = 0x7F  # the code of NaN, and all bits of a code but its sign
 
 Arrays = dict[str, NDArray[Any]]  # suffix -> stored array
-
-
-@dataclass
-class Tally:
-    """What has been looked at."""
-
-    tensors: int = 0
-    bytes: int = 0
-    matrices: int = 0
-    digests: int = 0
-    kept_compared: int = 0
-    kept_rounded: int = 0  # numbers of a float32 source that are not the same in 16 bits
-    matrices_compared: int = 0
-    weights_compared: int = 0
-    within_half_step: int = 0
-    recomputed: int = 0
-    largest_error_ratio: float = 0.0
-
-    def add(self, other: Tally) -> None:
-        """Add another tally."""
-        for item in fields(self):
-            mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            setattr(self, item.name, max(mine, theirs) if item.name == "largest_error_ratio" else mine + theirs)
-
-
-@dataclass
-class Result:
-    """What one unit of work found."""
-
-    found: Findings = field(default_factory=Findings)
-    tally: Tally = field(default_factory=Tally)
-    fingerprints: dict[str, bytes] = field(default_factory=dict)  # module -> digest
-    sources: dict[str, bytes] = field(default_factory=dict)  # module -> digest of the source's weights
 
 
 class ValueChecks:

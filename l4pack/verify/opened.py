@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from l4pack.checkpoint.exports import SINGLE_NAME
 from l4pack.checkpoint.header import TensorEntry, read_header
 from l4pack.checkpoint.source import INDEX_NAME, MAX_INDEX_BYTES, parse_index
@@ -70,8 +68,8 @@ class Artifact:
         return tuple(sorted(names))
 
 
-def open_artifact(folder: Path, found: Findings) -> Artifact:
-    """Read config.json, the index and every header.
+def open_artifact(folder: Path, found: Findings, *, ask_library: bool = True) -> Artifact:
+    """Read config.json, the index and every header, and ask the safetensors library to open the files too.
 
     Raises SourceError when there is no folder, no Llama 4 config.json or no weight file at all; damage within becomes
     findings of rules `shard` and `index`.
@@ -93,7 +91,8 @@ def open_artifact(folder: Path, found: Findings) -> Artifact:
     for file in shards:
         try:
             headers[file] = read_header(folder / file, file)
-            _check_library(folder / file, file)
+            if ask_library:
+                _check_library(folder / file, file)
         except SourceError as error:
             headers.pop(file, None)
             found.error("shard", file, error.message)
@@ -109,6 +108,8 @@ def _hidden(path: Path) -> bool:
 
 def _check_library(path: Path, file: str) -> None:
     """Every runtime opens weights with the safetensors library, so it has the last word. Raises SourceError."""
+    from safetensors import SafetensorError, safe_open  # needs NumPy, which the core does without
+
     try:
         with safe_open(path, "numpy"):
             pass

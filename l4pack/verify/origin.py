@@ -12,9 +12,9 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.model.config import Llama4Config
 from l4pack.model.tensors import Linear
 from l4pack.recipe import RecipeScheme
-from l4pack.verify.checks_values import Tally
 from l4pack.verify.findings import Findings
 from l4pack.verify.opened import Artifact
+from l4pack.verify.tally import Tally
 
 _SIZES = {
     "num_hidden_layers": "layers", "num_local_experts": "experts", "hidden_size": "hidden size",

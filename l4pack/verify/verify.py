@@ -7,38 +7,22 @@ dequantized and held against it.
 
 from __future__ import annotations
 
-import random
-import threading
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from l4pack.artifact.manifest_schema import ManifestFile
-from l4pack.artifact.original import check_unquantized
-from l4pack.checkpoint.header import TensorEntry
-from l4pack.checkpoint.matrices import MatrixSource, StoredMatrices
-from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError
-from l4pack.model.tensors import Linear, rename
-from l4pack.quant.layout import Layout
 from l4pack.verify.checks_config import check_config, check_config_kept, check_stanza
 from l4pack.verify.checks_files import check_files
 from l4pack.verify.checks_manifest import check_manifest, read_manifest_of
-from l4pack.verify.checks_source import SourceChecks, as_kept, kept_as
-from l4pack.verify.checks_tensors import Contents, Matrix, examine
+from l4pack.verify.checks_tensors import examine
 from l4pack.verify.checks_tokenizer import check_tokenizer
-from l4pack.verify.checks_values import Result, Tally, ValueChecks, duplicates
 from l4pack.verify.declared import read_declared
 from l4pack.verify.findings import Finding, Findings
-from l4pack.verify.opened import Artifact, open_artifact
-from l4pack.verify.origin import Origin, made_by, source_linears
-from l4pack.work import machine
-
-MAX_WORKERS = 8
-SAMPLE_SEED = 0
+from l4pack.verify.opened import open_artifact
+from l4pack.verify.origin import Origin
+from l4pack.verify.tally import Tally
 
 
 @dataclass(frozen=True)
@@ -58,6 +42,7 @@ class Verification:
     findings: tuple[Finding, ...]
     checked: Checked
     against: str | None
+    headers_only: bool = False
 
     @property
     def errors(self) -> int:
@@ -69,19 +54,7 @@ class Verification:
         """No error, and something was really checked."""
         tally = self.checked.tally
         compared = self.against is None or tally.matrices_compared > 0
-        return not self.errors and tally.matrices > 0 and compared
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """A piece of work: where its bytes begin, what it does, and the source file it uses up."""
-
-    place: tuple[str, int]
-    run: Callable[[Result], None]
-    source_file: str | None = None
-
-
-_Pair = tuple[Matrix | Linear, Linear]  # the artifact's matrix, quantized or plain, and the source's
+        return not self.errors and (self.headers_only or tally.matrices > 0) and compared
 
 
 def verify_artifact(
@@ -89,18 +62,24 @@ def verify_artifact(
     against: Checkpoint | None = None,
     sample: int | None = None,
     advance: Callable[[int], None] | None = None,
+    *,
+    headers_only: bool = False,
 ) -> Verification:
     """Check everything in `folder`; `advance` is told the artifact's tensor bytes as they are checked.
 
     With `against`, kept tensors must equal the source's bit for bit, and `sample` quantized matrices (all of them when
     None; chosen with a fixed seed) must be as close to the source as their scheme allows. Peak memory is a few
-    matrices. Raises SourceError when the artifact or the source can't be opened at all.
+    matrices. With `headers_only` no tensor is read, so there is nothing to hold against a source. Raises SourceError
+    when the artifact or the source can't be opened at all.
     """
+    assert not (headers_only and against is not None), "a source is compared by its bytes"
     found = Findings()
-    artifact = open_artifact(folder, found)
+    artifact = open_artifact(folder, found, ask_library=not headers_only)
     if against is not None and against.bare:
         raise SourceError(f"{against.name} has no weights to compare with", hint="give the checkpoint itself")
     if against is not None:
+        from l4pack.artifact.original import check_unquantized
+
         check_unquantized(against)
     declared = read_declared(artifact.stanza, artifact.modules, found)
     check_config(artifact, found)
@@ -115,187 +94,15 @@ def verify_artifact(
     contents = examine(artifact, declared, found)
     if comparable is not None:
         check_config_kept(artifact, comparable, found)
-    tally, sampled_of = _read_all(artifact, contents, manifest, comparable, sample, advance or (lambda _: None), found)
+    tally, sampled_of = Tally(tensors=len(artifact.entries)), None
+    if not headers_only:
+        from l4pack.verify.values import check_values
+
+        report = advance or (lambda _: None)
+        tally, sampled_of = check_values(artifact, contents, manifest, comparable, sample, report, found)
     if origin is not None:
         origin.tell(tally, found)
     if not contents.matrices and not any(finding.level == "error" for finding in found):
         found.error("stanza", "quantization_config", "no matrix is quantized")
     checked = Checked(len(artifact.files), contents.modules, tally, sampled_of)
-    return Verification(tuple(found), checked, against.name if against else None)
-
-
-def _read_all(
-    artifact: Artifact,
-    contents: Contents,
-    manifest: ManifestFile | None,
-    against: Checkpoint | None,
-    sample: int | None,
-    advance: Callable[[int], None],
-    found: Findings,
-) -> tuple[Tally, int | None]:
-    """Every check that reads tensors."""
-    with Reader(artifact.entries, lambda file: artifact.folder / file) as reader:
-        digests = {name: record.sha256 for name, record in manifest.tensors.items()} if manifest else {}
-        values = ValueChecks(artifact.entries, reader, digests, advance)
-        work = _Work(artifact, contents, values, reader)
-        if against is None or against.store is None:
-            results = _run(work.alone(), None, None)
-            sampled_of = None
-        else:
-            with Reader(against.entries, against.store.path) as source_reader:
-                checks = SourceChecks(made_by(manifest, artifact.config))
-                units, sampled_of = work.beside(against, source_reader, checks, sample)
-                results = _run(units, against, source_reader)
-        tally = Tally()
-        fingerprints: dict[str, bytes] = {}
-        sources: dict[str, bytes] = {}
-        for result in [*results, work.kv_scales()]:
-            tally.add(result.tally)
-            found.extend(result.found)
-            fingerprints |= result.fingerprints
-            sources |= result.sources
-    order = {matrix.linear.module: number for number, matrix in enumerate(contents.matrices)}
-    ordered = dict(sorted(fingerprints.items(), key=lambda item: order[item[0]]))
-    # Models are expanded by storing experts twice: a manifest whose digests hold says that the source was like that.
-    duplicates(ordered, sources, found, "error" if manifest is None or against is not None else "warning")
-    return tally, sampled_of
-
-
-class _Work:
-    """Cuts an artifact into units."""
-
-    def __init__(self, artifact: Artifact, contents: Contents, values: ValueChecks, reader: Reader) -> None:
-        self._artifact, self._contents, self._values, self._reader = artifact, contents, values, reader
-
-    def alone(self) -> list[_Unit]:
-        """Without a source: a matrix or a kept tensor each, in file order."""
-        units = [self._kept(name, None) for name in self._plain_names()]
-        units += [self._checked(matrix) for matrix in self._contents.matrices]
-        return sorted(units, key=lambda unit: unit.place)
-
-    def beside(
-        self, source: Checkpoint, reader: Reader, checks: SourceChecks, sample: int | None
-    ) -> tuple[list[_Unit], int | None]:
-        """With a source, in the order of its files; gate and up of a fused tensor together."""
-        places = source_linears(source, self._artifact.layout.linears)
-        assert places is not None, "sources of another shape are told before"
-        chosen = _choose(self._contents.matrices, sample)
-        units = [self._checked(matrix) for matrix in self._contents.matrices if matrix.linear.module not in chosen]
-        units += self._kept_units(source, reader, places)
-        units += self._slab_units(StoredMatrices(source, reader), checks, places, chosen)
-        sampled_of = len(self._contents.matrices) if len(chosen) < len(self._contents.matrices) else None
-        return sorted(units, key=lambda unit: unit.place), sampled_of
-
-    def kv_scales(self) -> Result:
-        """All KV-cache scales at once: each positive, and not all of them 1."""
-        result = Result()
-        values = {number for name in self._contents.kv_scales for number in self._values.kv_scale(name, result)}
-        if values == {1.0}:
-            message = f"all {len(self._contents.kv_scales)} scales are 1: they were never computed"
-            result.found.error("kv-scale", self._contents.kv_scales[0], message)
-        return result
-
-    def _plain_names(self) -> list[str]:
-        return [linear.tensor for linear in self._contents.plain] + [spec.name for spec in self._contents.others]
-
-    def _checked(self, matrix: Matrix) -> _Unit:
-        def run(result: Result) -> None:
-            self._values.matrix(matrix, self._values.read(matrix, result), result)
-
-        return _Unit(_place(self._artifact.entries[matrix.values]), run)
-
-    def _kept(self, name: str, source: tuple[Reader, TensorEntry] | None) -> _Unit:
-        entry = self._artifact.entries[name]
-        if source is None:
-            return _Unit(_place(entry), lambda result: self._values.kept(name, result, None))
-        reader, old = source
-        if old.shape != entry.shape or entry.dtype not in kept_as(old.dtype):
-
-            def differ(result: Result) -> None:
-                self._values.kept(name, result, None)
-                message = f"is {entry.dtype} {list(entry.shape)}, the source is {old.dtype} {list(old.shape)}"
-                result.found.error("kept", name, message)
-
-            return _Unit(_place(old), differ, old.file)
-        return _Unit(
-            _place(old),
-            lambda result: self._values.kept(name, result, as_kept(reader, old, entry.dtype, result)),
-            old.file,
-        )
-
-    def _kept_units(self, source: Checkpoint, reader: Reader, places: Mapping[str, Linear]) -> list[_Unit]:
-        names = {spec.name: rename(spec.name, self._artifact.layout.naming, source.layout.naming)
-                 for spec in self._contents.others}  # fmt: skip
-        for linear in self._contents.plain:
-            if places[linear.module].layout is Layout.OUT_IN:
-                names[linear.tensor] = places[linear.module].tensor
-        return [
-            self._kept(name, (reader, source.entries[old]) if old in source.entries else None)
-            for name, old in names.items()
-        ]
-
-    def _slab_units(
-        self, source: MatrixSource, checks: SourceChecks, places: Mapping[str, Linear], chosen: set[str]
-    ) -> list[_Unit]:
-        slabs: dict[Hashable, list[_Pair]] = defaultdict(list)
-        for matrix in self._contents.matrices:
-            if matrix.linear.module in chosen:
-                old = places[matrix.linear.module]
-                slabs[source.together(old)].append((matrix, old))
-        for linear in self._contents.plain:
-            old = places[linear.module]
-            if old.layout is Layout.IN_OUT:
-                slabs[source.together(old)].append((linear, old))
-        units = []
-        for items in slabs.values():
-            file, start = min(source.begins(old) for _, old in items)
-            units.append(_Unit((file, start), self._compare(items, source, checks), file))
-        return units
-
-    def _compare(self, items: Sequence[_Pair], source: MatrixSource, checks: SourceChecks) -> Callable[[Result], None]:
-        def run(result: Result) -> None:
-            blocks = source.slab([old for _, old in items]).blocks()
-            for (item, _), block in zip(items, blocks, strict=True):
-                if isinstance(item, Linear):
-                    self._values.kept(item.tensor, result, None)
-                    entry = self._artifact.entries[item.tensor]
-                    checks.plain(item.tensor, self._reader.tensor(item.tensor), entry.dtype, block, result)
-                else:
-                    arrays = self._values.read(item, result)
-                    explained = checks.matrix(item, arrays, block, result)
-                    self._values.matrix(item, arrays, result, explained=explained)
-
-        return run
-
-
-def _run(units: list[_Unit], source: Checkpoint | None, reader: Reader | None) -> list[Result]:
-    """Do all units on a few threads; results come in the order of the units."""
-    left = Counter(unit.source_file for unit in units if unit.source_file)
-    lock = threading.Lock()
-
-    def do(unit: _Unit) -> Result:
-        result = Result()
-        unit.run(result)
-        if unit.source_file and source is not None and source.store is not None and reader is not None:
-            with lock:
-                left[unit.source_file] -= 1
-                used_up = not left[unit.source_file]
-            if used_up:
-                reader.forget(unit.source_file)
-                source.store.release(unit.source_file)
-        return result
-
-    workers = min(MAX_WORKERS, machine.cores() + 1)
-    with ThreadPoolExecutor(workers, "l4pack-verify") as pool:
-        return list(pool.map(do, units))
-
-
-def _place(entry: TensorEntry) -> tuple[str, int]:
-    return entry.file, entry.start
-
-
-def _choose(matrices: tuple[Matrix, ...], sample: int | None) -> set[str]:
-    modules = [matrix.linear.module for matrix in matrices]
-    if sample is None or sample >= len(modules):
-        return set(modules)
-    return set(random.Random(SAMPLE_SEED).sample(modules, sample))
+    return Verification(tuple(found), checked, against.name if against else None, headers_only)

@@ -33,6 +33,7 @@ HEADERS_ONLY = [
     ["formats"],
     ["devices"],
     ["plan", "nowhere-at-all"],
+    ["verify", DEMO, "--headers-only"],
 ]
 
 PROGRAM = """

@@ -119,3 +119,23 @@ def test_names_from_the_file_can_not_write_to_the_terminal(artifact: Path, l4pac
     assert ended.code == 1
     assert "\x1b" not in ended.out
     assert "[31mred[bold]" in ended.out
+
+
+def test_headers_alone_are_enough_for_what_headers_tell(artifact: Path, l4pack: Callable) -> None:
+    """Scales of zero are in the tensors, an expert that stayed in BF16 is in the headers."""
+    good = json.loads(l4pack("verify", artifact, "--headers-only", "--json").out)
+    assert (good["ok"], good["headers_only"], good["findings"]) == (True, True, [])
+    assert good["checked"]["tensors"] > 0
+    assert good["checked"]["bytes"] == 0
+    spoil(artifact)
+    ended = l4pack("verify", artifact, "--headers-only", "--json")
+    assert ended.code == 1
+    assert {finding["rule"] for finding in json.loads(ended.out)["findings"]} == {"ignore"}
+    assert "not looked at (--headers-only)" in l4pack("verify", artifact, "--headers-only").out
+
+
+def test_headers_alone_say_nothing_about_a_source(made: tuple[Path, Path], l4pack: Callable) -> None:
+    source, folder = made
+    ended = l4pack("verify", folder, "--headers-only", "--against", source)
+    assert ended.code == 2
+    assert ended.err.startswith("error: invalid value for --headers-only")

@@ -21,8 +21,8 @@ from l4pack.recipe import Method
 from l4pack.verify.checks_kernels import SLACK, STATISTICS, scan, widen_transposed
 from l4pack.verify.checks_source import SourceChecks
 from l4pack.verify.checks_tensors import Matrix
-from l4pack.verify.checks_values import Result
 from l4pack.verify.origin import Made
+from l4pack.verify.tally import Result
 
 OUT, IN = 136, 256
 SCHEMES = {
