@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before torch is there: the number of threads is part of what a calibrated job is, here and in the processes that tests
 # start and kill, and two test processes share two cores.
@@ -24,6 +25,10 @@ from l4pack.checkpoint.open import open_source
 from l4pack.plan.plan import Limits, Plan, make_plan
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, load_recipe
+
+# A busy machine is no failure.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 # Whoever starts the tests in the background may have these ignored, and a job leaves an ignored signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)

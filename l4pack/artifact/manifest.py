@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from l4pack.recipe import Recipe
 
 MANIFEST_NAME = "l4pack-manifest.json"
 SCHEMA_VERSION = 2
+SAMPLE = "sample_sha256"
 UNKNOWN = "0" * 64  # stands in a plan for a SHA-256 that only the run will know
 # Room for what a calibrated job knows of its text and its machine only when it begins: file sizes are planned before.
 JOB_ROOM = 2560
@@ -47,7 +48,13 @@ class Manifest:
         """The manifest of an artifact to be made; a calibrated one's digests are zeros until its text is known."""
         unknown = {"text_sha256": "0" * 64, "tokens_sha256": "0" * 64}
         pinned = None if recipe.calibration is None else unknown
-        return cls(source_record(checkpoint), recipe.model_dump(mode="json"), pinned)
+        fetches = checkpoint.store is not None and checkpoint.store.fetches
+        source = {**source_record(checkpoint), SAMPLE: None if fetches else UNKNOWN}
+        return cls(source, recipe.model_dump(mode="json"), pinned)
+
+    def sampled(self, sha256: str | None) -> Manifest:
+        """The same manifest with the digest of the source's weights, now that they were read."""
+        return replace(self, source={**self.source, SAMPLE: sha256})
 
     def head(self) -> bytes:
         """The file's first bytes, which say what was made and from what, up to the digests."""
@@ -61,14 +68,17 @@ class Manifest:
         return text.ljust(size)
 
     def describes(self, raw: bytes) -> bool:
-        """Whether a file's bytes are a manifest of this job, whatever machine computed it."""
+        """Whether a file's bytes are a manifest of this job, whatever machine computed it.
+
+        Of the source its weights are left out: that takes reading them.
+        """
         try:
             value = json.loads(raw)
-            options = value["job"]["options"]
+            found = {**value, "source": {**value["source"], SAMPLE: UNKNOWN}, "options": value["job"]["options"]}
         except (ValueError, RecursionError, KeyError, TypeError):
             return False
-        known = {**self._known(), "options": self.options}
-        return {key: {**value, "options": options}.get(key) for key in known} == known
+        known = {**self.sampled(UNKNOWN)._known(), "options": self.options}
+        return {key: found.get(key) for key in known} == known
 
     def _known(self) -> dict[str, Any]:
         return {

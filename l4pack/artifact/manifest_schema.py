@@ -37,6 +37,8 @@ class SourceRecord(_Data):
     parameters: Annotated[int, Field(gt=0)]
     weight_bytes: Annotated[int, Field(ge=0)]
     headers_sha256: Sha256
+    # Of a little of every tensor (`checkpoint/sample.py`); null where no file was kept to take it from.
+    sample_sha256: Sha256 | None = None
 
 
 class CalibrationRecord(_Data):

@@ -18,6 +18,7 @@ from l4pack.artifact.manifest_schema import ManifestFile, SourceRecord, read_man
 from l4pack.checkpoint.exports import WEIGHT_DTYPES
 from l4pack.checkpoint.header import DTYPE_BITS, TensorEntry
 from l4pack.checkpoint.reader import NUMPY_TYPES, Reader
+from l4pack.checkpoint.sample import local_sample
 from l4pack.checkpoint.source import Checkpoint, LocalStore
 from l4pack.errors import SourceError, UsageError
 from l4pack.model.names import classify, detect_layout
@@ -27,6 +28,7 @@ from l4pack.quant.floats import round_to_bfloat16, widen
 _SMALL = (Role.NORM, Role.ROUTER)
 ORIGINAL_KEYS = ("headers_sha256", "weights_sha256")
 _SPAN = 32768  # numbers read at the beginning, in the middle and at the end of a large tensor
+_FINE_TUNE = "give the checkpoint it was quantized from; is this a fine-tune of it, or was it dequantized?"
 _COMPARE = "give the unquantized checkpoint: comparing two artifacts with each other is not what this is for"
 
 
@@ -46,12 +48,19 @@ def check_original(artifact: Checkpoint, original: Checkpoint) -> None:
             f"{original.name} is not what {artifact.name} was made from: that was {_title(source)}, with other tensors",
             hint="give the checkpoint it was quantized from",
         )
+    sample = None if source.sample_sha256 is None else local_sample(original)
     changed = _changed(artifact, original, manifest)
     if changed is not None:
         raise UsageError(
             f"{original.name} is not what {artifact.name} was made from, though its tensors have the same names and "
             f"shapes: {changed} is kept as in the original and has other numbers here",
-            hint="give the checkpoint it was quantized from; is this a fine-tune of it?",
+            hint=_FINE_TUNE,
+        )
+    if sample is not None and sample != source.sample_sha256:
+        raise UsageError(
+            f"{original.name} is not what {artifact.name} was made from, though its tensors have the same names and "
+            "shapes: its weights are not those that were read then",
+            hint=_FINE_TUNE,
         )
 
 

@@ -116,6 +116,10 @@ class Plan:
         """The same plan with what decides its bytes where it is calibrated, see `Compute.parts`."""
         return replace(self, manifest=replace(self.manifest, computed_on=parts))
 
+    def sampled(self, sha256: str | None) -> Plan:
+        """The same plan with the digest of the source's weights, see `sample_digest`."""
+        return replace(self, manifest=self.manifest.sampled(sha256))
+
     @cached_property
     def config_json(self) -> bytes:
         """The artifact's config.json: the source's, every section kept, with the quantization added.

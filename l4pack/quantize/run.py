@@ -23,6 +23,7 @@ from l4pack.checkpoint.companions import folder_files
 from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.parts import as_opened, source_part
 from l4pack.checkpoint.reader import Reader
+from l4pack.checkpoint.sample import sample_digest
 from l4pack.checkpoint.shards import INDEX_NAME
 from l4pack.checkpoint.source import Store
 from l4pack.checkpoint.tied import check_tied_head
@@ -33,6 +34,7 @@ from l4pack.plan.plan import CONFIG_NAME, Plan, check_room
 from l4pack.quant.quantize import quantize_block
 from l4pack.quantize.execute import Executor, Quantizer
 from l4pack.quantize.fetching import Fetching
+from l4pack.quantize.finished import is_finished
 from l4pack.quantize.job import Job
 from l4pack.quantize.resume import forget_damaged
 from l4pack.stream.supply import Supply
@@ -92,12 +94,12 @@ def run_plan(
     check_room(plan.peak_ram_bytes, machine.memory())
     if plan.needs is not None:
         plan = _ready_to_calibrate(plan, device)
-    if _taken(plan, out):
+    if is_finished(plan, out):
         _tidy(work)
         return done
     with owned(work, _KIND, restart=restart, keep={_FETCHED}) as folder, stop_signals() as stop:
         check_writable(out.parent)
-        if _taken(plan, out):  # another run has finished it meanwhile
+        if is_finished(plan, out):  # another run has finished it meanwhile
             folder.remove()
             return done
         resumed = _work(plan, store, work, quantize, advance or (lambda _: None), stop, device)
@@ -131,18 +133,6 @@ def _tidy(work: Path) -> None:
     if work.exists():
         with suppress(L4packError), owned(work, _KIND, restart=True) as folder:
             folder.remove()
-
-
-def _taken(plan: Plan, out: Path) -> bool:
-    """Whether `out` holds this very artifact already. Raises UsageError when it holds anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    sizes = folder_files(out, plan.checkpoint.included) if out.is_dir() else {}
-    same = all(sizes.get(name) == size for name, size in plan.files.items())
-    same = same and (out / CONFIG_NAME).read_bytes() == plan.config_json
-    if same and plan.manifest.describes((out / MANIFEST_NAME).read_bytes()):
-        return True
-    raise UsageError(f"{out} exists and is not this artifact", hint="choose another --out, or remove it yourself")
 
 
 def _work(
@@ -182,13 +172,14 @@ def _work(
                     if plan.needs is not None:
                         calibrate(None)
                 journal.record(digests=_digests_left(plan, journal, writer))
+                sample = None if store.fetches else sample_digest(plan.checkpoint)
                 changed = reader.changed()
         finally:
             writer.close()
         files = _write_beside(plan, store, folder, begun_as)
         if changes := [f"source {changed} has changed"] if changed else plan.identity().changes(begun_as.parts):
             raise _changed(plan, changes[0])
-        write_atomic(folder / MANIFEST_NAME, plan.manifest_json(journal.digests, files))
+        write_atomic(folder / MANIFEST_NAME, plan.sampled(sample).manifest_json(journal.digests, files))
         return job.resumed_bytes
     finally:
         journal.close()

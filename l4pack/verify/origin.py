@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from l4pack import __version__
 from l4pack.artifact.manifest import source_record
 from l4pack.artifact.manifest_schema import ManifestFile
+from l4pack.checkpoint.sample import local_sample
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.model.config import Llama4Config
 from l4pack.model.tensors import Linear
@@ -34,6 +35,8 @@ class Origin:
         self._same_tensors = (
             manifest is None or manifest.source.headers_sha256 == source_record(source)["headers_sha256"]
         )
+        known = manifest.source.sample_sha256 if manifest is not None and self._same_tensors else None
+        self._same_weights = known is None or local_sample(source) in (None, known)
         self.comparable = source_linears(source, artifact.layout.linears) is not None
         """Whether the models have the same matrices."""
 
@@ -51,6 +54,9 @@ class Origin:
                 f"{tally.matrices_compared} quantized matrices and {kept} of {tally.kept_compared} kept tensors differ"
             )
             found.lead("source", self._source.name, message, instead_of=_OF_SOURCE)
+        elif not self._same_weights:
+            message = "its tensors have the same names and shapes, its weights are not those that were read then"
+            found.lead("source", self._source.name, f"{self._made_from()}; {message}")
         elif not self._same_tensors:
             found.warning("source", self._source.name, f"{self._made_from()}; its tensors have other names or shapes")
 

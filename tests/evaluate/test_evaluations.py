@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import edit_json
 from measured import measured, record
 from safetensors.torch import load_file, save_file
 from whole_model import one_thread  # noqa: F401
 
 from l4pack.artifact.contents import measured_digest, recorded_digest
+from l4pack.artifact.manifest import MANIFEST_NAME
 from l4pack.checkpoint.source import open_folder
 from l4pack.errors import UsageError
 from l4pack.evaluate.record import read_evaluations
@@ -70,6 +72,19 @@ def test_a_fine_tune_of_the_original_is_no_original(evaluate, checkpoint, made, 
     assert not (made / "accuracy.json").exists()
 
 
+@pytest.mark.parametrize("expert", [0, 2, 3])
+def test_a_fine_tune_of_experts_alone_is_no_original(evaluate, l4pack, checkpoint, made, tmp_path, expert):
+    """What was quantized is not in the artifact as it was: the manifest has a digest of the source's weights."""
+    experts = "layers.1.feed_forward.experts.gate_up_proj"
+    tuned = changed(checkpoint("scout"), tmp_path / "tuned", experts, lambda t: t[expert].mul_(1.01))
+    ended = evaluate(made, "--against", tuned)
+    assert (ended.code, "its weights are not those that were read then" in ended.err) == (2, True)
+    assert not (made / "accuracy.json").exists()
+    (first, *_) = json.loads(l4pack("verify", made, "--against", tuned, "--json").out)["findings"]
+    assert (first["rule"], first["level"]) == ("source", "error")
+    assert "its weights are not those that were read then" in first["message"]
+
+
 def test_what_is_no_original_is_called_what_it_is(evaluate, artifact, checkpoint, made, tmp_path):
     bare = Path(shutil.copytree(artifact("fp8"), tmp_path / "foreign"))
     (bare / "l4pack-manifest.json").unlink()
@@ -107,6 +122,9 @@ def test_a_dequantized_artifact_is_no_original(evaluate, checkpoint, made, tmp_p
             names = [f"{prefix}{layer}.feed_forward.shared_expert.{name}" for name in MLP_MATRICES]
             state |= {f"{name}.weight": one.weight for name, one in weights.linears(names).items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
+    ended = evaluate(made, "--against", folder)
+    assert (ended.code, "its weights are not those that were read then" in ended.err) == (2, True)
+    edit_json(made, lambda manifest: manifest["source"].update(sample_sha256=None), MANIFEST_NAME)
     ended = evaluate(made, "--against", folder)
     assert (ended.code, "it was dequantized, and is not the original" in ended.err) == (2, True)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import file_digests
 from dying_run import DyingRuns
+from safetensors.torch import load_file, save_file
 
 from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.open import open_source
@@ -232,6 +233,44 @@ def test_a_finished_job_is_known(source, tmp_path, l4pack):
     other = l4pack("quantize", source, "--recipe", "fp8", "--out", tmp_path / "out")
     assert other.code == 2
     assert "exists and is not this artifact" in other.err
+
+
+def flip(path, place):
+    """Another bit, the same size."""
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "said"),
+    [("model.safetensors", -1, "a tensor"), ("model.safetensors", 400_000, "a tensor"),
+     ("tokenizer.json", 300, "tokenizer.json"), ("generation_config.json", 20, "generation_config.json"),
+     ("l4pack-manifest.json", -90, "a tensor")],
+)  # fmt: skip
+def test_a_finished_job_whose_bytes_have_changed_is_not_done(source, tmp_path, l4pack, file, place, said):
+    command = ["quantize", source, "--recipe", "int4-rtn", "--out", tmp_path / "out"]
+    assert l4pack(*command).code == 0
+    flip(tmp_path / "out" / file, place)
+    again = l4pack(*command)
+    assert (again.code, again.out) == (2, "")
+    assert f"is this artifact, but {said} is not as it was written" in again.err
+
+
+def test_a_finished_job_whose_source_was_trained_on_is_another(source, tmp_path, l4pack):
+    """The same names, sizes and headers, other weights: "nothing was done" would be a lie."""
+    again = Path(shutil.copytree(source, tmp_path / "source"))
+    command = ["quantize", again, "--recipe", "int4-rtn", "--out", tmp_path / "out"]
+    assert l4pack(*command).code == 0
+    shards = {path: load_file(path) for path in again.glob("*.safetensors")}
+    path, name = next(
+        (path, name) for path, state in shards.items() for name in state if name.endswith("experts.down_proj")
+    )
+    shards[path][name][1] *= 1.01
+    save_file(shards[path], path, {"format": "pt"})
+    ended = l4pack(*command)
+    assert (ended.code, ended.out) == (2, "")
+    assert "when it had other weights" in ended.err
 
 
 def test_an_empty_folder_may_be_filled_and_a_full_one_not(source, plan, tmp_path):
