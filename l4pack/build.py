@@ -25,6 +25,7 @@ from l4pack.budget.named import open_subject
 from l4pack.budget.record import budget_record
 from l4pack.budget.solve import limits as budget_limits
 from l4pack.checkpoint.source import Checkpoint, open_folder
+from l4pack.datafile import json_or_none
 from l4pack.errors import BudgetError, L4packError
 from l4pack.evaluate.gates import judge, limits_of, require
 from l4pack.evaluate.record import find, read_evaluations, write_accuracy
@@ -295,8 +296,8 @@ class _Chain:
 
     def _state(self) -> dict[str, Any]:
         try:
-            state = json.loads(self._state_path.read_bytes())
-        except (OSError, ValueError):
+            state = json_or_none(self._state_path.read_bytes())
+        except OSError:
             return {}
         return state if isinstance(state, dict) else {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -88,6 +89,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
+def parse_json(raw: bytes | str) -> Any:
+    """Plain data from JSON. Raises ValueError, also for NaN, infinities, and nesting deeper than Python's own limit."""
+    try:
+        return json.loads(raw, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def json_or_none(raw: bytes | str) -> Any:
+    """Plain data from JSON; None for what is none, whose reader has its own word for that."""
+    try:
+        return parse_json(raw)
+    except ValueError:
+        return None
+
+
+def digest_of(value: Any) -> str:
+    """Hex SHA-256 of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def first_fault(error: ValidationError) -> tuple[str, str]:
+    """Where the first fault that a schema found lies, its keys joined by dots, and what it is."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+
+
 def read_json(path: Path, most: int, hint: str) -> dict[str, Any]:
     """The object in a JSON file of at most `most` bytes. Raises UsageError, with `hint`, for anything else."""
     try:
@@ -98,8 +126,8 @@ def read_json(path: Path, most: int, hint: str) -> dict[str, Any]:
     if len(raw) > most:
         raise UsageError(f"{path} is larger than {most:,} bytes", hint=hint)
     try:
-        value = json.loads(raw, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(raw)
+    except ValueError as error:
         raise UsageError(f"{path} is not JSON", hint=hint) from error
     if not isinstance(value, dict):
         raise UsageError(f"{path} does not hold an object", hint=hint)
@@ -118,10 +146,11 @@ def validate(
         return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "file"
-        message = first["msg"].removeprefix("Value error, ")
+        key, message = first_fault(error)
         known = ", ".join(kind.model_fields) if first["type"] == "extra_forbidden" and len(first["loc"]) == 1 else ""
-        raise RecipeError(f"{where}: {key}: {message}", hint=f"known keys: {known}" if known else hint) from None
+        raise RecipeError(
+            f"{where}: {key or 'file'}: {message}", hint=f"known keys: {known}" if known else hint
+        ) from None
 
 
 def refuse_lfs_pointer(content: bytes, where: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from l4pack.datafile import read_yaml, validate
+from l4pack.datafile import digest_of, read_yaml, validate
 from l4pack.errors import RecipeError, UsageError
 from l4pack.formats import check_accepts, load_format
 from l4pack.model.tensors import QUANTIZABLE, Role
@@ -234,7 +232,7 @@ class Recipe(_Data):
 
     def digest(self) -> str:
         """Hex SHA-256 of the recipe with every default filled in."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        return digest_of(self.model_dump(mode="json"))
 
 
 def recipe_names() -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 from l4pack import __version__
 from l4pack.checkpoint.header import TypedTensor
 from l4pack.checkpoint.source import HUB_ID, Checkpoint
+from l4pack.datafile import parse_json
 from l4pack.recipe import Recipe
 
 MANIFEST_NAME = "l4pack-manifest.json"
@@ -73,9 +74,9 @@ class Manifest:
         Of the source its weights are left out: that takes reading them.
         """
         try:
-            value = json.loads(raw)
+            value = parse_json(raw)
             found = {**value, "source": {**value["source"], SAMPLE: UNKNOWN}, "options": value["job"]["options"]}
-        except (ValueError, RecursionError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return False
         known = {**self.sampled(UNKNOWN)._known(), "options": self.options}
         return {key: found.get(key) for key in known} == known

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from l4pack.artifact.manifest import MANIFEST_NAME, SCHEMA_VERSION
 from l4pack.checkpoint.header import DTYPE_BITS
-from l4pack.datafile import validate
+from l4pack.datafile import first_fault, read_json, validate
 from l4pack.errors import UsageError
 from l4pack.recipe import Recipe
 
@@ -118,20 +118,14 @@ def read_manifest(folder: Path) -> ManifestFile:
     """An artifact's manifest. Raises UsageError naming what is wrong with it."""
     path = folder / MANIFEST_NAME
     hint = "name a folder that l4pack quantize made"
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UsageError(f"{path} is implausibly large", hint=hint)
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"{folder} has no {MANIFEST_NAME}", hint=hint) from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON", hint=hint) from error
+    if not path.exists():
+        raise UsageError(f"{folder} has no {MANIFEST_NAME}", hint=hint)
+    value = read_json(path, MAX_BYTES, hint)
     try:
         return ManifestFile.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(f"{path}: {key}: {first['msg']}", hint=hint) from error
+        key, message = first_fault(error)
+        raise UsageError(f"{path}: {key or 'the file'}: {message}", hint=hint) from error
 
 
 def written_files(folder: Path, manifest: ManifestFile) -> dict[str, int]:

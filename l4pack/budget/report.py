@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 from l4pack.budget.checks import Result
 from l4pack.budget.report_format import Format
 from l4pack.budget.view import spare
+from l4pack.datafile import read_json
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_gib
 
@@ -45,14 +46,12 @@ def load_baseline(path: Path | None) -> Baseline:
     """The records of a `--format json` run. Raises UsageError."""
     if path is None:
         return Baseline({})
+    hint = "save one with --format json"
+    value = read_json(path, MAX_BASELINE_BYTES, hint)
     try:
-        raw = path.read_bytes()[: MAX_BASELINE_BYTES + 1]
-        checks = json.loads(raw)["checks"]
-        return Baseline({str(record["name"]): dict(record) for record in checks})
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", hint="save one with --format json") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(f"{path} is not a saved budget", hint="save one with --format json") from error
+        return Baseline({str(record["name"]): dict(record) for record in value["checks"]})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a saved budget", hint=hint) from error
 
 
 def render(results: Sequence[Result], format: Format, baseline: Baseline) -> str:

@@ -7,7 +7,6 @@ digest the Hub gives for it, and against the header that was read from it before
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import threading
@@ -33,6 +32,7 @@ from huggingface_hub.utils._headers import build_hf_headers
 from l4pack.checkpoint.exports import refuse_adapter, refuse_two_models, single_weight_file
 from l4pack.checkpoint.header import LENGTH_BYTES, TensorEntry, parse_header, read_header
 from l4pack.checkpoint.source import INDEX_NAME, Checkpoint, assemble, open_folder, parse_index
+from l4pack.datafile import parse_json
 from l4pack.errors import BudgetError, HubError, SourceError
 from l4pack.hub.client import hub_api, hub_errors, patiently
 from l4pack.hub.exchange import ASTRAY, Transfer, transferring
@@ -166,8 +166,8 @@ class Remote:
 
 def _json(raw: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(raw)
+    except ValueError as error:
         raise SourceError(f"config.json: not JSON ({error})", hint=IS_IT) from error
     if not isinstance(value, dict):
         raise SourceError("config.json: not an object", hint=IS_IT)

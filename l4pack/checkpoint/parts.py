@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from pathlib import Path
 
 from l4pack.checkpoint.exports import without_stale_stanza
 from l4pack.checkpoint.header import read_header
 from l4pack.checkpoint.source import Checkpoint, LocalStore, Store
+from l4pack.datafile import digest_of
 from l4pack.errors import SourceError
 from l4pack.model.config import load_config
 
@@ -60,7 +60,7 @@ def as_opened(checkpoint: Checkpoint, store: Store) -> bool:
 def _config(checkpoint: Checkpoint, store: Store) -> str:
     if isinstance(store, LocalStore):
         return file_digest(store.path(_CONFIG))
-    return hashlib.sha256(json.dumps(checkpoint.config.raw, sort_keys=True).encode()).hexdigest()
+    return digest_of(checkpoint.config.raw)
 
 
 def _shards(checkpoint: Checkpoint, store: Store) -> dict[str, str]:

@@ -29,7 +29,7 @@ from l4pack.checkpoint.exports import (
     without_tied_head,
 )
 from l4pack.checkpoint.header import TensorEntry, read_header
-from l4pack.datafile import refuse_lfs_pointer
+from l4pack.datafile import parse_json, refuse_lfs_pointer
 from l4pack.errors import SourceError
 from l4pack.model.config import KNOWN_MODELS, Llama4Config, known_config, load_config
 from l4pack.model.names import detect_layout
@@ -282,9 +282,9 @@ def parse_index(raw: bytes) -> dict[str, str]:
     """The `weight_map` of an index, with every file name inside the folder. Raises SourceError."""
     refuse_lfs_pointer(raw, INDEX_NAME)
     try:
-        weight_map = json.loads(raw)["weight_map"]
+        weight_map = parse_json(raw)["weight_map"]
         items = dict(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{INDEX_NAME} has no readable weight_map", hint="download it again") from error
     for name, file in items.items():
         if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file) or len(file.encode()) > MAX_NAME_BYTES:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from l4pack.checkpoint.companions import TEMPLATE_FOLDER, TEMPLATES, TOKENIZER_CONFIG
 from l4pack.checkpoint.source import Checkpoint
+from l4pack.datafile import parse_json
 from l4pack.errors import HubError, SourceError
 
 LEGACY = "chat_template.json"
@@ -42,8 +42,8 @@ def has_template(checkpoint: Checkpoint) -> bool:
 def _template(raw: bytes) -> str | dict[str, str] | None:
     """The value of `chat_template`: a text, or several as a list of names and templates."""
     try:
-        value: Any = json.loads(raw)["chat_template"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        value: Any = parse_json(raw)["chat_template"]
+    except (ValueError, KeyError, TypeError):
         return None
     if isinstance(value, list):
         value = {

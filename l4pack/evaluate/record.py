@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from l4pack.artifact.contents import recorded_digest
+from l4pack.datafile import read_json
 from l4pack.errors import QualityError, UsageError
 from l4pack.evaluate.gates import judge, limits_of
 from l4pack.evaluate.schema import parse_evaluation
@@ -51,17 +52,10 @@ def read_evaluations(artifact: Path) -> list[dict[str, Any]]:
     """All records of a folder, the most careful first; none where nothing was measured. Raises UsageError."""
     path = artifact / ACCURACY_NAME
     hint = "run `l4pack evaluate` again, once it is moved away"
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UsageError(f"{path} is implausibly large", hint=hint)
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", hint=hint) from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON", hint=hint) from error
-    others = value.pop(OTHERS, []) if isinstance(value, dict) else []
+    value = read_json(path, MAX_BYTES, hint)
+    others = value.pop(OTHERS, [])
     if not isinstance(others, list) or len(others) >= MAX_RECORDS:
         raise UsageError(f"{path}: {OTHERS} is no list of evaluations", hint=hint)
     return by_care(parse_evaluation(one, str(path)).plain() for one in (value, *others))

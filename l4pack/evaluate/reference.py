@@ -23,6 +23,7 @@ from numpy.typing import DTypeLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from l4pack.datafile import parse_json
 from l4pack.errors import BudgetError, UsageError
 from l4pack.evaluate.answers import Answers
 from l4pack.evaluate.scoring import TOKEN_BLOCK, VOCABULARY_CHUNK, score_pair
@@ -163,9 +164,9 @@ def load_reference(folder: Path, identity: Mapping[str, Any], device: torch.devi
 
 def _read_record(folder: Path) -> dict[str, Any]:
     try:
-        value = json.loads(read_own(folder / RECORD_NAME, MAX_RECORD_BYTES))
+        value = parse_json(read_own(folder / RECORD_NAME, MAX_RECORD_BYTES))
         return _Record.model_validate(value).model_dump()
-    except (OSError, UsageError, ValueError, RecursionError) as error:
+    except (OSError, UsageError, ValueError) as error:
         raise UsageError(f"{folder} holds no complete reference", hint="make one with --save-reference") from error
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from l4pack.datafile import first_fault
 from l4pack.errors import UsageError
 
 SCHEMA_VERSION = 2  # 1 did not say which weights were measured
@@ -204,10 +205,8 @@ def parse_evaluation(value: Any, where: str) -> Evaluation:
         _plain(value)
         return Evaluation.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the record"
-        message = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{where} is not an evaluation: {key}: {message}", hint=hint) from None
+        key, message = first_fault(error)
+        raise UsageError(f"{where} is not an evaluation: {key or 'the record'}: {message}", hint=hint) from None
     except ValueError as error:
         raise UsageError(f"{where} is not an evaluation: {error}", hint=hint) from None
 

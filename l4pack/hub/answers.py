@@ -26,6 +26,8 @@ from pydantic import (
 )
 from pydantic_core import to_json
 
+from l4pack.datafile import first_fault
+
 MAX_FILE_BYTES = 2**42
 MAX_NAME = 1024
 MAX_PARTS = 10_000  # what S3 takes
@@ -272,9 +274,8 @@ class Kind:
 
 
 def _reason(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    text = f"{where}: {first['msg']}" if where else first["msg"]
+    where, message = first_fault(error)
+    text = f"{where}: {message}" if where else message
     return "".join(letter for letter in text if letter.isascii() and letter.isprintable())[:REASON]
 
 

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from l4pack.datafile import validate
-from l4pack.errors import UsageError
+from l4pack.datafile import read_json, validate
 from l4pack.model.tensors import Role
 from l4pack.recipe import RecipeScheme
 from l4pack.work.files import write_atomic
@@ -143,15 +142,4 @@ def combined(changes: Iterable[Change]) -> float:
 def read_sensitivity(path: Path) -> Sensitivity:
     """A measurement from its file. Raises UsageError (not there, not JSON) or RecipeError (a wrong key)."""
     hint = "make one with: l4pack measure SOURCE --out sensitivity.json"
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", hint=hint) from error
-    try:
-        value = json.loads(raw) if len(raw) <= MAX_BYTES else None
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} is not a measurement", hint=hint)
-    return validate(Sensitivity, value, path.name)
+    return validate(Sensitivity, read_json(path, MAX_BYTES, hint), path.name)

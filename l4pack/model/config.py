@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from l4pack.datafile import refuse_lfs_pointer
+from l4pack.datafile import first_fault, parse_json, refuse_lfs_pointer
 from l4pack.errors import SourceError
 from l4pack.resources import data_text
 
@@ -148,11 +148,11 @@ def load_config(path: Path) -> Llama4Config:
             raise SourceError(f"{path}: larger than any config.json", hint="point at a Llama 4 checkpoint folder")
         content = path.read_bytes()
         refuse_lfs_pointer(content, str(path))
-        raw = json.loads(content, parse_constant=_refuse_constant)
+        raw = parse_json(content)
         json.dumps(raw, ensure_ascii=False).encode()  # half a surrogate pair can't be written again
     except OSError as error:
         raise SourceError(f"{path}: {error.strerror}", hint="point at a folder with a config.json") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise SourceError(f"{path}: not JSON ({error})", hint="download config.json again") from error
     return parse_config(_mapping(raw, str(path), "the file"), str(path))
 
@@ -181,10 +181,6 @@ def _section(raw: Mapping[str, Any], where: str, key: str) -> Mapping[str, Any]:
     return _mapping({} if raw.get(key) is None else raw[key], where, key)
 
 
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a JSON number")
-
-
 def _mapping(value: Any, where: str, key: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise SourceError(f"{where}: {key} is not an object", hint="download config.json again")
@@ -205,11 +201,8 @@ def _validated(kind: type[SectionT], values: Mapping[str, Any], where: str) -> S
             {key: value for key, value in values.items() if value is not None or key in _NULLABLE}
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise SourceError(
-            f"{where}.{key}: {first['msg']}", hint="compare with the model's original config.json"
-        ) from None
+        key, message = first_fault(error)
+        raise SourceError(f"{where}.{key}: {message}", hint="compare with the model's original config.json") from None
 
 
 def _check(config: Llama4Config, where: str) -> None:

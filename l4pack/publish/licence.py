@@ -7,7 +7,6 @@ when it carries that licence's text, none of Meta's dimensions and no Llama 4 li
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ import yaml
 
 from l4pack.artifact.policy import Breach, Duty, Policy, agrees, plain, policies
 from l4pack.checkpoint.open import hub_repository
-from l4pack.datafile import MAX_BYTES, parse_yaml
+from l4pack.datafile import MAX_BYTES, json_or_none, parse_yaml
 from l4pack.errors import LicenceError, SourceError
 from l4pack.model.config import known_config
 from l4pack.publish.names import name_findings
@@ -56,10 +55,7 @@ class Materials:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json, or an empty mapping when it is absent or unreadable."""
-        try:
-            value = json.loads(self.text("config.json") or "{}")
-        except (ValueError, RecursionError):
-            return {}
+        value = json_or_none(self.text("config.json") or "{}")
         return value if isinstance(value, dict) else {}
 
     @property

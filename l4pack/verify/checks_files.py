@@ -19,6 +19,7 @@ from l4pack.checkpoint.companions import (
     is_own,
 )
 from l4pack.checkpoint.source import Checkpoint
+from l4pack.datafile import json_or_none
 from l4pack.verify.findings import Findings
 from l4pack.verify.opened import Artifact
 
@@ -121,6 +122,6 @@ def _check_json(path: Path, name: str, found: Findings) -> None:
 def _loaded(path: Path) -> Any:
     """The parsed file, or None when it is no JSON of a sane size."""
     try:
-        return json.loads(path.read_bytes()) if path.stat().st_size <= _SMALL else None
-    except (ValueError, OSError, RecursionError):
+        return json_or_none(path.read_bytes()) if path.stat().st_size <= _SMALL else None
+    except OSError:
         return None

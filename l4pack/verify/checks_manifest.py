@@ -19,6 +19,7 @@ from l4pack.artifact.manifest_schema import MAX_BYTES, FileRecord, ManifestFile,
 from l4pack.artifact.policy import written_files
 from l4pack.artifact.stanza import quantization_config
 from l4pack.checkpoint.header import LENGTH_BYTES
+from l4pack.datafile import first_fault, parse_json
 from l4pack.errors import UsageError
 from l4pack.recipe import KEEP, Recipe
 from l4pack.verify.findings import Findings
@@ -34,17 +35,16 @@ def read_manifest_of(artifact: Artifact, found: Findings) -> ManifestFile | None
     try:
         if artifact.files[MANIFEST_NAME] > MAX_BYTES:
             raise ValueError("it is implausibly large")
-        value = json.loads((artifact.folder / MANIFEST_NAME).read_bytes())
+        value = parse_json((artifact.folder / MANIFEST_NAME).read_bytes())
         version = value.get("schema_version") if isinstance(value, dict) else None
         if isinstance(value, dict) and version != SCHEMA_VERSION:
             raise ValueError(f"its schema_version is {version!r}, this l4pack reads {SCHEMA_VERSION}: quantize again")
         manifest = ManifestFile.model_validate(value)
         manifest.made_with()
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        found.error("manifest", MANIFEST_NAME, f"{where or 'the file'}: {first['msg']}")
-    except (ValueError, RecursionError) as error:
+        where, message = first_fault(error)
+        found.error("manifest", MANIFEST_NAME, f"{where or 'the file'}: {message}")
+    except ValueError as error:
         found.error("manifest", MANIFEST_NAME, f"can't be read: {error}")
     except UsageError as error:
         found.error("manifest", MANIFEST_NAME, error.message)

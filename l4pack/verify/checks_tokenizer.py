@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from l4pack.datafile import json_or_none
 from l4pack.verify.findings import Findings
 from l4pack.verify.opened import Artifact
 
@@ -58,8 +58,8 @@ def _loaded(artifact: Artifact, name: str) -> Any:
     if artifact.files.get(name, MAX_BYTES + 1) > MAX_BYTES:
         return None
     try:
-        return json.loads((artifact.folder / name).read_bytes())
-    except (ValueError, OSError, RecursionError):
+        return json_or_none((artifact.folder / name).read_bytes())
+    except OSError:
         return None
 
 

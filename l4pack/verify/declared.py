@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from l4pack.artifact.kv_cache import declared_strategy
 from l4pack.artifact.patterns import PatternError, pattern
+from l4pack.datafile import first_fault
 from l4pack.errors import RecipeError
 from l4pack.formats import FormatSpec, check_accepts, format_names, load_format
 from l4pack.quant.scheme import Scheme
@@ -174,9 +175,8 @@ def _scheme(weights: Any, where: str, found: Findings) -> Scheme | None:
     try:
         return Scheme.model_validate({key: weights[key] for key in _SCHEME_KEYS if weights.get(key) is not None})
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        found.error("scheme", f"{where}.weights{'.' * bool(key)}{key}", first["msg"].removeprefix("Value error, "))
+        key, message = first_fault(error)
+        found.error("scheme", f"{where}.weights{'.' * bool(key)}{key}", message)
         return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 from l4pack.checkpoint.exports import SINGLE_NAME
 from l4pack.checkpoint.header import TensorEntry, read_header
 from l4pack.checkpoint.source import INDEX_NAME, MAX_INDEX_BYTES, parse_index
+from l4pack.datafile import parse_json
 from l4pack.errors import SourceError
 from l4pack.model.config import MULTIMODAL, Llama4Config, load_config
 from l4pack.model.names import TOWER_MODULES, detect_layout, split_suffix
@@ -167,5 +167,5 @@ def _read_index(folder: Path, shards: list[str], found: Findings) -> tuple[dict[
     except SourceError as error:
         found.error("index", INDEX_NAME, error.message)
         return None
-    metadata = json.loads(raw).get("metadata")
+    metadata = parse_json(raw).get("metadata")
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None

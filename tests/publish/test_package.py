@@ -97,7 +97,7 @@ def test_packaging_refuses(unpackaged, wishes, error, message):
 MANIFESTS = {
     "absent": (None, "has no l4pack-manifest"),
     "not JSON": ("{", "is not JSON"),
-    "a list": ("[]", "Input should be"),
+    "a list": ("[]", "does not hold an object"),
     "another version": ({"schema_version": 3}, "schema_version"),
     "an unknown key": ({"clock": 1}, "clock"),
     "a repository that is none": ({"source": {"repository": "../x"}}, r"source\.repository"),
