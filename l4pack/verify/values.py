@@ -22,6 +22,7 @@ from l4pack.verify.checks_values import ValueChecks, duplicates
 from l4pack.verify.findings import Findings
 from l4pack.verify.opened import Artifact
 from l4pack.verify.origin import made_by, source_linears
+from l4pack.verify.recorded import check_recorded
 from l4pack.verify.tally import SAMPLE_SEED, Result, Tally
 from l4pack.work import machine
 
@@ -66,6 +67,7 @@ def check_values(
                 checks = SourceChecks(made_by(manifest, artifact.config))
                 units, sampled_of = work.beside(against, source_reader, checks, sample)
                 results = _run(units, against, source_reader)
+        check_recorded(artifact, contents, reader, found)
         tally = Tally()
         fingerprints: dict[str, bytes] = {}
         sources: dict[str, bytes] = {}

@@ -322,6 +322,7 @@ def test_recipes_that_ask_the_impossible(change, message):
 @pytest.mark.parametrize(
     ("value", "rule"),
     [(torch.tensor([0.0]), "kv-scale"), (torch.tensor([float("nan")]), "kv-scale"), (torch.ones(2, 1, 1), "shape"),
+     (torch.tensor([0.02]), "kv-scale"),
      (torch.ones(1, dtype=torch.int32), "dtype")],
 )  # fmt: skip
 def test_verify_finds_a_scale_that_is_wrong(made, tmp_path, value, rule):

@@ -390,6 +390,14 @@ def solved(source: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_plan(plan, tmp_path_factory.mktemp("solved") / "artifact").out
 
 
+@pytest.fixture(scope="module")
+def watched(source: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact whose inputs have fixed scales."""
+    from conftest import quick_plan
+
+    return run_plan(quick_plan(source(), "fp8-static"), tmp_path_factory.mktemp("watched") / "artifact").out
+
+
 SOLVED = {
     "one scale doubled": damage.put(f"{damage.GATE}.weight_scale", damage.times(2.0)),
     "one scale halved": damage.put(f"{damage.DOWN}.weight_scale", damage.times(0.5, column=1)),
@@ -400,6 +408,22 @@ SOLVED = {
     "experts exchanged": damage.swap(damage.GATE, f"{damage.EXPERTS}3.gate_proj"),
     "rows rolled": damage.put(f"{damage.GATE}.weight_packed", lambda words: words.roll(1, 0)),
 }
+
+
+@pytest.mark.parametrize("known", ["manifest", "record"])
+@pytest.mark.parametrize("factor", [0.5, 1.02, 3.0])
+@pytest.mark.parametrize("module", [damage.DOWN, f"{damage.LAYER}feed_forward.shared_expert.up_proj"])
+def test_input_scales_are_those_that_calibration_recorded(
+    module: str, factor: float, known: str, watched: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(watched, tmp_path / "artifact"))
+    (damage.resigned if known == "manifest" else damage.unsigned)(folder)
+    assert verify_artifact(folder).ok
+    damage.put(f"{module}.input_scale", lambda scale: scale * factor)(folder)
+    (damage.resigned if known == "manifest" else damage.unsigned)(folder)
+    (wrong,) = [finding for finding in verify_artifact(folder).findings if finding.level == "error"]
+    assert (wrong.rule, wrong.where) == ("scale", f"{module}.input_scale")
+    assert "l4pack-calibration.json makes it" in wrong.message
 
 
 def test_a_solved_artifact_verifies_clean(source: Make, solved: Path) -> None:
