@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from l4pack.checkpoint.header import TensorEntry
-from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint, LocalStore
+
+if TYPE_CHECKING:
+    from l4pack.checkpoint.reader import Reader
 
 SPAN = 4096
 _READERS = 8  # scattered reads wait for the disk, not for a core
@@ -25,6 +28,8 @@ def local_sample(checkpoint: Checkpoint) -> str | None:
 
 def sample_digest(checkpoint: Checkpoint) -> str:
     """Hex SHA-256 over names and samples of all tensors, as they are stored. Raises SourceError."""
+    from l4pack.checkpoint.reader import Reader  # NumPy, which headers alone do without
+
     assert checkpoint.store is not None
     entries = sorted(checkpoint.entries.values(), key=lambda entry: (entry.file, entry.start))
     with Reader(checkpoint.entries, checkpoint.store.path) as reader, ThreadPoolExecutor(_READERS) as pool:
