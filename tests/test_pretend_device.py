@@ -223,8 +223,9 @@ def test_measuring_gives_the_same_figures(
     assert found[1] == pytest.approx(found[0], rel=0.1, abs=1e-6)
 
 
-def test_coverage_counts_the_same_tokens(l4pack: Run, source: Path, device: Counter[str]) -> None:
-    cpu, cuda = (json.loads(ended.out) for ended in on_both(l4pack, "coverage", source, *FEW, "--json"))
+def test_coverage_counts_the_same_tokens(l4pack: Run, source: Path, device: Counter[str], tmp_path: Path) -> None:
+    command = ("coverage", source, *FEW, "--work", tmp_path / "work", "--json")
+    cpu, cuda = (json.loads(ended.out) for ended in on_both(l4pack, *command))
     assert cuda["layers"] == cpu["layers"]
     assert device["mm"] > 0
 

@@ -15,7 +15,7 @@ from l4pack.budget.weights import stage_layers
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import BudgetError, UsageError
 from l4pack.fit.solve import Limit, Picks, total
-from l4pack.fit.units import RUNTIMES, Choice, Unit, device_bytes
+from l4pack.fit.units import RUNTIMES, Choice, UnitChoices, device_bytes
 from l4pack.plan.assign import assign
 from l4pack.plan.plan import Limits, Plan, make_plan
 from l4pack.recipe import Recipe
@@ -87,7 +87,7 @@ class Wish:
         return None if self.device is None else find_host(self.device, load_devices())
 
 
-class Target(Protocol):
+class Goal(Protocol):
     """One kind of budget: limits to solve within, and the last word on a recipe."""
 
     limits: list[Limit]
@@ -120,8 +120,8 @@ class Plans:
         return self._made[key]
 
 
-def make_target(plans: Plans, wish: Wish, units: Sequence[Unit], picks: Picks, least: Recipe) -> Target:
-    """The target of a wish; `least` is the recipe of `picks`, the smallest artifact."""
+def make_goal(plans: Plans, wish: Wish, units: Sequence[UnitChoices], picks: Picks, least: Recipe) -> Goal:
+    """The goal of a wish; `least` is the recipe of `picks`, the smallest artifact."""
     if wish.max_bytes is not None:
         return _Files(plans, units, wish.max_bytes, picks, least)
     if wish.bits is not None:
@@ -129,7 +129,7 @@ def make_target(plans: Plans, wish: Wish, units: Sequence[Unit], picks: Picks, l
     return Device(plans.checkpoint, wish, units, picks, least)
 
 
-def file_costs(units: Sequence[Unit]) -> list[list[int]]:
+def file_costs(units: Sequence[UnitChoices]) -> list[list[int]]:
     """Bytes of tensors of every choice of every unit."""
     return [[choice.nbytes for choice in unit.choices] for unit in units]
 
@@ -142,7 +142,7 @@ class _Files:
     that changes the solution, so that a larger budget never ends in a smaller bound.
     """
 
-    def __init__(self, plans: Plans, units: Sequence[Unit], max_bytes: int, picks: Picks, least: Recipe) -> None:
+    def __init__(self, plans: Plans, units: Sequence[UnitChoices], max_bytes: int, picks: Picks, least: Recipe) -> None:
         self._plans, self._max_bytes = plans, max_bytes
         plan = plans.of(least)
         sharded = len(plan.shards) > 1
@@ -166,7 +166,7 @@ class _Files:
         return f"an artifact of at most {self._max_bytes:,} bytes ({human_bytes(self._max_bytes)})"
 
 
-def _in_stage(unit: Unit, costs: Sequence[int], layers: Collection[int]) -> list[int]:
+def _in_stage(unit: UnitChoices, costs: Sequence[int], layers: Collection[int]) -> list[int]:
     """The part of a unit's bytes that lies in some layers; a role's layers are of equal size."""
     inside = sum(layer in layers for layer in unit.layers)
     return [cost * inside // len(unit.layers) for cost in costs]
@@ -182,7 +182,7 @@ def described_bytes(choice: Choice, sharded: bool) -> int:
 
 
 class _Bits:
-    def __init__(self, units: Sequence[Unit], bits: float) -> None:
+    def __init__(self, units: Sequence[UnitChoices], bits: float) -> None:
         self._bits, self._numel = bits, sum(unit.numel for unit in units)
         self._costs = file_costs(units)
         self.limits = [Limit(self._costs, int(bits * self._numel / 8))]
@@ -208,7 +208,9 @@ class _Bits:
 class Device:
     """Weights of every pipeline stage must leave room for everything else on its GPU, at the dear end of the ranges."""
 
-    def __init__(self, checkpoint: Checkpoint, wish: Wish, units: Sequence[Unit], picks: Picks, least: Recipe) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, wish: Wish, units: Sequence[UnitChoices], picks: Picks, least: Recipe
+    ) -> None:
         host = wish.host()
         assert host is not None
         self._checkpoint, self._wish, self._host = checkpoint, wish, host

@@ -12,12 +12,12 @@ from l4pack.budget.runtimes import load_runtime
 from l4pack.budget.subject import from_config
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import L4packError, SourceError, UsageError
-from l4pack.fit.budgets import ANY, LAYER, ROLE, Device, Plans, Target, Wish, file_costs, make_target
+from l4pack.fit.budgets import ANY, LAYER, ROLE, Device, Goal, Plans, Wish, file_costs, make_goal
 from l4pack.fit.frontier import Ground, Point, frontier, steps_around, uniform_points
 from l4pack.fit.losses import Losses, losses_for
 from l4pack.fit.recipe import one_line, parse_values, recipe_name, recipe_text, recipe_values
 from l4pack.fit.solve import Limit, Picks, Solution, smallest, solve, total
-from l4pack.fit.units import Unit, Units, model_units
+from l4pack.fit.units import UnitChoices, Units, model_units
 from l4pack.measure.record import Sensitivity, combined
 from l4pack.model.config import KNOWN_MODELS, known_config
 from l4pack.model.tensors import Role
@@ -35,7 +35,7 @@ class Fitted:
     budget: str
     losses: Losses
     by: str
-    units: tuple[Unit, ...]
+    units: tuple[UnitChoices, ...]
     left_out: Mapping[tuple[str, Role], tuple[str, ...]]
     solution: Solution
     recipe: Recipe
@@ -81,8 +81,8 @@ class _Fit:
 
     def run(self) -> Fitted:
         units, ground, wish = self._found.units, self._ground, self._wish
-        target = make_target(self._plans, wish, units, self._least, self._recipe(self._least))
-        solution = self._solve(target)
+        goal = make_goal(self._plans, wish, units, self._least, self._recipe(self._least))
+        solution = self._solve(goal)
         recipe = self._recipe(solution.picks)
         uniform = uniform_points(ground)
         steps = steps_around(ground, solution.picks)
@@ -91,19 +91,19 @@ class _Fit:
         return Fitted(
             model=self._checkpoint.name,
             wish=wish,
-            budget=target.describe(),
+            budget=goal.describe(),
             losses=self._losses,
             by=self._by,
             units=units,
             left_out=self._found.left_out,
             solution=solution,
             recipe=recipe,
-            recipe_text=recipe_text(self._values(solution.picks), self._comments(target, solution)),
+            recipe_text=recipe_text(self._values(solution.picks), self._comments(goal, solution)),
             weight_bytes=here.nbytes,
             artifact_bytes=self._plans.of(recipe).artifact_bytes,
             bits=8 * total(ground.nbytes, solution.picks) / numel,
             combined=self._combined(solution.picks),
-            memory=target.budget(recipe) if isinstance(target, Device) else None,
+            memory=goal.budget(recipe) if isinstance(goal, Device) else None,
             uniform=tuple(uniform),
             frontier=tuple(frontier(ground, [*uniform, *steps, here])),
             steps=tuple(steps),
@@ -118,16 +118,16 @@ class _Fit:
         keys = ((layer, unit.role, option) for unit, option in picked for layer in unit.layers)
         return max(0.0, combined(changes[key] for key in keys if key in changes))
 
-    def _solve(self, target: Target) -> Solution:
+    def _solve(self, goal: Goal) -> Solution:
         """Solve, ask the plan or the memory model, and lower the bounds by the least that matters until they agree."""
-        ground, limits = self._ground, list(target.limits)
+        ground, limits = self._ground, list(goal.limits)
         for number in range(MAX_ROUNDS):
             solution = solve(ground.losses, ground.nbytes, limits)
             if solution is None:
-                return self._smallest(target)
+                return self._smallest(goal)
             if all(unit.choices[pick].option == KEEP for unit, pick in zip(ground.units, solution.picks, strict=True)):
-                raise self._nothing_to_do(target)
-            excess = target.excess(self._recipe(solution.picks))
+                raise self._nothing_to_do(goal)
+            excess = goal.excess(self._recipe(solution.picks))
             if excess <= 0:
                 return solution
             lower = 1 if number < EXACT_ROUNDS else excess
@@ -136,16 +136,16 @@ class _Fit:
             ]
         raise L4packError("solutions keep exceeding the budget", hint="ask for a little less")
 
-    def _smallest(self, target: Target) -> Solution:
+    def _smallest(self, goal: Goal) -> Solution:
         """The smallest artifact, when it fits and nothing else does. Raises BudgetError when it doesn't."""
-        rows = zip(*(limit.costs for limit in target.limits), strict=True)
+        rows = zip(*(limit.costs for limit in goal.limits), strict=True)
         costs = [[sum(parts) for parts in zip(*unit, strict=True)] for unit in rows]
         sizes = zip(costs, self._ground.nbytes, strict=True)
         picks = smallest([list(zip(*unit, strict=True)) for unit in sizes])
         recipe = self._recipe(picks)
-        beyond = any(total(limit.costs, picks) > limit.bound for limit in target.limits)
-        if beyond or target.excess(recipe) > 0:
-            raise target.impossible(recipe)
+        beyond = any(total(limit.costs, picks) > limit.bound for limit in goal.limits)
+        if beyond or goal.excess(recipe) > 0:
+            raise goal.impossible(recipe)
         return Solution(picks, float(total(self._ground.losses, picks)), 0.0)
 
     def _parallel(self) -> int:
@@ -183,11 +183,11 @@ class _Fit:
             kv_dtype="fp8" if setting.kv_dtype == "fp8" else "bfloat16",
         )
 
-    def _comments(self, target: Target, solution: Solution) -> list[str]:
+    def _comments(self, goal: Goal, solution: Solution) -> list[str]:
         losses, wish = self._losses, self._wish
         proven = "proven optimal" if solution.optimal else f"within {100 * solution.gap:.2g} % of the optimum"
         lines = [
-            f"Made by `l4pack fit` for {target.describe()},",
+            f"Made by `l4pack fit` for {goal.describe()},",
             f"to be loaded by {'vllm, sglang and transformers' if wish.runtime == ANY else wish.runtime}; {proven}.",
             f"Predicted KL {solution.loss:.6g} nats, the sum of what each choice alone does.",
         ]
@@ -204,8 +204,8 @@ class _Fit:
             hint="measure more options, or choose another --runtime",
         )
 
-    def _nothing_to_do(self, target: Target) -> UsageError:
+    def _nothing_to_do(self, goal: Goal) -> UsageError:
         return UsageError(
-            f"{self._checkpoint.name} meets the budget as it is ({target.describe()}): nothing needs to be quantized",
+            f"{self._checkpoint.name} meets the budget as it is ({goal.describe()}): nothing needs to be quantized",
             hint="serve the original, or give a smaller budget",
         )

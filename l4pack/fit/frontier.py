@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from l4pack.fit.solve import Limit, Picks, hull, solve, total
-from l4pack.fit.units import Unit
+from l4pack.fit.units import UnitChoices
 from l4pack.recipe import KEEP
 from l4pack.units import GIB
 
@@ -29,7 +29,7 @@ class Point:
 class Ground:
     """The losses and bytes that every question about a model's units is answered from; `fixed` is what no choice changes."""
 
-    units: Sequence[Unit]
+    units: Sequence[UnitChoices]
     losses: Sequence[Sequence[float]]
     nbytes: Sequence[Sequence[int]]
     fixed: int
@@ -77,6 +77,6 @@ def steps_around(ground: Ground, picks: Picks) -> list[Point]:
     return found
 
 
-def _uniform(units: Sequence[Unit], option: str) -> Picks:
+def _uniform(units: Sequence[UnitChoices], option: str) -> Picks:
     names = [[choice.option for choice in unit.choices] for unit in units]
     return tuple(row.index(option if option in row else KEEP) for row in names)

@@ -18,7 +18,7 @@ from l4pack.checkpoint.source import Checkpoint, LocalStore
 from l4pack.errors import UsageError
 from l4pack.formats import check_accepts, load_format
 from l4pack.measure.identity import model_fingerprint
-from l4pack.measure.record import Change, Joint, Sensitivity, read_sensitivity
+from l4pack.measure.record import ChangeRecord, Joint, Sensitivity, read_sensitivity
 from l4pack.model.tensors import QUANTIZABLE, Role
 from l4pack.recipe import KEEP, RecipeScheme
 from l4pack.resources import data_folder
@@ -37,7 +37,7 @@ class Losses:
     measured_on: str
     stand_in: bool
     joint: tuple[Joint, ...]
-    changes: Mapping[tuple[int, Role, str], Change]  # of the model itself; none of a stand-in
+    changes: Mapping[tuple[int, Role, str], ChangeRecord]  # of the model itself; none of a stand-in
 
 
 def shipped_sensitivity(checkpoint: Checkpoint) -> Sensitivity:
@@ -96,15 +96,15 @@ def _role_layers(checkpoint: Checkpoint) -> dict[Role, list[int]]:
     return {role: sorted(found[role]) for role in QUANTIZABLE if role in found}
 
 
-def _cleaned(changes: Sequence[Change]) -> dict[UnitKey, dict[str, float]]:
+def _cleaned(changes: Sequence[ChangeRecord]) -> dict[UnitKey, dict[str, float]]:
     """Losses without what only noise can have made: none is negative, and within a unit none falls as its error grows."""
-    units: dict[UnitKey, list[Change]] = defaultdict(list)
+    units: dict[UnitKey, list[ChangeRecord]] = defaultdict(list)
     for change in changes:
         units[change.layer, change.role].append(change)
     return {key: _pooled(found) for key, found in units.items()}
 
 
-def _pooled(changes: Sequence[Change]) -> dict[str, float]:
+def _pooled(changes: Sequence[ChangeRecord]) -> dict[str, float]:
     """Isotonic regression of a unit's KL on its own output's error, weighed by the inverse variance of each KL."""
     from scipy.optimize import isotonic_regression  # takes a while to load
 

@@ -13,7 +13,7 @@ import yaml
 from l4pack.datafile import validate
 from l4pack.errors import UsageError
 from l4pack.fit.solve import Picks
-from l4pack.fit.units import Unit
+from l4pack.fit.units import UnitChoices
 from l4pack.model.tensors import Role
 from l4pack.recipe import KEEP, Promise, Recipe, RecipeScheme, load_recipe
 
@@ -24,7 +24,7 @@ _NAME = re.compile(r"[^a-z0-9._-]+")
 def recipe_values(
     name: str,
     title: str,
-    units: Sequence[Unit],
+    units: Sequence[UnitChoices],
     picks: Picks,
     options: Mapping[str, RecipeScheme],
     promise: Promise | None = None,
@@ -72,7 +72,7 @@ def recipe_name(stem: str) -> str:
     return _NAME.sub("-", stem.lower()).strip("-._")[:64] or "fit"
 
 
-def _rules(units: Sequence[Unit], picks: Picks) -> list[dict[str, Any]]:
+def _rules(units: Sequence[UnitChoices], picks: Picks) -> list[dict[str, Any]]:
     layers: dict[tuple[Role, str], list[int]] = defaultdict(list)
     counts: dict[Role, int] = defaultdict(int)
     for unit, pick in zip(units, picks, strict=True):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from l4pack.fit.fit import Fitted
 from l4pack.fit.frontier import Point
 from l4pack.fit.losses import Losses
-from l4pack.fit.units import Choice, Unit
+from l4pack.fit.units import Choice, UnitChoices
 from l4pack.measure.record import Joint
 
 MAX_BYTES = 16 * 1024 * 1024
@@ -116,7 +116,7 @@ def fit_record(fitted: Fitted, recipe: Path | None = None) -> FitRecord:
     )
 
 
-def _by_layer(losses: Losses, unit: Unit, choice: Choice) -> list[tuple[int, float]]:
+def _by_layer(losses: Losses, unit: UnitChoices, choice: Choice) -> list[tuple[int, float]]:
     """What a choice is predicted to cost in each of its unit's layers."""
     found = [(layer, losses.kl.get((layer, unit.role), {})) for layer in unit.layers]
     return [(layer, kl.get(choice.option, 0.0)) for layer, kl in found]

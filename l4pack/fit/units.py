@@ -32,7 +32,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Unit:
+class UnitChoices:
     """All matrices of a role in some layers that get the same; `choices` begin with leaving them as they are."""
 
     layers: tuple[int, ...]
@@ -45,12 +45,12 @@ class Unit:
 class Units:
     """Every unit of a model in order of layers, and why options were left out: (option, role) -> reasons."""
 
-    units: tuple[Unit, ...]
+    units: tuple[UnitChoices, ...]
     left_out: Mapping[tuple[str, Role], tuple[str, ...]]
 
     def alike(self) -> Units:
         """All layers of a role as one unit, with the options that each of them may be given."""
-        roles: dict[Role, list[Unit]] = defaultdict(list)
+        roles: dict[Role, list[UnitChoices]] = defaultdict(list)
         for unit in self.units:
             roles[unit.role].append(unit)
         return replace(self, units=tuple(_joined(units) for units in roles.values()))
@@ -78,11 +78,11 @@ def model_units(checkpoint: Checkpoint, losses: Losses, runtime: str, tp: int) -
                 left_out[name, role] = reasons
             else:
                 choices.append(sizes.choice(members, name, kl))
-        units.append(Unit((layer,), role, sum(linear.numel for linear, _ in members), tuple(choices)))
+        units.append(UnitChoices((layer,), role, sum(linear.numel for linear, _ in members), tuple(choices)))
     return Units(tuple(units), left_out)
 
 
-def device_bytes(units: Sequence[Unit], found: Budget) -> list[list[int]]:
+def device_bytes(units: Sequence[UnitChoices], found: Budget) -> list[list[int]]:
     """Bytes of every choice of every unit on the GPU that holds its layer, as the memory model of `found` counts them."""
     setting = replace(found.setting, pp=1)
     known: dict[int, int] = {}
@@ -96,13 +96,13 @@ def device_bytes(units: Sequence[Unit], found: Budget) -> list[list[int]]:
     return [[known[id(choice.tensors)] for choice in unit.choices] for unit in units]
 
 
-def _joined(units: Sequence[Unit]) -> Unit:
+def _joined(units: Sequence[UnitChoices]) -> UnitChoices:
     first = units[0]
     named = [{choice.option: choice for choice in unit.choices} for unit in units]
     everywhere = [choice.option for choice in first.choices if all(choice.option in one for one in named)]
     choices = tuple(_together([one[option] for one in named]) for option in everywhere)
     layers = tuple(layer for unit in units for layer in unit.layers)
-    return Unit(layers, first.role, sum(unit.numel for unit in units), choices)
+    return UnitChoices(layers, first.role, sum(unit.numel for unit in units), choices)
 
 
 def _together(choices: Sequence[Choice]) -> Choice:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from l4pack.calibration.mlp import Matrices, solve_mlp, weights_of
+from l4pack.calibration.mlp import Inputs, Matrices, solve_mlp, weights_of
 from l4pack.calibration.rows import Block, UnitRows, blocks, expert_rows
 from l4pack.errors import SourceError
 from l4pack.quant.dequantize import dequantize
@@ -17,14 +17,11 @@ from l4pack.quant.dtypes import FLOATS, FloatName
 from l4pack.quant.grid import E4M3, ScaleDtype
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, quantize_block
-from l4pack.recipe import Activations as RecipeActivations
-from l4pack.recipe import Method, RecipeScheme
-from l4pack.stream.activations import Activations
+from l4pack.recipe import Activations, Method, RecipeScheme
+from l4pack.stream.activations import RoundedInputs
 from l4pack.stream.layer import LayerPass
 from l4pack.stream.units import Part, Unit, UnitWeights, module_names
 from l4pack.stream.weights import LinearWeight, Weights
-
-Inputs = Callable[[], Iterable[Block]]
 
 
 def altered(
@@ -97,10 +94,10 @@ def _solved(
     return {name: weights_of(solution) for name, solution in solutions.items()}
 
 
-def _rounding(scheme: RecipeScheme) -> Activations | None:
+def _rounding(scheme: RecipeScheme) -> RoundedInputs | None:
     """What a runtime does to the inputs of a matrix; only FP8 schemes round them."""
-    if scheme.activations is RecipeActivations.DYNAMIC_TOKEN:
-        return Activations(E4M3, "token")
-    if scheme.activations is RecipeActivations.DYNAMIC_GROUP and scheme.block_structure is not None:
-        return Activations(E4M3, "group", scheme.block_structure[1])
+    if scheme.activations is Activations.DYNAMIC_TOKEN:
+        return RoundedInputs(E4M3, "token")
+    if scheme.activations is Activations.DYNAMIC_GROUP and scheme.block_structure is not None:
+        return RoundedInputs(E4M3, "group", scheme.block_structure[1])
     return None

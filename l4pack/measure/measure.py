@@ -31,8 +31,7 @@ from l4pack.measure.costs import (
 from l4pack.measure.identity import model_fingerprint
 from l4pack.measure.options import Options, family, options_for
 from l4pack.measure.predict import Clusters, Estimate, Predictor, added
-from l4pack.measure.record import Change as ChangeRecord
-from l4pack.measure.record import Joint, ModelId, Sensitivity, Total, combined
+from l4pack.measure.record import ChangeRecord, Joint, ModelId, Sensitivity, Total, combined
 from l4pack.measure.state import State
 from l4pack.measure.texts import Texts, load_texts
 from l4pack.measure.wave import Shared, Wave

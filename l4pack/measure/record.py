@@ -36,7 +36,7 @@ class ModelId(_Data):
     layers: Annotated[int, Field(gt=0)]
 
 
-class Change(_Data):
+class ChangeRecord(_Data):
     """One unit, all matrices of a role in a layer, given one option while the rest stays as it is.
 
     `error` is ||y' - y||^2 / ||y||^2 of the unit's own output on the original inputs, summed over the measured tokens.
@@ -108,7 +108,7 @@ class Sensitivity(_Data):
     text: dict[str, Any]
     calibration: dict[str, Any]
     options: dict[str, RecipeScheme]
-    changes: Annotated[list[Change], Field(min_length=1)]
+    changes: Annotated[list[ChangeRecord], Field(min_length=1)]
     totals: list[Total] = []
     joint: list[Joint] = []
     linearity: Linearity | None = None
@@ -131,7 +131,7 @@ class Sensitivity(_Data):
         write_atomic(path, (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode())
 
 
-def combined(changes: Iterable[Change]) -> float:
+def combined(changes: Iterable[ChangeRecord]) -> float:
     """KL of single changes made at once: what grows with the error adds up; what comes of rerouted tokens adds up as
     its squares do, because disturbances of a router's logits by different units are as good as independent."""
     found = list(changes)

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from l4pack.calibration.mlp import Inputs
 from l4pack.evaluate.answers import StreamAnswers
 from l4pack.evaluate.scoring import divergences
-from l4pack.measure.altered import Inputs, altered, calibration_inputs
+from l4pack.measure.altered import altered, calibration_inputs
 from l4pack.measure.changes import Change, Mixture, Single
 from l4pack.measure.options import Options
 from l4pack.model.tensors import Role

@@ -202,7 +202,7 @@ def _calibrate(
     supply: Supply | None,
 ) -> None:
     """Solve the calibrated matrices and write the record of it."""
-    from l4pack.calibration.walk import CalibrationRun
+    from l4pack.calibration.run import CalibrationRun
 
     CalibrationRun(plan, output, work / _HIDDEN, stop, advance, device, supply).run()
     write_atomic(work / _ARTIFACT / RECORD_NAME, plan.calibration_json(output.journal.results))

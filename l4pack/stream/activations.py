@@ -23,7 +23,7 @@ SMALLEST_GROUP_AMAX = 1e-10
 
 
 @dataclass(frozen=True)
-class Activations:
+class RoundedInputs:
     """How the inputs of one matrix are rounded."""
 
     grid: Grid
@@ -49,7 +49,7 @@ class Activations:
         return (amax / self.grid.highest).clamp(min=SMALLEST_TOKEN_SCALE[self.grid])
 
 
-def activations_of(scheme: QuantizationScheme, input_scale: Tensor | None, module: str) -> Activations | None:
+def activations_of(scheme: QuantizationScheme, input_scale: Tensor | None, module: str) -> RoundedInputs | None:
     """The rounding a scheme's `input_activations` ask for. Raises L4packError for one that can't be simulated."""
     args = scheme.input_activations
     if args is None:
@@ -63,7 +63,7 @@ def activations_of(scheme: QuantizationScheme, input_scale: Tensor | None, modul
             hint="add --weights-only to evaluate the weights alone",
         )
     scale = input_scale.float().reshape(()) if static and input_scale is not None else None
-    return Activations(GRIDS[NumberType(kind), 8], strategy, args.group_size, scale)  # type: ignore[arg-type]
+    return RoundedInputs(GRIDS[NumberType(kind), 8], strategy, args.group_size, scale)  # type: ignore[arg-type]
 
 
 def _text(value: Any) -> str:

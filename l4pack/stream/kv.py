@@ -13,7 +13,7 @@ from l4pack.quant.grid import E4M3
 from l4pack.quant.torch_ops import nearest
 
 
-class Entry(Protocol):
+class CacheEntry(Protocol):
     """What is done to keys and values [batch, kv_heads, length, head_dim] that enter the cache.
 
     The first `lengths[i]` tokens of row `i` are a text's, those after them fill up the batch.
@@ -52,7 +52,7 @@ def unchanged(keys: Tensor, values: Tensor, lengths: Sequence[int]) -> tuple[Ten
 class PassingCache:
     """What transformers' attention asks of a cache, for sequences that are attended at once: nothing is kept."""
 
-    def __init__(self, entry: Entry, lengths: Sequence[int]) -> None:
+    def __init__(self, entry: CacheEntry, lengths: Sequence[int]) -> None:
         self._entry, self._lengths = entry, lengths
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -69,7 +69,7 @@ class PassingCache:
 class BlockCache:
     """What transformers' attention asks of a cache, for one layer and one sequence of known length."""
 
-    def __init__(self, length: int, entry: Entry = unchanged) -> None:
+    def __init__(self, length: int, entry: CacheEntry = unchanged) -> None:
         self._length, self._entry = length, entry
         self._seen = 0
         self._keys: Tensor | None = None

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from l4pack.errors import L4packError
 from l4pack.stream.hidden import Packed, Piece, batches
-from l4pack.stream.kv import BlockCache, Entry, PassingCache, causal_mask, unchanged
+from l4pack.stream.kv import BlockCache, CacheEntry, PassingCache, causal_mask, unchanged
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.rows import rows_at_once
 from l4pack.stream.sides import Stream
@@ -81,7 +81,7 @@ class LayerPass:
         self._layer: Any = skeleton.layer(index)
         self.moe = index in skeleton.config.text.moe_layers
         self.routing: Routing | None = None
-        self._entry: Entry = unchanged
+        self._entry: CacheEntry = unchanged
 
     def run(self, unit: Unit, weights: UnitWeights) -> Forward:
         """Run a unit, attention first; returns what it makes of other inputs, for attention from a sequence's start."""
@@ -93,7 +93,7 @@ class LayerPass:
         return module
 
     @torch.inference_mode()
-    def attention(self, weights: UnitWeights, entry: Entry | None = None) -> None:
+    def attention(self, weights: UnitWeights, entry: CacheEntry | None = None) -> None:
         """Write input + attention to the middle; keys and values enter the cache as the weights have it, or by `entry`.
 
         Raises L4packError when the output is not finite.

@@ -31,7 +31,7 @@ from l4pack.model.tensors import Linear, canonical_naming, catalogue, rename
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.layout import Layout
 from l4pack.quant.torch_ops import DTYPES
-from l4pack.stream.activations import Activations, activations_of
+from l4pack.stream.activations import RoundedInputs, activations_of
 from l4pack.stream.kv import RoundedCache
 
 _VIEWS = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -42,7 +42,7 @@ class LinearWeight:
     """One matrix [out_features, in_features] in the compute dtype, and what is done to its inputs."""
 
     weight: Tensor
-    activations: Activations | None = None
+    activations: RoundedInputs | None = None
 
 
 class Weights:

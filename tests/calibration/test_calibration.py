@@ -14,7 +14,7 @@ from spoil import SPOILS
 from transformers import AutoModelForImageTextToText
 
 from l4pack.artifact.calibration_record import RECORD_NAME
-from l4pack.calibration import walk
+from l4pack.calibration import run
 from l4pack.calibration.coverage import Coverage
 from l4pack.calibration.moments import Moments
 from l4pack.calibration.rows import BORROWED_WEIGHT, expert_rows
@@ -117,7 +117,7 @@ def test_hessians_are_those_of_the_inputs_that_transformers_gives_each_matrix(
 
     monkeypatch.setattr("l4pack.calibration.mlp.gptq.prepare", spy)
     # Nothing is quantized visibly below, so that the second layer sees what the original model gives it.
-    monkeypatch.setattr(walk.CalibrationRun, "_as_written", lambda self, unit, weights: weights)
+    monkeypatch.setattr(run.CalibrationRun, "_as_written", lambda self, unit, weights: weights)
     plan = planned(source, text, calibration={"min_tokens": 1}, asymmetric=asymmetric)
     run_plan(plan, tmp_path / "out")
     tokens = torch.tensor([item.tokens for item in plan.text.sequences])
@@ -253,7 +253,7 @@ def test_a_record_never_outgrows_its_room(made):
 
 
 def test_cold_experts_over_the_gate_stop_the_run(source, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(walk.LayerPass, "route", no_token_for_expert_0(walk.LayerPass.route))
+    monkeypatch.setattr(run.LayerPass, "route", no_token_for_expert_0(run.LayerPass.route))
     plan = planned(source, text, calibration={"max_cold_experts": 0.05})
     with pytest.raises(QualityError, match=r"1 of 16 experts saw no token \(the first: layer 1, expert 0\)") as caught:
         run_plan(plan, tmp_path / "out")
@@ -273,7 +273,7 @@ def no_token_for_expert_0(route):
 
 
 def test_a_cold_expert_is_solved_with_borrowed_tokens(source, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(walk.LayerPass, "route", no_token_for_expert_0(walk.LayerPass.route))
+    monkeypatch.setattr(run.LayerPass, "route", no_token_for_expert_0(run.LayerPass.route))
     plan = planned(source, text, calibration={"max_cold_experts": 1.0, "min_tokens": 300})
     record = record_of(run_plan(plan, tmp_path / "out").out)
     cold = [found for name, found in record["matrices"].items() if ".experts.0." in name]
@@ -415,7 +415,8 @@ def test_static_activations_go_with_one_scale_a_matrix():
         Recipe.model_validate(values)
 
 
-def test_coverage_command(source, text, l4pack):
+def test_coverage_command(source, text, l4pack, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     command = ["coverage", source, "--text", text, "--samples", SAMPLES, "--sequence-length", LENGTH, "--json"]
     ended = l4pack(*command)
     assert ended.code == 0, ended.err

@@ -18,8 +18,8 @@ from killing import TEXT, Killed, killed_after
 from models import build
 from spoil import SPOILS
 
+from l4pack.calibration.run import CalibrationRun
 from l4pack.calibration.text import with_text
-from l4pack.calibration.walk import CalibrationRun
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.errors import BudgetError
@@ -147,7 +147,7 @@ def test_killed_by_the_system_it_ends_in_the_same_bytes(source, text, undisturbe
     script = (
         "import os, sys, signal, torch; torch.set_num_threads(1)\n"
         "import test_calibration_resume as t\n"
-        "from l4pack.calibration.walk import CalibrationRun\n"
+        "from l4pack.calibration.run import CalibrationRun\n"
         "solve, seen = CalibrationRun._solve, []\n"
         "def dying(self, *rest):\n"
         "    seen.append(None)\n"

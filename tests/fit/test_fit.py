@@ -26,7 +26,7 @@ from l4pack.fit.recipe import recipe_name
 from l4pack.fit.record import fit_record
 from l4pack.fit.solve import Limit, solve, total
 from l4pack.formats import LocalMatrix, hindrances, load_format
-from l4pack.measure.record import Change, ModelId
+from l4pack.measure.record import ChangeRecord, ModelId
 from l4pack.model.tensors import Role
 from l4pack.plan.plan import make_plan
 from l4pack.recipe import KEEP, RecipeScheme, load_recipe
@@ -429,7 +429,7 @@ def test_names_from_outside_stay_in_their_comment(scout):
 
 def test_changes_of_layers_that_are_not_there(scout):
     record = synthetic(scout)
-    extra = Change(layer=9, role=Role.ATTENTION, option="int8", error=0, kl=0, kl_standard_error=0, measured=True)
+    extra = ChangeRecord(layer=9, role=Role.ATTENTION, option="int8", error=0, kl=0, kl_standard_error=0, measured=True)
     more = record.model_copy(update={"changes": [*record.changes, extra]})
     assert (9, Role.ATTENTION) not in losses_for(scout, more).kl
 

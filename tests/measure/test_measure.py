@@ -32,7 +32,7 @@ from l4pack.measure.identity import model_fingerprint
 from l4pack.measure.measure import Direct, Settings, measure, prepare
 from l4pack.measure.options import OPTIONS, options_for
 from l4pack.measure.predict import Clusters, Predictor
-from l4pack.measure.record import Change, combined, read_sensitivity
+from l4pack.measure.record import ChangeRecord, combined, read_sensitivity
 from l4pack.measure.state import State
 from l4pack.model.tensors import Role
 from l4pack.quant import gptq
@@ -41,7 +41,7 @@ from l4pack.quant.grid import E4M3
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import quantize_block
 from l4pack.recipe import RecipeScheme
-from l4pack.stream.activations import Activations
+from l4pack.stream.activations import RoundedInputs
 from l4pack.stream.kept import WalkState
 from l4pack.stream.lanes import Lanes
 from l4pack.stream.walk import Walk
@@ -138,10 +138,10 @@ def kl_by_hand(original, changed, sequences):
 
 CASES = [
     ("scout", 0, "attention", "int4-g32-rtn", None),
-    ("scout", 1, "attention", "fp8", Activations(E4M3, "token")),
+    ("scout", 1, "attention", "fp8", RoundedInputs(E4M3, "token")),
     ("scout", 0, "routed_expert", "int8-g128", None),
-    ("scout", 1, "shared_expert", "fp8", Activations(E4M3, "token")),
-    ("scout", 1, "shared_expert", "fp8-block", Activations(E4M3, "group", 128)),
+    ("scout", 1, "shared_expert", "fp8", RoundedInputs(E4M3, "token")),
+    ("scout", 1, "shared_expert", "fp8-block", RoundedInputs(E4M3, "group", 128)),
     ("maverick", 0, "dense_mlp", "int8-g64", None),
     ("maverick", 1, "routed_expert", "int8-g32", None),
 ]
@@ -384,7 +384,8 @@ def test_a_family_that_is_predicted_well_is_not_measured(predictor):
 def test_joint_changes_combine_rerouting_as_squares():
     kinds = {"layer": 0, "role": Role.ATTENTION, "error": 0.1, "kl_standard_error": 0.0, "measured": True}
     ours = [
-        Change(option=option, kl=kl, rerouting=part, **kinds) for option, kl, part in (("a", 5.0, 3.0), ("b", 6.0, 4.0))
+        ChangeRecord(option=option, kl=kl, rerouting=part, **kinds)
+        for option, kl, part in (("a", 5.0, 3.0), ("b", 6.0, 4.0))
     ]
     assert combined(ours) == pytest.approx(2 + 2 + 5)
 

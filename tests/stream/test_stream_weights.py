@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from l4pack.checkpoint.source import open_folder
 from l4pack.errors import L4packError
 from l4pack.quant.grid import E4M3, INT8
-from l4pack.stream.activations import Activations
+from l4pack.stream.activations import RoundedInputs
 from l4pack.stream.weights import Weights
 
 CPU = torch.device("cpu")
@@ -169,7 +169,7 @@ def test_fp8_inputs_number_by_number(strategy, group):
     values = (
         torch.randn(5, 32, generator=torch.Generator().manual_seed(6)) * torch.tensor([1, 1e-6, 100, 0, 3.0])[:, None]
     )
-    found = Activations(E4M3, strategy, group)(values)
+    found = RoundedInputs(E4M3, strategy, group)(values)
     for row, numbers in enumerate(values.tolist()):
         for column, value in enumerate(numbers):
             peers = {"token": numbers, "tensor": values.flatten().tolist(),
@@ -181,7 +181,7 @@ def test_fp8_inputs_number_by_number(strategy, group):
 
 def test_int8_inputs_number_by_number():
     values = torch.randn(4, 32, generator=torch.Generator().manual_seed(6))
-    found = Activations(INT8, "token")(values)
+    found = RoundedInputs(INT8, "token")(values)
     for row, numbers in enumerate(values.tolist()):
         scale = float(np.float32(max(map(abs, numbers))) / np.float32(127))
         for column, value in enumerate(numbers):
@@ -189,7 +189,7 @@ def test_int8_inputs_number_by_number():
 
 
 def test_static_inputs_saturate():
-    found = Activations(E4M3, "tensor", scale=torch.tensor(0.01))(torch.tensor([[0.1, 100.0, -100.0]]))
+    found = RoundedInputs(E4M3, "tensor", scale=torch.tensor(0.01))(torch.tensor([[0.1, 100.0, -100.0]]))
     assert found.tolist()[0] == pytest.approx([0.1, 4.48, -4.48], rel=0.07)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from l4pack.measure.identity import model_fingerprint
-from l4pack.measure.record import Change, ModelId, Sensitivity
+from l4pack.measure.record import ChangeRecord, ModelId, Sensitivity
 from l4pack.recipe import RecipeScheme
 
 INT = {"format": "pack-quantized", "strategy": "group"}
@@ -44,7 +44,9 @@ def synthetic(checkpoint, seed=0, noise=0.0, options=tuple(OPTIONS), **changes) 
             error = float(4.0 ** -BITS[name])
             kl = 0.4 * scale * error * float(np.exp(random.normal(0, 0.2))) + noise * float(random.normal())
             found.append(
-                Change(layer=layer, role=role, option=name, error=error, kl=kl, kl_standard_error=noise, measured=True)
+                ChangeRecord(
+                    layer=layer, role=role, option=name, error=error, kl=kl, kl_standard_error=noise, measured=True
+                )
             )
     own = ModelId(name=checkpoint.name, fingerprint=model_fingerprint(checkpoint), layers=layers)
     return Sensitivity(
