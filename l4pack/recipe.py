@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from l4pack.datafile import digest_of, read_yaml, validate
 from l4pack.errors import RecipeError, UsageError
-from l4pack.formats import check_accepts, load_format
+from l4pack.formats.configuration import Activations
+from l4pack.formats.known import load_format
 from l4pack.model.tensors import QUANTIZABLE, Role
 from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.resources import data_folder
@@ -26,15 +27,6 @@ class Method(StrEnum):
 
     RTN = "rtn"
     GPTQ = "gptq"
-
-
-class Activations(StrEnum):
-    """What a runtime does to the inputs of a matrix."""
-
-    NONE = "none"
-    DYNAMIC_TOKEN = "dynamic_token"
-    DYNAMIC_GROUP = "dynamic_group"
-    STATIC_TENSOR = "static_tensor"
 
 
 class _Data(BaseModel):
@@ -246,7 +238,7 @@ def load_recipe(name_or_file: str) -> Recipe:
     values = _resolved(path, depth=0)
     recipe = validate(Recipe, values, path.name)
     for key, scheme in recipe.schemes.items():
-        check_accepts(load_format(scheme.format), scheme, scheme.activations, f"{path.name}: schemes.{key}")
+        load_format(scheme.format).check_accepts(scheme, scheme.activations, f"{path.name}: schemes.{key}")
     return recipe
 
 

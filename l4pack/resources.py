@@ -6,12 +6,13 @@ from importlib.resources import files
 from pathlib import Path
 
 _PACKAGE = Path(str(files("l4pack")))
+_DATA = (".yaml", ".json")
 
 
 def data_folder(kind: str) -> Path:
-    """The folder of `recipes`, `formats` or `sensitivities`."""
+    """The folder of the data files in `recipes`, `formats` or `sensitivities`."""
     inside = _PACKAGE / kind
-    return inside if inside.is_dir() else _PACKAGE.parent / kind
+    return inside if any(path.suffix in _DATA for path in inside.glob("*")) else _PACKAGE.parent / kind
 
 
 def data_text(*parts: str) -> str:

@@ -13,7 +13,7 @@ import typer.main
 from command_line import CODES, commands
 
 from l4pack.cli.app import app
-from l4pack.formats import format_names
+from l4pack.formats.known import format_names
 from l4pack.recipe import recipe_names
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from l4pack.formats import FormatSpec, format_names, load_format
+from l4pack.formats.format import Format
+from l4pack.formats.known import format_names, load_format
 from l4pack.model.tensors import QUANTIZABLE, Role
 from l4pack.quant.scheme import Scheme
 from l4pack.recipe import (
@@ -166,24 +167,24 @@ def allowed(annotation: Any, schema: dict[str, Any]) -> str:
 def formats_page() -> str:
     """Every shipped format: its tensors and its readers."""
     parts = ["# Formats\n", "The planner, the writer and the verifier read the same files, `formats/*.yaml`.\n"]
-    for spec in map(load_format, format_names()):
-        parts += [f"## {spec.name}\n\n{spec.title}.\n", tensors(spec), readers(spec)]
+    for form in map(load_format, format_names()):
+        parts += [f"## {form.name}\n\n{form.title}.\n", tensors(form), readers(form)]
     return "\n".join(parts)
 
 
-def tensors(spec: FormatSpec) -> str:
+def tensors(form: Format) -> str:
     """A table of the tensors that stand for one matrix `[out, in]`."""
     rows = ["| tensor | dtype | shape by strategy | when |", "|---|---|---|---|"]
-    for rule in spec.tensors:
-        shapes = "; ".join(f"{strategy.value}: `[{', '.join(shape)}]`" for strategy, shape in rule.shape.items())
-        rows.append(f"| `{rule.suffix}` | {rule.dtype} | {shapes} | {rule.when or 'always'} |")
+    for piece in form.pieces:
+        shapes = "; ".join(f"{strategy.value}: `[{', '.join(shape)}]`" for strategy, shape in piece.shape.items())
+        rows.append(f"| `{piece.suffix}` | {piece.dtype} | {shapes} | {piece.when or 'always'} |")
     return "\n".join(rows) + "\n"
 
 
-def readers(spec: FormatSpec) -> str:
+def readers(form: Format) -> str:
     """What each runtime does with the format."""
     rows = []
-    for reader in spec.readers:
+    for reader in form.readers:
         limits = "; ".join(f"{limit.severity}: {limit.says}" for limit in (*reader.limits, *reader.shapes))
         rows.append(f"- {reader.runtime} {reader.version}: {limits or 'no known limits'}")
     return "\n".join(rows) + "\n"

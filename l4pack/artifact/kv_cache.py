@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from l4pack.formats import Condition, FormatSpec
+from l4pack.formats.format import Format
+from l4pack.formats.readers import Condition
 from l4pack.model import parts
 from l4pack.model.tensors import Naming
 from l4pack.recipe import KVStrategy
@@ -35,11 +36,11 @@ def cache_arguments(strategy: KVStrategy) -> dict[str, Any]:
     return {"num_bits": 8, "type": "float", "strategy": _STRATEGIES[strategy], "symmetric": True, "dynamic": False}
 
 
-def cache_limits(spec: FormatSpec, strategy: KVStrategy, *, vision: bool) -> list[str]:
+def cache_limits(form: Format, strategy: KVStrategy, *, vision: bool) -> list[str]:
     """What runtimes can't do with such scales beside matrices of a format, each as `RUNTIME VERSION what`."""
     by_head = strategy is KVStrategy.HEAD
     holds: dict[Condition, bool] = {"kv_cache": True, "kv_cache_vision": vision, "kv_cache_by_head": by_head}
-    limits = [(reader, limit) for reader in spec.readers for limit in reader.limits]
+    limits = [(reader, limit) for reader in form.readers for limit in reader.limits]
     return [f"{reader.runtime} {reader.version} {limit.says}" for reader, limit in limits if holds.get(limit.when)]
 
 

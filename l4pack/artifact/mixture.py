@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from l4pack.formats.configuration import Activations
 from l4pack.model.config import Llama4Config
 from l4pack.model.tensors import Role, catalogue
 from l4pack.quant.scheme import Strategy
-from l4pack.recipe import KEEP, Activations, Recipe, RecipeScheme
+from l4pack.recipe import KEEP, Recipe, RecipeScheme
 
 Layers = dict[str, list[int | None]]  # scheme name -> the layers in which a role has it, None outside of them
 

@@ -10,28 +10,18 @@ from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from l4pack.artifact.patterns import matches, pattern
 from l4pack.errors import L4packError
-from l4pack.quant.dequantize import dequantize
-from l4pack.quant.floats import Float32Array
-from l4pack.quant.grid import NumberType
-from l4pack.quant.packing import packed_columns
-from l4pack.quant.quantize import Quantized
+from l4pack.formats.configuration import read_scheme
+from l4pack.formats.format import Format
+from l4pack.formats.known import FORMATS
 from l4pack.quant.scheme import Scheme, Strategy
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
     from torch import Tensor
-
-# A quantized module has a scale; the plain weight of an FP8 module alone does not tell.
-SCALE_SUFFIXES = ("weight_scale", "weight_packed")
-MODULE_SUFFIXES = (
-    "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
-    "weight_global_scale", "input_scale", "input_zero_point", "input_global_scale",
-)  # fmt: skip
-_OWN_STRATEGIES = {"pack-quantized": ("group", "channel"), "float-quantized": ("channel", "tensor", "block")}
 
 
 class Quantization:
@@ -56,7 +46,6 @@ class Quantization:
                 hint="quantize the original checkpoint with `l4pack quantize`",
             )
         from compressed_tensors.quantization import QuantizationConfig
-        from pydantic import ValidationError
 
         try:
             config = QuantizationConfig.model_validate(dict(stanza))
@@ -92,56 +81,21 @@ class Quantization:
         return str(scheme.format or self._format)
 
 
-def own_scheme(scheme: QuantizationScheme, format_name: str) -> Scheme | None:
-    """A compressed-tensors scheme in this package's words, or None when its kernels don't cover it."""
-    weights = scheme.weights
-    strategy = str(getattr(weights.strategy, "value", weights.strategy)) if weights else ""
-    if weights is None or strategy not in _OWN_STRATEGIES.get(format_name, ()):
+def own_format(scheme: QuantizationScheme, format_name: str) -> tuple[Format, Scheme] | None:
+    """The format and scheme of matrices that this package reads back itself; None where it doesn't."""
+    form, weights = FORMATS.get(format_name), scheme.weights
+    if form is None or weights is None:
         return None
-    kind = NumberType(str(getattr(weights.type, "value", weights.type)))
-    ordered = str(getattr(weights.actorder, "value", weights.actorder)) in ("group", "dynamic")
-    if weights.num_bits not in (4, 8) or ordered or (kind is NumberType.FLOAT) != (format_name == "float-quantized"):
+    given = weights.model_dump(mode="json")
+    if given.get("actorder") in ("group", "dynamic"):
         return None
-    return Scheme(
-        num_bits=weights.num_bits,
-        type=kind,
-        strategy=Strategy(strategy),
-        group_size=weights.group_size if strategy == "group" else None,
-        block_structure=tuple(weights.block_structure) if strategy == "block" else None,
-        symmetric=weights.symmetric,
-    )
-
-
-def dequantized(
-    tensors: Mapping[str, NDArray[Any]], scheme: Scheme, out_features: int, in_features: int, module: str
-) -> Float32Array:
-    """float32 [out_features, in_features] of a module's tensors by suffix. Raises L4packError on a wrong shape."""
-    values = tensors["weight_packed" if scheme.grid.even else "weight"]
-    zero_point = None if scheme.symmetric else tensors.get("weight_zero_point")
-    scale = tensors["weight_scale"]
-    width = packed_columns(in_features, scheme.num_bits) if scheme.grid.even else in_features
-    _expect(values.shape, (out_features, width), f"{module}'s values")
-    _expect(scale.reshape(-1).shape if scheme.strategy is Strategy.TENSOR else scale.shape,
-            _scale_shape(scheme, out_features, in_features), f"{module}.weight_scale")  # fmt: skip
-    if not scheme.symmetric and zero_point is None:
-        raise L4packError(f"{module} is asymmetric but has no weight_zero_point", hint="quantize again")
-    flat = scale.reshape(-1) if scheme.strategy is Strategy.TENSOR else scale
-    return dequantize(Quantized(values, flat, zero_point), scheme, out_features, in_features)
-
-
-def _scale_shape(scheme: Scheme, out_features: int, in_features: int) -> tuple[int, ...]:
-    if scheme.strategy is Strategy.TENSOR:
-        return (1,)
-    height = scheme.block_structure[0] if scheme.block_structure else 1
-    return (-(-out_features // height), -(-in_features // scheme.group_columns(in_features)))
-
-
-def _expect(shape: tuple[int, ...], wanted: tuple[int, ...], what: str) -> None:
-    if shape != wanted:
-        raise L4packError(
-            f"{what} have shape {list(shape)}, the scheme makes it {list(wanted)}",
-            hint="config.json and the weights don't belong together: quantize again",
-        )
+    if given.get("strategy") != Strategy.GROUP:
+        given["group_size"] = None  # compressed-tensors has -1 for whole rows
+    try:
+        own = read_scheme(given)
+    except ValidationError:
+        return None
+    return (form, own) if form.decodes(own) else None
 
 
 def decompressed(tensors: Mapping[str, Tensor], scheme: QuantizationScheme, format_name: str, module: str) -> Tensor:

@@ -12,10 +12,13 @@ from typing import Literal
 from l4pack.budget.load import Setting
 from l4pack.budget.subject import Kind, Subject
 from l4pack.errors import UsageError
-from l4pack.formats import DEGREES, Stored, load_format, split_hindrances
+from l4pack.formats.float_quantized import FLOAT_QUANTIZED
+from l4pack.formats.limits import DEGREES, Stored, split_hindrances
+from l4pack.formats.pack_quantized import PACK_QUANTIZED
 from l4pack.model.tensors import Linear, Role, catalogue
 from l4pack.quant.grid import NumberType
 from l4pack.quant.scheme import Scheme, Strategy
+from l4pack.quant.suffixes import Suffix
 
 _BLOCK = (128, 128)
 
@@ -52,26 +55,26 @@ def _stored(subject: Subject) -> tuple[Stored, ...]:
     found: dict[tuple[object, ...], Stored] = {}
     for key, parts in modules.items():
         linear = linears.get((key[0], key[1] if key[1] is not None else -1, key[2]))
-        for scale in parts.get("weight_scale", ()):
+        for scale in parts.get(Suffix.SCALE, ()):
             scheme = None if linear is None else _scheme(linear, parts, scale)
-            if linear is not None and scheme is not None:
-                spec = load_format("pack-quantized" if scheme.grid.even else "float-quantized")
-                found[scheme, linear.role, linear.projection, linear.in_features] = (spec, scheme, linear)
+            if linear is not None and scheme is not None and scale.form is not None:
+                found[scheme, linear.role, linear.projection, linear.in_features] = (scale.form, scheme, linear)
     return tuple(found.values())
 
 
 def _scheme(linear: Linear, parts: dict[str, list[Kind]], scale: Kind) -> Scheme | None:
-    """The scheme of a matrix whose scale this is; None for one of another format."""
+    """The scheme of a matrix whose scale this is; None for one of another format, or of any size."""
     columns = scale.shape[1] if len(scale.shape) == 2 else 1
-    if scale.fp8:
+    if scale.form is FLOAT_QUANTIZED:
         if len(scale.shape) < 2 or (columns == 1 and scale.shape[0] == linear.out_features):
-            return None  # a scale a channel or a matrix: any size will do
+            return None  # a scale a channel or a matrix
         return Scheme(num_bits=8, type=NumberType.FLOAT, strategy=Strategy.BLOCK, block_structure=_BLOCK)
-    packed = next((kind for kind in parts.get("weight_packed", ()) if kind.dtype == "I32"), None)
+    codes = PACK_QUANTIZED.values
+    packed = next((kind for kind in parts.get(codes.suffix, ()) if kind.dtype == codes.dtype), None)
     if packed is None or len(packed.shape) != 2 or linear.in_features % columns:
         return None
     bits: Literal[4, 8] = 4 if packed.shape[1] <= -(-linear.in_features // 8) else 8
-    group, symmetric = linear.in_features // columns, "weight_zero_point" not in parts
+    group, symmetric = linear.in_features // columns, Suffix.ZERO_POINT not in parts
     if columns == 1 or group % 8 or group > 1024:
         return Scheme(num_bits=bits, strategy=Strategy.CHANNEL, symmetric=symmetric)
     return Scheme(num_bits=bits, group_size=group, symmetric=symmetric)

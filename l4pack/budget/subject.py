@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Protocol
 
 from l4pack.artifact.kv_cache import SUFFIXES as KV_SUFFIXES
 from l4pack.checkpoint.header import TensorEntry, TypedTensor, tensor_bytes
+from l4pack.formats.format import Format
+from l4pack.formats.known import format_of
 from l4pack.model.config import Llama4Config
 from l4pack.model.names import classify, split_suffix
 from l4pack.model.tensors import Role, catalogue
-
-FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 
 
 class StoredTensor(TypedTensor, Protocol):
@@ -47,7 +47,7 @@ class Kind:
     suffix: str
     dtype: str
     shape: tuple[int, ...]
-    fp8: bool  # whether the tensor belongs to a matrix stored in FP8
+    form: Format | None  # of the quantized matrix that the tensor belongs to
 
     @property
     def nbytes(self) -> int:
@@ -67,8 +67,10 @@ class Subject:
     @cached_property
     def kinds(self) -> dict[Kind, int]:
         """How many tensors there are of each kind."""
-        fp8 = {split_suffix(tensor.name)[0] for tensor in self.tensors if tensor.dtype in FP8_DTYPES}
-        return Counter(_kind(tensor, fp8) for tensor in self.tensors)
+        named = [(tensor, *split_suffix(tensor.name)) for tensor in self.tensors]
+        told = ((module, _told(suffix, tensor.dtype)) for tensor, module, suffix in named)
+        forms = {module: form for module, form in told if form is not None}
+        return Counter(_kind(tensor, module, suffix, forms.get(module)) for tensor, module, suffix in named)
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -78,7 +80,7 @@ class Subject:
     @property
     def quantized(self) -> bool:
         """Whether any matrix is stored in fewer bits than the model's dtype."""
-        return any(kind.fp8 or kind.suffix == "weight_packed" for kind in self.kinds)
+        return any(kind.form is not None for kind in self.kinds)
 
     @property
     def kv_dtype(self) -> str:
@@ -102,7 +104,12 @@ def from_config(name: str, config: Llama4Config) -> Subject:
     return Subject(name, config, tuple(Weight(spec.name, "BF16", spec.shape, spec.role, spec.layer) for spec in specs))
 
 
-def _kind(tensor: StoredTensor, fp8: set[str]) -> Kind:
-    module, suffix = split_suffix(tensor.name)
+@cache
+def _told(suffix: str, dtype: str) -> Format | None:
+    """The format that one tensor shows its module to be in, asked once for tensors alike."""
+    return format_of({suffix: dtype})
+
+
+def _kind(tensor: StoredTensor, module: str, suffix: str, form: Format | None) -> Kind:
     projection = module.rpartition(".")[2]
-    return Kind(tensor.role, tensor.layer, projection, suffix, tensor.dtype, tensor.shape, module in fp8)
+    return Kind(tensor.role, tensor.layer, projection, suffix, tensor.dtype, tensor.shape, form)

@@ -13,11 +13,13 @@ import math
 from collections import defaultdict
 from functools import lru_cache
 
-from l4pack import formats
+from l4pack.artifact.kv_cache import SUFFIXES as KV_SUFFIXES
 from l4pack.budget.load import Setting
 from l4pack.budget.runtimes import Runtime
 from l4pack.budget.subject import Kind, Subject, from_config
 from l4pack.errors import UsageError
+from l4pack.formats.float_quantized import FLOAT_QUANTIZED
+from l4pack.formats.limits import ROW_SPLIT
 from l4pack.model.config import TextConfig
 from l4pack.model.parts import (
     CLASS_EMBEDDING,
@@ -31,15 +33,17 @@ from l4pack.model.parts import (
     VISION_DOWN,
 )
 from l4pack.model.tensors import Role
+from l4pack.quant.dtypes import FLOATS
+from l4pack.quant.suffixes import Suffix
 
 VOCAB_PADDING = 64  # vLLM `vocab_parallel_embedding.py`
 MODEL_BYTES = 2  # BF16
 FP8_SCALE_BYTES = 4  # vLLM and SGLang keep the scales of FP8 matrices in float32
-ROW_SPLIT = {*formats.ROW_SPLIT, VISION_DOWN}
+CUT_BY_INPUTS = {*ROW_SPLIT, VISION_DOWN}
 REPEATED = {
     CLASS_EMBEDDING, POSITIONS, NORM_BEFORE, NORM_AFTER, *LAYER_NORMS,
 }  # fmt: skip
-FLOATS = ("BF16", "F16", "F32")
+WHOLE = {Suffix.SHAPE, Suffix.INPUT_SCALE, *KV_SUFFIXES}
 
 
 def stage_layers(num_layers: int, stages: int) -> list[range]:
@@ -101,7 +105,7 @@ def _element_bytes(kind: Kind, casts: bool) -> int:
     """Bytes of an element on the GPU; a runtime that casts holds floats in the model's dtype and FP8 scales in float32."""
     if not casts:
         return kind.nbytes // max(math.prod(kind.shape), 1)
-    if kind.fp8 and kind.suffix == "weight_scale":
+    if kind.form is FLOAT_QUANTIZED and kind.suffix == Suffix.SCALE:
         return FP8_SCALE_BYTES
     if kind.dtype in FLOATS:
         return MODEL_BYTES
@@ -113,11 +117,11 @@ def _split_axis(kind: Kind) -> int | None:
 
     A row-split bias or channel scale has no such axis, and so is repeated.
     """
-    if kind.role in (Role.ROUTER, Role.NORM) or kind.suffix in ("weight_shape", "input_scale", "k_scale", "v_scale"):
+    if kind.role in (Role.ROUTER, Role.NORM) or kind.suffix in WHOLE:
         return None
     if kind.projection in REPEATED:
         return None
-    axis = 1 if kind.projection in ROW_SPLIT else 0
+    axis = 1 if kind.projection in CUT_BY_INPUTS else 0
     if kind.role is Role.ROUTED_EXPERT and len(kind.shape) == 3:
         axis = 2 if kind.projection.startswith(GATE_UP) else 1
     return axis if len(kind.shape) > axis and kind.shape[axis] > 1 else None

@@ -17,7 +17,7 @@ from l4pack.model.parts import DOWN, GATE, UP
 from l4pack.quant import gptq
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.packing import pack_levels, pack_zero_points
-from l4pack.quant.quantize import Quantized
+from l4pack.quant.quantized import Quantized
 from l4pack.recipe import GptqOptions, RecipeScheme
 from l4pack.stream.rows import rows_at_once
 

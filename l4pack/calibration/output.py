@@ -8,7 +8,7 @@ from typing import Protocol
 from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.plan.assign import Target
-from l4pack.quant.quantize import Quantized
+from l4pack.quant.quantized import Quantized
 
 
 class MatrixWriter(Protocol):

@@ -17,19 +17,23 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers.activations import ACT2FN
 
-from l4pack.artifact.quantized import dequantized
 from l4pack.calibration.coverage import Coverage
 from l4pack.calibration.inputs import InputScales, stored_scale
 from l4pack.calibration.kv_cache import CacheRange
 from l4pack.calibration.mlp import Matrices, result_of, solve_mlp, stored
 from l4pack.calibration.output import Output
 from l4pack.calibration.rows import UnitRows, blocks, expert_rows
-from l4pack.calibration.written import cache_key, input_scale, input_scales_key, layers_of, unit_key
-from l4pack.checkpoint.reader import NUMPY_TYPES
+from l4pack.calibration.written import (
+    cache_key,
+    input_scale,
+    input_scales_key,
+    layers_of,
+    unit_key,
+    written_weights,
+)
 from l4pack.checkpoint.writer import Written
 from l4pack.errors import QualityError, SourceError
 from l4pack.model.parts import MLP_MATRICES
-from l4pack.plan.extents import INPUT_SCALE
 from l4pack.plan.needs import asymmetric
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.quantize import NonFiniteError
@@ -227,15 +231,8 @@ class CalibrationRun(Visitor):
 
     def _read_back(self, module: str) -> torch.Tensor:
         target = self._plan.targets[module]
-        arrays = {}
-        for tensor in target.tensors:
-            if tensor.name.endswith(f".{INPUT_SCALE}"):
-                continue
-            raw = self._output.writer.read(tensor.name)
-            arrays[tensor.name.removeprefix(f"{module}.")] = raw.view(NUMPY_TYPES[tensor.dtype]).reshape(tensor.shape)
-        scheme, linear = self._plan.recipe.schemes[target.scheme], target.linear
-        values = torch.from_numpy(dequantized(arrays, scheme, linear.out_features, linear.in_features, module))
-        return values.to(DTYPES[self._config.dtype or "bfloat16"]).to(self._device, torch.float32)
+        values = written_weights(self._output.writer, target, self._plan.recipe.schemes[target.scheme])
+        return torch.from_numpy(values).to(DTYPES[self._config.dtype or "bfloat16"]).to(self._device, torch.float32)
 
     def _check_fallbacks(self) -> None:
         results = [

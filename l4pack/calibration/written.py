@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from l4pack.checkpoint.writer import Extent
-from l4pack.plan.extents import INPUT_SCALE, target_extents
+from l4pack.checkpoint.reader import NUMPY_TYPES
+from l4pack.checkpoint.writer import Extent, ShardWriter
+from l4pack.formats.known import load_format
+from l4pack.formats.weights import weights_of
+from l4pack.plan.extents import made_by_rows, target_extents
+from l4pack.quant.floats import Float32Array
+from l4pack.quant.suffixes import Suffix
+from l4pack.recipe import RecipeScheme
 from l4pack.stream.units import Unit, layer_units, module_names
 
 if TYPE_CHECKING:
@@ -31,7 +37,17 @@ def cache_key(layer: int) -> str:
 
 def input_scale(target: Target) -> PlannedTensor:
     """The tensor that holds the scale of an observed matrix's inputs."""
-    return next(tensor for tensor in target.tensors if tensor.name.endswith(f".{INPUT_SCALE}"))
+    return target.tensor(Suffix.INPUT_SCALE)
+
+
+def written_weights(writer: ShardWriter, target: Target, scheme: RecipeScheme) -> Float32Array:
+    """A matrix [out, in] as the artifact holds it by now, read back from what was written of it."""
+    arrays = {
+        target.suffix(tensor): writer.read(tensor.name).view(NUMPY_TYPES[tensor.dtype]).reshape(tensor.shape)
+        for tensor, _ in made_by_rows(target, scheme)
+    }
+    size = target.linear.out_features, target.linear.in_features
+    return weights_of(arrays, load_format(scheme.format), scheme, *size, target.module)
 
 
 def calibrated_extents(plan: Plan) -> dict[str, list[Extent]]:

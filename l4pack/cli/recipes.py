@@ -10,7 +10,7 @@ from l4pack.cli import console
 from l4pack.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from l4pack.formats import FormatSpec
+    from l4pack.formats.format import Format
     from l4pack.recipe import Recipe, RecipeScheme
 
 Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Explain one; without it, list all.")]
@@ -54,23 +54,23 @@ def formats(name: Name = None, as_json: AsJson = False) -> None:
 
     Example: `l4pack formats pack-quantized`
     """
-    from l4pack.formats import format_names, load_format
+    from l4pack.formats.known import format_names, load_format
 
     chosen = [load_format(each) for each in ([name] if name else format_names())]
     if as_json:
-        console.show_json({"formats": [spec.model_dump(mode="json") for spec in chosen]})
+        console.show_json({"formats": [form.describe() for form in chosen]})
     elif name:
-        _explain(chosen[0].model_dump(mode="json", exclude_none=True), chosen[0].title)
+        _explain(chosen[0].describe(exclude_none=True), chosen[0].title)
     else:
         _list_formats(chosen)
 
 
-def _list_formats(chosen: list[FormatSpec]) -> None:
+def _list_formats(chosen: list[Format]) -> None:
     table = console.table("Format", "Bits", "Strategies", "Read by", "What it is")
-    for spec in chosen:
-        readers = ", ".join(f"{reader.runtime} {reader.version}" for reader in spec.readers)
-        strategies = ", ".join(strategy.value for strategy in spec.accepts.strategies)
-        table.add_row(spec.name, ", ".join(map(str, spec.accepts.num_bits)), strategies, readers, spec.title)
+    for form in chosen:
+        readers = ", ".join(f"{reader.runtime} {reader.version}" for reader in form.readers)
+        strategies = ", ".join(strategy.value for strategy in form.accepts.strategies)
+        table.add_row(form.name, ", ".join(map(str, form.accepts.num_bits)), strategies, readers, form.title)
     console.show(table)
 
 

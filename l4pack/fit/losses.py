@@ -16,7 +16,7 @@ import numpy as np
 from l4pack.artifact.original import weights_digest
 from l4pack.checkpoint.source import Checkpoint, LocalStore
 from l4pack.errors import UsageError
-from l4pack.formats import check_accepts, load_format
+from l4pack.formats.known import load_format
 from l4pack.measure.identity import model_fingerprint
 from l4pack.measure.record import ChangeRecord, Joint, Sensitivity, read_sensitivity
 from l4pack.model.tensors import QUANTIZABLE, Role
@@ -70,9 +70,8 @@ def _check(sensitivity: Sensitivity) -> None:
     """Refuse what no measurement holds. Raises RecipeError or UsageError."""
     name = sensitivity.model.name
     for option, scheme in sensitivity.options.items():
-        check_accepts(
-            load_format(scheme.format), scheme, scheme.activations, f"sensitivity of {name}: options.{option}"
-        )
+        where = f"sensitivity of {name}: options.{option}"
+        load_format(scheme.format).check_accepts(scheme, scheme.activations, where)
     if KEEP in sensitivity.options:
         raise UsageError(f"sensitivity of {name}: '{KEEP}' names the original", hint="give the option another name")
     worst = max(abs(change.kl) for change in sensitivity.changes)

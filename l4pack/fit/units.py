@@ -12,10 +12,12 @@ from l4pack.budget.subject import Subject
 from l4pack.budget.weights import weights_by_role
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.fit.losses import Losses, UnitKey
-from l4pack.formats import LocalMatrix, hindrances, load_format, local_matrix
+from l4pack.formats.configuration import Activations
+from l4pack.formats.known import load_format
+from l4pack.formats.limits import LocalMatrix, hindrances, local_matrix
 from l4pack.model.tensors import Linear, Role, canonical_naming, catalogue
 from l4pack.plan.assign import PlannedTensor, divides, model_dtype, module_tensors
-from l4pack.recipe import KEEP, Activations, RecipeScheme
+from l4pack.recipe import KEEP, RecipeScheme
 
 RUNTIMES = ("vllm", "sglang", "transformers")
 
@@ -154,5 +156,5 @@ def _reasons(
     if not all(divides(scheme, linear) for linear, _ in members):
         return (f"groups of {scheme.group_size} do not divide every matrix",)
     weight_only = scheme.activations is Activations.NONE
-    spec = load_format(scheme.format)
-    return tuple(hindrances(spec, scheme, role, set(local), runtimes, weight_only=weight_only))
+    form = load_format(scheme.format)
+    return tuple(hindrances(form, scheme, role, set(local), runtimes, weight_only=weight_only))

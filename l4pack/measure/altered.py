@@ -12,12 +12,13 @@ from transformers.activations import ACT2FN
 from l4pack.calibration.mlp import Inputs, Matrices, solve_mlp, weights_of
 from l4pack.calibration.rows import Block, UnitRows, blocks, expert_rows
 from l4pack.errors import SourceError
+from l4pack.formats.configuration import Activations
 from l4pack.quant.dequantize import dequantize
 from l4pack.quant.dtypes import FLOATS, FloatName
 from l4pack.quant.grid import E4M3, ScaleDtype
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, quantize_block
-from l4pack.recipe import Activations, Method, RecipeScheme
+from l4pack.recipe import Method, RecipeScheme
 from l4pack.stream.activations import RoundedInputs
 from l4pack.stream.layer import LayerPass
 from l4pack.stream.units import Part, Unit, UnitWeights, module_names

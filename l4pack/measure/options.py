@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from l4pack.errors import UsageError
-from l4pack.formats import load_format, reader_limits
+from l4pack.formats.configuration import Activations
+from l4pack.formats.float_quantized import FLOAT_QUANTIZED
+from l4pack.formats.known import load_format
+from l4pack.formats.limits import reader_limits
+from l4pack.formats.pack_quantized import PACK_QUANTIZED
 from l4pack.model.config import Llama4Config
 from l4pack.model.tensors import QUANTIZABLE, Role, catalogue
 from l4pack.quant.grid import NumberType
 from l4pack.quant.scheme import Observer, Strategy
-from l4pack.recipe import Activations, GptqOptions, Method, RecipeScheme
+from l4pack.recipe import GptqOptions, Method, RecipeScheme
 
 GROUPS = (32, 64, 128)
 ROUNDED = "-rtn"  # ends the name of what attention gets where MLPs are calibrated
@@ -20,7 +24,7 @@ RUNTIME = "vllm"
 
 def _int4(group: int, *, calibrated: bool) -> RecipeScheme:
     return RecipeScheme(
-        format="pack-quantized",
+        format=PACK_QUANTIZED.name,
         num_bits=4,
         group_size=group,
         observer=Observer.MSE,
@@ -30,18 +34,18 @@ def _int4(group: int, *, calibrated: bool) -> RecipeScheme:
 
 
 def _int8(group: int) -> RecipeScheme:
-    return RecipeScheme(format="pack-quantized", num_bits=8, group_size=group)
+    return RecipeScheme(format=PACK_QUANTIZED.name, num_bits=8, group_size=group)
 
 
 _FP8 = RecipeScheme(
-    format="float-quantized",
+    format=FLOAT_QUANTIZED.name,
     num_bits=8,
     type=NumberType.FLOAT,
     strategy=Strategy.CHANNEL,
     activations=Activations.DYNAMIC_TOKEN,
 )
 _FP8_BLOCK = RecipeScheme(
-    format="float-quantized",
+    format=FLOAT_QUANTIZED.name,
     num_bits=8,
     type=NumberType.FLOAT,
     strategy=Strategy.BLOCK,

@@ -18,11 +18,9 @@ from l4pack.errors import SourceError
 from l4pack.model import parts
 from l4pack.model.config import Llama4Config
 from l4pack.model.tensors import Catalogue, Naming, Role, catalogue
+from l4pack.quant.suffixes import Suffix
 
-SUFFIXES = (
-    "weight", "bias", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
-    "weight_global_scale", "input_scale", "input_zero_point", "input_global_scale", "k_scale", "v_scale", "q_scale",
-)  # fmt: skip
+SUFFIXES = (*Suffix, "bias", "k_scale", "v_scale", "q_scale")
 
 _SUFFIX = rf"(?:{'|'.join(SUFFIXES)})"
 _NUMBER = r"\d{1,4}"

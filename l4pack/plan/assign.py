@@ -12,11 +12,12 @@ from l4pack.checkpoint.header import tensor_bytes
 from l4pack.checkpoint.matrices import MatrixSource, StoredMatrices
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import RecipeError
-from l4pack.formats import load_format, stored_tensors
+from l4pack.formats.known import load_format
 from l4pack.model.tensors import Linear, Role, TensorSpec, canonical_naming, catalogue, rename
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.layout import Layout
 from l4pack.quant.scheme import Strategy
+from l4pack.quant.suffixes import Suffix
 from l4pack.recipe import KEEP, KV_CACHE, Method, Recipe, RecipeScheme
 from l4pack.units import MIB
 
@@ -59,6 +60,14 @@ class Target:
     module: str
     scheme: str
     tensors: tuple[PlannedTensor, ...]
+
+    def suffix(self, tensor: PlannedTensor) -> str:
+        """What one of its tensors is called within the module."""
+        return tensor.name.removeprefix(f"{self.module}.")
+
+    def tensor(self, suffix: Suffix) -> PlannedTensor:
+        """The one of its tensors that is called so."""
+        return next(tensor for tensor in self.tensors if self.suffix(tensor) == suffix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +204,12 @@ def divides(scheme: RecipeScheme, linear: Linear) -> bool:
 def module_tensors(linear: Linear, name: str, scheme: RecipeScheme | None, dtype: str) -> tuple[PlannedTensor, ...]:
     """The artifact's tensors for one matrix of source dtype `dtype` under a scheme called `name`; None keeps it."""
     if scheme is None:
-        shapes: list[tuple[str, str, tuple[int, ...]]] = [("weight", dtype, (linear.out_features, linear.in_features))]
+        shapes: list[tuple[str, str, tuple[int, ...]]] = [
+            (Suffix.WEIGHT, dtype, (linear.out_features, linear.in_features))
+        ]
     else:
-        spec, size = load_format(scheme.format), (linear.out_features, linear.in_features)
-        stored = stored_tensors(spec, scheme, *size, dtype, static=scheme.static)
+        form, size = load_format(scheme.format), (linear.out_features, linear.in_features)
+        stored = form.stored(scheme, *size, dtype, static=scheme.static)
         shapes = [(tensor.suffix, tensor.dtype, tensor.shape) for tensor in stored]
     return tuple(
         PlannedTensor(f"{linear.module}.{suffix}", kind, shape, linear.role, linear.layer, linear.expert, name)

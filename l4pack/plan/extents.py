@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from l4pack.checkpoint.writer import Extent
+from l4pack.formats.known import load_format
 from l4pack.plan.assign import PlannedTensor, Target, Task
-from l4pack.quant.scheme import Scheme
-from l4pack.recipe import KEEP, Recipe
-
-INPUT_SCALE = "input_scale"
+from l4pack.quant.suffixes import Suffix
+from l4pack.recipe import KEEP, Recipe, RecipeScheme
 
 
 def task_extents(task: Task, recipe: Recipe) -> list[Extent]:
@@ -30,19 +29,13 @@ def target_extents(target: Target, recipe: Recipe, rows: tuple[int, int] | None 
         yield Extent(tensor.name, first, min(end, tensor.nbytes) - first)
 
 
-def made_by_rows(target: Target, scheme: Scheme) -> Iterator[tuple[PlannedTensor, int]]:
+def made_by_rows(target: Target, scheme: RecipeScheme) -> Iterator[tuple[PlannedTensor, int]]:
     """Tensors of a quantized matrix, and how many of its rows share a row of each: 0 for all.
 
     The scale of its inputs is not among them: calibration writes it.
     """
-    rows_in_one = {
-        "weight_packed": 1,
-        "weight": 1,
-        "weight_scale": scheme.block_structure[0] if scheme.block_structure else 1,
-        "weight_zero_point": scheme.pack_factor,
-        "weight_shape": 0,
-    }
+    rows_in_one = load_format(scheme.format).rows_in_one(scheme)
     for tensor in target.tensors:
-        suffix = tensor.name.removeprefix(f"{target.module}.")
-        if suffix != INPUT_SCALE:
+        suffix = target.suffix(tensor)
+        if suffix != Suffix.INPUT_SCALE:
             yield tensor, rows_in_one[suffix]

@@ -29,7 +29,9 @@ from l4pack.checkpoint.parts import source_parts
 from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES, INDEX_NAME, Place, Shard, index_json, lay_out
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import BudgetError, RecipeError, SourceError
-from l4pack.formats import load_format, reader_limits, split_hindrances, unservable
+from l4pack.formats.configuration import Activations
+from l4pack.formats.known import load_format
+from l4pack.formats.limits import reader_limits, split_hindrances, unservable
 from l4pack.model.config import with_dtype
 from l4pack.model.tensors import Linear
 from l4pack.plan.assign import (
@@ -47,7 +49,7 @@ from l4pack.plan.itinerary import Itinerary, file_sizes
 from l4pack.plan.needs import Needs, calibration_needs
 from l4pack.plan.options import plan_options, recipe_parts, text_options
 from l4pack.quant.dtypes import FLOATS
-from l4pack.recipe import KEEP, KV_CACHE, Activations, Recipe
+from l4pack.recipe import KEEP, KV_CACHE, Recipe
 from l4pack.units import MIB, human_bytes
 from l4pack.work import machine
 from l4pack.work.identity import Identity

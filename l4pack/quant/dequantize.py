@@ -7,7 +7,8 @@ import numpy as np
 from l4pack.quant import cpu
 from l4pack.quant.floats import Float32Array, widen
 from l4pack.quant.packing import unpack_zero_points
-from l4pack.quant.quantize import Quantized, spread
+from l4pack.quant.quantize import spread
+from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Scheme
 
 

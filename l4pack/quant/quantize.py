@@ -21,6 +21,7 @@ from l4pack.quant.grid import E4M3
 from l4pack.quant.layout import Layout
 from l4pack.quant.packing import pack_zero_points, packed_columns
 from l4pack.quant.qparams import QParams, candidates, halving_sum, least_error, qparams_of_range
+from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Observer, Scheme, Strategy
 
 # A piece is read twice. Out x in it stays in the last-level cache; in x out, long runs of each row matter more.
@@ -35,20 +36,6 @@ class NonFiniteError(Exception):
         super().__init__(f"weight at output {row}, input {column} is not finite")
         self.row = row
         self.column = column
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """The arrays of one quantized matrix, or of a slice of its rows, as an artifact stores them.
-
-    Integers: `values` int32 words [out, ceil(in * bits / 32)]; `zero_point` int32 words [ceil(out * bits / 32), groups]
-    if asymmetric. FP8: `values` uint8 E4M3FN codes [out, in]. `scale` is [out, groups] (group), [out, 1] (channel),
-    [ceil(out / height), ceil(in / width)] (block) or [1] (tensor); bfloat16 scales are uint16 bit patterns.
-    """
-
-    values: NDArray[Any]
-    scale: NDArray[Any]
-    zero_point: NDArray[np.int32] | None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from l4pack.quant.dtypes import FLOATS, NAMES
 from l4pack.quant.grid import E4M3, Grid
 from l4pack.quant.packing import packed_columns
 from l4pack.quant.qparams import SHRINK, top_level
-from l4pack.quant.quantize import NonFiniteError, Quantized, check_scheme
+from l4pack.quant.quantize import NonFiniteError, check_scheme
+from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Observer, Scheme
 
 DTYPES: dict[str, torch.dtype] = {word: getattr(torch, word) for word in NAMES}

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from l4pack.quant.layout import Layout
-from l4pack.quant.quantize import Quantized, quantize_block
+from l4pack.quant.quantize import quantize_block
+from l4pack.quant.quantized import Quantized
 from l4pack.quantize.execute import Quantizer
 from l4pack.work.device import CPU
 

@@ -12,12 +12,14 @@ from l4pack.checkpoint.reader import NUMPY_TYPES, Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.errors import SourceError
+from l4pack.formats.known import load_format
 from l4pack.plan.assign import COPY_CHUNK, Action, PlannedTensor, Target, Task
 from l4pack.plan.extents import made_by_rows
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.floats import narrowed, not_finite
 from l4pack.quant.layout import Layout
-from l4pack.quant.quantize import NonFiniteError, Quantized, absmax, quantize_block
+from l4pack.quant.quantize import NonFiniteError, absmax, quantize_block
+from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.recipe import Recipe
 
@@ -95,18 +97,10 @@ class Executor:
 
     def write_quantized(self, target: Target, row: int, quantized: Quantized) -> None:
         """Place a slice whose first output row is `row`; slices are cut at whole blocks and whole words."""
-        linear = target.linear
-        arrays = {
-            "weight_packed": quantized.values,
-            "weight": quantized.values,
-            "weight_scale": quantized.scale,
-            "weight_zero_point": quantized.zero_point,
-            "weight_shape": np.array([linear.out_features, linear.in_features], np.int64),
-        }
-        for tensor, rows in made_by_rows(target, self._recipe.schemes[target.scheme]):
-            array = arrays[tensor.name.removeprefix(f"{target.module}.")]
-            assert array is not None
-            self._write_from(tensor, row // rows if rows else 0, array)
+        linear, scheme = target.linear, self._recipe.schemes[target.scheme]
+        arrays = load_format(scheme.format).encode(quantized, linear.out_features, linear.in_features)
+        for tensor, rows in made_by_rows(target, scheme):
+            self._write_from(tensor, row // rows if rows else 0, arrays[target.suffix(tensor)])
 
     def _write_from(self, tensor: PlannedTensor, row: int, array: NDArray[Any]) -> None:
         self._writer.write(tensor.name, row * (tensor.nbytes // tensor.shape[0]), array)

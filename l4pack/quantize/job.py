@@ -13,6 +13,7 @@ from l4pack.checkpoint.source import Store
 from l4pack.checkpoint.writer import ShardWriter, Written
 from l4pack.plan.assign import Task
 from l4pack.plan.plan import Plan
+from l4pack.quant.suffixes import Suffix
 from l4pack.quantize.execute import Executor
 from l4pack.work.signals import check_stop
 
@@ -50,7 +51,7 @@ class Job:
         # What calibration has yet to read and to write is neither let go of nor hashed here.
         self._left_in_source.update(plan.checkpoint.entries[target.linear.tensor].file for target in plan.calibrated)
         self._left_in_source.update(held)
-        self._left_in_shard.update(plan.places[f"{target.module}.input_scale"].file for target in plan.observed)
+        self._left_in_shard.update(plan.places[target.tensor(Suffix.INPUT_SCALE).name].file for target in plan.observed)
         self._left_in_shard.update(plan.places[tensor.name].file for t in plan.calibrated for tensor in t.tensors)
         self._left_in_shard.update(plan.places[tensor.name].file for tensor in plan.kv_scales)
         self._hashing: list[Future[dict[str, str]]] = []

@@ -15,21 +15,20 @@ from torch import Tensor
 
 from l4pack.artifact.kv_cache import declared_strategy, scale_names, scale_shape
 from l4pack.artifact.quantized import (
-    MODULE_SUFFIXES,
-    SCALE_SUFFIXES,
     Quantization,
     decompressed,
-    dequantized,
-    own_scheme,
+    own_format,
 )
 from l4pack.checkpoint.matrices import MatrixSource, StoredMatrices
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import L4packError, SourceError
+from l4pack.formats.weights import weights_of
 from l4pack.model.names import detect_layout
 from l4pack.model.tensors import Linear, canonical_naming, catalogue, rename
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.layout import Layout
+from l4pack.quant.suffixes import Suffix
 from l4pack.quant.torch_ops import DTYPES
 from l4pack.stream.activations import RoundedInputs, activations_of
 from l4pack.stream.kv import RoundedCache
@@ -96,7 +95,7 @@ class Weights:
     def is_quantized(self, module: str) -> bool:
         """Whether the checkpoint holds scales for the module."""
         own = self._linears[module].module
-        return any(f"{own}.{suffix}" in self.checkpoint.entries for suffix in SCALE_SUFFIXES)
+        return any(f"{own}.{suffix}" in self.checkpoint.entries for suffix in (Suffix.SCALE, Suffix.PACKED))
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that is not quantized, by its runtime name, in the compute dtype."""
@@ -156,7 +155,7 @@ class Weights:
         return rename(name, self._naming, self._source_naming)
 
     def _names(self, linear: Linear) -> dict[str, str]:
-        names = {suffix: f"{linear.module}.{suffix}" for suffix in MODULE_SUFFIXES}
+        names: dict[str, str] = {suffix: f"{linear.module}.{suffix}" for suffix in Suffix}
         return {suffix: name for suffix, name in names.items() if name in self.checkpoint.entries}
 
     def _read(self, name: str) -> NDArray[Any]:
@@ -186,10 +185,9 @@ class Weights:
         scheme = self._quantization.scheme(module)
         form = self._quantization.format_of(scheme)
         arrays = {suffix: self._read(name) for suffix, name in self._names(linear).items()}
-        own = own_scheme(scheme, form) if "weight_g_idx" not in arrays else None
+        own = own_format(scheme, form) if Suffix.ORDER not in arrays else None
         if own is not None:
-            values = dequantized(arrays, own, linear.out_features, linear.in_features, module)
-            weight = torch.from_numpy(values)
+            weight = torch.from_numpy(weights_of(arrays, *own, linear.out_features, linear.in_features, module))
         else:
             stored = {suffix: self._stored(f"{linear.module}.{suffix}", array) for suffix, array in arrays.items()}
             weight = decompressed(_wide_scales(stored), scheme, form, module)
@@ -197,8 +195,8 @@ class Weights:
             weight = weight.to(self.model_dtype)
         activations = None
         if self._round_activations:
-            scale = arrays.get("input_scale")
-            stored_scale = None if scale is None else self._torch(f"{linear.module}.input_scale", scale)
+            scale = arrays.get(Suffix.INPUT_SCALE)
+            stored_scale = None if scale is None else self._torch(f"{linear.module}.{Suffix.INPUT_SCALE}", scale)
             activations = activations_of(scheme, stored_scale, module)
         return LinearWeight(self._computable(weight), activations)
 

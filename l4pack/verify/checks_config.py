@@ -8,10 +8,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from l4pack.artifact.kv_cache import cache_arguments
-from l4pack.artifact.stanza import arguments, input_arguments
 from l4pack.checkpoint.source import Checkpoint
+from l4pack.formats.configuration import Activations, arguments, input_arguments
 from l4pack.model.config import MULTIMODAL, Llama4Config
-from l4pack.recipe import Activations, KVStrategy
+from l4pack.recipe import KVStrategy
 from l4pack.verify.declared import Declared
 from l4pack.verify.findings import Findings
 from l4pack.verify.opened import Artifact

@@ -30,7 +30,8 @@ from l4pack.quant.grid import E4M3
 from l4pack.quant.layout import Layout
 from l4pack.quant.packing import unpack_zero_points
 from l4pack.quant.qparams import QParams, qparams_of_range
-from l4pack.quant.quantize import NonFiniteError, Quantized, absmax, quantize_block, spread
+from l4pack.quant.quantize import NonFiniteError, absmax, quantize_block, spread
+from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.recipe import Method
 from l4pack.verify.checks_kernels import STATISTICS, compare, group_ranges, widen_transposed

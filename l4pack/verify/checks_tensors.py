@@ -14,12 +14,15 @@ from l4pack.artifact.kv_cache import cache_limits, scale_names, scale_shape
 from l4pack.checkpoint.exports import WEIGHT_DTYPES
 from l4pack.checkpoint.header import TensorEntry
 from l4pack.errors import SourceError
-from l4pack.formats import reader_limits, split_hindrances, stored_tensors, unservable
+from l4pack.formats.format import Format
+from l4pack.formats.known import format_of
+from l4pack.formats.limits import reader_limits, split_hindrances, unservable
 from l4pack.model.names import classify, split_suffix
 from l4pack.model.parts import FUSED_MODULES, VISION_MODEL
 from l4pack.model.tensors import Linear, Role, TensorSpec
 from l4pack.quant.dtypes import NAMES
 from l4pack.quant.scheme import Scheme
+from l4pack.quant.suffixes import Suffix
 from l4pack.recipe import KVStrategy
 from l4pack.verify.declared import Declared, Group, Runtime
 from l4pack.verify.findings import Findings
@@ -36,13 +39,14 @@ class Matrix:
     """A quantized matrix whose tensors have the names, dtypes and shapes they should."""
 
     linear: Linear
+    form: Format
     scheme: Scheme
     parts: Parts
 
     @property
     def values(self) -> str:
         """The tensor with the codes."""
-        return self.parts["weight_packed" if "weight_packed" in self.parts else "weight"].name
+        return self.parts[self.form.values.suffix].name
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,14 @@ class _Examiner:
 
     def _plain(self, linear: Linear, parts: Parts) -> None:
         self.shown[linear.module] = (linear, PLAIN)
-        self.unexpected(entry.name for suffix, entry in parts.items() if suffix != "weight")
-        if self.right(parts["weight"], WEIGHT_DTYPES, (linear.out_features, linear.in_features)):
+        self.unexpected(entry.name for suffix, entry in parts.items() if suffix != Suffix.WEIGHT)
+        if self.right(parts[Suffix.WEIGHT], WEIGHT_DTYPES, (linear.out_features, linear.in_features)):
             self.plain.append(linear)
 
     def _absent(self, linear: Linear, parts: Parts) -> None:
         if not self.artifact.unreadable and _experts(linear) not in self.fused:
             group = self.declared.group(Runtime.TRANSFORMERS, linear.module)
-            suffix = group.kind if group else "weight"
+            suffix = group.kind if group else Suffix.WEIGHT
             self.found.error("missing", f"{linear.module}.{suffix}", "the matrix is not in the artifact")
         self.unexpected(entry.name for entry in parts.values())
 
@@ -103,8 +107,8 @@ class _Examiner:
             return
         scheme = group.scheme
         size = linear.out_features, linear.in_features
-        expected = stored_tensors(group.format, scheme, *size, "BF16", static=group.static)
-        floats = {rule.suffix for rule in group.format.tensors if rule.dtype == "scale"}
+        expected = group.format.stored(scheme, *size, "BF16", static=group.static)
+        floats = {piece.suffix for piece in group.format.pieces if piece.dtype == "scale"}
         suffixes = {tensor.suffix for tensor in expected}
         good = not self.unexpected(entry.name for suffix, entry in parts.items() if suffix not in suffixes)
         for tensor in expected:
@@ -113,7 +117,7 @@ class _Examiner:
                 f"{linear.module}.{tensor.suffix}", parts.get(tensor.suffix), dtypes, tensor.shape, group
             )
         if good:
-            self.matrices.append(Matrix(linear, scheme, parts))
+            self.matrices.append(Matrix(linear, group.format, scheme, parts))
 
     def _stored(
         self, name: str, entry: TensorEntry | None, dtypes: tuple[str, ...], shape: tuple[int, ...], group: Group
@@ -157,16 +161,17 @@ class _Examiner:
         module, suffix = split_suffix(spec.name)
         parts = self.left.get(module, {})
         entry = parts.pop(suffix, None)
-        if suffix == "weight" and len(spec.shape) == 2 and spec.role is not Role.EMBEDDING:
+        if suffix == Suffix.WEIGHT and len(spec.shape) == 2 and spec.role is not Role.EMBEDDING:
             self._never_quantized(spec, module, entry, parts)
         if entry is None:
-            if not self.artifact.unreadable and "weight_packed" not in parts:
+            if not self.artifact.unreadable and Suffix.PACKED not in parts:
                 self.found.error("missing", spec.name, f"{spec.role.value} tensor is not in the artifact")
             return False
         return self.right(entry, WEIGHT_DTYPES, spec.shape)
 
     def _never_quantized(self, spec: TensorSpec, module: str, entry: TensorEntry | None, parts: Parts) -> None:
-        if "weight_packed" in parts or "weight_scale" in parts or (entry and entry.dtype == "F8_E4M3"):
+        held = {**parts, Suffix.WEIGHT: entry} if entry else parts
+        if Suffix.SCALE in parts or _format_of(held) is not None:
             self.found.error("ignore", module, f"is quantized, no runtime reads a quantized {spec.role.value}")
         classes = ("Llama4Router", "Linear") if spec.role is Role.ROUTER else ("Linear",)
         readers = [(Runtime.TRANSFORMERS, classes)]
@@ -218,12 +223,14 @@ def examine(artifact: Artifact, declared: Declared, found: Findings) -> Contents
 
 def _kind(parts: Parts) -> str | None:
     """What the file shows a module to be: a format's name, `plain`, or None when its weights are not there."""
-    if "weight_packed" in parts:
-        return "pack-quantized"
-    weight = parts.get("weight")
-    if weight is None:
-        return None
-    return "float-quantized" if weight.dtype == "F8_E4M3" else PLAIN
+    form = _format_of(parts)
+    if form is not None:
+        return form.name
+    return PLAIN if Suffix.WEIGHT in parts else None
+
+
+def _format_of(parts: Parts) -> Format | None:
+    return format_of({suffix: entry.dtype for suffix, entry in parts.items()})
 
 
 def _check_fused(examiner: _Examiner) -> None:

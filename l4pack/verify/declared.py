@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -20,8 +20,11 @@ from l4pack.artifact.kv_cache import declared_strategy
 from l4pack.artifact.patterns import PatternError, pattern
 from l4pack.datafile import first_fault
 from l4pack.errors import RecipeError
-from l4pack.formats import FormatSpec, check_accepts, format_names, load_format
+from l4pack.formats.configuration import read_inputs, read_scheme
+from l4pack.formats.format import Format
+from l4pack.formats.known import format_names, load_format
 from l4pack.quant.scheme import Scheme
+from l4pack.quant.suffixes import Suffix
 from l4pack.recipe import KVStrategy
 from l4pack.verify.findings import Findings
 
@@ -33,7 +36,6 @@ CLASSES = frozenset((
     "Llama4VisionMLP2", "Llama4VisionPixelShuffleMLP", "Llama4MultiModalProjector", "Llama4UnfoldConvolution",
 ))  # fmt: skip
 """Classes of modules in transformers, which an entry may name too."""
-_SCHEME_KEYS = ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric")
 
 
 class Runtime(StrEnum):
@@ -51,14 +53,14 @@ class Group:
     name: str
     targets: tuple[str, ...]
     scheme: Scheme | None
-    format: FormatSpec | None
+    format: Format | None
     static: bool  # activations have scales in the file
     weight_only: bool  # activations are not quantized
 
     @property
-    def kind(self) -> str:
-        """The suffix that holds the weights: `weight_packed`, `weight`, or nothing known."""
-        return self.format.tensors[0].suffix if self.format else ""
+    def kind(self) -> Suffix | Literal[""]:
+        """The suffix that holds the weights, or nothing known."""
+        return self.format.values.suffix if self.format else ""
 
 
 @dataclass(frozen=True)
@@ -157,15 +159,15 @@ def _group(name: str, group: Mapping[str, Any], stanza: Mapping[str, Any], entri
     where = f"config_groups.{name}"
     targets = entries.read(group.get("targets") or [], f"{where}.targets")
     given = group.get("format") or stanza.get("format")
-    spec = load_format(given) if given in format_names() else None
-    if spec is None:
+    form = load_format(given) if given in format_names() else None
+    if form is None:
         found.error("scheme", where, f"format {given!r} is not one l4pack knows ({', '.join(format_names())})")
     scheme = _scheme(group.get("weights"), where, found)
     activations = group.get("input_activations")
     static = isinstance(activations, Mapping) and activations.get("dynamic") in (False, None)
-    if spec is not None and scheme is not None and not _accepted(spec, scheme, activations, where, found):
+    if form is not None and scheme is not None and not _accepted(form, scheme, activations, where, found):
         scheme = None
-    return Group(name, targets, scheme, spec, static, weight_only=activations is None)
+    return Group(name, targets, scheme, form, static, weight_only=activations is None)
 
 
 def _scheme(weights: Any, where: str, found: Findings) -> Scheme | None:
@@ -173,30 +175,20 @@ def _scheme(weights: Any, where: str, found: Findings) -> Scheme | None:
         found.error("scheme", where, "has no weights")
         return None
     try:
-        return Scheme.model_validate({key: weights[key] for key in _SCHEME_KEYS if weights.get(key) is not None})
+        return read_scheme(weights)
     except ValidationError as error:
         key, message = first_fault(error)
         found.error("scheme", f"{where}.weights{'.' * bool(key)}{key}", message)
         return None
 
 
-def _accepted(spec: FormatSpec, scheme: Scheme, activations: Any, where: str, found: Findings) -> bool:
-    kind = _activations(activations)
-    if kind == "static_tensor" and any(rule.when == "static_activations" for rule in spec.tensors):
-        kind = spec.accepts.activations[0]
+def _accepted(form: Format, scheme: Scheme, activations: Any, where: str, found: Findings) -> bool:
     try:
-        check_accepts(spec, scheme, kind, where)
+        form.check_accepts(scheme, read_inputs(activations), where)
     except RecipeError as error:
         found.error("scheme", where, f"{error.message}; {error.hint}")
         return False
     return True
-
-
-def _activations(value: Any) -> str:
-    if not isinstance(value, Mapping):
-        return "none"
-    kind = "dynamic" if value.get("dynamic") else "static"
-    return f"{kind}_{value.get('strategy')}"
 
 
 class _Entries:

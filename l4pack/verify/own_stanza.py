@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from l4pack.artifact.kv_cache import cache_arguments
-from l4pack.artifact.stanza import arguments, input_arguments, weight_arguments
-from l4pack.recipe import Activations, KVStrategy
+from l4pack.formats.configuration import Activations, arguments, input_arguments, weight_arguments
+from l4pack.recipe import KVStrategy
 from l4pack.verify.declared import Declared, Group
 
 _KEYS = {

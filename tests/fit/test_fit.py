@@ -25,7 +25,8 @@ from l4pack.fit.losses import _spread, losses_for
 from l4pack.fit.recipe import recipe_name
 from l4pack.fit.record import fit_record
 from l4pack.fit.solve import Limit, solve, total
-from l4pack.formats import LocalMatrix, hindrances, load_format
+from l4pack.formats.known import load_format
+from l4pack.formats.limits import LocalMatrix, hindrances
 from l4pack.measure.record import ChangeRecord, ModelId
 from l4pack.model.tensors import Role
 from l4pack.plan.plan import make_plan

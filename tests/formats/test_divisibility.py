@@ -17,7 +17,7 @@ from l4pack.budget.subject import Subject
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.source import open_folder
 from l4pack.errors import RecipeError, UsageError
-from l4pack.formats import DEGREES, split_hindrances
+from l4pack.formats.limits import DEGREES, split_hindrances
 from l4pack.plan.plan import Plan, make_plan
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, recipe_names

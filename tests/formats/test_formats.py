@@ -9,7 +9,9 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from l4pack.errors import RecipeError
-from l4pack.formats import FormatSpec, check_accepts, format_names, load_format, stored_tensors
+from l4pack.formats.format import Piece
+from l4pack.formats.known import format_names, load_format
+from l4pack.formats.readers import ReadersFile
 from l4pack.quant.scheme import Scheme
 
 NAMES = {torch.int32: "I32", torch.int64: "I64", torch.bfloat16: "BF16", torch.float32: "F32",
@@ -38,10 +40,10 @@ def test_the_declared_tensors_are_compressed_tensors_own(numbers, shape):
     name = "float-quantized" if numbers.get("type") == "float" else "pack-quantized"
     out_features, in_features = shape
     scheme = Scheme.model_validate(numbers)
-    check_accepts(load_format(name), scheme, "none", "test")
+    load_format(name).check_accepts(scheme, "none", "test")
     ours = {
         each.suffix: (each.dtype, each.shape)
-        for each in stored_tensors(load_format(name), scheme, out_features, in_features, "BF16")
+        for each in load_format(name).stored(scheme, out_features, in_features, "BF16")
     }
     theirs = _compressed(name, numbers, ours["weight_scale"][1], out_features, in_features)
     assert ours == {key: (NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in theirs.items()}
@@ -72,22 +74,23 @@ def _compressed(name, numbers, scale_shape, out_features, in_features):
 )
 def test_schemes_a_format_cannot_hold(name, numbers, activations, key):
     with pytest.raises(RecipeError, match=rf"here\.{key}: format {name} can't hold") as caught:
-        check_accepts(load_format(name), Scheme.model_validate(numbers), activations, "here")
+        load_format(name).check_accepts(Scheme.model_validate(numbers), activations, "here")
     assert caught.value.hint.startswith("it takes [")
 
 
 def test_unknown_formats_and_keys():
     with pytest.raises(RecipeError, match="no format is named 'gguf'"):
         load_format("gguf")
-    spec = load_format("pack-quantized").model_dump(mode="json")
-    for change in ({"extra": 1}, {"tensors": [{**spec["tensors"][0], "dtype": "I31"}]}):
-        with pytest.raises(ValueError, match=r"Extra inputs|not a safetensors dtype"):
-            FormatSpec.model_validate({**spec, **change})
+    known = load_format("pack-quantized").describe()
+    with pytest.raises(ValueError, match="Extra inputs"):
+        ReadersFile.model_validate({"readers": known["readers"], "extra": 1})
+    with pytest.raises(ValueError, match="not a safetensors dtype"):
+        Piece.model_validate({**known["tensors"][0], "holds": "values", "dtype": "I31"})
 
 
 def test_ragged_shapes_round_up():
     scheme = Scheme.model_validate({**FLOAT[2]})
-    stored = stored_tensors(load_format("float-quantized"), scheme, 200, 130, "F32")
+    stored = load_format("float-quantized").stored(scheme, 200, 130, "F32")
     assert [(each.suffix, each.dtype, each.shape) for each in stored] == [
         ("weight", "F8_E4M3", (200, 130)),
         ("weight_scale", "F32", (2, 2)),

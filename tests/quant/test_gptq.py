@@ -9,7 +9,8 @@ import torch
 
 from l4pack.quant import gptq, gptq_blocks, packing
 from l4pack.quant.dequantize import dequantize
-from l4pack.quant.quantize import NonFiniteError, Quantized
+from l4pack.quant.quantize import NonFiniteError
+from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Scheme
 
 OUT, IN = 48, 192

@@ -21,7 +21,8 @@ from l4pack.quant.floats import round_to_bfloat16, widen
 from l4pack.quant.grid import NumberType, ScaleDtype
 from l4pack.quant.layout import Layout
 from l4pack.quant.qparams import SHRINK
-from l4pack.quant.quantize import NonFiniteError, Quantized, absmax, quantize_block
+from l4pack.quant.quantize import NonFiniteError, absmax, quantize_block
+from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Observer, Scheme, Strategy
 
 SHAPES = [(1, 8), (3, 40), (16, 128), (130, 256), (2, 384)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from l4pack.quant.quantize import Quantized
+from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Scheme
 
 SCHEMES = {

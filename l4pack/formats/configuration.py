@@ -1,0 +1,77 @@
+"""A scheme in compressed-tensors' words (its `QuantizationArgs`), and a scheme read from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+from l4pack.quant.scheme import Observer, Scheme
+
+_SCHEME_KEYS = ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric")
+_OBSERVERS = {Observer.MINMAX: "memoryless_minmax", Observer.MSE: "memoryless_mse"}
+
+
+class Activations(StrEnum):
+    """What a runtime does to the inputs of a matrix."""
+
+    NONE = "none"
+    DYNAMIC_TOKEN = "dynamic_token"
+    DYNAMIC_GROUP = "dynamic_group"
+    STATIC_TENSOR = "static_tensor"
+
+
+_INPUTS: dict[Activations, dict[str, Any]] = {
+    Activations.DYNAMIC_TOKEN: {"strategy": "token"},
+    Activations.DYNAMIC_GROUP: {"strategy": "group", "group_size": 128},
+    Activations.STATIC_TENSOR: {"strategy": "tensor", "dynamic": False, "observer": _OBSERVERS[Observer.MINMAX]},
+}
+
+
+def arguments(**values: Any) -> dict[str, Any]:
+    """A `QuantizationArgs`, its defaults filled in."""
+    defaults = {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": None,
+        "group_size": None,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": None,
+        "observer_kwargs": {},
+    }
+    return {**defaults, **values}
+
+
+def weight_arguments(scheme: Scheme) -> dict[str, Any]:
+    """How a scheme's weights are quantized."""
+    return arguments(
+        num_bits=scheme.num_bits,
+        type=scheme.type.value,
+        symmetric=scheme.symmetric,
+        strategy=scheme.strategy.value,
+        group_size=scheme.group_size,
+        block_structure=list(scheme.block_structure) if scheme.block_structure else None,
+        observer=_OBSERVERS[scheme.observer],
+    )
+
+
+def input_arguments(activations: Activations) -> dict[str, Any] | None:
+    """How a scheme's inputs are quantized; None where they are not."""
+    if activations is Activations.NONE:
+        return None
+    return arguments(**{"type": "float", "dynamic": True, **_INPUTS[activations]})
+
+
+def read_scheme(given: Mapping[str, Any]) -> Scheme:
+    """The scheme that a group's `weights` state, as far as it shows in files. Raises pydantic's ValidationError."""
+    return Scheme.model_validate({key: given[key] for key in _SCHEME_KEYS if given.get(key) is not None})
+
+
+def read_inputs(given: Any) -> str:
+    """A group's `input_activations` as one of `Activations`, or another word put together alike."""
+    if not isinstance(given, Mapping):
+        return Activations.NONE
+    return f"{'dynamic' if given.get('dynamic') else 'static'}_{given.get('strategy')}"
