@@ -36,7 +36,7 @@ from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.recipe import Method
 from l4pack.verify.checks_kernels import STATISTICS, compare, group_ranges, widen_transposed
 from l4pack.verify.checks_tensors import Matrix
-from l4pack.verify.checks_values import Arrays, coded, fingerprint, is_dead
+from l4pack.verify.checks_values import fingerprint, is_dead
 from l4pack.verify.origin import Made
 from l4pack.verify.tally import Result
 
@@ -116,7 +116,7 @@ class SourceChecks:
         elif not np.array_equal(mine.view(np.uint8), np.ascontiguousarray(theirs).view(np.uint8)):
             result.found.error("kept", name, "its values differ from the source's")
 
-    def matrix(self, matrix: Matrix, arrays: Arrays, source: MatrixBlock, result: Result) -> bool:
+    def matrix(self, matrix: Matrix, stored: Quantized, source: MatrixBlock, result: Result) -> bool:
         """Hold a quantized matrix against its source; returns whether that explains every byte of it."""
         module, tally = matrix.linear.module, result.tally
         tally.matrices_compared += 1
@@ -124,7 +124,7 @@ class SourceChecks:
         if matrix.linear.role is Role.ROUTED_EXPERT:
             some = _some(source)
             result.sources[module] = fingerprint(some, some)
-        if is_dead(coded(arrays), matrix.scheme):
+        if is_dead(stored.values, matrix.scheme):
             explained = not source.values.view(f"u{source.values.itemsize}").any()
             if not explained:
                 message = "every weight of the matrix has the same code, and the source's are not all zero"
@@ -134,18 +134,18 @@ class SourceChecks:
         method = made.scheme.method if made else None
         wrong = None
         if made is not None and made.exact and method is Method.RTN:
-            wrong = unequal_rows(arrays, self._again(matrix.linear, made.scheme, source), made.scheme)
+            wrong = unequal_rows(stored, self._again(matrix.linear, made.scheme, source), made.scheme)
             if not wrong.any():
                 tally.within_half_step += 1
                 tally.recomputed += 1
                 return True
-        self._bound(matrix, arrays, source, wrong, method, result)
+        self._bound(matrix, stored, source, wrong, method, result)
         return False
 
     def _bound(
         self,
         matrix: Matrix,
-        arrays: Arrays,
+        stored: Quantized,
         source: MatrixBlock,
         wrong: NDArray[np.bool_] | None,
         method: Method | None,
@@ -153,7 +153,7 @@ class SourceChecks:
     ) -> None:
         """Hold a matrix against what its scheme allows; `wrong` are rows that are not what rounding makes, if known."""
         with np.errstate(all="ignore"):
-            compared = self._compared(matrix, arrays, source)
+            compared = self._compared(matrix, stored, source)
             verdict = _verdict(compared, matrix, method)
         tally = result.tally
         tally.within_half_step += not compared.rows[:, 0].any()
@@ -176,7 +176,7 @@ class SourceChecks:
         except NonFiniteError as error:
             raise SourceError(f"the source of {linear.module}: {error}", hint="the source is damaged") from error
 
-    def _compared(self, matrix: Matrix, arrays: Arrays, source: MatrixBlock) -> Compared:
+    def _compared(self, matrix: Matrix, stored: Quantized, source: MatrixBlock) -> Compared:
         linear, scheme = matrix.linear, matrix.scheme
         groups = -(-linear.in_features // scheme.group_columns(linear.in_features))
         compared = Compared.empty(linear.out_features, groups)
@@ -189,17 +189,17 @@ class SourceChecks:
         buffers = np.empty((2, min(step, linear.out_features), linear.in_features), np.float32)
         for start in range(0, linear.out_features, step):
             stop = min(start + step, linear.out_features)
-            weight, stored = buffers[:, : stop - start]
+            weight, decoded = buffers[:, : stop - start]
             _widen_rows(source, start, stop, weight)
             rtn = _rounding(weight, scheme, source.dtype, amax)
-            _compare(weight, stored, _rows(arrays, scheme, start, stop), rtn, scheme, compared.part(start, stop))
+            _compare(weight, decoded, _rows(stored, scheme, start, stop), rtn, scheme, compared.part(start, stop))
         return compared
 
 
-def unequal_rows(arrays: Arrays, again: Quantized, scheme: Scheme) -> NDArray[np.bool_]:
+def unequal_rows(stored: Quantized, again: Quantized, scheme: Scheme) -> NDArray[np.bool_]:
     """Which output rows differ from those of `again` in any bit of codes, scale or zero point: [out]."""
-    wrong: NDArray[np.bool_] = (_bits(coded(arrays)) != _bits(again.values)).any(axis=1)
-    mine, theirs = _bits(arrays["weight_scale"]), _bits(again.scale)
+    wrong: NDArray[np.bool_] = (_bits(stored.values) != _bits(again.values)).any(axis=1)
+    mine, theirs = _bits(stored.scale), _bits(again.scale)
     if mine.shape != theirs.shape:
         return np.ones_like(wrong)
     scales = (mine != theirs).reshape(len(mine), -1).any(axis=1)
@@ -207,8 +207,8 @@ def unequal_rows(arrays: Arrays, again: Quantized, scheme: Scheme) -> NDArray[np
         return wrong | bool(scales.any())
     height = scheme.block_structure[0] if scheme.block_structure else 1
     wrong |= np.repeat(scales, height)[: len(wrong)]
-    if again.zero_point is not None:
-        points = (arrays["weight_zero_point"] != again.zero_point).any(axis=1)
+    if stored.zero_point is not None:
+        points = (stored.zero_point != again.zero_point).any(axis=1)
         wrong |= np.repeat(points, scheme.pack_factor)[: len(wrong)]
     return wrong
 
@@ -231,16 +231,15 @@ def _bits(array: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(array).view(f"u{array.itemsize}")
 
 
-def _rows(arrays: Arrays, scheme: Scheme, start: int, stop: int) -> Quantized:
+def _rows(stored: Quantized, scheme: Scheme, start: int, stop: int) -> Quantized:
     """Some output rows of a stored matrix."""
-    scale, zero_point = arrays["weight_scale"], arrays.get("weight_zero_point")
+    scale, zero_point = stored.scale, stored.zero_point
     if scheme.strategy is not Strategy.TENSOR:
         height = scheme.block_structure[0] if scheme.block_structure else 1
         scale = scale[start // height : -(-stop // height)]
     if zero_point is not None:
         zero_point = zero_point[start // scheme.pack_factor : -(-stop // scheme.pack_factor)]
-    values = arrays["weight_packed" if "weight_packed" in arrays else "weight"]
-    return Quantized(values[start:stop], scale, zero_point)
+    return Quantized(stored.values[start:stop], scale, zero_point)
 
 
 def _compare(

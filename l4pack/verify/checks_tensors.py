@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from l4pack.artifact.kv_cache import cache_limits, scale_names, scale_shape
 from l4pack.checkpoint.exports import WEIGHT_DTYPES
@@ -27,6 +28,11 @@ from l4pack.recipe import KVStrategy
 from l4pack.verify.declared import Declared, Group, Runtime
 from l4pack.verify.findings import Findings
 from l4pack.verify.opened import Artifact
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from l4pack.quant.quantized import Quantized
 
 PLAIN = "plain"
 _TOGETHER = {name: fused for fused, names in FUSED_MODULES.items() for name in names}
@@ -47,6 +53,11 @@ class Matrix:
     def values(self) -> str:
         """The tensor with the codes."""
         return self.parts[self.form.values.suffix].name
+
+    def decode(self, arrays: Mapping[str, NDArray[Any]]) -> Quantized:
+        """Codes, scales and zero points of its arrays by suffix."""
+        linear = self.linear
+        return self.form.decode(arrays, self.scheme, linear.out_features, linear.in_features, linear.module)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from l4pack.model.tensors import Role
 from l4pack.quant.dtypes import FLOATS, FloatName
 from l4pack.quant.floats import widen
 from l4pack.quant.grid import E4M3
+from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Scheme
+from l4pack.quant.suffixes import Suffix
 from l4pack.verify.checks_kernels import scan
 from l4pack.verify.checks_tensors import Matrix
 from l4pack.verify.findings import Findings, Level
@@ -52,22 +54,22 @@ class ValueChecks:
     def matrix(self, matrix: Matrix, arrays: Arrays, result: Result, *, explained: bool = False) -> None:
         """Check what a quantized matrix holds; `explained` means that the source says that it must be just this."""
         result.tally.matrices += 1
-        module, values = matrix.linear.module, coded(arrays)
-        dead = is_dead(values, matrix.scheme)
+        module, stored = matrix.linear.module, matrix.decode(arrays)
+        dead = is_dead(stored.values, matrix.scheme)
         if dead and not explained:
             message = "every weight of the matrix has the same code: right only if the source's are all zero"
             result.found.warning("dead", module, message)
-        _check_scales(matrix, arrays["weight_scale"], dead or explained, result)
-        if "input_scale" in arrays:
-            _check_positive(matrix.parts["input_scale"].name, widen(arrays["input_scale"]), result)
+        _check_scales(matrix, stored.scale, dead or explained, result)
+        if Suffix.INPUT_SCALE in arrays:
+            _check_positive(matrix.parts[Suffix.INPUT_SCALE].name, widen(arrays[Suffix.INPUT_SCALE]), result)
         if matrix.scheme.grid is E4M3:
-            bad, _ = scan(values.reshape(-1), _E4M3_NAN, _E4M3_NAN)
+            bad, _ = scan(stored.values.reshape(-1), _E4M3_NAN, _E4M3_NAN)
             if bad:
                 result.found.error("not-finite", matrix.values, f"{bad:,} of its FP8 codes are NaN")
         else:
-            _check_packing(matrix, arrays, result)
+            _check_packing(matrix, stored, arrays.get(Suffix.SHAPE), result)
         if matrix.linear.role is Role.ROUTED_EXPERT and not dead:
-            result.fingerprints[module] = fingerprint(values, arrays["weight_scale"])
+            result.fingerprints[module] = fingerprint(stored.values, stored.scale)
 
     def kept(self, name: str, result: Result, other: Callable[[int, int], NDArray[np.uint8]] | None) -> None:
         """Check an unquantized tensor chunk by chunk; `other(start, nbytes)` gives the source's bytes."""
@@ -116,11 +118,6 @@ class ValueChecks:
                 result.found.error("digest", entry.name, "its SHA-256 is not the manifest's")
 
 
-def coded(arrays: Arrays) -> NDArray[Any]:
-    """The array [out, ...] with a matrix's codes."""
-    return arrays["weight_packed" if "weight_packed" in arrays else "weight"]
-
-
 def is_dead(values: NDArray[Any], scheme: Scheme) -> bool:
     """Whether every weight of a matrix [out, ...] has the same code."""
     flat = values.reshape(-1)
@@ -142,7 +139,7 @@ def _check_positive(name: str, scale: NDArray[np.float32], result: Result, rule:
 
 
 def _check_scales(matrix: Matrix, stored: NDArray[Any], dead: bool, result: Result) -> None:
-    name, scale = matrix.parts["weight_scale"].name, widen(stored)
+    name, scale = matrix.parts[Suffix.SCALE].name, widen(stored)
     if not _check_positive(name, scale, result) or dead:
         return
     top = -matrix.scheme.grid.lowest
@@ -155,16 +152,16 @@ def _check_scales(matrix: Matrix, stored: NDArray[Any], dead: bool, result: Resu
         result.found.error("scale", name, f"all {scale.size:,} scales are {largest:g}: they were never computed")
 
 
-def _check_packing(matrix: Matrix, arrays: Arrays, result: Result) -> None:
+def _check_packing(matrix: Matrix, stored: Quantized, shape: NDArray[Any] | None, result: Result) -> None:
     size = (matrix.linear.out_features, matrix.linear.in_features)
-    if "weight_shape" in arrays and arrays["weight_shape"].tolist() != list(size):
-        name = matrix.parts["weight_shape"].name
-        result.found.error("weight_shape", name, f"says {arrays['weight_shape'].tolist()}, should be {list(size)}")
+    if shape is not None and shape.tolist() != list(size):
+        name = matrix.parts[Suffix.SHAPE].name
+        result.found.error("weight_shape", name, f"says {shape.tolist()}, should be {list(size)}")
     used = size[1] % matrix.scheme.pack_factor * matrix.scheme.num_bits
-    _check_padding(matrix.values, arrays["weight_packed"][:, -1], used, result)
-    if "weight_zero_point" in arrays:
+    _check_padding(matrix.values, stored.values[:, -1], used, result)
+    if stored.zero_point is not None:
         used = size[0] % matrix.scheme.pack_factor * matrix.scheme.num_bits
-        _check_padding(matrix.parts["weight_zero_point"].name, arrays["weight_zero_point"][-1], used, result)
+        _check_padding(matrix.parts[Suffix.ZERO_POINT].name, stored.zero_point[-1], used, result)
 
 
 def _check_padding(name: str, last_words: NDArray[np.int32], used_bits: int, result: Result) -> None:

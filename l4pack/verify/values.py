@@ -184,7 +184,7 @@ class _Work:
                     checks.plain(item.tensor, self._reader.tensor(item.tensor), entry.dtype, block, result)
                 else:
                     arrays = self._values.read(item, result)
-                    explained = checks.matrix(item, arrays, block, result)
+                    explained = checks.matrix(item, item.decode(arrays), block, result)
                     self._values.matrix(item, arrays, result, explained=explained)
 
         return run
