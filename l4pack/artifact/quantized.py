@@ -7,12 +7,14 @@ every other format (int-quantized, nvfp4, mxfp4, activation-ordered groups) thro
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from l4pack.artifact.patterns import matches, pattern
+from l4pack.artifact.stanza import METHOD, StanzaGroup, read_stanza
 from l4pack.errors import L4packError
 from l4pack.formats.configuration import read_scheme
 from l4pack.formats.format import Format
@@ -24,61 +26,70 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Quantization:
-    """The `quantization_config` of an artifact."""
+@dataclass(frozen=True)
+class Given:
+    """What a config group gives its modules: the format on disk, and the scheme as compressed-tensors and l4pack have it."""
 
-    def __init__(self, raw: Mapping[str, Any], modules: Collection[str] = ()) -> None:
-        """Read the stanza of a config.json; no stanza means nothing is quantized. Raises L4packError.
+    format: str
+    scheme: QuantizationScheme
+    own: tuple[Format, Scheme] | None  # None where l4pack does not read the tensors itself
+
+
+class Quantization:
+    """What a stanza makes of each module."""
+
+    def __init__(self, given: Mapping[str, Any], modules: Collection[str] = ()) -> None:
+        """Read a stanza; an empty one means that nothing is quantized. Raises L4packError.
 
         `modules` are those that will be asked for: expressions are matched with them at once.
         """
-        stanza = raw.get("quantization_config") or raw.get("compression_config")
-        self._groups: list[QuantizationScheme] = []
-        self._ignore: list[str] = []
-        self._format = "dense"
-        if stanza:
-            self._read(stanza, modules)
-
-    def _read(self, stanza: Mapping[str, Any], modules: Collection[str]) -> None:
-        if stanza.get("quant_method") != "compressed-tensors":
-            raise L4packError(
-                f"quant_method is {stanza.get('quant_method')!r}; l4pack reads compressed-tensors artifacts",
-                hint="quantize the original checkpoint with `l4pack quantize`",
-            )
-        from compressed_tensors.quantization import QuantizationConfig
-
-        try:
-            config = QuantizationConfig.model_validate(dict(stanza))
-        except (ValidationError, ValueError, TypeError) as error:
-            first = str(error).splitlines()[0]
-            raise L4packError(
-                f"config.json: quantization_config: {first}", hint="quantize again, or mend the config"
-            ) from error
-        self._groups = list(config.config_groups.values())
-        self._ignore = list(config.ignore or [])
-        self._format = str(config.format)
-        for entry in (*self._ignore, *(target for group in self._groups for target in group.targets)):
+        stanza = read_stanza(given)
+        self._ignore = [str(entry) for entry in stanza.ignore]
+        self._groups: list[tuple[list[str], Given]] = []
+        if given:
+            schemes = _schemes(given)
+            self._groups = [([str(one) for one in group.targets], _given(group, schemes)) for group in stanza.groups]
+        for entry in (*self._ignore, *(target for targets, _ in self._groups for target in targets)):
             if entry.startswith("re:"):
                 pattern(entry[3:]).prepare(modules)
 
-    def scheme(self, module: str) -> QuantizationScheme:
+    def scheme(self, module: str) -> Given:
         """The scheme a quantized module was written with. Raises L4packError when no group names it.
 
         A group that names the module comes before one that takes the whole class, wherever it stands in the list.
         """
-        if not any(matches(pattern, module) for pattern in self._ignore):
-            named = (group for group in self._groups if any(matches(target, module) for target in group.targets))
-            whole = (group for group in self._groups if "Linear" in group.targets)
-            for group in chain(named, whole):
-                return group
+        if not any(matches(entry, module) for entry in self._ignore):
+            named = (given for targets, given in self._groups if any(matches(target, module) for target in targets))
+            whole = (given for targets, given in self._groups if "Linear" in targets)
+            for given in chain(named, whole):
+                return given
         raise L4packError(
             f"{module} has scales, but quantization_config gives it no scheme",
             hint="runtimes would load it wrongly: quantize again",
         )
 
-    def format_of(self, scheme: QuantizationScheme) -> str:
-        """The on-disk format of a scheme's tensors."""
-        return str(scheme.format or self._format)
+
+def _schemes(given: Mapping[str, Any]) -> dict[str, QuantizationScheme]:
+    """Every group's scheme by compressed-tensors' own rules, what the file leaves out filled in. Raises L4packError."""
+    if given.get("quant_method") != METHOD:
+        raise L4packError(
+            f"quant_method is {given.get('quant_method')!r}; l4pack reads compressed-tensors artifacts",
+            hint="quantize the original checkpoint with `l4pack quantize`",
+        )
+    from compressed_tensors.quantization import QuantizationConfig
+
+    try:
+        return dict(QuantizationConfig.model_validate(dict(given)).config_groups)
+    except (ValidationError, ValueError, TypeError) as error:
+        first = str(error).splitlines()[0]
+        raise L4packError(
+            f"config.json: quantization_config: {first}", hint="quantize again, or mend the config"
+        ) from error
+
+
+def _given(group: StanzaGroup, schemes: Mapping[str, QuantizationScheme]) -> Given:
+    scheme, form = schemes[group.name], group.format or "dense"
+    return Given(form, scheme, own_format(scheme, form))
 
 
 def own_format(scheme: QuantizationScheme, format_name: str) -> tuple[Format, Scheme] | None:
@@ -98,16 +109,16 @@ def own_format(scheme: QuantizationScheme, format_name: str) -> tuple[Format, Sc
     return (form, own) if form.decodes(own) else None
 
 
-def decompressed(tensors: Mapping[str, Tensor], scheme: QuantizationScheme, format_name: str, module: str) -> Tensor:
+def decompressed(tensors: Mapping[str, Tensor], given: Given, module: str) -> Tensor:
     """The [out, in] weight of a module's tensors by suffix, by compressed-tensors. Raises L4packError."""
     from compressed_tensors.compressors import BaseCompressor
 
     try:
-        compressor = BaseCompressor.get_value_from_registry(format_name)
-        weight: Tensor = compressor.decompress(dict(tensors), scheme)["weight"]
+        compressor = BaseCompressor.get_value_from_registry(given.format)
+        weight: Tensor = compressor.decompress(dict(tensors), given.scheme)["weight"]
     except (KeyError, ValueError, RuntimeError, NotImplementedError, IndexError) as error:
         raise L4packError(
-            f"{module}: format {format_name} can't be read ({str(error).splitlines()[0]})",
+            f"{module}: format {given.format} can't be read ({str(error).splitlines()[0]})",
             hint="evaluate it with the tool that wrote it",
         ) from error
     return weight

@@ -9,6 +9,7 @@ from functools import cache, cached_property
 from typing import Protocol
 
 from l4pack.artifact.kv_cache import SUFFIXES as KV_SUFFIXES
+from l4pack.artifact.stanza import read_stanza
 from l4pack.checkpoint.header import TensorEntry, TypedTensor, tensor_bytes
 from l4pack.formats.format import Format
 from l4pack.formats.known import format_of
@@ -85,8 +86,7 @@ class Subject:
     @property
     def kv_dtype(self) -> str:
         """What a runtime's `auto` makes of the KV cache: FP8 when the artifact has, or will have, a scheme for it."""
-        stanza = self.config.raw.get("quantization_config")
-        scheme = stanza.get("kv_cache_scheme") if isinstance(stanza, dict) else None
+        scheme = read_stanza(self.config.stanza).kv_cache
         to_come = self.recipe is not None and any(kind.suffix in KV_SUFFIXES for kind in self.kinds)
         return "fp8" if scheme or to_come else "bfloat16"
 

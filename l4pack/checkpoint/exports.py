@@ -14,15 +14,13 @@ from typing import Any
 from l4pack.checkpoint.header import TensorEntry
 from l4pack.errors import SourceError
 from l4pack.model import parts
-from l4pack.model.config import Llama4Config, parse_config
+from l4pack.model.config import SECTIONS, STANZA_KEYS, Llama4Config, parse_config
 from l4pack.model.names import of_vision
 from l4pack.model.tensors import Catalogue, Role
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 SINGLE_NAME = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-_STANZAS = ("quantization_config", "compression_config")
-_SECTIONS = ("text_config", "vision_config")
 _MAX_ADAPTER_CONFIG = 1_000_000
 _QUANTIZED = re.compile(
     r"(^|[._])(packed|scales?|scale_inv|zero_point|zeros|qzeros|qweight|g_idx|absmax|quant_map|SCB|quant_state\..+)$"
@@ -115,7 +113,7 @@ def without_stale_stanza(config: Llama4Config, entries: Mapping[str, TensorEntry
     if not config.quantized or looks_quantized(entries):
         return config, []
     raw = _without_stanzas(config.raw)
-    for section in _SECTIONS:
+    for section in SECTIONS:
         if isinstance(raw.get(section), dict):
             raw[section] = _without_stanzas(raw[section])
     note = "config.json says that it is quantized; none of its tensors is, so the statement is not carried over"
@@ -123,7 +121,7 @@ def without_stale_stanza(config: Llama4Config, entries: Mapping[str, TensorEntry
 
 
 def _without_stanzas(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in section.items() if key not in _STANZAS}
+    return {key: value for key, value in section.items() if key not in STANZA_KEYS}
 
 
 def without_tied_head(

@@ -20,6 +20,7 @@ from torch import Tensor
 from l4pack import __version__
 from l4pack.artifact.contents import measured_digest
 from l4pack.artifact.original import ORIGINAL_KEYS, check_original, original_record
+from l4pack.artifact.stanza import read_stanza
 from l4pack.checkpoint.apart import refuse_overlap
 from l4pack.checkpoint.parts import weight_parts
 from l4pack.checkpoint.source import Checkpoint
@@ -447,8 +448,7 @@ def _reference_record(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_record(artifact: Checkpoint, compute: Compute, settings: Settings, started: float) -> dict[str, Any]:
-    stanza = artifact.config.raw.get("quantization_config") or {}
-    rounded_cache = bool(stanza.get("kv_cache_scheme")) and not settings.weights_only
+    rounded_cache = bool(read_stanza(artifact.config.stanza).kv_cache) and not settings.weights_only
     return {
         "device": compute.describe(),
         "dtype": str(compute.dtype).removeprefix("torch."),

@@ -70,8 +70,8 @@ def read_scheme(given: Mapping[str, Any]) -> Scheme:
     return Scheme.model_validate({key: given[key] for key in _SCHEME_KEYS if given.get(key) is not None})
 
 
-def read_inputs(given: Any) -> str:
+def read_inputs(given: Mapping[str, Any] | None) -> str:
     """A group's `input_activations` as one of `Activations`, or another word put together alike."""
-    if not isinstance(given, Mapping):
+    if given is None:
         return Activations.NONE
     return f"{'dynamic' if given.get('dynamic') else 'static'}_{given.get('strategy')}"

@@ -199,7 +199,7 @@ class _Runner:
 
 
 def _check_source(checkpoint: Checkpoint) -> None:
-    if checkpoint.config.raw.get("quantization_config") or checkpoint.config.raw.get("compression_config"):
+    if checkpoint.config.quantized:
         raise SourceError(
             f"{checkpoint.name} is quantized already",
             hint="measure the original checkpoint: its answers are the measure",

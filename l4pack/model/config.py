@@ -18,6 +18,8 @@ from l4pack.errors import SourceError
 from l4pack.resources import data_text
 
 MULTIMODAL, TEXT_ONLY = "llama4", "llama4_text"
+STANZA_KEYS = ("quantization_config", "compression_config")  # where a section states its quantization; an older name
+SECTIONS = ("text_config", "vision_config")
 MAX_CONFIG_BYTES = 4 * 1024**2
 MAX_EXPERTS = 100_000  # in all layers; Maverick has 6,144
 SectionT = TypeVar("SectionT", bound=BaseModel)
@@ -113,12 +115,18 @@ class Llama4Config(BaseModel):
     @property
     def quantized(self) -> bool:
         """Whether the checkpoint says that it is quantized already, as a whole or in a section."""
-        sections = (self.raw, self.raw.get("text_config"), self.raw.get("vision_config"))
-        return any(
-            section.get("quantization_config") or section.get("compression_config")
-            for section in sections
-            if isinstance(section, Mapping)
-        )
+        sections = (self.raw, *(self.raw.get(section) for section in SECTIONS))
+        return any(_stated(section) for section in sections if isinstance(section, Mapping))
+
+    @property
+    def stanza(self) -> Mapping[str, Any]:
+        """What it states of its quantization as a whole; empty when it states nothing."""
+        stated = _stated(self.raw)
+        return stated if isinstance(stated, Mapping) else {}
+
+
+def _stated(section: Mapping[str, Any]) -> Any:
+    return next((section[key] for key in STANZA_KEYS if section.get(key)), None)
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> Llama4Config:

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from l4pack.artifact.stanza import read_stanza
 from l4pack.checkpoint.companions import Missing, is_licence, missing_files
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.checkpoint.templates import has_template
@@ -152,12 +153,12 @@ def beside_record(checkpoint: Checkpoint) -> dict[str, Any]:
 def checkpoint_record(checkpoint: Checkpoint) -> dict[str, Any]:
     """A checkpoint as JSON."""
     text, layout = checkpoint.config.text, structure(checkpoint)
-    stanza = checkpoint.config.raw.get("quantization_config") or {}
+    stanza = read_stanza(checkpoint.config.stanza)
     return {
         "source": checkpoint.name,
         "revision": checkpoint.revision,
         "architecture": (checkpoint.config.raw.get("architectures") or [None])[0],
-        "quantization": stanza.get("format") or stanza.get("quant_method"),
+        "quantization": stanza.format or stanza.method,
         "parameters": layout.parameters,
         "tensors": len(checkpoint.entries) or len(layout.tensors),
         "weight_bytes": checkpoint.weight_bytes or 2 * layout.parameters,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from l4pack.errors import SourceError
-from l4pack.model.config import MULTIMODAL, Llama4Config
+from l4pack.model.config import MULTIMODAL, STANZA_KEYS, Llama4Config
 
 if TYPE_CHECKING:
     from transformers import Llama4Config as UpstreamConfig
@@ -67,7 +67,7 @@ def upstream_config(config: Llama4Config) -> UpstreamConfig:
     logging.set_verbosity_error()  # it warns of values that Scout's own configuration has
     try:
         kind = Multimodal if config.raw.get("model_type") == MULTIMODAL else TextOnly
-        raw: dict[str, Any] = {key: value for key, value in config.raw.items() if key != "quantization_config"}
+        raw: dict[str, Any] = {key: value for key, value in config.raw.items() if key not in STANZA_KEYS}
         return kind.from_dict(deepcopy(raw))  # it writes into what is nested, rope_scaling for one
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

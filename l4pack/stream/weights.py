@@ -17,8 +17,8 @@ from l4pack.artifact.kv_cache import declared_strategy, scale_names, scale_shape
 from l4pack.artifact.quantized import (
     Quantization,
     decompressed,
-    own_format,
 )
+from l4pack.artifact.stanza import read_stanza
 from l4pack.checkpoint.matrices import MatrixSource, StoredMatrices
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
@@ -67,7 +67,7 @@ class Weights:
         runtime = catalogue(checkpoint.config, self._naming, fused=False)
         self._source_naming = source.naming
         self._linears = {new.module: old for old, new in zip(source.linears, runtime.linears, strict=True)}
-        self._quantization = Quantization(checkpoint.config.raw, self._linears)
+        self._quantization = Quantization(checkpoint.config.stanza, self._linears)
 
     def __enter__(self) -> Self:
         return self
@@ -116,7 +116,7 @@ class Weights:
 
         Raises L4packError for a cache that can't be simulated.
         """
-        scheme = (self.checkpoint.config.raw.get("quantization_config") or {}).get("kv_cache_scheme")
+        scheme = read_stanza(self.checkpoint.config.stanza).kv_cache
         if not scheme or not self._round_activations:
             return None
         strategy = declared_strategy(scheme)
@@ -182,22 +182,20 @@ class Weights:
         return [part.T for part in parts] if slab.layout is Layout.IN_OUT else parts
 
     def _quantized(self, module: str, linear: Linear) -> LinearWeight:
-        scheme = self._quantization.scheme(module)
-        form = self._quantization.format_of(scheme)
+        given = self._quantization.scheme(module)
         arrays = {suffix: self._read(name) for suffix, name in self._names(linear).items()}
-        own = own_format(scheme, form) if Suffix.ORDER not in arrays else None
-        if own is not None:
-            weight = torch.from_numpy(weights_of(arrays, *own, linear.out_features, linear.in_features, module))
+        if given.own is not None and Suffix.ORDER not in arrays:
+            weight = torch.from_numpy(weights_of(arrays, *given.own, linear.out_features, linear.in_features, module))
         else:
             stored = {suffix: self._stored(f"{linear.module}.{suffix}", array) for suffix, array in arrays.items()}
-            weight = decompressed(_wide_scales(stored), scheme, form, module)
-        if scheme.input_activations is None:
+            weight = decompressed(_wide_scales(stored), given, module)
+        if given.scheme.input_activations is None:
             weight = weight.to(self.model_dtype)
         activations = None
         if self._round_activations:
             scale = arrays.get(Suffix.INPUT_SCALE)
             stored_scale = None if scale is None else self._torch(f"{linear.module}.{Suffix.INPUT_SCALE}", scale)
-            activations = activations_of(scheme, stored_scale, module)
+            activations = activations_of(given.scheme, stored_scale, module)
         return LinearWeight(self._computable(weight), activations)
 
 

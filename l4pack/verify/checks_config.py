@@ -8,16 +8,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from l4pack.artifact.kv_cache import cache_arguments
+from l4pack.artifact.stanza import METHOD, format_of_groups, read_stanza
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.formats.configuration import Activations, arguments, input_arguments
-from l4pack.model.config import MULTIMODAL, Llama4Config
+from l4pack.model.config import MULTIMODAL, STANZA_KEYS, Llama4Config
 from l4pack.recipe import KVStrategy
 from l4pack.verify.declared import Declared
 from l4pack.verify.findings import Findings
 from l4pack.verify.opened import Artifact
 from l4pack.verify.own_stanza import is_own
 
-_STANZA = "quantization_config"
+_STANZA = STANZA_KEYS[0]
 # transformers fills these in by the class that reads the section, whatever stands there.
 _SECTION_TYPES = {("text_config", "model_type"), ("vision_config", "model_type")}
 # Spelled differently by different versions of transformers, or of the file and not of the model; dtype and the rotary
@@ -26,7 +27,6 @@ _RESPELLED = {
     "transformers_version", "_name_or_path", "dtype", "torch_dtype", "rope_scaling", "rope_theta", "rope_parameters",
     "use_cache",
 }  # fmt: skip
-_STANZAS = (_STANZA, "compression_config")
 _ABSENT = object()
 _THETA = {"text_config": 500000.0, "vision_config": 10000.0}  # transformers' defaults
 
@@ -37,8 +37,8 @@ def check_stanza(artifact: Artifact, declared: Declared, found: Findings) -> Non
     if not stanza:
         found.error("stanza", "config.json", f"has no {_STANZA}: runtimes take the weights as unquantized")
         return
-    if stanza.get("quant_method") != "compressed-tensors":
-        found.error("stanza", f"{_STANZA}.quant_method", f"is {stanza.get('quant_method')!r}, not 'compressed-tensors'")
+    if stanza.get("quant_method") != METHOD:
+        found.error("stanza", f"{_STANZA}.quant_method", f"is {stanza.get('quant_method')!r}, not '{METHOD}'")
         return
     if not is_own(stanza, declared):
         _check_schema(stanza, found)
@@ -74,7 +74,7 @@ def _messages(error: Exception) -> Iterator[tuple[str, str]]:
 
 def _check_formats(stanza: Mapping[str, Any], declared: Declared, found: Findings) -> None:
     formats = {group.format.name for group in declared.groups if group.format}
-    expected = min(formats) if len(formats) == 1 else "mixed-precision"
+    expected = format_of_groups(formats)
     if formats and stanza.get("format") != expected:
         found.error("stanza", f"{_STANZA}.format", f"is {stanza.get('format')!r}, the groups make it '{expected}'")
     for group in declared.groups:
@@ -84,21 +84,17 @@ def _check_formats(stanza: Mapping[str, Any], declared: Declared, found: Finding
 
 def _check_arguments(stanza: Mapping[str, Any], found: Findings) -> None:
     """What no runtime takes in a group, or takes for something else than its tensors hold."""
-    groups = stanza.get("config_groups")
-    for name, group in groups.items() if isinstance(groups, Mapping) else ():
-        if not isinstance(group, Mapping):
-            continue
-        where = f"config_groups.{name}"
-        weights, inputs = group.get("weights"), group.get("input_activations")
-        if isinstance(weights, Mapping):
+    for group in read_stanza(stanza).groups:
+        where, weights = f"config_groups.{group.name}", group.weights
+        if weights is not None:
             if weights.get("actorder") in ("group", "dynamic", True):
                 found.error("stanza", f"{where}.weights.actorder", "is not static: vLLM refuses it")
             if weights.get("dynamic") not in (None, False):
                 found.error("stanza", f"{where}.weights.dynamic", "weights in a file are quantized once: must be false")
-        if group.get("output_activations") is not None:
+        if group.outputs is not None:
             found.error("stanza", f"{where}.output_activations", "no runtime quantizes outputs: must be null")
-        if isinstance(inputs, Mapping):
-            _check_inputs(f"{where}.input_activations", inputs, found)
+        if group.inputs is not None:
+            _check_inputs(f"{where}.input_activations", group.inputs, found)
 
 
 def _check_inputs(where: str, inputs: Mapping[str, Any], found: Findings) -> None:
@@ -195,7 +191,7 @@ def _dtypes(raw: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _without_stanza(config: Llama4Config) -> dict[str, Any]:
-    return {key: value for key, value in config.raw.items() if key not in _STANZAS}
+    return {key: value for key, value in config.raw.items() if key not in STANZA_KEYS}
 
 
 def _changes(new: Any, old: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
@@ -222,7 +218,7 @@ def _as_transformers_reads(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -
     reader = Multimodal if mine.get("model_type") == MULTIMODAL else TextOnly
     try:
         new, old = (
-            reader.from_dict({key: value for key, value in raw.items() if key not in _STANZAS}).to_dict()
+            reader.from_dict({key: value for key, value in raw.items() if key not in STANZA_KEYS}).to_dict()
             for raw in (mine, theirs)
         )
     except Exception:  # whatever a strange value makes of it: then the files are compared as they are

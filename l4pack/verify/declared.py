@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from l4pack.artifact.kv_cache import declared_strategy
 from l4pack.artifact.patterns import PatternError, pattern
+from l4pack.artifact.stanza import Stanza, StanzaGroup
 from l4pack.datafile import first_fault
 from l4pack.errors import RecipeError
 from l4pack.formats.configuration import read_inputs, read_scheme
@@ -139,39 +140,34 @@ class _Names:
         self.patterns = [(pattern(entry[3:]), value) for entry, value in pairs if entry.startswith("re:")]
 
 
-def read_declared(stanza: Mapping[str, Any], modules: Collection[str], found: Findings) -> Declared:
+def read_declared(stanza: Stanza, modules: Collection[str], found: Findings) -> Declared:
     """What a stanza declares; what can't be understood becomes findings of rules `stanza` and `scheme`.
 
     `modules` are all names that will be asked for: expressions are matched with them at once, within limits.
     """
     entries = _Entries(modules, found)
-    groups = stanza.get("config_groups")
-    read = []
-    for name, group in groups.items() if isinstance(groups, Mapping) else ():
-        if isinstance(group, Mapping):
-            read.append(_group(str(name), group, stanza, entries, found))
-    ignore = entries.read(stanza.get("ignore") or [], "ignore")
-    cache = stanza.get("kv_cache_scheme")
-    return Declared(tuple(read), ignore, bool(cache), declared_strategy(cache))
+    groups = tuple(_group(group, entries, found) for group in stanza.groups)
+    ignore = entries.read(stanza.ignore, "ignore")
+    return Declared(groups, ignore, bool(stanza.kv_cache), declared_strategy(stanza.kv_cache))
 
 
-def _group(name: str, group: Mapping[str, Any], stanza: Mapping[str, Any], entries: _Entries, found: Findings) -> Group:
-    where = f"config_groups.{name}"
-    targets = entries.read(group.get("targets") or [], f"{where}.targets")
-    given = group.get("format") or stanza.get("format")
+def _group(group: StanzaGroup, entries: _Entries, found: Findings) -> Group:
+    where = f"config_groups.{group.name}"
+    targets = entries.read(group.targets, f"{where}.targets")
+    given = group.format
     form = load_format(given) if given in format_names() else None
     if form is None:
         found.error("scheme", where, f"format {given!r} is not one l4pack knows ({', '.join(format_names())})")
-    scheme = _scheme(group.get("weights"), where, found)
-    activations = group.get("input_activations")
-    static = isinstance(activations, Mapping) and activations.get("dynamic") in (False, None)
+    scheme = _scheme(group.weights, where, found)
+    activations = group.inputs
+    static = activations is not None and activations.get("dynamic") in (False, None)
     if form is not None and scheme is not None and not _accepted(form, scheme, activations, where, found):
         scheme = None
-    return Group(name, targets, scheme, form, static, weight_only=activations is None)
+    return Group(group.name, targets, scheme, form, static, weight_only=activations is None)
 
 
-def _scheme(weights: Any, where: str, found: Findings) -> Scheme | None:
-    if not isinstance(weights, Mapping):
+def _scheme(weights: Mapping[str, Any] | None, where: str, found: Findings) -> Scheme | None:
+    if weights is None:
         found.error("scheme", where, "has no weights")
         return None
     try:
@@ -182,7 +178,7 @@ def _scheme(weights: Any, where: str, found: Findings) -> Scheme | None:
         return None
 
 
-def _accepted(form: Format, scheme: Scheme, activations: Any, where: str, found: Findings) -> bool:
+def _accepted(form: Format, scheme: Scheme, activations: Mapping[str, Any] | None, where: str, found: Findings) -> bool:
     try:
         form.check_accepts(scheme, read_inputs(activations), where)
     except RecipeError as error:
@@ -197,10 +193,10 @@ class _Entries:
     def __init__(self, modules: Collection[str], found: Findings) -> None:
         self._modules, self._found, self._taken = modules, found, 0.0
 
-    def read(self, values: Any, where: str) -> tuple[str, ...]:
+    def read(self, values: Iterable[Any], where: str) -> tuple[str, ...]:
         """The entries that are names, or expressions that can be matched; the others become findings."""
         good = []
-        for value in values if isinstance(values, list) else ():
+        for value in values:
             try:
                 self._check(value)
                 good.append(value)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from l4pack.artifact.kv_cache import cache_arguments
+from l4pack.artifact.stanza import METHOD
 from l4pack.formats.configuration import Activations, arguments, input_arguments, weight_arguments
 from l4pack.recipe import KVStrategy
 from l4pack.verify.declared import Declared, Group
@@ -28,7 +29,7 @@ def is_own(stanza: Mapping[str, Any], declared: Declared) -> bool:
         set(stanza) == _KEYS
         and isinstance(groups, Mapping)
         and len(groups) == len(declared.groups)
-        and stanza["quant_method"] == "compressed-tensors"
+        and stanza["quant_method"] == METHOD
         and isinstance(stanza["format"], str)
         and stanza["quantization_status"] == "compressed"
         and stanza["global_compression_ratio"] is None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from l4pack.artifact.stanza import read_stanza
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError
 from l4pack.verify.checks_config import check_config, check_config_kept, check_stanza
@@ -81,7 +82,7 @@ def verify_artifact(
         from l4pack.artifact.original import check_unquantized
 
         check_unquantized(against)
-    declared = read_declared(artifact.stanza, artifact.modules, found)
+    declared = read_declared(read_stanza(artifact.stanza), artifact.modules, found)
     check_config(artifact, found)
     check_stanza(artifact, declared, found)
     check_tokenizer(artifact, found)

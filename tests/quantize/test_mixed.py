@@ -143,10 +143,10 @@ def test_a_group_that_names_a_module_comes_before_one_for_the_class():
         "group_1": {"targets": [r"re:.*shared_expert\..*"], "weights": {**numbers, "num_bits": 8, "group_size": 32}},
     }
     stanza = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
-    read = Quantization({"quantization_config": stanza})
+    read = Quantization(stanza)
     module = "model.layers.0.feed_forward.{}.gate_proj".format
-    assert read.scheme(module("shared_expert")).weights.num_bits == 8
-    assert read.scheme(module("experts.0")).weights.num_bits == 4
+    assert read.scheme(module("shared_expert")).scheme.weights.num_bits == 8
+    assert read.scheme(module("experts.0")).scheme.weights.num_bits == 4
 
 
 @pytest.mark.parametrize("model", ["llama-4-scout", "llama-4-maverick"])

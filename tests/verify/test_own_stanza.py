@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from compressed_tensors.quantization import QuantizationConfig
 
+from l4pack.artifact.stanza import read_stanza
 from l4pack.checkpoint.open import open_source
 from l4pack.plan.plan import make_plan
 from l4pack.quantize.run import run_plan
@@ -52,7 +53,7 @@ def stanza_of(recipe):
 
 
 def own(stanza):
-    return is_own(stanza, read_declared(stanza, (), Findings()))
+    return is_own(stanza, read_declared(read_stanza(stanza), (), Findings()))
 
 
 def accepted(stanza):
