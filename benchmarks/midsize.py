@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l4pack import demo
-from l4pack.checkpoint.shards import INDEX_NAME, index_json, lay_out
+from l4pack.containers.safetensors_folder import CONTAINER
 from l4pack.model.config import parse_config
 from l4pack.model.tensors import Role, TensorSpec, catalogue
 from l4pack.plan.assign import PlannedTensor
@@ -52,13 +52,13 @@ def config() -> dict[str, Any]:
 
 def make(folder: Path) -> None:
     """Write the checkpoint, unless it is there."""
-    if (folder / INDEX_NAME).exists():
+    if (folder / CONTAINER.index_name).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     raw = config()
     specs = {spec.name: spec for spec in catalogue(parse_config(raw)).tensors}
     planned = [[PlannedTensor(s.name, "BF16", s.shape, s.role, s.layer, None, KEEP)] for s in specs.values()]
-    shards, _ = lay_out(planned, SHARD_BYTES)
+    shards, _ = CONTAINER.lay_out(planned, SHARD_BYTES)
     for shard in shards:
         with (folder / shard.file).open("wb") as stream:
             stream.write(shard.prefix)
@@ -69,9 +69,9 @@ def make(folder: Path) -> None:
         if path.name.startswith(COMPANIONS):
             shutil.copyfile(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
-    index = index_json(shards, sum(tensor.nbytes for (tensor,) in planned))
+    index = CONTAINER.index(shards, sum(tensor.nbytes for (tensor,) in planned))
     assert index is not None
-    (folder / INDEX_NAME).write_bytes(index)
+    (folder / CONTAINER.index_name).write_bytes(index)
 
 
 def made_up(spec: TensorSpec, layers: int) -> Iterator[NDArray[np.float32]]:

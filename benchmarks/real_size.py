@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from l4pack.checkpoint.reader import Reader
-from l4pack.checkpoint.shards import lay_out
 from l4pack.checkpoint.source import open_folder
+from l4pack.containers.safetensors_folder import CONTAINER
 from l4pack.model.config import known_config, parse_config
 from l4pack.model.tensors import TensorSpec, catalogue
 from l4pack.plan.assign import PlannedTensor
@@ -63,7 +63,7 @@ def make_checkpoint(folder: Path, model: str, experts: int) -> None:
     config = layer_config(model, experts)
     specs = catalogue(parse_config(config)).tensors
     planned = [PlannedTensor(s.name, "BF16", s.shape, s.role, s.layer, None, KEEP) for s in specs]
-    shards, places = lay_out([[tensor] for tensor in planned], limit=1 << 62)
+    shards, places = CONTAINER.lay_out([[tensor] for tensor in planned], limit=1 << 62)
     with (folder / "model.safetensors").open("wb") as stream:
         stream.write(shards[0].prefix)
         for spec in specs:

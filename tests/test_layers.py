@@ -27,7 +27,7 @@ LAYERS = [
     ["stream"],
     ["artifact"],
     ["recipe"],
-    ["formats"],
+    ["containers", "formats"],
     ["checkpoint"],
     ["demo", "hub", "model"],
     ["quant", "work"],

@@ -14,6 +14,7 @@ from l4pack.artifact.manifest_schema import read_manifest
 from l4pack.checkpoint.header import TensorEntry
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
+from l4pack.containers.safetensors_folder import CONTAINER
 from l4pack.errors import SourceError
 from l4pack.model.config import load_config
 from l4pack.work import machine
@@ -27,7 +28,7 @@ def recorded_digest(folder: Path) -> str | None:
     if not (folder / MANIFEST_NAME).is_file():
         return None
     tensors = {name: tensor.sha256 for name, tensor in read_manifest(folder).tensors.items()}
-    return contents_digest(tensors, load_config(folder / "config.json").raw)
+    return contents_digest(tensors, load_config(folder / CONTAINER.config_name).raw)
 
 
 def measured_digest(checkpoint: Checkpoint, check: Callable[[], None] = lambda: None) -> str:

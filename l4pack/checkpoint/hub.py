@@ -36,7 +36,7 @@ from l4pack.datafile import parse_json
 from l4pack.errors import BudgetError, HubError, SourceError
 from l4pack.hub.client import hub_api, hub_errors, patiently
 from l4pack.hub.exchange import ASTRAY, Transfer, transferring
-from l4pack.model.config import MAX_CONFIG_BYTES, parse_config
+from l4pack.model.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
 from l4pack.units import human_bytes
 from l4pack.work.folder import claim
 
@@ -87,9 +87,9 @@ def open_hub(
         return _open_cached(api, repo_id, revision, include)
     with hub_errors(api, repo_id, revision):
         remote = open_remote(api, repo_id, revision)
-        if "config.json" not in remote.files:
+        if CONFIG_NAME not in remote.files:
             refuse_adapter(remote.files, repo_id)
-        config = parse_config(_json(remote.small("config.json", MAX_CONFIG_BYTES)), f"{repo_id}: config.json")
+        config = parse_config(_json(remote.small(CONFIG_NAME, MAX_CONFIG_BYTES)), f"{repo_id}: config.json")
         headers, weight_map = _headers(remote)
     store = HubStore(remote, headers, folder if fetch_as_you_go else None)
     sizes = {name: file.size for name, file in remote.files.items()}

@@ -11,9 +11,7 @@ from l4pack.checkpoint.header import read_header
 from l4pack.checkpoint.source import Checkpoint, LocalStore, Store
 from l4pack.datafile import digest_of
 from l4pack.errors import SourceError
-from l4pack.model.config import load_config
-
-_CONFIG = "config.json"
+from l4pack.model.config import CONFIG_NAME, load_config
 
 
 def source_part(file: str, name: str = "source") -> str:
@@ -34,7 +32,7 @@ def weight_parts(checkpoint: Checkpoint, name: str = "source") -> dict[str, str]
     """The same of configuration and weight files alone, all that a walk through the layers reads."""
     store = checkpoint.store
     assert store is not None
-    digests = {_CONFIG: _config(checkpoint, store), **_shards(checkpoint, store)}
+    digests = {CONFIG_NAME: _config(checkpoint, store), **_shards(checkpoint, store)}
     return {source_part(file, name): digest for file, digest in digests.items()}
 
 
@@ -50,7 +48,7 @@ def as_opened(checkpoint: Checkpoint, store: Store) -> bool:
         return True  # the Hub lists digests, and headers are compared when a file arrives
     try:
         headers = {file: read_header(store.path(file), file) for file in checkpoint.shards}
-        config, _ = without_stale_stanza(load_config(store.path(_CONFIG)), checkpoint.entries)
+        config, _ = without_stale_stanza(load_config(store.path(CONFIG_NAME)), checkpoint.entries)
         same = config.raw == checkpoint.config.raw
     except SourceError:
         return False
@@ -59,7 +57,7 @@ def as_opened(checkpoint: Checkpoint, store: Store) -> bool:
 
 def _config(checkpoint: Checkpoint, store: Store) -> str:
     if isinstance(store, LocalStore):
-        return file_digest(store.path(_CONFIG))
+        return file_digest(store.path(CONFIG_NAME))
     return digest_of(checkpoint.config.raw)
 
 

@@ -31,7 +31,7 @@ from l4pack.checkpoint.exports import (
 from l4pack.checkpoint.header import TensorEntry, read_header
 from l4pack.datafile import parse_json, refuse_lfs_pointer
 from l4pack.errors import SourceError
-from l4pack.model.config import KNOWN_MODELS, Llama4Config, known_config, load_config
+from l4pack.model.config import CONFIG_NAME, KNOWN_MODELS, Llama4Config, known_config, load_config
 from l4pack.model.names import detect_layout
 from l4pack.model.tensors import Catalogue, catalogue
 from l4pack.quant.dtypes import NAMES, FloatName
@@ -177,12 +177,12 @@ def open_folder(folder: Path, include: Sequence[str] = ()) -> Checkpoint:
         raise SourceError(f"{folder} is not a folder", hint="give a checkpoint folder, or ORG/NAME of a Hub repository")
     folder = snapshot_of(folder)
     files = folder_files(folder, include)
-    if "config.json" not in files:
+    if CONFIG_NAME not in files:
         refuse_adapter(files, str(folder), adapter_config(folder))
         raise SourceError(
             f"{folder} has no config.json", hint="point at the folder that holds config.json and the shards"
         )
-    config = load_config(folder / "config.json")
+    config = load_config(folder / CONFIG_NAME)
     shards = shard_names(folder)
     headers = {file: read_header(folder / file, file) for file in shards.shards}
     opened = assemble(str(folder), config, headers, shards.weight_map, files, include)
@@ -208,7 +208,7 @@ def assemble(
     entries, head = without_tied_head(config, entries)
     if head is not None:
         notes = [*notes, f"{head.name} is tied to the embedding: runtimes don't read it, and it is left out"]
-    beside = choose(files, {"config.json", INDEX_NAME, *headers}, include)
+    beside = choose(files, {CONFIG_NAME, INDEX_NAME, *headers}, include)
     return Checkpoint(
         name,
         config,
@@ -227,7 +227,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 def snapshot_of(folder: Path) -> Path:
     """The folder itself, or the snapshot that a repository's folder in the Hub's cache holds. Raises SourceError."""
     root = folder.absolute().parent if folder.absolute().name == "snapshots" else folder
-    if (folder / "config.json").exists() or not (root / "snapshots").is_dir():
+    if (folder / CONFIG_NAME).exists() or not (root / "snapshots").is_dir():
         return folder
     found = sorted(path for path in (root / "snapshots").iterdir() if path.is_dir())
     main = root / "snapshots" / _main_commit(root)

@@ -50,7 +50,7 @@ def plan(
 
 def limits(max_ram: str | None, max_vram: str | None, shard_size: str | None, device: str) -> Limits:
     """Limits from what the user typed. Raises UsageError."""
-    from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES
+    from l4pack.containers.safetensors_folder import DEFAULT_SHARD_BYTES
     from l4pack.plan.plan import Limits
 
     return Limits(

@@ -59,10 +59,10 @@ def push(
 
 
 def _check(folder: Path, target: Target) -> list[str]:
+    from l4pack.containers.safetensors_folder import CONTAINER
     from l4pack.publish.publish import check_ready
 
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    with console.progress("verifying", total) as bar:
+    with console.progress("verifying", CONTAINER.weight_bytes(folder)) as bar:
         return check_ready(folder, target.repo_id.rpartition("/")[2], gated=target.gated, advance=bar.advance)
 
 

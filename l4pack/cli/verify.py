@@ -44,6 +44,7 @@ def verify(
     Example: `l4pack verify demo-int4 --against demo`
     """
     from l4pack.checkpoint.open import open_source
+    from l4pack.containers.safetensors_folder import CONTAINER
     from l4pack.verify.verify import verify_artifact
 
     if sample is not None and against is None:
@@ -51,7 +52,7 @@ def verify(
     if headers_only and against is not None:
         raise typer.BadParameter("reads nothing to hold against a source", param_hint="--headers-only")
     source = open_source(against) if against is not None else None
-    with console.progress("verifying", _weight_bytes(folder)) as bar:
+    with console.progress("verifying", CONTAINER.weight_bytes(folder)) as bar:
         result = verify_artifact(folder, source, sample, bar.advance, headers_only=headers_only)
     passed = result.ok and not (strict and result.findings)
     if as_json:
@@ -60,10 +61,6 @@ def verify(
         console.show(*verification_view(folder, result, passed=passed))
     if not passed:
         raise typer.Exit(1)
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
 
 
 def verification_record(result: Verification, *, passed: bool) -> dict[str, object]:

@@ -18,6 +18,7 @@ from l4pack.errors import SourceError
 from l4pack.resources import data_text
 
 MULTIMODAL, TEXT_ONLY = "llama4", "llama4_text"
+CONFIG_NAME = "config.json"
 STANZA_KEYS = ("quantization_config", "compression_config")  # where a section states its quantization; an older name
 SECTIONS = ("text_config", "vision_config")
 MAX_CONFIG_BYTES = 4 * 1024**2

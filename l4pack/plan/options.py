@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES
+from l4pack.containers.safetensors_folder import DEFAULT_SHARD_BYTES
 from l4pack.recipe import Recipe, load_recipe, recipe_names
 from l4pack.work.identity import flat
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,8 +25,9 @@ from l4pack.artifact.manifest import (
 from l4pack.artifact.stanza import quantization_config
 from l4pack.checkpoint.matrices import StoredMatrices
 from l4pack.checkpoint.parts import source_parts
-from l4pack.checkpoint.shards import DEFAULT_SHARD_BYTES, INDEX_NAME, Place, Shard, index_json, lay_out
+from l4pack.checkpoint.shards import Place, Shard
 from l4pack.checkpoint.source import Checkpoint
+from l4pack.containers.safetensors_folder import CONTAINER, DEFAULT_SHARD_BYTES
 from l4pack.errors import BudgetError, RecipeError, SourceError
 from l4pack.formats.configuration import Activations
 from l4pack.formats.known import load_format
@@ -70,7 +70,6 @@ SLAB_LIMITS = tuple(size * MIB for size in (256, 128, 64, 32, 16, 8, 4))
 FINE_SLAB, ENOUGH_WORKERS = 32 * MIB, 4
 # What rounding takes over the base however many cores there are, unless the user allows more: enough to keep a disk busy.
 USUAL_RAM = 700 * MIB
-CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True)
@@ -131,13 +130,12 @@ class Plan:
         raw: Mapping[str, Any] = self.checkpoint.config.raw
         if self.rounded_tensors:
             raw = with_dtype(raw, FLOATS[model_dtype(self.checkpoint)].word)
-        config = {**raw, "quantization_config": self.stanza}
-        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        return CONTAINER.configuration(raw, self.stanza)
 
     @cached_property
     def index_json(self) -> bytes | None:
         """The artifact's index, or None when there is one shard."""
-        return index_json(self.shards, self.weight_bytes)
+        return CONTAINER.index(self.shards, self.weight_bytes)
 
     @cached_property
     def rounded_tensors(self) -> int:
@@ -166,9 +164,9 @@ class Plan:
         """Every file beside the weights but the manifest, and its exact size."""
         sizes = {}
         if self.index_json is not None:
-            sizes[INDEX_NAME] = len(self.index_json)
+            sizes[CONTAINER.index_name] = len(self.index_json)
         sizes |= self.checkpoint.companions
-        sizes[CONFIG_NAME] = len(self.config_json)
+        sizes[CONTAINER.config_name] = len(self.config_json)
         if self.needs is not None:
             sizes[RECORD_NAME] = self.calibration_bytes
         return sizes
@@ -331,7 +329,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
     if checkpoint.config.quantized:
         raise SourceError(f"{checkpoint.name} is quantized already", hint="start from the original BF16 checkpoint")
     assignment = assign(checkpoint, recipe)
-    shards, places = lay_out(assignment.groups, limits.shard_bytes)
+    shards, places = CONTAINER.lay_out(assignment.groups, limits.shard_bytes)
     workers, tasks = _fit(checkpoint, recipe, assignment, limits)
     calibrated = tuple(target for target in assignment.targets if is_calibrated(recipe, target))
     observed = tuple(

@@ -12,8 +12,9 @@ from l4pack.checkpoint.companions import folder_files
 from l4pack.checkpoint.parts import file_digest
 from l4pack.checkpoint.sample import local_sample
 from l4pack.checkpoint.source import open_folder
+from l4pack.containers.safetensors_folder import CONTAINER
 from l4pack.errors import UsageError
-from l4pack.plan.plan import CONFIG_NAME, Plan
+from l4pack.plan.plan import Plan
 
 
 def is_finished(plan: Plan, out: Path) -> bool:
@@ -26,7 +27,7 @@ def is_finished(plan: Plan, out: Path) -> bool:
         return False
     sizes = folder_files(out, plan.checkpoint.included) if out.is_dir() else {}
     same = all(sizes.get(name) == size for name, size in plan.files.items())
-    same = same and (out / CONFIG_NAME).read_bytes() == plan.config_json
+    same = same and (out / CONTAINER.config_name).read_bytes() == plan.config_json
     if not same or not plan.manifest.describes((out / MANIFEST_NAME).read_bytes()):
         raise UsageError(f"{out} exists and is not this artifact", hint="choose another --out, or remove it yourself")
     manifest = read_manifest(out)

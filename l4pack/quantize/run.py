@@ -24,13 +24,13 @@ from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.parts import as_opened, source_part
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.sample import sample_digest
-from l4pack.checkpoint.shards import INDEX_NAME
 from l4pack.checkpoint.source import Store
 from l4pack.checkpoint.tied import check_tied_head
 from l4pack.checkpoint.writer import ShardWriter
+from l4pack.containers.safetensors_folder import CONTAINER
 from l4pack.errors import BudgetError, L4packError, SourceError, UsageError
 from l4pack.plan.itinerary import Itinerary
-from l4pack.plan.plan import CONFIG_NAME, Plan, check_room
+from l4pack.plan.plan import Plan, check_room
 from l4pack.quant.quantize import quantize_block
 from l4pack.quantize.execute import Executor, Quantizer
 from l4pack.quantize.fetching import Fetching
@@ -249,7 +249,7 @@ def _write_beside(plan: Plan, store: Store, folder: Path, begun_as: Identity) ->
             raise _changed(plan, f"{source_part(file)} has changed")
     if plan.needs is not None:
         digests[RECORD_NAME] = hashlib.sha256((folder / RECORD_NAME).read_bytes()).hexdigest()
-    for file, data in ((INDEX_NAME, plan.index_json), (CONFIG_NAME, plan.config_json)):
+    for file, data in ((CONTAINER.index_name, plan.index_json), (CONTAINER.config_name, plan.config_json)):
         if data is not None:
             write_atomic(folder / file, data)
             digests[file] = hashlib.sha256(data).hexdigest()

@@ -19,6 +19,7 @@ from l4pack.artifact.manifest_schema import MAX_BYTES, FileRecord, ManifestFile,
 from l4pack.artifact.policy import written_files
 from l4pack.artifact.stanza import quantization_config
 from l4pack.checkpoint.header import LENGTH_BYTES
+from l4pack.containers.safetensors_folder import CONTAINER
 from l4pack.datafile import first_fault, parse_json
 from l4pack.errors import UsageError
 from l4pack.recipe import KEEP, Recipe
@@ -60,11 +61,11 @@ def check_manifest(artifact: Artifact, manifest: ManifestFile, found: Findings) 
             _check_file(artifact, name, record, found)
     for name, shard in manifest.shards.items():
         _check_shard(artifact, name, shard, found)
-    weights = {name for name in artifact.files if name.endswith(".safetensors")}
+    weights = {name for name in artifact.files if CONTAINER.is_weights(name)}
     for name in sorted(weights - manifest.shards.keys()):
         found.error("digest", name, "is a weight file that the manifest does not have")
-    if "config.json" not in manifest.files:
-        found.error("manifest", MANIFEST_NAME, "says nothing of config.json")
+    if CONTAINER.config_name not in manifest.files:
+        found.error("manifest", MANIFEST_NAME, f"says nothing of {CONTAINER.config_name}")
     _check_tensors(artifact, manifest, found)
     _check_stanza(artifact, manifest, found)
 

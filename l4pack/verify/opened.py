@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from l4pack.checkpoint.exports import SINGLE_NAME
 from l4pack.checkpoint.header import TensorEntry, read_header
-from l4pack.checkpoint.source import INDEX_NAME, MAX_INDEX_BYTES, parse_index
+from l4pack.checkpoint.source import MAX_INDEX_BYTES, parse_index
+from l4pack.containers.safetensors_folder import CONTAINER
 from l4pack.datafile import parse_json
 from l4pack.errors import SourceError
 from l4pack.model.config import MULTIMODAL, Llama4Config, load_config
@@ -76,15 +76,15 @@ def open_artifact(folder: Path, found: Findings, *, ask_library: bool = True) ->
     """
     if not folder.is_dir():
         raise SourceError(f"{folder} is not a folder", hint="give the folder of an artifact")
-    if not (folder / "config.json").is_file():
+    if not (folder / CONTAINER.config_name).is_file():
         raise SourceError(f"{folder} has no config.json", hint="give the folder that holds config.json and the weights")
-    config = load_config(folder / "config.json")
+    config = load_config(folder / CONTAINER.config_name)
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not _hidden(path.relative_to(folder))
     }
-    shards = [name for name in files if name.endswith(".safetensors") and "/" not in name]
+    shards = [name for name in files if CONTAINER.is_weights(name) and "/" not in name]
     if not shards:
         raise SourceError(f"{folder} holds no safetensors files", hint="l4pack verifies safetensors artifacts only")
     headers: dict[str, dict[str, TensorEntry]] = {}
@@ -136,36 +136,38 @@ def _check_index(
         return
     weight_map, total_size = index
     for file in sorted(set(weight_map.values()) - set(shards)):
-        found.error("shard", file, f"is missing, {INDEX_NAME} names it")
+        found.error("shard", file, f"is missing, {CONTAINER.index_name} names it")
     for file in sorted(set(shards) - set(weight_map.values())):
-        found.error("shard", file, f"is not named by {INDEX_NAME}: runtimes that load every file get other tensors")
+        found.error(
+            "shard", file, f"is not named by {CONTAINER.index_name}: runtimes that load every file get other tensors"
+        )
     for name, file in weight_map.items():
         if file in headers and name not in headers[file]:
-            found.error("index", name, f"is not in {file}, where {INDEX_NAME} places it")
+            found.error("index", name, f"is not in {file}, where {CONTAINER.index_name} places it")
     for file, header in headers.items():
         for name in header:
             if file in weight_map.values() and name not in weight_map:
-                found.error("index", name, f"is in {file}, but {INDEX_NAME} does not name it")
+                found.error("index", name, f"is in {file}, but {CONTAINER.index_name} does not name it")
     real = sum(entry.nbytes for header in headers.values() for entry in header.values())
     if len(headers) == len(shards) and total_size != real:
-        found.error("index", INDEX_NAME, f"total_size is {total_size}, the tensors have {real} bytes")
+        found.error("index", CONTAINER.index_name, f"total_size is {total_size}, the tensors have {real} bytes")
 
 
 def _read_index(folder: Path, shards: list[str], found: Findings) -> tuple[dict[str, str], Any] | None:
-    path = folder / INDEX_NAME
+    path = folder / CONTAINER.index_name
     if not path.is_file():
         if len(shards) > 1:
-            found.error("index", INDEX_NAME, f"is missing, and there are {len(shards)} weight files")
-        elif shards != [SINGLE_NAME]:
-            found.error("index", shards[0], f"without an index, transformers looks for {SINGLE_NAME} only")
+            found.error("index", CONTAINER.index_name, f"is missing, and there are {len(shards)} weight files")
+        elif shards != [CONTAINER.single_name]:
+            found.error("index", shards[0], f"without an index, transformers looks for {CONTAINER.single_name} only")
         return None
     try:
         if path.stat().st_size > MAX_INDEX_BYTES:
-            raise SourceError(f"{INDEX_NAME} is implausibly large")
+            raise SourceError(f"{CONTAINER.index_name} is implausibly large")
         raw = path.read_bytes()
         weight_map = parse_index(raw)
     except SourceError as error:
-        found.error("index", INDEX_NAME, error.message)
+        found.error("index", CONTAINER.index_name, error.message)
         return None
     metadata = parse_json(raw).get("metadata")
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from l4pack.checkpoint.header import parse_header
-from l4pack.checkpoint.shards import index_json, lay_out
 from l4pack.checkpoint.writer import ShardWriter
+from l4pack.containers.safetensors_folder import CONTAINER
 
 WIDTHS = {"U8": 1, "BF16": 2, "F32": 4, "I64": 8}
 
@@ -43,7 +43,7 @@ GROUPS = st.lists(
 @given(GROUPS, st.integers(0, 500))
 def test_any_layout_is_whole_aligned_and_within_its_limit(drawn, limit):
     groups = [group(number, *dtypes, size=size) for number, (dtypes, size) in enumerate(drawn)]
-    shards, places = lay_out(groups, limit)
+    shards, places = CONTAINER.lay_out(groups, limit)
     tensors = {tensor.name: tensor for each in groups for tensor in each}
     assert set(places) == set(tensors)
     assert [shard.tensors for shard in shards if not shard.tensors] == []
@@ -67,19 +67,19 @@ def test_any_layout_is_whole_aligned_and_within_its_limit(drawn, limit):
 
 
 def test_files_are_named_and_indexed_as_transformers_does():
-    shards, _ = lay_out([group(1, "F32"), group(2, "F32")], 20)
+    shards, _ = CONTAINER.lay_out([group(1, "F32"), group(2, "F32")], 20)
     assert [shard.file for shard in shards] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    index = json.loads(index_json(shards, 40))
+    index = json.loads(CONTAINER.index(shards, 40))
     assert index["metadata"]["total_size"] == 40
     assert index["weight_map"] == {"m1.0": shards[0].file, "m2.0": shards[1].file}
-    single, _ = lay_out([group(1, "F32")], 20)
+    single, _ = CONTAINER.lay_out([group(1, "F32")], 20)
     assert single[0].file == "model.safetensors"
-    assert index_json(single, 20) is None
+    assert CONTAINER.index(single, 20) is None
 
 
 def test_pieces_in_any_order_make_the_file(tmp_path):
     tensors = group(1, "U8", "F32", "I64", size=6)
-    shards, places = lay_out([tensors], 10**6)
+    shards, places = CONTAINER.lay_out([tensors], 10**6)
     data = {t.name: np.arange(t.nbytes, dtype=np.uint8) + k for k, t in enumerate(tensors)}
     writer = ShardWriter(tmp_path, shards, places)
     pieces = [(name, start) for name, raw in data.items() for start in range(0, raw.size, 5)]
@@ -97,7 +97,7 @@ def test_pieces_in_any_order_make_the_file(tmp_path):
 
 @pytest.mark.parametrize(("offset", "size"), [(-1, 1), (0, 21), (20, 1), (19, 2)])
 def test_no_piece_leaves_its_tensor(tmp_path, offset, size):
-    shards, places = lay_out([group(1, "F32"), group(2, "F32")], 10**6)
+    shards, places = CONTAINER.lay_out([group(1, "F32"), group(2, "F32")], 10**6)
     writer = ShardWriter(tmp_path, shards, places)
     with pytest.raises(ValueError, match="of a tensor of 20"):
         writer.write("m1.0", offset, np.zeros(size, np.uint8))
@@ -105,7 +105,7 @@ def test_no_piece_leaves_its_tensor(tmp_path, offset, size):
 
 
 def test_opening_a_begun_file_keeps_what_it_holds(tmp_path):
-    shards, places = lay_out([group(1, "F32")], 10**6)
+    shards, places = CONTAINER.lay_out([group(1, "F32")], 10**6)
     writer = ShardWriter(tmp_path, shards, places)
     writer.write("m1.0", 4, np.full(4, 7, np.uint8))
     writer.close()

@@ -1,0 +1,1 @@
+"""Where an artifact's bytes and names go: files, headers, index, configuration. One object a container."""
