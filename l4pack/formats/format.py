@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -145,20 +145,9 @@ class Format:
 
     def stored(
         self, scheme: Scheme, out_features: int, in_features: int, source_dtype: str, *, static: bool = False
-    ) -> list[StoredTensor]:
+    ) -> tuple[StoredTensor, ...]:
         """The tensors that stand for one matrix `[out_features, in_features]`, in the order they are written."""
-        holds = {"asymmetric": not scheme.symmetric, "static_activations": static}
-        sizes = matrix_sizes(scheme, out_features, in_features)
-        scale_dtype = NAMES.get(scheme.scale_dtype, source_dtype)
-        return [
-            StoredTensor(
-                piece.suffix,
-                scale_dtype if piece.dtype == "scale" else piece.dtype,
-                tuple(_size(text, sizes) for text in piece.shape[scheme.strategy]),
-            )
-            for piece in self.pieces
-            if piece.when is None or holds[piece.when]
-        ]
+        return _stored(self, scheme, out_features, in_features, source_dtype, static)
 
     def rows_in_one(self, scheme: Scheme) -> dict[str, int]:
         """How many output rows of a matrix share one row of each tensor, by suffix; 0 for all of them."""
@@ -202,6 +191,24 @@ class Format:
             "input_activations": input_arguments(activations),
             "output_activations": None,
         }
+
+
+@lru_cache(maxsize=4096)  # the experts of a model are thousands, and all alike
+def _stored(
+    form: Format, scheme: Scheme, out_features: int, in_features: int, source_dtype: str, static: bool
+) -> tuple[StoredTensor, ...]:
+    holds = {"asymmetric": not scheme.symmetric, "static_activations": static}
+    sizes = matrix_sizes(scheme, out_features, in_features)
+    scale_dtype = NAMES.get(scheme.scale_dtype, source_dtype)
+    return tuple(
+        StoredTensor(
+            piece.suffix,
+            scale_dtype if piece.dtype == "scale" else piece.dtype,
+            tuple(_size(text, sizes) for text in piece.shape[scheme.strategy]),
+        )
+        for piece in form.pieces
+        if piece.when is None or holds[piece.when]
+    )
 
 
 def _shaped(arrays: Mapping[str, NDArray[Any]], piece: Piece, wanted: tuple[int, ...], module: str) -> NDArray[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,13 +10,15 @@ import oracle
 import pytest
 import torch
 
+from l4pack.calibration.mlp import stored
 from l4pack.checkpoint.matrices import MatrixBlock
+from l4pack.formats.float_quantized import FLOAT_QUANTIZED
 from l4pack.model.tensors import Linear, Role
 from l4pack.quant.gptq import solve
 from l4pack.quant.grid import NumberType
 from l4pack.quant.layout import Layout
-from l4pack.quant.packing import pack_levels, pack_zero_points
 from l4pack.quant.quantize import absmax, quantize_block
+from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.recipe import Method
 from l4pack.verify.checks_kernels import SLACK, STATISTICS, scan, widen_transposed
@@ -48,18 +51,15 @@ def bits(values: np.ndarray) -> np.ndarray:
     return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
-def quantize(values: np.ndarray, scheme: Scheme) -> dict[str, np.ndarray]:
+def quantize(values: np.ndarray, scheme: Scheme) -> Quantized:
     block = bits(values)
     amax = absmax(block, Layout.OUT_IN, "BF16") if scheme.strategy is Strategy.TENSOR else None
-    made = quantize_block(block, Layout.OUT_IN, "BF16", scheme, amax=amax)
-    name = "weight" if scheme.type is NumberType.FLOAT else "weight_packed"
-    arrays = {name: made.values, "weight_scale": made.scale}
-    return arrays if made.zero_point is None else {**arrays, "weight_zero_point": made.zero_point}
+    return quantize_block(block, Layout.OUT_IN, "BF16", scheme, amax=amax)
 
 
 def verdict(
     values: np.ndarray,
-    arrays: dict[str, np.ndarray],
+    stored: Quantized,
     scheme: Scheme,
     *,
     method: Method | None = None,
@@ -71,7 +71,7 @@ def verdict(
     checks = SourceChecks(lambda _: made)  # type: ignore[arg-type]
     result = Result()
     source = MatrixBlock(block, Layout.IN_OUT if turned else Layout.OUT_IN, "BF16")
-    checks.matrix(Matrix(linear, scheme, {}), arrays, source, result)
+    checks.matrix(Matrix(linear, FLOAT_QUANTIZED, scheme, {}), stored, source, result)
     return result
 
 
@@ -175,19 +175,14 @@ def test_gptq_passes_as_calibrated_and_not_as_rounded(name: str, tokens: int) ->
     inputs += 0.3 * torch.randn(tokens, IN, generator=generator)
     solved = solve(torch.from_numpy(values), inputs.T @ inputs, scheme)
     assert solved.method == "gptq"
-    arrays = {
-        "weight_packed": pack_levels(solved.levels.numpy(), 4),
-        "weight_scale": solved.scale.view(torch.int16).numpy().view(np.uint16),
-    }
-    if solved.zero_point is not None:
-        arrays["weight_zero_point"] = pack_zero_points(solved.zero_point.numpy(), 4)
+    arrays = stored(solved, 4)
     result = verdict(values, arrays, scheme)
     assert not messages(result)
     assert result.tally.within_half_step == 0
     assert 1 < result.tally.largest_error_ratio < 3
     assert "more than half a step" in messages(verdict(values, arrays, scheme, method=Method.RTN))[0]
-    arrays["weight_packed"] = np.roll(arrays["weight_packed"], 1, axis=0)
-    assert messages(verdict(values, arrays, scheme))
+    moved = replace(arrays, values=np.roll(arrays.values, 1, axis=0))
+    assert messages(verdict(values, moved, scheme))
 
 
 def test_a_source_of_zeros() -> None:
