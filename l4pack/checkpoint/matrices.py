@@ -82,11 +82,18 @@ class MatrixSource(Protocol):
         ...
 
 
-class StoredMatrices:
+def matrices_of(checkpoint: Checkpoint, reader: Reader | None = None) -> MatrixSource:
+    """The matrices of a checkpoint, by the files it lies in.
+
+    Without a `reader` for planning: what reading costs comes from headers, or from a bare configuration.
+    """
+    return _StoredMatrices(checkpoint, reader)
+
+
+class _StoredMatrices:
     """The matrices of plain safetensors: one tensor each, or an expert's columns of a fused 3-D tensor."""
 
-    def __init__(self, checkpoint: Checkpoint, reader: Reader | None = None) -> None:
-        """Without a `reader` for planning: what reading costs comes from headers, or from a bare configuration."""
+    def __init__(self, checkpoint: Checkpoint, reader: Reader | None) -> None:
         self._checkpoint, self._reader = checkpoint, reader
 
     def together(self, linear: Linear) -> tuple[str, int | None]:

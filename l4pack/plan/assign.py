@@ -9,7 +9,7 @@ from itertools import groupby
 
 from l4pack.artifact import kv_cache
 from l4pack.checkpoint.header import tensor_bytes
-from l4pack.checkpoint.matrices import MatrixSource, StoredMatrices
+from l4pack.checkpoint.matrices import MatrixSource, matrices_of
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import RecipeError
 from l4pack.formats.known import load_format
@@ -221,7 +221,7 @@ def cut(checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, slab_byt
     """The tasks in the order of the source's bytes; no slab is larger than `slab_bytes` where it may be cut."""
     tasks = [_copy_task(checkpoint, name, tensor) for name, tensor in assignment.copies]
     uncalibrated = [target for target in assignment.targets if not is_calibrated(recipe, target)]
-    source = StoredMatrices(checkpoint)
+    source = matrices_of(checkpoint)
     for _, together in groupby(uncalibrated, key=lambda target: source.together(target.linear)):
         tasks += _slices(source, recipe, tuple(together), slab_bytes)
     if checkpoint.bare:

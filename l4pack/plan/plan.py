@@ -23,7 +23,7 @@ from l4pack.artifact.manifest import (
     tensor_record,
 )
 from l4pack.artifact.stanza import quantization_config
-from l4pack.checkpoint.matrices import StoredMatrices
+from l4pack.checkpoint.matrices import matrices_of
 from l4pack.checkpoint.parts import source_parts
 from l4pack.checkpoint.shards import Place, Shard
 from l4pack.checkpoint.source import Checkpoint
@@ -219,7 +219,7 @@ class Plan:
 
     def target_bytes(self, target: Target) -> int:
         """Bytes of a matrix in the source."""
-        return StoredMatrices(self.checkpoint).nbytes(target.linear)
+        return matrices_of(self.checkpoint).nbytes(target.linear)
 
     @property
     def peak_ram_bytes(self) -> int:

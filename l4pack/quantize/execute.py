@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from l4pack.checkpoint.matrices import MatrixBlock, MatrixSource, StoredMatrices
+from l4pack.checkpoint.matrices import MatrixBlock, matrices_of
 from l4pack.checkpoint.reader import NUMPY_TYPES, Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.checkpoint.writer import ShardWriter
@@ -46,7 +46,7 @@ class Executor:
         self._recipe = recipe
         self._reader = reader
         self._writer = writer
-        self._matrices: MatrixSource = StoredMatrices(checkpoint, reader)
+        self._matrices = matrices_of(checkpoint, reader)
         self._dtypes = checkpoint.float_names
         self._quantize = quantize
 

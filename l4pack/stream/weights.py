@@ -19,7 +19,7 @@ from l4pack.artifact.quantized import (
     decompressed,
 )
 from l4pack.artifact.stanza import read_stanza
-from l4pack.checkpoint.matrices import MatrixSource, StoredMatrices
+from l4pack.checkpoint.matrices import matrices_of
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import L4packError, SourceError
@@ -61,7 +61,7 @@ class Weights:
         self._round_activations = round_activations
         self.model_dtype = DTYPES.get(checkpoint.config.dtype or "bfloat16", torch.bfloat16)
         self._reader = Reader(checkpoint.entries, checkpoint.store.path)
-        self._matrices: MatrixSource = StoredMatrices(checkpoint, self._reader)
+        self._matrices = matrices_of(checkpoint, self._reader)
         self._naming = canonical_naming(checkpoint.config)
         source = detect_layout(checkpoint.config, checkpoint.entries)
         runtime = catalogue(checkpoint.config, self._naming, fused=False)

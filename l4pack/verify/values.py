@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from l4pack.artifact.manifest_schema import ManifestFile
 from l4pack.checkpoint.header import TensorEntry
-from l4pack.checkpoint.matrices import MatrixSource, StoredMatrices
+from l4pack.checkpoint.matrices import MatrixSource, matrices_of
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.model.tensors import Linear, rename
@@ -104,7 +104,7 @@ class _Work:
         chosen = _choose(self._contents.matrices, sample)
         units = [self._checked(matrix) for matrix in self._contents.matrices if matrix.linear.module not in chosen]
         units += self._kept_units(source, reader, places)
-        units += self._slab_units(StoredMatrices(source, reader), checks, places, chosen)
+        units += self._slab_units(matrices_of(source, reader), checks, places, chosen)
         sampled_of = len(self._contents.matrices) if len(chosen) < len(self._contents.matrices) else None
         return sorted(units, key=lambda unit: unit.place), sampled_of
 
