@@ -175,7 +175,8 @@ def make_layer(folder: Path, options: argparse.Namespace) -> None:
 def tokens_of(count: int) -> TokenText:
     rng = np.random.default_rng(0)
     ids = [tuple(int(t) for t in rng.integers(0, VOCABULARY, LENGTH)) for _ in range(count // LENGTH)]
-    record = {"source": "random", "sha256": "0" * 64, "tokens": len(ids) * LENGTH, "tokens_sha256": token_digest(ids)}
+    digests = {"sha256": "0" * 64, "tokens_sha256": token_digest(ids)}
+    record = {"source": "random", "tokens": len(ids) * LENGTH, "sequence_length": LENGTH, **digests}
     return TokenText(tuple(TokenSequence(one) for one in ids), record)
 
 

@@ -34,7 +34,10 @@ class Progress:
 
 
 class Visitor:
-    """Called by a walk, in this order in every layer; does what a plain forward pass does unless a method is replaced."""
+    """Called by a walk: `resume` once, the others in this order in every layer. As it is, a plain forward pass.
+
+    Every pass of a visit must be run through every unit that it has rows for: the walk adds up what they give.
+    """
 
     def resume(self, records: Sequence[Mapping[str, Any]]) -> bool:
         """What `leave` gave in the layers done before; returns whether all else that they gave is there too."""
