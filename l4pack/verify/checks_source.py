@@ -46,6 +46,7 @@ MIN_COSINE = 0.9
 MIN_ROW_COSINE = 0.5
 _ROUNDING = 2.0**-8  # a source that quantizes without error may still be rounded to bfloat16
 _ROWS = 64
+_STRAY = 0.05  # the largest share of rows that can be damaged in a matrix that was rounded to nearest
 # Of slopes (see `_lost_groups`); on solved matrices of trained models they stay within 0.94 and 1.06, and their variance
 # within 0.6 and 1.4 of what is expected.
 _SLOPE_BELOW, _SLOPE_ABOVE, _SPREAD, _SIGMAS, _WEAK = 0.22, 0.3, 6.0, 8.0, 0.02
@@ -155,6 +156,8 @@ class SourceChecks:
         with np.errstate(all="ignore"):
             compared = self._compared(matrix, stored, source)
             verdict = _verdict(compared, matrix, method)
+            if wrong is None and method is None and not verdict.message:
+                wrong = self._stray(matrix, stored, source, compared)
         tally = result.tally
         tally.within_half_step += not compared.rows[:, 0].any()
         if verdict.message:
@@ -166,6 +169,19 @@ class SourceChecks:
             result.found.error("weights", matrix.linear.module, message)
         else:
             tally.largest_error_ratio = max(tally.largest_error_ratio, verdict.ratio)
+
+    def _stray(
+        self, matrix: Matrix, stored: Quantized, source: MatrixBlock, compared: Compared
+    ) -> NDArray[np.bool_] | None:
+        """Rows [out] further off than rounding puts them, in a matrix whose others are just what rounding makes.
+
+        Solving moves nearly every row, so a few are damage, whoever made the matrix. None where there are none.
+        """
+        far = compared.rows[:, 0] > 0
+        if not 0 < far.sum() <= max(1, _STRAY * far.size):
+            return None
+        wrong = unequal_rows(stored, self._again(matrix.linear, matrix.scheme, source), matrix.scheme)
+        return wrong if 0 < wrong.sum() <= max(1, _STRAY * wrong.size) else None
 
     def _again(self, linear: Linear, scheme: Scheme, source: MatrixBlock) -> Quantized:
         """What rounding to nearest makes of the source, by the code that `quantize` runs."""

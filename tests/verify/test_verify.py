@@ -432,6 +432,25 @@ def test_a_solved_artifact_verifies_clean(source: Make, solved: Path) -> None:
     assert not result.checked.tally.recomputed
 
 
+@pytest.mark.parametrize("suffix", ["weight_packed", "weight"])
+@pytest.mark.parametrize("module", [damage.DOWN, f"{damage.LAYER}feed_forward.shared_expert.up_proj"])
+def test_a_flipped_bit_among_rounded_rows_is_found_by_the_source_alone(
+    module: str, suffix: str, source: Make, copy: Make
+) -> None:
+    recipe = "fp8" if suffix == "weight" else "int4-rtn"
+    folder = damage.unsigned(copy(recipe=recipe))
+    assert verify_artifact(folder, open_folder(source())).ok
+    damage.put(f"{module}.{suffix}", _second_bit)(folder)
+    found = [one for one in verify_artifact(folder, open_folder(source())).findings if one.level == "error"]
+    assert [(one.rule, one.where) for one in found] == [("weights", module)]
+    assert "1 of 128 output rows are not what rounding makes of the source, the first is row 7" in found[0].message
+
+
+def _second_bit(codes: torch.Tensor) -> torch.Tensor:
+    codes.view(torch.uint8)[7, 9] ^= 2
+    return codes
+
+
 @pytest.mark.parametrize("known", ["manifest", "source alone"])
 @pytest.mark.parametrize("name", SOLVED)
 def test_damage_of_solved_matrices_is_found_by_the_source(
