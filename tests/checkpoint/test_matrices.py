@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from l4pack.checkpoint.matrices import StoredMatrices
+from l4pack.checkpoint.matrices import matrices_of
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import open_folder
 from l4pack.errors import SourceError
@@ -48,7 +48,7 @@ def grouped(source, linears):
 def test_matrices_read_together(opened, rows):
     checkpoint, tensors = opened
     with Reader(checkpoint.entries, checkpoint.store.path) as reader:
-        source = StoredMatrices(checkpoint, reader)
+        source = matrices_of(checkpoint, reader)
         for group in grouped(source, checkpoint.layout.linears):
             for linear, block in zip(group, source.slab(group, rows).blocks(), strict=True):
                 assert np.array_equal(as_bytes(block), expected(linear, tensors)[rows]), linear.module
@@ -58,7 +58,7 @@ def test_matrices_read_together(opened, rows):
 def test_one_of_two_that_lie_side_by_side(opened):
     checkpoint, tensors = opened
     with Reader(checkpoint.entries, checkpoint.store.path) as reader:
-        source = StoredMatrices(checkpoint, reader)
+        source = matrices_of(checkpoint, reader)
         for linear in checkpoint.layout.linears:
             (block,) = source.slab([linear]).blocks()
             assert np.array_equal(as_bytes(block), expected(linear, tensors)), linear.module
@@ -66,7 +66,7 @@ def test_one_of_two_that_lie_side_by_side(opened):
 
 def test_gate_and_up_are_one_read(opened):
     checkpoint, _ = opened
-    source = StoredMatrices(checkpoint)
+    source = matrices_of(checkpoint)
     fused = any(linear.layout is Layout.IN_OUT for linear in checkpoint.layout.linears)
     sizes = {len(group) for group in grouped(source, checkpoint.layout.linears)}
     assert sizes == ({1, 2} if fused else {1})
@@ -74,7 +74,7 @@ def test_gate_and_up_are_one_read(opened):
 
 def test_costs_are_those_of_the_file(opened):
     checkpoint, _ = opened
-    source = StoredMatrices(checkpoint)
+    source = matrices_of(checkpoint)
     read = sum(source.nbytes(linear) for linear in checkpoint.layout.linears)
     tensors = {linear.tensor for linear in checkpoint.layout.linears}
     assert read == sum(checkpoint.entries[name].nbytes for name in tensors)
@@ -92,6 +92,6 @@ def test_a_missing_tensor(opened):
     linear = checkpoint.layout.linears[-1]
     entries = {name: entry for name, entry in checkpoint.entries.items() if name != linear.tensor}
     with Reader(entries, checkpoint.store.path) as reader:
-        source = StoredMatrices(replace(checkpoint, entries=entries), reader)
+        source = matrices_of(replace(checkpoint, entries=entries), reader)
         with pytest.raises(SourceError, match="is missing from"):
             source.slab([linear])
