@@ -114,8 +114,8 @@ def llmcompressor(options: argparse.Namespace, folder: Path) -> Side:
 def l4pack(options: argparse.Namespace, folder: Path, recipe: str) -> Side:
     """`l4pack quantize`."""
     command = [
-        sys.executable, "-m", "l4pack", "quantize", options.source, "--recipe", recipe, "--text", options.calibration,
-        "--samples", str(options.samples), "--sequence-length", str(options.length), "--out", str(folder / recipe),
+        sys.executable, "-m", "l4pack", "quantize", options.source, "--recipe", recipe, "--calibration", options.calibration,
+        "--calibration-samples", str(options.samples), "--sequence-length", str(options.length), "--out", str(folder / recipe),
         "--compute", "cpu", "--restart", "--json",
     ]  # fmt: skip
     side = measured(options, folder, recipe, command)

@@ -82,7 +82,7 @@ def of_recipe(options: argparse.Namespace, folder: Path, recipe: str, first: dic
     """Make one artifact and evaluate it."""
     out = folder / Path(recipe).stem
     if not out.exists():
-        calibrated = ["--text", options.calibration, "--samples", str(options.samples)]
+        calibrated = ["--calibration", options.calibration, "--calibration-samples", str(options.samples)]
         calibrated += ["--sequence-length", str(options.length)]
         needs = "calibration:" in Path(recipe).read_text() if recipe.endswith(".yaml") else True
         tool("quantize", options.source, "--recipe", recipe, "--out", str(out), *(calibrated if needs else []))

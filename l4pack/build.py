@@ -43,6 +43,7 @@ from l4pack.recipe import Gates
 from l4pack.units import human_bytes, human_gib, human_seconds
 from l4pack.verify.verify import verify_artifact
 from l4pack.work.files import write_atomic
+from l4pack.work.folder import FETCHED, is_marked, remove_all
 from l4pack.work.signals import stop_signals
 
 if TYPE_CHECKING:
@@ -86,7 +87,10 @@ class Order:
     gates: Gates = field(default_factory=Gates)
     wishes: Wishes = field(default_factory=Wishes)
     push: Target | None = None
+    max_ram: int | None = None  # bytes, of every step; the plan was made for it too
+    max_vram: int | None = None
     restart: bool = False
+    dry_run: bool = False  # stop after the plan
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,11 @@ class Built:
         return {
             step.name: {"outcome": step.outcome.value, "seconds": step.seconds, **step.record} for step in self.steps
         }
+
+
+def fetch_folder(out: Path) -> Path:
+    """Where the shards of a Hub source lie that is fetched as it is read, for all steps of the chain that makes `out`."""
+    return out.with_name(f"{out.name}.fetched")
 
 
 def fit_recipe(checkpoint: Checkpoint, sensitivity: Sensitivity, wish: Wish, out: Path) -> tuple[Step, Path]:
@@ -155,7 +164,16 @@ def build(plan: Plan, order: Order, watch: Watch, before: Sequence[Step] = ()) -
             built.error = error
             break
         built.steps.append(Step(name, outcome, time.monotonic() - started, summary, record))
+    else:
+        _drop_fetched(order.out)
     return built
+
+
+def _drop_fetched(out: Path) -> None:
+    """Remove what was fetched for the chain; after a step that failed it stays, for the next try."""
+    folder = fetch_folder(out)
+    if is_marked(folder, FETCHED):
+        remove_all([folder])
 
 
 Result = tuple[Outcome, str, Mapping[str, Any]]
@@ -170,15 +188,20 @@ class _Chain:
 
     def steps(self) -> dict[str, Callable[[], Result]]:
         """The steps in order."""
-        return {
-            "plan": self._show_plan,
-            "quantize": self._quantize,
-            "verify": self._verify,
-            "budget": self._budget,
-            "evaluate": self._evaluate,
-            "package": self._package,
-            "push": self._push,
-        }
+        plan = {"plan": self._show_plan}
+        return (
+            plan
+            if self._order.dry_run
+            else plan
+            | {
+                "quantize": self._quantize,
+                "verify": self._verify,
+                "budget": self._budget,
+                "evaluate": self._evaluate,
+                "package": self._package,
+                "push": self._push,
+            }
+        )
 
     def _show_plan(self) -> Result:
         plan = self._plan
@@ -272,7 +295,13 @@ class _Chain:
         from l4pack.evaluate.evaluate import Settings, prepare
 
         out = self._order.out
-        settings = Settings(work=out.with_name(f"{out.name}.evaluate.partial"), text=text, compute=self._order.compute)
+        settings = Settings(
+            work=out.with_name(f"{out.name}.evaluate.partial"),
+            text=text,
+            compute=self._order.compute,
+            max_ram=self._order.max_ram,
+            max_vram=self._order.max_vram,
+        )
         return prepare(open_folder(out), self._plan.checkpoint, settings, progress, recorded_digest(out))
 
     def _package(self) -> Result:

@@ -20,6 +20,8 @@ from l4pack.resources import data_folder
 KEEP = "keep"
 KV_CACHE = "kv_cache"  # what scales of the KV cache have in place of a scheme
 MAX_EXTENDS = 8
+CALIBRATION_OPTIONS = {"samples": "--calibration-samples", "sequence_length": "--sequence-length", "seed": "--seed"}
+"""The options that change numbers of a recipe's calibration."""
 
 
 class Method(StrEnum):
@@ -211,7 +213,7 @@ class Recipe(_Data):
         if not given and not text:
             return self
         if self.calibration is None:
-            option = f"--{next(iter(given), 'text').replace('_', '-')}"
+            option = CALIBRATION_OPTIONS[next(iter(given))] if given else "--calibration"
             raise UsageError(
                 f"recipe {self.name} needs no calibration, {option} means nothing to it", hint="leave the option out"
             )

@@ -69,7 +69,7 @@ ARGUMENTS = {
     "missing recipe file": (["--recipe", "mine.yaml"], 2, "no recipe is named 'mine.yaml'"),
     "unknown option": (["--bogus"], 2, "no such option: --bogus(.|\n)*hint: see l4pack quantize --help"),
     "option without its value": (["--max-ram"], 2, "requires an argument"),
-    "words for a number": (["--samples", "many"], 2, "invalid value for '--samples'"),
+    "words for a number": (["--calibration-samples", "many"], 2, "invalid value for '--calibration-samples'"),
     "unknown place to compute": (["--compute", "abacus"], 2, "'abacus' is not a place to compute"),
     "CUDA that is not there": (["--compute", "cuda:9"], 2, "this machine has no cuda:9"),
 }

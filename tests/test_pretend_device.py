@@ -25,6 +25,7 @@ LITTLE = {
     "interleave_moe_layer_step": 2,
 }  # fmt: skip
 FEW = ("--samples", 2, "--sequence-length", 40)
+FEW_SOLVED_ON = ("--calibration-samples", 2, "--sequence-length", 40)
 GPTQ = {"format": "pack-quantized", "num_bits": 4, "strategy": "group", "group_size": 32, "method": "gptq"}
 CALIBRATION = {"samples": 2, "max_cold_experts": 1.0, "max_fallbacks": 1.0}
 Run = Callable[..., Ended]
@@ -146,7 +147,7 @@ def test_calibrating_gives_the_same_figures(
 ) -> None:
     for place in ("cpu", "cuda"):
         out, options = tmp_path / place, ("--recipe", recipes[kind], "--compute", place)
-        ended = l4pack("quantize", source, *options, *FEW, "--out", out)
+        ended = l4pack("quantize", source, *options, *FEW_SOLVED_ON, "--out", out)
         assert ended.code == 0, ended.err
     assert device["mm"] > 15
     ours, theirs = (load_file(next((tmp_path / place).glob("*.safetensors"))) for place in ("cpu", "cuda"))
@@ -224,7 +225,7 @@ def test_measuring_gives_the_same_figures(
 
 
 def test_coverage_counts_the_same_tokens(l4pack: Run, source: Path, device: Counter[str], tmp_path: Path) -> None:
-    command = ("coverage", source, *FEW, "--work", tmp_path / "work", "--json")
+    command = ("coverage", source, *FEW_SOLVED_ON, "--work", tmp_path / "work", "--json")
     cpu, cuda = (json.loads(ended.out) for ended in on_both(l4pack, *command))
     assert cuda["layers"] == cpu["layers"]
     assert device["mm"] > 0

@@ -30,6 +30,8 @@ UNKNOWN = "0" * 64  # stands in a plan for a SHA-256 that only the run will know
 # Room for what a calibrated job knows of its text and its machine only when it begins: file sizes are planned before.
 JOB_ROOM = 2560
 _CACHE_FOLDER = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
+EARLIER_OPTIONS = {"--text": "--calibration", "--samples": "--calibration-samples"}
+"""Options of `l4pack quantize` by what they were called before, which journals and manifests may still say."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,9 @@ class Manifest:
         """
         try:
             value = parse_json(raw)
-            found = {**value, "source": {**value["source"], SAMPLE: UNKNOWN}, "options": value["job"]["options"]}
-        except (ValueError, KeyError, TypeError):
+            options = {EARLIER_OPTIONS.get(name, name): given for name, given in value["job"]["options"].items()}
+            found = {**value, "source": {**value["source"], SAMPLE: UNKNOWN}, "options": options}
+        except (ValueError, KeyError, TypeError, AttributeError):
             return False
         known = {**self.sampled(UNKNOWN)._known(), "options": self.options}
         return {key: found.get(key) for key in known} == known

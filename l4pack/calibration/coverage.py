@@ -9,7 +9,7 @@ from typing import Any
 from l4pack.errors import QualityError
 from l4pack.model.config import Llama4Config
 
-HINT = "give more --samples or a broader --text, or raise calibration.max_cold_experts in the recipe"
+HINT = "give more --calibration-samples or a broader --calibration, or raise calibration.max_cold_experts in the recipe"
 
 
 @dataclass

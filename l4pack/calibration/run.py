@@ -245,5 +245,5 @@ class CalibrationRun(Visitor):
             raise QualityError(
                 f"{rounded} of {len(results)} matrices could only be rounded to nearest ({last}); "
                 f"the gate is {self._options.max_fallbacks:.1%} of all {len(self._targets)}",
-                hint="give more --samples or a broader --text, or raise calibration.max_fallbacks in the recipe",
+                hint="give more --calibration-samples or a broader --calibration, or raise calibration.max_fallbacks in the recipe",
             )

@@ -38,7 +38,7 @@ from l4pack.hub.client import hub_api, hub_errors, patiently
 from l4pack.hub.exchange import ASTRAY, Transfer, transferring
 from l4pack.model.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
 from l4pack.units import human_bytes
-from l4pack.work.folder import claim
+from l4pack.work.folder import FETCHED, claim
 
 HEADER_THREADS = 8
 IS_IT = "is this a Llama 4 checkpoint?"
@@ -265,7 +265,7 @@ class HubStore:
         if file not in self.remote.files:
             raise SourceError(f"{repo_id} has no {file}", hint="is the repository complete?")
         if self.folder is not None:
-            claim(self.folder, "fetched")
+            claim(self.folder, FETCHED)
         cached = self.folder is None and isinstance(try_to_load_from_cache(repo_id, file, revision=revision), str)
         if not cached:
             self._check_room(file)

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from typer.core import TyperGroup
 
 from l4pack.budget.report_format import Format
 from l4pack.cli import console
-from l4pack.cli.options import AsJson
+from l4pack.cli.options import (
+    PP,
+    TP,
+    AsJson,
+    Baseline,
+    BatchedTokens,
+    Checks,
+    Context,
+    Device,
+    DevicesFile,
+    ExpertParallel,
+    HybridKV,
+    Images,
+    KVDtype,
+    Matrix,
+    MaxNumSeqs,
+    MaxPositions,
+    MeasureGpu,
+    OutputFormat,
+    Recipe,
+    Runtime,
+    Sequences,
+    Subject,
+    Utilization,
+)
 from l4pack.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
@@ -37,105 +61,33 @@ budget_app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-Subject = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="ARTIFACT|SOURCE", help="Artifact or checkpoint folder, Hub id, config.json or known model."
-    ),
-]
-Recipe = Annotated[
-    str | None,
-    typer.Option("--recipe", "-r", metavar="NAME|FILE", help="Budget for the artifact to come.", show_default=False),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help="h100 unless given; 8xh100 is a host; see `l4pack devices`.",
-        show_default=False,
-    ),
-]
-Context = Annotated[
-    int | None,
-    typer.Option("--context", metavar="TOKENS", help="Tokens a sequence; 131072 unless given.", show_default=False),
-]
-Sequences = Annotated[int, typer.Option("--sequences", metavar="N", help="Sequences at once.")]
-KVDtype = Annotated[str, typer.Option("--kv-dtype", metavar="auto|bfloat16|fp8", help="What KV is kept in.")]
-RuntimeName = Annotated[
-    str, typer.Option("--runtime", metavar="NAME", help="vllm, vllm-0.8, sglang, transformers or meta.")
-]
-TP = Annotated[
-    int | None, typer.Option("--tp", metavar="N", help="Tensor parallel; all GPUs unless given.", show_default=False)
-]
-PP = Annotated[int | None, typer.Option("--pp", metavar="N", help="Pipeline stages.", show_default=False)]
-ExpertParallel = Annotated[bool, typer.Option("--expert-parallel", help="Whole experts on each GPU.")]
-Hybrid = Annotated[
-    bool | None,
-    typer.Option("--hybrid-kv/--no-hybrid-kv", help="Whether chunked layers forget old tokens.", show_default=False),
-]
-BatchedTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--batched-tokens", metavar="N", help="Most tokens of one step; the runtime's own.", show_default=False
-    ),
-]
-MaxNumSeqs = Annotated[
-    int | None,
-    typer.Option(
-        "--max-num-seqs", metavar="N", help="Request slots of the server; the runtime's own.", show_default=False
-    ),
-]
-MaxPositions = Annotated[
-    int | None,
-    typer.Option(
-        "--max-positions",
-        metavar="N",
-        help="Length of the position table (max_position_embeddings) when config.json is overridden.",
-        show_default=False,
-    ),
-]
-Images = Annotated[
-    int | None,
-    typer.Option("--images", metavar="N", help="Most images a request; 0 for text only.", show_default=False),
-]
-Utilization = Annotated[
-    float | None,
-    typer.Option(
-        "--utilization", metavar="SHARE", help="Share of the device the runtime plans with.", show_default=False
-    ),
-]
-DevicesFile = Annotated[
-    Path | None, typer.Option("--devices", metavar="FILE", help="Your own devices, as YAML.", show_default=False)
-]
-
 
 @budget_app.command(SHOW)
 def show(
     subject: Subject = None,
-    recipe: Recipe = None,
-    device: Device = None,
+    recipe: Recipe[str | None] = None,
+    device: Device[str | None] = None,
     context: Context = None,
-    sequences: Sequences = 1,
-    kv_dtype: KVDtype = "auto",
-    runtime: RuntimeName = "vllm",
+    sequences: Sequences[int] = 1,
+    kv_dtype: KVDtype[str] = "auto",
+    runtime: Runtime = "vllm",
     tp: TP = None,
     pp: PP = None,
     expert_parallel: ExpertParallel = False,
-    hybrid: Hybrid = None,
+    hybrid: HybridKV = None,
     batched_tokens: BatchedTokens = None,
     max_num_seqs: MaxNumSeqs = None,
     max_positions: MaxPositions = None,
     images: Images = None,
     utilization: Utilization = None,
     devices: DevicesFile = None,
-    matrix: Annotated[bool, typer.Option("--matrix", help="What runs where: models x recipes x devices.")] = False,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Hold the prediction against a GPU of this machine.")
-    ] = False,
+    matrix: Matrix = False,
+    measure: MeasureGpu = False,
     as_json: AsJson = False,
 ) -> None:
     """Say whether a model fits, before it is made or after.
+
+    The device is h100 unless `--device` names another.
 
     Example: `l4pack budget llama-4-scout --recipe int4 --device h100 --context 32768 --kv-dtype fp8`
     """
@@ -229,16 +181,9 @@ def _measure(
 
 @budget_app.command()
 def check(
-    files: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FILE]...", help="The checks; l4pack-budget.yaml unless given.")
-    ] = None,
-    format: Annotated[Format, typer.Option("--format", help="How results are written.")] = Format.TEXT,
-    baseline: Annotated[
-        Path | None,
-        typer.Option(
-            "--baseline", metavar="FILE", help="An earlier --format json to compare with.", show_default=False
-        ),
-    ] = None,
+    files: Checks = None,
+    format: OutputFormat = Format.TEXT,
+    baseline: Baseline = None,
     as_json: AsJson = False,
 ) -> None:
     """Run all checks of a file; exit 3 when one does not fit.

@@ -4,16 +4,53 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import RenderableType
 
 from l4pack.cli import console
 from l4pack.cli.evaluate import asked_gates
-from l4pack.cli.fit import Bits, MaxBytes, Runtime, SensitivityFile, warn_of_stand_in
-from l4pack.cli.options import AsJson, Compute, Include, KeepFloat32, MaxRam, Out, Source
-from l4pack.cli.plan import limits, size_of
+from l4pack.cli.fit import warn_of_stand_in
+from l4pack.cli.options import (
+    AsJson,
+    BaseModel,
+    Bits,
+    Calibration,
+    CalibrationSamples,
+    Compute,
+    Context,
+    Device,
+    DryRun,
+    FetchAsYouGo,
+    FitRecipe,
+    Include,
+    KeepFloat32,
+    KVDtype,
+    MaxBytes,
+    MaxKl,
+    MaxPerplexityRatio,
+    MaxRam,
+    MaxVram,
+    MinAgreement,
+    Name,
+    Out,
+    Public,
+    Push,
+    Recipe,
+    Restart,
+    Runtime,
+    Samples,
+    Seed,
+    SensitivityFile,
+    SequenceLength,
+    Sequences,
+    ShardSize,
+    SkipEvaluate,
+    Source,
+    Tag,
+    Text,
+)
+from l4pack.cli.plan import limits, plan_view, size_of
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds, parse_size
 from l4pack.work.device import AUTO, chosen
@@ -24,6 +61,7 @@ if TYPE_CHECKING:
     from l4pack.fit.budgets import Wish
     from l4pack.measure.record import Sensitivity
     from l4pack.plan.plan import Plan
+    from l4pack.publish.upload import Target
 
 DEFAULT_RECIPE = "int4"
 _COLOURS = {"done": "green", "kept": "green", "not asked": "dim", "failed": "red"}
@@ -31,88 +69,61 @@ _COLOURS = {"done": "green", "kept": "green", "not asked": "dim", "failed": "red
 
 def build(
     source: Source,
-    out: Out,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe",
-            "-r",
-            metavar="NAME|FILE",
-            help="A shipped recipe or a YAML file; int4 unless given.",
-            show_default=False,
-        ),
-    ] = None,
-    fit: Annotated[
-        bool, typer.Option("--fit", help="Choose schemes by l4pack fit: to --max-bytes, --bits, or --device's load.")
-    ] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--device", metavar="NAME", help="Must fit this; the recipe's promise unless given.", show_default=False
-        ),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option("--context", metavar="TOKENS", help="Tokens each sequence must hold.", show_default=False),
-    ] = None,
-    sequences: Annotated[
-        int | None, typer.Option("--sequences", metavar="N", help="Sequences served at once.", show_default=False)
-    ] = None,
-    kv_dtype: Annotated[
-        str | None,
-        typer.Option("--kv-dtype", metavar="bfloat16|fp8", help="What the KV cache is kept in.", show_default=False),
-    ] = None,
+    out: Out[Path],
+    recipe: Recipe[str | None] = None,
+    fit: FitRecipe = False,
+    device: Device[str | None] = None,
+    context: Context = None,
+    sequences: Sequences[int | None] = None,
+    kv_dtype: KVDtype[str | None] = None,
     max_bytes: MaxBytes = None,
     bits: Bits = None,
     runtime: Runtime = "vllm",
     sensitivity: SensitivityFile = None,
-    text: Annotated[
-        str, typer.Option("--text", metavar="TEXT", help="What accuracy is measured on; held-out text that ships.")
-    ] = "demo",
-    samples: Annotated[int, typer.Option("--samples", metavar="N", help="Most sequences of it.")] = 32,
-    sequence_length: Annotated[
-        int | None, typer.Option("--sequence-length", metavar="TOKENS", help="2048 unless given.", show_default=False)
-    ] = None,
-    max_kl: Annotated[float | None, typer.Option("--max-kl", metavar="NATS", help="Gate.", show_default=False)] = None,
-    min_agreement: Annotated[
-        float | None, typer.Option("--min-agreement", metavar="SHARE", help="Gate.", show_default=False)
-    ] = None,
-    max_perplexity_ratio: Annotated[
-        float | None, typer.Option("--max-perplexity-ratio", metavar="RATIO", help="Gate.", show_default=False)
-    ] = None,
-    skip_evaluate: Annotated[bool, typer.Option("--skip-evaluate", help="Do not measure accuracy.")] = False,
-    name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="The artifact's name on its card.", show_default=False)
-    ] = None,
-    base_model: Annotated[
-        str | None,
-        typer.Option("--base-model", metavar="ORG/NAME", help="The model it was made from.", show_default=False),
-    ] = None,
-    push: Annotated[
-        str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload when all is well.", show_default=False)
-    ] = None,
+    calibration: Calibration = None,
+    calibration_samples: CalibrationSamples[int | None] = None,
+    text: Text = "demo",
+    samples: Samples = 32,
+    sequence_length: SequenceLength = None,
+    seed: Seed[int | None] = None,
+    max_kl: MaxKl = None,
+    min_agreement: MinAgreement = None,
+    max_perplexity_ratio: MaxPerplexityRatio = None,
+    skip_evaluate: SkipEvaluate = False,
+    name: Name = None,
+    base_model: BaseModel = None,
+    push: Push = None,
+    public: Public = False,
+    tag: Tag = None,
     max_ram: MaxRam = None,
+    max_vram: MaxVram = None,
+    shard_size: ShardSize = None,
     compute: Compute = AUTO,
     include: Include = None,
     keep_float32: KeepFloat32 = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
+    fetch_as_you_go: FetchAsYouGo = False,
+    restart: Restart = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the whole chain: fit if asked for, plan, quantize, verify, budget, evaluate, package, push; go on where it stopped.
 
+    The recipe is int4 unless `--recipe` or `--fit` says otherwise.
+
     Example: `l4pack build demo --recipe int4-rtn --out demo-int4 --device h100 --context 8192`
     """
-    from l4pack.build import Order, fit_recipe
+    from l4pack.build import Order, fetch_folder, fit_recipe
     from l4pack.build import build as run
+    from l4pack.calibration.text import with_text
     from l4pack.checkpoint.open import open_source
     from l4pack.plan.plan import make_plan
     from l4pack.publish.publish import Wishes
-    from l4pack.publish.upload import Target
     from l4pack.recipe import load_recipe
     from l4pack.text.choice import TextChoice
 
     chosen_device = chosen(compute)
-    checkpoint = open_source(source, include=include or ())
+    target = _target(push, public=public, tag=tag)
+    checkpoint = open_source(source, fetch_folder=fetch_folder(out) if fetch_as_you_go else None, include=include or ())
     before: list[Step] = []
     if fit:
         wish = _wish(recipe, device, context, sequences, kv_dtype, max_bytes, bits, runtime)
@@ -120,33 +131,51 @@ def build(
         before, recipe = [step], str(path)
     elif max_bytes or bits or sensitivity:
         raise UsageError("--max-bytes, --bits and --sensitivity go with --fit", hint="add --fit, or leave them out")
-    plan = make_plan(
-        checkpoint,
-        load_recipe(recipe or DEFAULT_RECIPE).keeping(float32=keep_float32),
-        limits(max_ram, None, None, chosen_device),
-    )
+    allowed = limits(max_ram, max_vram, shard_size, chosen_device)
+    wanted = load_recipe(recipe or DEFAULT_RECIPE).keeping(float32=keep_float32)
+    shared = {} if wanted.calibration is None else {"sequence_length": sequence_length, "seed": seed}
+    wanted = wanted.calibrating(calibration is not None, samples=calibration_samples, **shared)
+    plan = make_plan(checkpoint, wanted, allowed)
+    if calibration is not None and plan.needs is not None:
+        plan = with_text(plan, calibration)
     plan.check_servable()
     order = Order(
         out=out,
         compute=chosen_device,
-        text=None if skip_evaluate else TextChoice(text, samples, sequence_length),
+        text=None if skip_evaluate else TextChoice(text, samples, sequence_length, seed or 0),
         device=device,
         context=context,
         sequences=sequences,
         kv_dtype=kv_dtype,
         gates=asked_gates(max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio),
         wishes=Wishes(name=name, base_model=base_model),
-        push=None if push is None else Target(push),
+        push=target,
+        max_ram=allowed.max_ram,
+        max_vram=allowed.max_vram,
         restart=restart,
+        dry_run=dry_run,
     )
     built = run(plan, order, console.progress, before)
     if as_json:
         console.show_json(built.record())
+    elif dry_run and built.error is None:
+        console.show(*plan_view(plan))
     else:
         console.show(*build_view(plan, order, built))
     if built.error is not None:
         console.error(built.error.message, built.error.hint)
         sys.exit(built.error.exit_code)
+
+
+def _target(push: str | None, *, public: bool, tag: str | None) -> Target | None:
+    """Where to upload to, if anywhere. Raises UsageError for options that go with an upload alone."""
+    from l4pack.publish.upload import Target
+
+    if push is not None:
+        return Target(push, public=public, tag=tag)
+    if public or tag is not None:
+        raise UsageError("--public and --tag go with --push", hint="add --push ORG/NAME, or leave them out")
+    return None
 
 
 def _wish(

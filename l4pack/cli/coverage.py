@@ -3,45 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import RenderableType
 
 from l4pack.cli import console
-from l4pack.cli.options import AsJson, CalibrationText, Compute, Samples, Seed, SequenceLength, Source
+from l4pack.cli.options import (
+    AsJson,
+    Calibration,
+    CalibrationSamples,
+    Compute,
+    EarlierSamples,
+    EarlierText,
+    MaxCold,
+    Restart,
+    Seed,
+    SequenceLength,
+    Source,
+    Work,
+    now_called,
+)
 from l4pack.units import human_seconds
 
 
 def coverage(
     source: Source,
-    text: CalibrationText = None,
-    samples: Samples = None,
+    calibration: Calibration = None,
+    calibration_samples: CalibrationSamples[int | None] = None,
     sequence_length: SequenceLength = None,
-    seed: Seed = None,
-    max_cold: Annotated[
-        float, typer.Option(help="Largest share of experts that may see no token; exit 6 above it.")
-    ] = 1.0,
+    seed: Seed[int | None] = None,
+    text: EarlierText = None,
+    samples: EarlierSamples = None,
+    max_cold: MaxCold = 1.0,
     compute: Compute = "auto",
-    work: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Where hidden states go meanwhile; NAME.coverage.partial.", show_default=False
-        ),
-    ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
+    work: Work = None,
+    restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
     """Count how many tokens of a text reach each expert, so that a calibration's mix can be judged before it runs.
 
-    Example: `l4pack coverage demo --samples 16`
+    Example: `l4pack coverage demo --calibration-samples 16`
     """
     from l4pack.calibration.cover import Wanted, cover
     from l4pack.checkpoint.open import open_source
     from l4pack.stream.visitor import Progress
     from l4pack.work.signals import stop_signals
 
-    wanted = Wanted(text, samples, sequence_length, seed, max_cold)
+    calibration = now_called("--calibration", calibration, "--text", text)
+    calibration_samples = now_called("--calibration-samples", calibration_samples, "--samples", samples)
+    wanted = Wanted(calibration, calibration_samples, sequence_length, seed, max_cold)
     folder = work or Path(f"{Path(source).resolve().name}.coverage.partial")
     checkpoint = open_source(source)
     with console.progress("covering", checkpoint.weight_bytes) as bar, stop_signals() as stop:
@@ -49,7 +59,7 @@ def coverage(
         found = cover(checkpoint, wanted, folder, compute, progress, restart=restart)
     record = found.record()
     console.show_json(record) if as_json else console.show(*_view(record))
-    found.coverage.check(hint="give more --samples or a broader --text, or raise --max-cold")
+    found.coverage.check(hint="give more --calibration-samples or a broader --calibration, or raise --max-cold")
 
 
 def _view(record: dict[str, Any]) -> list[RenderableType]:

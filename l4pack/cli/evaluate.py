@@ -3,90 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import RenderableType
 
 from l4pack.cli import console
-from l4pack.cli.options import Against, Artifact, AsJson, MaxRam
+from l4pack.cli.options import (
+    Against,
+    Artifact,
+    AsJson,
+    Backend,
+    Compute,
+    Limit,
+    MaxKl,
+    MaxPerplexityRatio,
+    MaxRam,
+    MaxVram,
+    MinAgreement,
+    MinRecovery,
+    Needle,
+    Reference,
+    Restart,
+    Samples,
+    SaveReference,
+    Seed,
+    SequenceLength,
+    Task,
+    Text,
+    WeightsOnly,
+    Work,
+)
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds, parse_size
 
 if TYPE_CHECKING:
     from l4pack.recipe import Gates
 
-_GATES = "Quality gates (exit 6)"
-_TEXT = "Text"
-
-TextSource = Annotated[
-    str,
-    typer.Option(
-        metavar="FILE|DIR|SET", help="A file of text or rows, a folder; or wikitext2, c4, demo.", rich_help_panel=_TEXT
-    ),
-]
-Samples = Annotated[
-    int, typer.Option(help="Text taken, in whole sequences; short rows count by their tokens.", rich_help_panel=_TEXT)
-]
-SequenceLength = Annotated[
-    int | None,
-    typer.Option(
-        help="Most tokens a sequence; 2048 or the model's context.", show_default=False, rich_help_panel=_TEXT
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Which sequences are taken.", rich_help_panel=_TEXT)]
-Task = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="FILE|NAME", help="Questions in JSONL, or a task of lm-eval; may be repeated.", show_default=False
-    ),
-]
-Limit = Annotated[int | None, typer.Option(help="Most questions of each lm-eval task.", show_default=False)]
-Backend = Annotated[
-    str, typer.Option(metavar="ENGINE", help="What runs lm-eval tasks: streamed, vllm or transformers.")
-]
-Needle = Annotated[
-    int | None,
-    typer.Option(metavar="TOKENS", help="Retrieve numbers hidden in so many tokens.", show_default=False),
-]
-MaxKl = Annotated[float | None, typer.Option(help="Most mean KL, in nats.", rich_help_panel=_GATES)]
-MinAgreement = Annotated[
-    float | None, typer.Option(help="Least share of tokens with the same likeliest token.", rich_help_panel=_GATES)
-]
-MaxPerplexityRatio = Annotated[
-    float | None, typer.Option(help="Most perplexity over the original's.", rich_help_panel=_GATES)
-]
-MinRecovery = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="TASK=SHARE", help="Least accuracy over the original's.", show_default=False, rich_help_panel=_GATES
-    ),
-]
-SaveReference = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Keep the original's answers there.", show_default=False)
-]
-Reference = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Compare with answers kept before.", show_default=False)
-]
-WeightsOnly = Annotated[
-    bool, typer.Option("--weights-only", help="Leave inputs unrounded where the runtime would round them.")
-]
-Compute = Annotated[str, typer.Option(metavar="WHERE", help="cpu, cuda, cuda:N, or auto.")]
-MaxVram = Annotated[str | None, typer.Option(metavar="SIZE", help="Most device memory to take.", show_default=False)]
-Work = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Where hidden states go; DIR.evaluate.partial.", show_default=False),
-]
-Restart = Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")]
-
 
 def evaluate(
     artifact: Artifact,
     against: Against = None,
-    text: TextSource = "demo",
+    text: Text = "demo",
     samples: Samples = 32,
     sequence_length: SequenceLength = None,
-    seed: Seed = 0,
+    seed: Seed[int] = 0,
     task: Task = None,
     limit: Limit = None,
     backend: Backend = "streamed",

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import RenderableType
 
 from l4pack.cli import console
-from l4pack.cli.options import AsJson, Source
+from l4pack.cli.options import (
+    AsJson,
+    Bits,
+    By,
+    Chart,
+    Context,
+    Device,
+    KVDtype,
+    MaxBytes,
+    Out,
+    Runtime,
+    SensitivityFile,
+    Sequences,
+    Source,
+)
 from l4pack.units import human_bytes, human_gib, parse_size
 
 if TYPE_CHECKING:
@@ -18,87 +31,19 @@ if TYPE_CHECKING:
     from l4pack.fit.record import Chosen, FitRecord
     from l4pack.measure.record import Sensitivity
 
-_BUDGET = "Budget (one of --device, --max-bytes, --bits)"
-
-Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device", metavar="NAME", help="Must fit this; see `l4pack devices`.", show_default=False,
-        rich_help_panel=_BUDGET,
-    ),
-]  # fmt: skip
-Context = Annotated[
-    int | None,
-    typer.Option(
-        "--context", metavar="TOKENS", help="Tokens a sequence on it; 131072 unless given.", show_default=False,
-        rich_help_panel=_BUDGET,
-    ),
-]  # fmt: skip
-Sequences = Annotated[
-    int | None,
-    typer.Option(
-        "--sequences", metavar="N", help="Sequences at once on it; 1 unless given.", show_default=False,
-        rich_help_panel=_BUDGET,
-    ),
-]  # fmt: skip
-KVDtype = Annotated[
-    str | None,
-    typer.Option(
-        "--kv-dtype", metavar="auto|bfloat16|fp8", help="What KV is kept in on it.", show_default=False,
-        rich_help_panel=_BUDGET,
-    ),
-]  # fmt: skip
-MaxBytes = Annotated[
-    str | None,
-    typer.Option(
-        "--max-bytes", metavar="SIZE", help="Most bytes of all the artifact's files, for example 65GB.",
-        show_default=False, rich_help_panel=_BUDGET,
-    ),
-]  # fmt: skip
-Bits = Annotated[
-    float | None,
-    typer.Option(
-        "--bits", metavar="NUMBER", help="Most bits a weight, over all matrices of attention and MLPs: scales counted, "
-        "kept ones at 16.", show_default=False, rich_help_panel=_BUDGET,
-    ),
-]  # fmt: skip
-Runtime = Annotated[
-    str,
-    typer.Option("--runtime", metavar="NAME", help="What must load it: vllm, sglang, transformers, or any of them."),
-]
-By = Annotated[
-    str | None,
-    typer.Option(
-        "--by", metavar="layer|role", help="Whether layers of a role may differ; layer where the model itself was "
-        "measured, role with a stand-in.", show_default=False,
-    ),
-]  # fmt: skip
-SensitivityFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--sensitivity", metavar="FILE", help="What `l4pack measure` found; a shipped stand-in unless given.",
-        show_default=False,
-    ),
-]  # fmt: skip
-Out = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Recipe to write.")]
-Chart = Annotated[
-    Path | None,
-    typer.Option("--chart", metavar="FILE", help="Draw the frontier there, as .png or .svg.", show_default=False),
-]
-
 
 def fit(
     source: Source,
-    device: Device = None,
+    device: Device[str | None] = None,
     context: Context = None,
-    sequences: Sequences = None,
-    kv_dtype: KVDtype = None,
+    sequences: Sequences[int | None] = None,
+    kv_dtype: KVDtype[str | None] = None,
     max_bytes: MaxBytes = None,
     bits: Bits = None,
     runtime: Runtime = "vllm",
     by: By = None,
     sensitivity: SensitivityFile = None,
-    out: Out = Path("fit.yaml"),
+    out: Out[Path] = Path("fit.yaml"),
     chart: Chart = None,
     as_json: AsJson = False,
 ) -> None:

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import RenderableType
 
 from l4pack.cli import console
-from l4pack.cli.options import AsJson
+from l4pack.cli.options import AsJson, LicenceTarget, Name
 from l4pack.errors import LicenceError
 
 if TYPE_CHECKING:
     from l4pack.publish.licence import Audit
 
-ModelName = Annotated[
-    str | None,
-    typer.Option("--name", metavar="NAME", help="The name it is to be published under.", show_default=False),
-]
-
 
 def licence(
-    target: Annotated[
-        str, typer.Argument(metavar="DIR|ORG/NAME", help="A folder, or a repository on the Hub.", show_default=False)
-    ],
-    name: ModelName = None,
+    target: LicenceTarget,
+    name: Name = None,
     as_json: AsJson = False,
 ) -> None:
     """Say which duties of the model's licence a folder or repository does not meet; exit 7 if there are any.

@@ -3,67 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import RenderableType
 
 from l4pack.cli import console
-from l4pack.cli.evaluate import MaxVram, SequenceLength, TextSource
-from l4pack.cli.options import AsJson, Compute, MaxRam, Source
+from l4pack.cli.options import (
+    AsJson,
+    Calibration,
+    CalibrationSamples,
+    Compute,
+    Direct,
+    DryRun,
+    MaxRam,
+    MaxVram,
+    MeasuredOptions,
+    Out,
+    Restart,
+    Samples,
+    Seed,
+    SequenceLength,
+    Source,
+    Streams,
+    Text,
+)
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds, parse_size
 
 WORST = 8
 
 
-_TEXT = "Text"
-
-OutFile = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File to write.")]
-Samples = Annotated[int, typer.Option(help="Text measured on, in whole sequences.", rich_help_panel=_TEXT)]
-CalibrationText = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE|DIR|SET",
-        help="Text that calibrated options are solved for; other sequences of --text unless given.",
-        show_default=False,
-        rich_help_panel=_TEXT,
-    ),
-]
-CalibrationSamples = Annotated[int, typer.Option(help="Text calibrated on, in whole sequences.", rich_help_panel=_TEXT)]
-Seed = Annotated[int, typer.Option(help="Which sequences are taken.", rich_help_panel=_TEXT)]
-OptionNames = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME,…", help="Options to measure, all unless given; a wrong name lists them.", show_default=False
-    ),
-]
-DirectMode = Annotated[
-    str,
-    typer.Option(
-        metavar="WHICH",
-        help="Measure `all` changes, or two `anchors` a unit and predict the rest; `auto`: all where that is cheap, "
-        "else anchors, and whatever they predict badly.",
-    ),
-]
-Streams = Annotated[
-    int | None, typer.Option(help="Most altered streams at once; what half of the free disk holds.", show_default=False)
-]
-Restart = Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")]
-
-
 def measure(
     source: Source,
-    out: OutFile = Path("sensitivity.json"),
-    text: TextSource = "demo",
+    out: Out[Path] = Path("sensitivity.json"),
+    text: Text = "demo",
     samples: Samples = 32,
-    calibration: CalibrationText = None,
-    calibration_samples: CalibrationSamples = 256,
+    calibration: Calibration = None,
+    calibration_samples: CalibrationSamples[int] = 256,
     sequence_length: SequenceLength = None,
-    seed: Seed = 0,
-    options: OptionNames = None,
-    direct: DirectMode = "auto",
+    seed: Seed[int] = 0,
+    options: MeasuredOptions = None,
+    direct: Direct = "auto",
     streams: Streams = None,
     compute: Compute = "auto",
     max_ram: MaxRam = None,
@@ -77,18 +57,19 @@ def measure(
     Example: `l4pack measure demo --samples 8 --out sensitivity.json`
     """
     from l4pack.checkpoint.open import open_source
-    from l4pack.measure.measure import Direct, Settings, prepare
+    from l4pack.measure.measure import Direct as Way
+    from l4pack.measure.measure import Settings, prepare
     from l4pack.text.choice import TextChoice
 
-    if direct not in list(Direct):
-        raise UsageError(f"--direct {direct} is not known", hint=f"choose {', '.join(Direct)}")
+    if direct not in list(Way):
+        raise UsageError(f"--direct {direct} is not known", hint=f"choose {', '.join(Way)}")
     settings = Settings(
         out=out,
         text=TextChoice(text, samples, sequence_length, seed),
         calibration=calibration,
         calibration_samples=calibration_samples,
         options=tuple(name.strip() for name in options.split(",")) if options is not None else (),
-        direct=Direct(direct),
+        direct=Way(direct),
         streams=streams,
         compute=compute,
         max_ram=None if max_ram is None else parse_size(max_ram),

@@ -1,11 +1,24 @@
-"""Options that mean the same in every command."""
+"""Every option and argument of every command, each declared once: a name means the same wherever it is taken.
+
+An alias with a type variable is completed where it is used: `Recipe[str]` has a default, `Recipe[str | None]` need not.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
+
+from l4pack.budget.report_format import Format
+from l4pack.cli import console
+from l4pack.errors import UsageError
+
+T = TypeVar("T")
+
+_TEXT, _BUDGET, _GATES = "Text", "Budget", "Quality gates (exit 6)"
+
+# What is worked on
 
 Source = Annotated[
     str,
@@ -16,28 +29,26 @@ Source = Annotated[
     ),
 ]
 Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="Artifact folder.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object (bytes and seconds as numbers).")]
-RecipeName = Annotated[
-    str,
-    typer.Option("--recipe", "-r", metavar="NAME|FILE", help="A shipped recipe or a YAML file; see `l4pack recipes`."),
-]
-Out = Annotated[
-    Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to make; it appears when it is complete.")
-]
-MaxRam = Annotated[
+Subject = Annotated[
     str | None,
-    typer.Option(
-        "--max-ram", metavar="SIZE", help="Most memory the job may take, for example 4GB.", show_default=False
+    typer.Argument(
+        metavar="ARTIFACT|SOURCE", help="Artifact or checkpoint folder, Hub id, config.json or known model."
     ),
 ]
-MaxVram = Annotated[
-    str | None,
-    typer.Option("--max-vram", metavar="SIZE", help="Most device memory the job may take.", show_default=False),
+Checks = Annotated[
+    list[Path] | None, typer.Argument(metavar="[FILE]...", help="The checks; l4pack-budget.yaml unless given.")
 ]
-Compute = Annotated[str, typer.Option("--compute", metavar="WHERE", help="cpu, cuda, cuda:N, or auto.")]
-ShardSize = Annotated[
+LicenceTarget = Annotated[
+    str, typer.Argument(metavar="DIR|ORG/NAME", help="A folder, or a repository on the Hub.", show_default=False)
+]
+Repository = Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository.", show_default=False)]
+Explained = Annotated[str | None, typer.Argument(metavar="NAME", help="Explain one; without it, list all.")]
+Against = Annotated[
+    str | None, typer.Option("--against", metavar="SOURCE", help="The original checkpoint to compare with.")
+]
+OriginalSource = Annotated[
     str | None,
-    typer.Option("--shard-size", metavar="SIZE", help="Largest shard; 5GB unless given.", show_default=False),
+    typer.Option("--source", metavar="SOURCE", help="The original, where the folder lacks its licence."),
 ]
 Include = Annotated[
     list[str] | None,
@@ -45,46 +56,330 @@ Include = Annotated[
         "--include",
         metavar="GLOB",
         help="Carry these files of the source too; may be repeated. Tokenizer, processor, template, licence go unasked.",
-        show_default=False,
     ),
+]
+FetchAsYouGo = Annotated[
+    bool, typer.Option("--fetch-as-you-go", help="Download a Hub source shard by shard and drop each after use.")
+]
+
+# How it is quantized
+
+Recipe = Annotated[
+    T,
+    typer.Option("--recipe", "-r", metavar="NAME|FILE", help="A shipped recipe or a YAML file; see `l4pack recipes`."),
 ]
 KeepFloat32 = Annotated[
     bool,
     typer.Option("--keep-float32", help="Leave kept float32 tensors so; rounded to the model's dtype unless said."),
 ]
-Against = Annotated[
-    str | None,
-    typer.Option("--against", metavar="SOURCE", help="The original checkpoint to compare with.", show_default=False),
+FitRecipe = Annotated[
+    bool, typer.Option("--fit", help="Choose schemes by l4pack fit: to --max-bytes, --bits, or --device's load.")
 ]
-DeviceName = Annotated[
-    str, typer.Option("--device", metavar="NAME", help="For example h100 or 8xh100; see `l4pack devices`.")
+SensitivityFile = Annotated[
+    Path | None,
+    typer.Option("--sensitivity", metavar="FILE", help="What `l4pack measure` found; a shipped stand-in unless given."),
 ]
-CalibrationText = Annotated[
+By = Annotated[
     str | None,
     typer.Option(
-        "--text",
-        metavar="FILE|DIR|SET",
-        help="Text to calibrate with: a file of text or rows, a folder, or wikitext2, c4; one that ships unless given.",
-        show_default=False,
-        rich_help_panel="Calibration",
+        "--by",
+        metavar="layer|role",
+        help="Whether layers of a role may differ; layer where the model itself was measured, role with a stand-in.",
     ),
 ]
-Samples = Annotated[
+MeasuredOptions = Annotated[
+    str | None,
+    typer.Option("--options", metavar="NAME,…", help="Options to measure, all unless given; a wrong name lists them."),
+]
+Direct = Annotated[
+    str,
+    typer.Option(
+        "--direct",
+        metavar="WHICH",
+        help="Measure `all` changes, or two `anchors` a unit and predict the rest; `auto`: all where that is cheap, "
+        "else anchors, and whatever they predict badly.",
+    ),
+]
+Streams = Annotated[
     int | None,
+    typer.Option("--streams", help="Most altered streams at once; what half of the free disk holds."),
+]
+
+# Texts: what is solved on, what is measured on
+
+_A_TEXT = "a file of text or rows, a folder, or wikitext2, c4, demo"
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE|DIR|SET",
+        help=f"Text that is calibrated on: {_A_TEXT}. Unless given, one that ships; of `measure`, the rest of --text.",
+        rich_help_panel=_TEXT,
+    ),
+]
+CalibrationSamples = Annotated[
+    T,
+    typer.Option(
+        "--calibration-samples",
+        metavar="N",
+        help="How much of it: whole sequences, short rows count by their tokens.",
+        rich_help_panel=_TEXT,
+    ),
+]
+Text = Annotated[
+    str,
+    typer.Option("--text", metavar="FILE|DIR|SET", help=f"Text that is measured on: {_A_TEXT}.", rich_help_panel=_TEXT),
+]
+Samples = Annotated[
+    int,
     typer.Option(
         "--samples",
-        help="Text taken, in whole sequences; short rows count by their tokens.",
-        show_default=False,
-        rich_help_panel="Calibration",
+        metavar="N",
+        help="How much of it: whole sequences, short rows count by their tokens.",
+        rich_help_panel=_TEXT,
     ),
 ]
 SequenceLength = Annotated[
     int | None,
     typer.Option(
-        "--sequence-length", help="Most tokens a sequence.", show_default=False, rich_help_panel="Calibration"
+        "--sequence-length",
+        metavar="TOKENS",
+        help="Most tokens a sequence of either text; 2048 or the model's context unless given.",
+        rich_help_panel=_TEXT,
     ),
 ]
 Seed = Annotated[
-    int | None,
-    typer.Option("--seed", help="Which sequences are taken.", show_default=False, rich_help_panel="Calibration"),
+    T, typer.Option("--seed", metavar="N", help="Which sequences of a text are taken.", rich_help_panel=_TEXT)
 ]
+EarlierText = Annotated[
+    str | None, typer.Option("--text", hidden=True, help="What --calibration was called here.", rich_help_panel=_TEXT)
+]
+EarlierSamples = Annotated[
+    int | None,
+    typer.Option("--samples", hidden=True, help="What --calibration-samples was called here.", rich_help_panel=_TEXT),
+]
+
+
+def now_called(name: str, given: T | None, earlier_name: str, earlier: T | None) -> T | None:
+    """The value of an option that was called otherwise before; says so on stderr. Raises UsageError if both are given."""
+    if earlier is None:
+        return given
+    if given is not None:
+        raise UsageError(f"{name} and {earlier_name}, what it was called before, are both given", hint=f"use {name}")
+    console.warning(f"{earlier_name} is called {name} now")
+    return earlier
+
+
+# What it must fit
+
+Device = Annotated[
+    T,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="GPU or host it must fit, as h100 or 8xh100; see `l4pack devices`. Of `build`, the recipe's promise unless given.",
+        rich_help_panel=_BUDGET,
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        metavar="TOKENS",
+        help="Tokens that each sequence must hold; the recipe's promise, else 131072, unless given.",
+        rich_help_panel=_BUDGET,
+    ),
+]
+Sequences = Annotated[
+    T, typer.Option("--sequences", metavar="N", help="Sequences at once; 1 unless said.", rich_help_panel=_BUDGET)
+]
+KVDtype = Annotated[
+    T,
+    typer.Option(
+        "--kv-dtype", metavar="auto|bfloat16|fp8", help="What the KV cache is kept in.", rich_help_panel=_BUDGET
+    ),
+]
+MaxBytes = Annotated[
+    str | None,
+    typer.Option(
+        "--max-bytes",
+        metavar="SIZE",
+        help="Most bytes of all the artifact's files, for example 65GB.",
+        rich_help_panel=_BUDGET,
+    ),
+]
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        "--bits",
+        metavar="NUMBER",
+        help="Most bits a weight, over all matrices of attention and MLPs: scales counted, kept ones at 16.",
+        rich_help_panel=_BUDGET,
+    ),
+]
+Runtime = Annotated[
+    str,
+    typer.Option(
+        "--runtime",
+        metavar="NAME",
+        help="What must load it: vllm, sglang, transformers; budgets know vllm-0.8 and meta too, `fit` takes any of them.",
+        rich_help_panel=_BUDGET,
+    ),
+]
+TP = Annotated[int | None, typer.Option("--tp", metavar="N", help="Tensor parallel; all GPUs unless given.")]
+PP = Annotated[int | None, typer.Option("--pp", metavar="N", help="Pipeline stages.")]
+ExpertParallel = Annotated[bool, typer.Option("--expert-parallel", help="Whole experts on each GPU.")]
+HybridKV = Annotated[
+    bool | None, typer.Option("--hybrid-kv/--no-hybrid-kv", help="Whether chunked layers forget old tokens.")
+]
+BatchedTokens = Annotated[
+    int | None,
+    typer.Option("--batched-tokens", metavar="N", help="Most tokens of one step; the runtime's own."),
+]
+MaxNumSeqs = Annotated[
+    int | None,
+    typer.Option("--max-num-seqs", metavar="N", help="Request slots of the server; the runtime's own."),
+]
+MaxPositions = Annotated[
+    int | None,
+    typer.Option(
+        "--max-positions",
+        metavar="N",
+        help="Length of the position table (max_position_embeddings) when config.json is overridden.",
+    ),
+]
+Images = Annotated[int | None, typer.Option("--images", metavar="N", help="Most images a request; 0 for text only.")]
+Utilization = Annotated[
+    float | None, typer.Option("--utilization", metavar="SHARE", help="Share of the device the runtime plans with.")
+]
+DevicesFile = Annotated[Path | None, typer.Option("--devices", metavar="FILE", help="Your own devices, as YAML.")]
+Matrix = Annotated[bool, typer.Option("--matrix", help="What runs where: models x recipes x devices.")]
+MeasureGpu = Annotated[bool, typer.Option("--measure", help="Hold the prediction against a GPU of this machine.")]
+OutputFormat = Annotated[Format, typer.Option("--format", help="How results are written.")]
+Baseline = Annotated[
+    Path | None, typer.Option("--baseline", metavar="FILE", help="An earlier --format json to compare with.")
+]
+
+# What is checked and measured
+
+Sample = Annotated[
+    int | None,
+    typer.Option("--sample", metavar="N", min=1, help="Compare N matrices with the source, not all."),
+]
+HeadersOnly = Annotated[
+    bool,
+    typer.Option("--headers-only", help="Read no tensor: names, dtypes, shapes, configuration and files alone."),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Warnings fail too.")]
+MaxCold = Annotated[
+    float,
+    typer.Option(
+        "--max-cold", metavar="SHARE", help="Largest share of experts that may see no token; exit 6 above it."
+    ),
+]
+Task = Annotated[
+    list[str] | None,
+    typer.Option("--task", metavar="FILE|NAME", help="Questions in JSONL, or a task of lm-eval; may be repeated."),
+]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="Most questions of each lm-eval task.")]
+Backend = Annotated[
+    str, typer.Option("--backend", metavar="ENGINE", help="What runs lm-eval tasks: streamed, vllm or transformers.")
+]
+Needle = Annotated[
+    int | None, typer.Option("--needle", metavar="TOKENS", help="Retrieve numbers hidden in so many tokens.")
+]
+MaxKl = Annotated[float | None, typer.Option("--max-kl", metavar="NATS", help="Most mean KL.", rich_help_panel=_GATES)]
+MinAgreement = Annotated[
+    float | None,
+    typer.Option(
+        "--min-agreement",
+        metavar="SHARE",
+        help="Least share of tokens with the same likeliest token.",
+        rich_help_panel=_GATES,
+    ),
+]
+MaxPerplexityRatio = Annotated[
+    float | None,
+    typer.Option(
+        "--max-perplexity-ratio",
+        metavar="RATIO",
+        help="Most perplexity over the original's.",
+        rich_help_panel=_GATES,
+    ),
+]
+MinRecovery = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--min-recovery", metavar="TASK=SHARE", help="Least accuracy over the original's.", rich_help_panel=_GATES
+    ),
+]
+SaveReference = Annotated[
+    Path | None, typer.Option("--save-reference", metavar="DIR", help="Keep the original's answers there.")
+]
+Reference = Annotated[Path | None, typer.Option("--reference", metavar="DIR", help="Compare with answers kept before.")]
+WeightsOnly = Annotated[
+    bool, typer.Option("--weights-only", help="Leave inputs unrounded where the runtime would round them.")
+]
+SkipEvaluate = Annotated[bool, typer.Option("--skip-evaluate", help="Do not measure accuracy.")]
+
+# How the job runs, and where its result goes
+
+Out = Annotated[
+    T,
+    typer.Option(
+        "--out", "-o", metavar="PATH", help="What to make: a folder, which appears when it is complete, or a file."
+    ),
+]
+ShardSize = Annotated[str | None, typer.Option("--shard-size", metavar="SIZE", help="Largest shard; 5GB unless given.")]
+Compute = Annotated[str, typer.Option("--compute", metavar="WHERE", help="cpu, cuda, cuda:N, or auto.")]
+MaxRam = Annotated[
+    str | None, typer.Option("--max-ram", metavar="SIZE", help="Most memory the job may take, for example 4GB.")
+]
+MaxVram = Annotated[str | None, typer.Option("--max-vram", metavar="SIZE", help="Most device memory the job may take.")]
+Work = Annotated[
+    Path | None,
+    typer.Option(
+        "--work",
+        metavar="DIR",
+        help="Where hidden states go meanwhile; ARTIFACT.evaluate.partial, NAME.coverage.partial.",
+    ),
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin again instead of going on with earlier work.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done and stop.")]
+Chart = Annotated[
+    Path | None, typer.Option("--chart", metavar="FILE", help="Draw the frontier there, as .png or .svg.")
+]
+Fitted = Annotated[
+    Path | None,
+    typer.Option(
+        "--fit",
+        metavar="FILE",
+        help="What `fit --json` said of its recipe; DIR.fit.json where `build --fit` left it.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object (bytes and seconds as numbers).")]
+
+# How it is published
+
+Name = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="The name to publish under; from source and recipe unless given."),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option("--base-model", metavar="ORG/NAME", help="The original's repository, for the card."),
+]
+Template = Annotated[
+    Path | None,
+    typer.Option("--template", metavar="FILE", help="Your own card (Jinja); the licence block stays."),
+]
+Gated = Annotated[
+    bool, typer.Option("--gated", help="Let readers of the repository in by request only; the card has its fields.")
+]
+Push = Annotated[str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload when all is well.")]
+Public = Annotated[bool, typer.Option("--public", help="Make the repository public; private unless said.")]
+Revision = Annotated[str, typer.Option("--revision", metavar="BRANCH", help="The branch to put it on.")]
+PullRequest = Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")]
+Tag = Annotated[str | None, typer.Option("--tag", metavar="TAG", help="Tag the commit.")]
+Collection = Annotated[str | None, typer.Option("--collection", metavar="SLUG", help="Add it to a collection.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that l4pack did not put there.")]

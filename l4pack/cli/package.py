@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from l4pack.cli import console
-from l4pack.cli.options import Artifact, AsJson
+from l4pack.cli.options import Artifact, AsJson, BaseModel, Gated, Name, OriginalSource, Template
 
 if TYPE_CHECKING:
     from l4pack.publish.publish import Packaged
@@ -16,27 +14,11 @@ if TYPE_CHECKING:
 
 def package(
     folder: Artifact,
-    name: Annotated[
-        str | None,
-        typer.Option("--name", metavar="NAME", help="Its name; derived from source and recipe unless given."),
-    ] = None,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--source", metavar="SOURCE", help="The original, where the folder lacks its licence.", show_default=False
-        ),
-    ] = None,
-    base_model: Annotated[
-        str | None,
-        typer.Option(
-            "--base-model", metavar="ORG/NAME", help="The original's repository, for the card.", show_default=False
-        ),
-    ] = None,
-    template: Annotated[
-        Path | None,
-        typer.Option("--template", metavar="FILE", help="Your own card (Jinja); the licence block stays."),
-    ] = None,
-    gated: Annotated[bool, typer.Option("--gated", help="Put the fields of a gated repository on the card.")] = False,
+    name: Name = None,
+    source: OriginalSource = None,
+    base_model: BaseModel = None,
+    template: Template = None,
+    gated: Gated = False,
     as_json: AsJson = False,
 ) -> None:
     """Complete an artifact's folder for publication: licence, notice, model card and name, all checked.

@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 
 from l4pack.cli import console
-from l4pack.cli.options import AsJson, Compute, Include, KeepFloat32, MaxRam, MaxVram, RecipeName, ShardSize, Source
+from l4pack.cli.options import (
+    AsJson,
+    Calibration,
+    CalibrationSamples,
+    Compute,
+    Include,
+    KeepFloat32,
+    MaxRam,
+    MaxVram,
+    Recipe,
+    Seed,
+    SequenceLength,
+    ShardSize,
+    Source,
+)
 from l4pack.units import human_bytes, parse_size
 from l4pack.work.device import AUTO, CPU, chosen
 
@@ -19,7 +33,11 @@ if TYPE_CHECKING:
 
 def plan(
     source: Source,
-    recipe: RecipeName = "int4",
+    recipe: Recipe[str] = "int4",
+    calibration: Calibration = None,
+    calibration_samples: CalibrationSamples[int | None] = None,
+    sequence_length: SequenceLength = None,
+    seed: Seed[int | None] = None,
     max_ram: MaxRam = None,
     max_vram: MaxVram = None,
     shard_size: ShardSize = None,
@@ -38,9 +56,16 @@ def plan(
     from l4pack.recipe import load_recipe
 
     allowed = limits(max_ram, max_vram, shard_size, chosen(compute))
-    made = make_plan(
-        open_source(source, include=include or ()), load_recipe(recipe).keeping(float32=keep_float32), allowed
+    wanted = (
+        load_recipe(recipe)
+        .keeping(float32=keep_float32)
+        .calibrating(calibration is not None, samples=calibration_samples, sequence_length=sequence_length, seed=seed)
     )
+    made = make_plan(open_source(source, include=include or ()), wanted, allowed)
+    if calibration is not None and made.needs is not None:
+        from l4pack.calibration.text import with_text
+
+        made = with_text(made, calibration)
     if as_json:
         console.show_json({**plan_record(made), **room_record(made)})
     else:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import RenderableType
 
 from l4pack.cli import console
-from l4pack.cli.options import Artifact, AsJson
+from l4pack.cli.options import (
+    Artifact,
+    AsJson,
+    Collection,
+    DryRun,
+    Gated,
+    Overwrite,
+    Public,
+    PullRequest,
+    Repository,
+    Revision,
+    Tag,
+)
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes
 
@@ -19,19 +30,15 @@ if TYPE_CHECKING:
 
 def push(
     folder: Artifact,
-    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository.", show_default=False)],
-    public: Annotated[bool, typer.Option("--public", help="Make the repository public; private unless said.")] = False,
-    revision: Annotated[str, typer.Option("--revision", metavar="BRANCH", help="The branch to put it on.")] = "main",
-    pull_request: Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")] = False,
-    tag: Annotated[str | None, typer.Option("--tag", metavar="TAG", help="Tag the commit.", show_default=False)] = None,
-    collection: Annotated[
-        str | None, typer.Option("--collection", metavar="SLUG", help="Add it to a collection.", show_default=False)
-    ] = None,
-    gated: Annotated[bool, typer.Option("--gated", help="Let readers in by request only.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that l4pack did not put there.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would happen and stop.")] = False,
+    repository: Repository,
+    public: Public = False,
+    revision: Revision = "main",
+    pull_request: PullRequest = False,
+    tag: Tag = None,
+    collection: Collection = None,
+    gated: Gated = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Upload an artifact to the Hub, once verify, licence, gates and budget pass; then compare every digest.

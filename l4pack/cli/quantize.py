@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from l4pack.cli import console
 from l4pack.cli.options import (
     AsJson,
-    CalibrationText,
+    Calibration,
+    CalibrationSamples,
     Compute,
+    DryRun,
+    EarlierSamples,
+    EarlierText,
+    FetchAsYouGo,
     Include,
     KeepFloat32,
     MaxRam,
     MaxVram,
     Out,
-    RecipeName,
-    Samples,
+    Recipe,
+    Restart,
     Seed,
     SequenceLength,
     ShardSize,
     Source,
+    now_called,
 )
 from l4pack.cli.plan import limits, plan_view
 from l4pack.units import human_bytes, human_seconds
@@ -35,25 +39,23 @@ if TYPE_CHECKING:
 
 def quantize(
     source: Source,
-    out: Out,
-    recipe: RecipeName = "int4",
-    text: CalibrationText = None,
-    samples: Samples = None,
+    out: Out[Path],
+    recipe: Recipe[str] = "int4",
+    calibration: Calibration = None,
+    calibration_samples: CalibrationSamples[int | None] = None,
     sequence_length: SequenceLength = None,
-    seed: Seed = None,
+    seed: Seed[int | None] = None,
+    text: EarlierText = None,
+    samples: EarlierSamples = None,
     max_ram: MaxRam = None,
     max_vram: MaxVram = None,
     shard_size: ShardSize = None,
     compute: Compute = AUTO,
     include: Include = None,
     keep_float32: KeepFloat32 = False,
-    fetch_as_you_go: Annotated[
-        bool, typer.Option("--fetch-as-you-go", help="Download a Hub source shard by shard and drop each after use.")
-    ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin again instead of going on with earlier work.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    fetch_as_you_go: FetchAsYouGo = False,
+    restart: Restart = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the quantized artifact; the same command goes on after any interruption.
@@ -67,17 +69,19 @@ def quantize(
     from l4pack.quantize.run import work_folder
     from l4pack.recipe import load_recipe
 
+    calibration = now_called("--calibration", calibration, "--text", text)
+    calibration_samples = now_called("--calibration-samples", calibration_samples, "--samples", samples)
     fetch_folder = work_folder(out) / "fetched" if fetch_as_you_go else None
     device = chosen(compute)
     allowed = limits(max_ram, max_vram, shard_size, device)
     wanted = (
         load_recipe(recipe)
         .keeping(float32=keep_float32)
-        .calibrating(text is not None, samples=samples, sequence_length=sequence_length, seed=seed)
+        .calibrating(calibration is not None, samples=calibration_samples, sequence_length=sequence_length, seed=seed)
     )
     made = make_plan(open_source(source, fetch_folder=fetch_folder, include=include or ()), wanted, allowed)
-    if made.needs is not None and not (dry_run and text is None and made.checkpoint.bare):
-        made = with_text(made, text)
+    if made.needs is not None and not (dry_run and calibration is None and made.checkpoint.bare):
+        made = with_text(made, calibration)
     if dry_run:
         console.show_json({**plan_record(made), **room_record(made)}) if as_json else console.show(*plan_view(made))
         made.check_servable()

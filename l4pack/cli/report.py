@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from l4pack.cli import console
 from l4pack.cli.evaluate import beside
-from l4pack.cli.options import Artifact, DeviceName
+from l4pack.cli.options import Artifact, Device, Fitted, Out
 from l4pack.errors import UsageError
 
 
 def report(
     artifact: Artifact,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Page to write; DIR.report.html.", show_default=False),
-    ] = None,
-    device: DeviceName = "h100",
-    fitted: Annotated[
-        Path | None,
-        typer.Option(
-            "--fit",
-            metavar="FILE",
-            help="What `fit --json` said of its recipe; DIR.fit.json where `build --fit` left it.",
-            show_default=False,
-        ),
-    ] = None,
+    out: Out[Path | None] = None,
+    device: Device[str] = "h100",
+    fitted: Fitted = None,
 ) -> None:
     """Write one HTML page about an artifact: size, memory, errors by layer and expert, KL, gates. Needs no network.
+
+    The page is DIR.report.html unless `--out` names another.
 
     Example: `l4pack report demo-int4`
     """

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import RenderableType
 
 from l4pack.cli import console
-from l4pack.cli.options import Against, Artifact, AsJson
+from l4pack.cli.options import Against, Artifact, AsJson, HeadersOnly, Sample, Strict
 from l4pack.units import human_bytes
 
 if TYPE_CHECKING:
@@ -24,17 +24,9 @@ _SHOWN_PLACES = 3
 def verify(
     folder: Artifact,
     against: Against = None,
-    sample: Annotated[
-        int | None,
-        typer.Option(
-            "--sample", metavar="N", min=1, help="Compare N matrices with the source, not all.", show_default=False
-        ),
-    ] = None,
-    headers_only: Annotated[
-        bool,
-        typer.Option("--headers-only", help="Read no tensor: names, dtypes, shapes, configuration and files alone."),
-    ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings fail too.")] = False,
+    sample: Sample = None,
+    headers_only: HeadersOnly = False,
+    strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
     """Check an artifact: what runtimes would read, whether it is right, and with --against whether it is this model.

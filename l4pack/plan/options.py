@@ -8,10 +8,9 @@ from functools import cache
 from typing import Any
 
 from l4pack.containers.safetensors_folder import DEFAULT_SHARD_BYTES
-from l4pack.recipe import Recipe, load_recipe, recipe_names
+from l4pack.recipe import CALIBRATION_OPTIONS, Recipe, load_recipe, recipe_names
 from l4pack.work.identity import flat
 
-_CALIBRATION = {"samples": "--samples", "sequence_length": "--sequence-length", "seed": "--seed"}
 _RECIPE = "recipe: "
 Options = dict[str, str | int | list[str]]  # a list is an option given several times, true one without a value
 
@@ -31,8 +30,8 @@ def text_options(recipe: Recipe, record: Mapping[str, Any]) -> Options:
     """Options of the text to calibrate with, from its record."""
     assert recipe.calibration is not None
     return {
-        "--text": os.fsencode(str(record["source"])).decode(errors="replace"),
-        "--samples": recipe.calibration.samples,
+        "--calibration": os.fsencode(str(record["source"])).decode(errors="replace"),
+        "--calibration-samples": recipe.calibration.samples,
         "--sequence-length": int(record["sequence_length"]),
         "--seed": recipe.calibration.seed,
     }
@@ -44,7 +43,7 @@ def recipe_parts(recipe: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in parts.items():
         found |= flat(value, name)
-    for key in ("keep_float32", *(f"calibration.{name}" for name in _CALIBRATION)):
+    for key in ("keep_float32", *(f"calibration.{name}" for name in CALIBRATION_OPTIONS)):
         found.pop(f"{_RECIPE}{key}", None)
     return found
 

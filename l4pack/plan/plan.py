@@ -14,6 +14,7 @@ from l4pack import __version__
 from l4pack.artifact.calibration_record import RECORD_NAME, record_bytes, record_json
 from l4pack.artifact.kv_cache import cache_limits
 from l4pack.artifact.manifest import (
+    EARLIER_OPTIONS,
     MANIFEST_NAME,
     UNKNOWN,
     Contents,
@@ -277,7 +278,8 @@ class Plan:
                 **(self.manifest.calibration or {}),
                 **source_parts(self.checkpoint, store),
                 "layout": layout.hexdigest(),
-            }
+            },
+            EARLIER_OPTIONS,
         )
 
     def warnings(self) -> list[str]:

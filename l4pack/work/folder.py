@@ -20,6 +20,7 @@ from l4pack.errors import L4packError, UsageError
 from l4pack.work.files import sync_folder
 
 LOCK_NAME = "lock"
+FETCHED = "fetched"  # the mark of a folder that shards are fetched into
 VOUCHING = ("state.json", "measured.json", "journal.jsonl")  # say what of the other files is to be believed
 _MARK = ".l4pack-"
 _ATTEMPTS = 100  # at taking a folder that others remove meanwhile

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ class Identity:
     """Plain JSON values by the name a user knows them by: `--samples`, `recipe: schemes.int4.group_size`, a file."""
 
     parts: Parts
+    earlier_names: Mapping[str, str] = field(default_factory=dict)
+    """Names of parts by what they were called before: a job begun then is still the same."""
 
     @cached_property
     def digest(self) -> str:
@@ -35,6 +37,7 @@ class Identity:
 
     def changes(self, earlier: Parts) -> list[str]:
         """A phrase for each part that is not as it was: `--seed was 0 and is 1`."""
+        earlier = {self.earlier_names.get(name, name): value for name, value in earlier.items()}
         names = [name for name in {**self.parts, **earlier} if earlier.get(name) != self.parts.get(name)]
         return [_change(name, earlier.get(name), self.parts.get(name)) for name in names]
 

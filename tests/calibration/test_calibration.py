@@ -29,6 +29,7 @@ from l4pack.stream.layer import Routing
 from l4pack.stream.walk import Walk
 
 SAMPLES, LENGTH = 6, 96
+LITTLE = ("--calibration-samples", SAMPLES, "--sequence-length", LENGTH, "--json")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -258,7 +259,7 @@ def test_cold_experts_over_the_gate_stop_the_run(source, text, tmp_path, monkeyp
     with pytest.raises(QualityError, match=r"1 of 16 experts saw no token \(the first: layer 1, expert 0\)") as caught:
         run_plan(plan, tmp_path / "out")
     assert caught.value.exit_code == 6
-    assert "--samples" in caught.value.hint
+    assert "--calibration-samples" in caught.value.hint
 
 
 def no_token_for_expert_0(route):
@@ -358,9 +359,11 @@ def test_recipes_that_ask_the_impossible(change, message):
 
 
 def test_options_of_calibration_are_refused_where_nothing_is_calibrated(l4pack, source, tmp_path):
-    ended = l4pack("quantize", source, "--recipe", "int4-rtn", "--samples", 3, "--out", tmp_path / "out")
+    ended = l4pack("quantize", source, "--recipe", "int4-rtn", "--calibration-samples", 3, "--out", tmp_path / "out")
     assert ended.code == 2
-    assert ended.err.startswith("error: recipe int4-rtn needs no calibration, --samples means nothing to it\nhint: ")
+    assert ended.err.startswith(
+        "error: recipe int4-rtn needs no calibration, --calibration-samples means nothing to it\nhint: "
+    )
 
 
 # Fixed scales of FP8 activations.
@@ -417,14 +420,14 @@ def test_static_activations_go_with_one_scale_a_matrix():
 
 def test_coverage_command(source, text, l4pack, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = ["coverage", source, "--text", text, "--samples", SAMPLES, "--sequence-length", LENGTH, "--json"]
+    command = ["coverage", source, "--calibration", text, *LITTLE]
     ended = l4pack(*command)
     assert ended.code == 0, ended.err
     found = json.loads(ended.out)
     assert found["experts"] == 16
     assert [sum(layer["tokens"]) for layer in found["layers"]] == [SAMPLES * LENGTH] * 2
     assert found["cold_experts"] == sum(layer["tokens"].count(0) for layer in found["layers"]) == len(found["cold"])
-    few = [*command[:4], "--samples", 1, "--sequence-length", 2, "--json"]
+    few = [*command[:4], "--calibration-samples", 1, "--sequence-length", 2, "--json"]
     assert l4pack(*few).code == 0
     ended = l4pack(*few, "--max-cold", 0.1)
     assert ended.code == 6
@@ -436,7 +439,7 @@ def test_coverage_command(source, text, l4pack, tmp_path, monkeypatch):
 @pytest.mark.parametrize("spoiled", [None, "model-1.hidden", "state.json"])
 def test_coverage_goes_on_to_the_same_counts(source, text, l4pack, tmp_path, monkeypatch, spoiled):
     monkeypatch.chdir(tmp_path)
-    command = ["coverage", source, "--text", text, "--samples", SAMPLES, "--sequence-length", LENGTH, "--json"]
+    command = ["coverage", source, "--calibration", text, *LITTLE]
     counts = {key: value for key, value in json.loads(l4pack(*command).out).items() if key != "seconds"}
     settle, work = Walk._settle, tmp_path / "work"
 

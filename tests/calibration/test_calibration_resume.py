@@ -23,6 +23,7 @@ from l4pack.calibration.text import with_text
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.errors import BudgetError
+from l4pack.plan import plan as plan_module
 from l4pack.plan.plan import Plan, make_plan
 from l4pack.quant import gptq
 from l4pack.quantize.run import run_plan, work_folder
@@ -30,7 +31,7 @@ from l4pack.recipe import load_recipe
 from l4pack.stream.walk import Walk
 
 UNITS = 2 * 1 + 2 * (1 + 8)
-COMMAND = ["quantize", "--recipe", "int4-uniform", "--samples", 4, "--sequence-length", 64]
+COMMAND = ["quantize", "--recipe", "int4-uniform", "--calibration-samples", 4, "--sequence-length", 64]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -180,7 +181,7 @@ def test_a_signal_stops_between_experts_and_the_same_command_goes_on(
             os.kill(os.getpid(), signal.SIGTERM)
         solve(self, *rest)
 
-    command = [*COMMAND, source, "--text", text, "--out", tmp_path / "out"]
+    command = [*COMMAND, source, "--calibration", text, "--out", tmp_path / "out"]
     with monkeypatch.context() as context:
         context.setattr(CalibrationRun, "_solve", interrupted)
         ended = l4pack(*command)
@@ -202,7 +203,7 @@ def test_a_disk_that_fills_up(source, text, undisturbed, tmp_path, monkeypatch, 
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
         put(self, name, offset, data)
 
-    command = [*COMMAND, source, "--text", text, "--out", tmp_path / "out"]
+    command = [*COMMAND, source, "--calibration", text, "--out", tmp_path / "out"]
     with monkeypatch.context() as context:
         context.setattr(ShardWriter, "write", full)
         ended = l4pack(*command)
@@ -222,9 +223,40 @@ def test_no_room_for_hidden_states(source, text, tmp_path, monkeypatch):
         run_plan(planned(source, text), tmp_path / "out")
 
 
+def test_a_job_begun_under_earlier_names_of_options_goes_on(source, text, undisturbed, tmp_path, monkeypatch, l4pack):
+    """Both a command typed with them, and a journal that says them."""
+    new = [*COMMAND, source, "--calibration", text, "--out", tmp_path / "out"]
+    names = {"--calibration": "--text", "--calibration-samples": "--samples"}
+    with monkeypatch.context() as context:
+        options = plan_module.text_options
+        context.setattr(
+            plan_module, "text_options", lambda *given: {names.get(k, k): v for k, v in options(*given).items()}
+        )
+        context.setattr(plan_module, "EARLIER_OPTIONS", {})
+        killed_after(context, 4)
+        with pytest.raises(Killed):
+            l4pack(*(names.get(word, word) for word in new))
+    assert '"--text"' in (tmp_path / "out.partial" / "journal.jsonl").read_text()
+    ended = l4pack(*(names.get(word, word) for word in new), "--json")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["bytes_resumed"] > 0
+    assert file_digests(tmp_path / "out") == undisturbed
+    assert json.loads(l4pack(*new, "--json").out)["already_done"]
+
+
 def test_other_tokens_are_another_job(source, text, tmp_path, monkeypatch, l4pack):
     out = tmp_path / "out"
-    command = ["quantize", source, "--text", text, "--sequence-length", 64, "--out", out, "--samples"]
+    command = [
+        "quantize",
+        source,
+        "--calibration",
+        text,
+        "--sequence-length",
+        64,
+        "--out",
+        out,
+        "--calibration-samples",
+    ]
     with monkeypatch.context() as context:
         killed_after(context, 4)
         with pytest.raises(Killed):

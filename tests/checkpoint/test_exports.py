@@ -240,7 +240,7 @@ def test_a_template_is_rendered_from_wherever_it_lies(folder, place):
 def test_a_template_file_without_one(folder, l4pack, content):
     edit(folder, lambda c: c.pop("chat_template"), "tokenizer_config.json")
     (folder / "chat_template.json").write_text(content)
-    ended = l4pack("coverage", folder, "--samples", 1)
+    ended = l4pack("coverage", folder, "--calibration-samples", 1)
     assert ended.code == 4
     assert "chat_template.json holds no chat template" in ended.err
 

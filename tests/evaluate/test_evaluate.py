@@ -402,7 +402,7 @@ def test_a_folder_that_is_not_its_own_is_left_alone(evaluated, l4pack, checkpoin
         ended = evaluated(kept_artifact, source, "--work", source / "work", *options, code=2)
         assert "which is read" in ended.err
         assert "which is read" in evaluated(kept_artifact, source, "--work", kept_artifact, *options, code=2).err
-    ended = l4pack("coverage", source, "--text", text_file, "--sequence-length", 64, "--work", theirs)
+    ended = l4pack("coverage", source, "--calibration", text_file, "--sequence-length", 64, "--work", theirs)
     assert (ended.code, "is not l4pack's" in ended.err) == (2, True)
     assert [path.name for path in theirs.iterdir()] == ["original-0.hidden"]
     assert (theirs / "original-0.hidden").read_text() == "a diary"

@@ -144,11 +144,11 @@ def test_commands_fit_the_artifact():
 
 def test_the_command_has_the_options_of_the_manifest():
     made = facts()
-    options = {"--recipe": "int4", "--text": "my notes.txt", "--samples": 8, "--seed": 7}
+    options = {"--recipe": "int4", "--calibration": "my notes.txt", "--calibration-samples": 8, "--seed": 7}
     source = {**made.manifest["source"], "name": "tuned"}
     text = render_card(replace(made, manifest={**made.manifest, "source": source, "job": {"options": options}}))
     *_, make = commands(text)
-    shown = ["--recipe", "int4", "--text", "my notes.txt", "--samples", "8", "--seed", "7"]
+    shown = ["--recipe", "int4", "--calibration", "my notes.txt", "--calibration-samples", "8", "--seed", "7"]
     assert make == ["l4pack", "quantize", "tuned", *shown, "--out", NAME]
 
 

@@ -207,13 +207,33 @@ def test_quantize_takes_the_option_with_a_calibrated_recipe(hub, sources, text, 
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    command = ["quantize", REPO, "--out", tmp_path / "out", "--fetch-as-you-go", "--text", text, "--samples", 4,
+    command = ["quantize", REPO, "--out", tmp_path / "out", "--fetch-as-you-go", "--calibration", text, "--calibration-samples", 4,
                "--sequence-length", 64]  # fmt: skip
     dry = l4pack(*command, "--dry-run", "--json")
     assert dry.code == 0, dry.err
     ended = l4pack(*command, "--json")
     assert ended.code == 0, ended.err
     assert json.loads(ended.out)["disk_bytes"] <= json.loads(dry.out)["disk_bytes"]
+
+
+def test_build_fetches_for_every_step_and_leaves_nothing(hub, sources, tmp_path, monkeypatch, l4pack):
+    hub.add(REPO, {path.name: path.read_bytes() for path in sources["ordered"].iterdir()})
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    out = tmp_path / "out"
+    ended = l4pack(
+        "build", REPO, "--recipe", "int4-rtn", "--out", out, "--fetch-as-you-go", "--skip-evaluate", "--json"
+    )
+    record = json.loads(ended.out)
+    assert record["quantize"]["outcome"] == record["verify"]["outcome"] == "done", ended.err
+    unsigned = [path.partition("?")[0] for path in downloads(hub)]
+    assert set(Counter(unsigned).values()) == {2}  # to quantize, and to verify
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir() and path.name != "local"} <= {
+        "out",
+        "out.fetched",
+    }
+    assert not list((tmp_path / "out.fetched").glob("*.safetensors"))
 
 
 # When which file is there.

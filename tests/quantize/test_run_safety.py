@@ -278,8 +278,8 @@ def test_a_calibrated_job_names_what_computes_it(checkpoint, tmp_path, monkeypat
     job = json.loads((out / MANIFEST_NAME).read_text())["job"]
     assert job["options"] == {
         "--recipe": "int4.yaml",  # its gates were changed
-        "--text": "calibration.txt",
-        "--samples": 2,
+        "--calibration": "calibration.txt",
+        "--calibration-samples": 2,
         "--sequence-length": 48,
         "--seed": 0,
     }

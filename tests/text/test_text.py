@@ -429,7 +429,7 @@ def test_a_question_has_one_beginning_of_text(tokenizer):
 
 def test_a_dry_run_reads_the_text(l4pack, tmp_path):
     (tmp_path / "rows.jsonl").write_text(lines({"text": "some words"}, {"text": ""}, {"images": ["a"], "text": "b"}))
-    command = ["quantize", "demo", "--recipe", "int4", "--out", tmp_path / "out", "--dry-run", "--text"]
+    command = ["quantize", "demo", "--recipe", "int4", "--out", tmp_path / "out", "--dry-run", "--calibration"]
     ended = l4pack(*command, tmp_path / "rows.jsonl")
     assert ended.code == 0, ended.err
     assert "of 1 of 3 rows" in ended.out
@@ -451,12 +451,13 @@ def test_commands_refuse_a_text_before_they_begin(l4pack, tmp_path, command):
     arguments = [out if part == "OUT" else part for part in command]
     if command[0] == "evaluate":
         arguments[1] = demo.model_path()
-    missing = l4pack(*arguments, "--text", tmp_path / "none.txt")
+    option = "--calibration" if command[0] in ("quantize", "coverage") else "--text"
+    missing = l4pack(*arguments, option, tmp_path / "none.txt")
     assert missing.code == 2, missing.err
     assert "there is no text" in missing.err
     if "llama-4-scout" not in command:
         (tmp_path / "bad.jsonl").write_text('{"foo": 1}')
-        ended = l4pack(*arguments, "--text", tmp_path / "bad.jsonl")
+        ended = l4pack(*arguments, option, tmp_path / "bad.jsonl")
         assert ended.code == 2, ended.err
         assert "line 1: the keys are foo" in ended.err
     assert not out.exists()

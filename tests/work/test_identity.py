@@ -11,7 +11,11 @@ def test_the_order_of_parts_does_not_matter():
 
 def test_changes_name_each_part_that_differs():
     now = Identity({"--seed": 1, "--samples": 4, "device": "cpu"})
+    assert not Identity({"--new": 1}, {"--old": "--new"}).changes({"--old": 1})
+    assert Identity({"--new": 1}, {"--old": "--new"}).changes({"--old": 2}) == ["--new was 2 and is 1"]
     assert now.changes({"--seed": 0, "--samples": 4}) == ["--seed was 0 and is 1", "device was not given and is cpu"]
+    assert not Identity({"--new": 1}, {"--old": "--new"}).changes({"--old": 1})
+    assert Identity({"--new": 1}, {"--old": "--new"}).changes({"--old": 2}) == ["--new was 2 and is 1"]
     assert now.changes(dict(now.parts)) == []
 
 
