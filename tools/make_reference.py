@@ -164,9 +164,14 @@ def allowed(annotation: Any, schema: dict[str, Any]) -> str:
     return " or ".join(types)
 
 
+_FORMATS = """The planner, the writer, the reader and the verifier ask the same object, in `l4pack/formats/`. What runtimes can't read
+is data, in `formats/*.yaml`.
+"""
+
+
 def formats_page() -> str:
     """Every shipped format: its tensors and its readers."""
-    parts = ["# Formats\n", "The planner, the writer and the verifier read the same files, `formats/*.yaml`.\n"]
+    parts = ["# Formats\n", _FORMATS]
     for form in map(load_format, format_names()):
         parts += [f"## {form.name}\n\n{form.title}.\n", tensors(form), readers(form)]
     return "\n".join(parts)

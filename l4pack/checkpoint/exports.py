@@ -17,8 +17,9 @@ from l4pack.model import parts
 from l4pack.model.config import SECTIONS, STANZA_KEYS, Llama4Config, parse_config
 from l4pack.model.names import of_vision
 from l4pack.model.tensors import Catalogue, Role
+from l4pack.quant.dtypes import FLOATS
 
-WEIGHT_DTYPES = ("BF16", "F16", "F32")
+WEIGHT_DTYPES: tuple[str, ...] = tuple(FLOATS)
 SINGLE_NAME = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 _MAX_ADAPTER_CONFIG = 1_000_000

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from l4pack.checkpoint.header import DTYPE_BITS, TensorEntry
 from l4pack.checkpoint.open_files import allow_open_files
 from l4pack.errors import SourceError
+from l4pack.quant.floats import HELD_AS
 
-# BF16 has no NumPy type; its bit patterns are read as uint16.
 NUMPY_TYPES: dict[str, type[np.generic]] = {
-    "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64, "BOOL": np.bool_,
+    **HELD_AS, "F64": np.float64, "BOOL": np.bool_,
     "U8": np.uint8, "I8": np.int8, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8, "F8_E8M0": np.uint8,
     "U16": np.uint16, "I16": np.int16, "U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64,
 }  # fmt: skip

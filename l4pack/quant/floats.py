@@ -16,6 +16,9 @@ from l4pack.quant.dtypes import FLOATS, FloatName
 
 Float32Array = NDArray[np.float32]
 
+HELD_AS: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+"""NumPy's type of an array of each float dtype."""
+
 _NARROWED_AT_ONCE = 1 << 20
 
 
@@ -33,7 +36,7 @@ def store_scale(scale: Float32Array, name: FloatName) -> NDArray[Any]:
     limited = np.clip(scale, np.float32(FLOATS[name].smallest), np.float32(FLOATS[name].largest))
     if name == "BF16":
         return round_to_bfloat16(limited)
-    return limited.astype(np.float16 if name == "F16" else np.float32)
+    return limited.astype(HELD_AS[name])
 
 
 def widen(stored: NDArray[Any]) -> Float32Array:
@@ -48,7 +51,7 @@ def narrowed(values: Float32Array, name: FloatName) -> NDArray[Any]:
 
     A value that is too large becomes infinite. Little memory beside the result is taken.
     """
-    result = np.empty(values.shape, np.uint16 if name == "BF16" else np.float16)
+    result = np.empty(values.shape, HELD_AS[name])
     step = max(1, _NARROWED_AT_ONCE // max(1, math.prod(values.shape[1:])))
     with np.errstate(over="ignore"):
         for start in range(0, len(values), step):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from l4pack.quant import cpu
 from l4pack.quant.dtypes import FloatName
-from l4pack.quant.floats import Float32Array, not_finite
+from l4pack.quant.floats import HELD_AS, Float32Array, not_finite
 from l4pack.quant.grid import E4M3
 from l4pack.quant.layout import Layout
 from l4pack.quant.packing import pack_zero_points, packed_columns
@@ -112,7 +112,7 @@ def check_scheme(in_features: int, scheme: Scheme, amax: float | None) -> None:
 
 def _pieces(source: NDArray[Any], layout: Layout, dtype: FloatName) -> Iterator[tuple[int, _Piece]]:
     """Cut a block into pieces of output rows, each with the first of its rows."""
-    expected = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[dtype]
+    expected = HELD_AS[dtype]
     if source.dtype != expected:
         raise ValueError(f"{dtype} weights must be an array of {np.dtype(expected)}, not {source.dtype}")
     out_features, in_features = _shape(source, layout)

@@ -17,6 +17,7 @@ from l4pack.checkpoint.reader import Reader
 from l4pack.errors import UsageError
 from l4pack.quant.floats import widen
 from l4pack.quant.grid import E4M3
+from l4pack.quant.suffixes import Suffix
 from l4pack.verify.checks_tensors import Contents
 from l4pack.verify.findings import Findings
 from l4pack.verify.opened import Artifact
@@ -53,9 +54,13 @@ def check_recorded(artifact: Artifact, contents: Contents, reader: Reader, found
 def _inputs(contents: Contents, record: Any) -> Iterator[tuple[str, str, Any]]:
     matrices = record["matrices"]
     for matrix in contents.matrices:
-        if "input_scale" in matrix.parts:
+        if Suffix.INPUT_SCALE in matrix.parts:
             seen = matrices.get(matrix.linear.module)
-            yield "scale", matrix.parts["input_scale"].name, seen.get("input_amax") if isinstance(seen, dict) else None
+            yield (
+                "scale",
+                matrix.parts[Suffix.INPUT_SCALE].name,
+                seen.get("input_amax") if isinstance(seen, dict) else None,
+            )
 
 
 def _cache(artifact: Artifact, contents: Contents, record: Any) -> Iterator[tuple[str, str, Any]]:
