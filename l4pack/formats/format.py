@@ -6,13 +6,15 @@ shape. What a runtime can't read is data, in `formats/NAME.yaml`. Encoding and d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, lru_cache
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from l4pack.checkpoint.header import DTYPE_BITS
 from l4pack.errors import L4packError, RecipeError
@@ -148,6 +150,30 @@ class Format:
     ) -> tuple[StoredTensor, ...]:
         """The tensors that stand for one matrix `[out_features, in_features]`, in the order they are written."""
         return _stored(self, scheme, out_features, in_features, source_dtype, static)
+
+    def told_by(self, shapes: Mapping[str, tuple[int, ...]], out_features: int, in_features: int) -> Scheme | None:
+        """The scheme of a matrix whose tensors have these shapes, by suffix; None when no scheme makes such tensors."""
+        for scheme in self._schemes(shapes, in_features):
+            wanted = {tensor.suffix: tensor.shape for tensor in self.stored(scheme, out_features, in_features, "")}
+            if all(shapes.get(suffix, shape) == shape for suffix, shape in wanted.items()):
+                return scheme
+        return None
+
+    def _schemes(self, shapes: Mapping[str, tuple[int, ...]], in_features: int) -> Iterator[Scheme]:
+        """Every scheme that such tensors may be of; one scale a row is a channel's, even where it is a whole group's."""
+        accepts, scale = self.accepts, shapes.get(Suffix.SCALE, ())
+        symmetric = Suffix.ZERO_POINT not in shapes
+        for bits, strategy in product(accepts.num_bits, accepts.strategies):
+            numbers = {"num_bits": bits, "type": accepts.type, "strategy": strategy, "symmetric": symmetric}
+            if strategy is Strategy.BLOCK:
+                choices: list[dict[str, object]] = [{"block_structure": one} for one in accepts.block_structures]
+            elif strategy is Strategy.GROUP:
+                choices = [{"group_size": in_features // scale[1]}] if len(scale) == 2 and scale[1] > 1 else []
+            else:
+                choices = [{}]
+            for choice in choices:
+                with suppress(ValidationError):  # groups that no scheme has
+                    yield Scheme.model_validate({**numbers, **choice})
 
     def rows_in_one(self, scheme: Scheme) -> dict[str, int]:
         """How many output rows of a matrix share one row of each tensor, by suffix; 0 for all of them."""

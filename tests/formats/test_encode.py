@@ -66,6 +66,10 @@ def test_decoding_undoes_encoding(form, data):
     }
     assert sum(tensor_bytes(tensor.dtype, tensor.shape) for tensor in stored) == sum(a.nbytes for a in arrays.values())
     assert format_of({tensor.suffix: tensor.dtype for tensor in stored}) is form
+    told = form.told_by({suffix: array.shape for suffix, array in arrays.items()}, *weight.shape)
+    assert told is not None
+    told = told.model_copy(update={"scale_dtype": scheme.scale_dtype})
+    assert form.stored(told, *weight.shape, "F32") == stored
     back = form.decode(arrays, scheme, *weight.shape, "here")
     assert same(back.values, made.values)
     assert same(back.scale, made.scale)
