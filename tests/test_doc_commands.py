@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,17 +20,8 @@ def shell_commands(page):
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_of_a_page_end_well(page, l4pack, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    commands = shell_commands(page)
-    assert commands
-    for command in commands:
-        program, *arguments = shlex.split(command)
-        assert program == "l4pack", command
-        ended = l4pack(*arguments)
-        assert ended.code == 0, f"{command}\n{ended.err}"
-        assert ended.out.strip(), command
+# Solving the demo takes a minute: where this module has done so, the same command finds its bytes and goes on.
+SOLVED: dict[str, Path] = {}
 
 
 def test_make_demo_ends_well(l4pack, tmp_path):
@@ -39,3 +31,25 @@ def test_make_demo_ends_well(l4pack, tmp_path):
     assert ended.code == 0, ended.err
     assert "KL" in ended.out
     assert "fits h100" in ended.out
+    SOLVED["quantize demo --recipe int4"] = tmp_path / "demo-out"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_a_page_end_well(page, l4pack, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = shell_commands(page)
+    assert commands
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "l4pack", command
+        _lend(arguments)
+        ended = l4pack(*arguments)
+        assert ended.code == 0, f"{command}\n{ended.err}"
+        assert ended.out.strip(), command
+
+
+def _lend(arguments):
+    *job, _, out = arguments
+    made = SOLVED.get(" ".join(job))
+    if made is not None:
+        shutil.copytree(made, out, ignore=shutil.ignore_patterns("accuracy.json"))
