@@ -39,15 +39,23 @@ def package(
 
 def package_record(result: Packaged) -> dict[str, object]:
     """What packaging did, as JSON."""
-    return {"name": result.name, "written": list(result.written), "licence": result.audit.record()}
+    return {
+        "name": result.name,
+        "written": list(result.written),
+        "licence": result.audit.record(),
+        "gates_missed": list(result.missed),
+    }
 
 
 def package_view(folder: Path, result: Packaged) -> list[str]:
     """What packaging did, for people."""
     wrote = ", ".join(result.written) or "nothing: all of it was there"
-    return [
+    lines = [
         f"[bold]{console.plain(result.name)}[/bold]",
         f"wrote    {console.plain(wrote)}",
         f"licence  {result.audit.policy.title}, {result.audit.duties} duties met",
-        f"next: l4pack push {console.plain(folder)} ORGANISATION/{console.plain(result.name)} --dry-run",
     ]
+    if result.missed:
+        missed = console.plain(", ".join(result.missed))
+        return [*lines, f"gates    [red]missed[/red]: {missed}; the card says so, and push refuses the artifact"]
+    return [*lines, f"next: l4pack push {console.plain(folder)} ORGANISATION/{console.plain(result.name)} --dry-run"]

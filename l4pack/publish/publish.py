@@ -63,6 +63,7 @@ class Packaged:
     name: str
     written: tuple[str, ...]
     audit: Audit
+    missed: tuple[str, ...] = ()  # gates that a recorded evaluation missed: `push` refuses the artifact
 
 
 def package_artifact(folder: Path, source: Checkpoint | None = None, wishes: Wishes | None = None) -> Packaged:
@@ -73,7 +74,7 @@ def package_artifact(folder: Path, source: Checkpoint | None = None, wishes: Wis
     """
     wishes = wishes or Wishes()
     manifest = read_manifest(folder)
-    _evaluations(folder)
+    judged = [gate for record in _evaluations(folder) for gate in recorded(record)]
     base = _base_model(manifest, wishes)
     policy = governing_policy(_without_card(folder, base))
     name = wishes.name or derive_name(manifest.source.name, manifest.made_with())
@@ -84,7 +85,7 @@ def package_artifact(folder: Path, source: Checkpoint | None = None, wishes: Wis
     result = audit_materials(folder_materials(folder, name))
     if not result.ok:
         raise _licence_error(result)
-    return Packaged(name, tuple(written), result)
+    return Packaged(name, tuple(written), result, tuple(gate["gate"] for gate in judged if not gate["ok"]))
 
 
 def check_ready(

@@ -268,6 +268,11 @@ def test_a_gate_that_was_missed_is_refused_whatever_the_recipe_promises(packaged
     missed = {"gate": "max_kl", "limit": 0.01, "value": 0.02, "ok": False}
     packaged_with(packaged, gates=[missed])
     assert "`max_kl` 0.01: 0.02, **missed**" in (packaged / "README.md").read_text()
+    told = l4pack("package", packaged, "--base-model", BASE)
+    assert told.code == 0
+    assert "missed: max_kl; the card says so, and push refuses the artifact" in told.out
+    assert "next:" not in told.out
+    assert json.loads(l4pack("package", packaged, "--base-model", BASE, "--json").out)["gates_missed"] == ["max_kl"]
     for gate in (missed, {**missed, "ok": True}, {**missed, "value": 0.001, "ok": True}):
         measured(packaged, gates=[gate])
         ended = l4pack("push", packaged, f"me/{NAME}", "--dry-run")
