@@ -18,6 +18,7 @@ from l4pack.quant import gptq
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.packing import pack_levels, pack_zero_points
 from l4pack.quant.quantized import Quantized
+from l4pack.quant.torch_ops import to_array
 from l4pack.recipe import GptqOptions, RecipeScheme
 from l4pack.stream.rows import rows_at_once
 
@@ -126,11 +127,9 @@ def weights_of(solution: gptq.Solution, dtype: torch.dtype = torch.float32) -> T
 
 def stored(solution: gptq.Solution, num_bits: int) -> Quantized:
     """A solution's arrays as an artifact stores them."""
-    scale = solution.scale.cpu()
-    bits = scale.view(torch.uint16).numpy() if scale.dtype is torch.bfloat16 else scale.numpy()
     zero_point = solution.zero_point
     packed = None if zero_point is None else pack_zero_points(zero_point.cpu().numpy(), num_bits)
-    return Quantized(pack_levels(solution.levels.cpu().numpy(), num_bits), bits, packed)
+    return Quantized(pack_levels(solution.levels.cpu().numpy(), num_bits), to_array(solution.scale), packed)
 
 
 def result_of(solution: gptq.Solution, own: int, borrowed: int) -> dict[str, Any]:

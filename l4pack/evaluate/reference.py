@@ -27,6 +27,7 @@ from l4pack.datafile import parse_json
 from l4pack.errors import BudgetError, UsageError
 from l4pack.evaluate.answers import Answers
 from l4pack.evaluate.scoring import TOKEN_BLOCK, VOCABULARY_CHUNK, score_pair
+from l4pack.quant.torch_ops import from_array, to_array
 from l4pack.units import human_bytes
 from l4pack.work.files import open_own, read_own, sync_folder, write_atomic
 from l4pack.work.folder import check_writable, claim, owned
@@ -79,9 +80,7 @@ class StoredReference:
 
     def head(self, tokens: slice) -> Tensor:
         """float32 [tokens, hidden] of the original's head, exact."""
-        stored = np.array(self._array(HEAD_NAME)[tokens])
-        tensor = torch.from_numpy(stored)
-        return (tensor.view(torch.bfloat16) if stored.dtype == np.uint16 else tensor).float().to(self.device)
+        return from_array(np.array(self._array(HEAD_NAME)[tokens])).float().to(self.device)
 
     def fits(self) -> bool:
         """Whether the arrays have the shapes and types that the record says."""
@@ -202,7 +201,7 @@ def _save_head(folder: Path, answers: Answers, width: int) -> None:
     with _written(folder / HEAD_NAME, np.uint16 if narrow else np.float32, (answers.vocabulary, width)) as stored:
         for chunk in chunks:
             head = answers.head(chunk).cpu()
-            _put(stored, head.bfloat16().view(torch.uint16).numpy() if narrow else head.numpy())
+            _put(stored, to_array(head.bfloat16() if narrow else head))
 
 
 @contextmanager

@@ -18,11 +18,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from l4pack.quant import gptq_blocks, torch_ops
@@ -322,12 +319,10 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, importance: Tensor | None) 
     if weight.device.type == "cpu":
         column_weight = None if importance is None else importance.float().numpy()
         quantized = quantize_block(weight.float().numpy(), Layout.OUT_IN, "F32", scheme, column_weight=column_weight)
-        stored: NDArray[Any] = quantized.scale
-        scale = torch.from_numpy(stored)
         zero_words = None if quantized.zero_point is None else torch.from_numpy(quantized.zero_point)
         tensors = torch_ops.QuantizedTensors(
             torch.from_numpy(quantized.values),
-            scale.view(torch.bfloat16) if stored.dtype == np.uint16 else scale,
+            torch_ops.from_array(quantized.scale),
             zero_words,
         )
     else:

@@ -7,9 +7,11 @@ rounded once, in the same order.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from l4pack.quant.dtypes import FLOATS, NAMES
@@ -27,6 +29,18 @@ _LIMITS = {DTYPES[kind.word]: (kind.smallest, kind.largest) for kind in FLOATS.v
 _SMALL_FLOATS = {E4M3: torch.float8_e4m3fn}  # grids that torch rounds to by a cast
 
 
+def to_array(tensor: Tensor) -> NDArray[Any]:
+    """A tensor of any shape as NumPy holds it, on the CPU: bfloat16 as uint16 bit patterns."""
+    tensor = tensor.cpu()
+    return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+
+def from_array(array: NDArray[Any]) -> Tensor:
+    """The tensor that `to_array` made an array of; they share memory."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
+
+
 @dataclass(frozen=True)
 class QuantizedTensors:
     """As `Quantized`, on a device: scales in their own float dtype, FP8 values as uint8 codes."""
@@ -37,10 +51,8 @@ class QuantizedTensors:
 
     def to_numpy(self) -> Quantized:
         """The same arrays on the CPU, bfloat16 scales as uint16 bit patterns."""
-        scale = self.scale.cpu()
-        stored = scale.view(torch.uint16).numpy() if scale.dtype is torch.bfloat16 else scale.numpy()
         zero_point = None if self.zero_point is None else self.zero_point.cpu().numpy()
-        return Quantized(self.values.cpu().numpy(), stored, zero_point)
+        return Quantized(self.values.cpu().numpy(), to_array(self.scale), zero_point)
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,13 @@ def quantizer(device: str) -> Quantizer:
 
 def torch_quantizer(device: str) -> Quantizer:
     """Quantize with torch on `device`; a block is moved there and its arrays come back."""
-    import torch
-
     from l4pack.quant import torch_ops
 
     def quantize(
         source: NDArray[Any], layout: Layout, dtype: FloatName, scheme: Scheme, *, amax: float | None = None
     ) -> Quantized:
-        tensor = torch.from_numpy(np.ascontiguousarray(source)).to(device)
-        if dtype == "BF16":
-            tensor = tensor.view(torch.bfloat16)
+        del dtype  # the array tells
+        tensor = torch_ops.from_array(np.ascontiguousarray(source)).to(device)
         weight = tensor.T if layout is Layout.IN_OUT else tensor
         return torch_ops.quantize(weight, scheme, amax=amax).to_numpy()
 
