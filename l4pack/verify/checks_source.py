@@ -5,7 +5,8 @@ scales. One that was calibrated (GPTQ and its kind) does not, so there the whole
 be `MAX_RATIO` times as far away as rounding to nearest would be. That still tells a matrix that is transposed, from
 another expert, from the wrong half of a fused tensor, or permuted: those are 1.4 times their own length away. GPTQ that
 makes up for what earlier matrices lost moves a matrix of eight bits further than that, so where the manifest says that
-GPTQ made it, `MAX_MOVE` of its length is allowed: three times what rounding to four bits costs.
+GPTQ made it, `MAX_MOVE` of its length is allowed: three times what rounding to four bits costs. Where nothing says how it
+was made, what rounding to four bits costs, a third of that, is.
 """
 
 from __future__ import annotations
@@ -316,7 +317,8 @@ def _verdict(compared: Compared, matrix: Matrix, method: Method | None) -> _Verd
     cosine = products / math.sqrt(squares * max(stored, 1e-300))
     ratio = size / max(rounding, 1e-12)
     told = f"relative error {size:.3g} (rounding to nearest: {rounding:.3g}), cosine {cosine:.3f}"
-    limit = max(MAX_RATIO * rounding + _ROUNDING, MAX_MOVE if method is Method.GPTQ else 0.0)
+    moved = {Method.GPTQ: MAX_MOVE, None: MAX_MOVE / 3}.get(method, 0.0)
+    limit = max(MAX_RATIO * rounding + _ROUNDING, moved)
     if not math.isfinite(size) or size > limit:
         return _Verdict(ratio, f"{told}: not this matrix of the source, or its scales are wrong")
     if not far:

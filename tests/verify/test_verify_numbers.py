@@ -161,6 +161,9 @@ def test_eight_bits_may_move_as_far_as_four_where_gptq_made_them() -> None:
     stored = quantize(round_bfloat16(moved), scheme)
     assert not messages(verdict(values, stored, scheme, method=Method.GPTQ))
     assert "not this matrix" in messages(verdict(values, stored, scheme))[0]
+    little = quantize(round_bfloat16(values + 0.07 / 0.15 * (moved - values)), scheme)  # 0.07 was seen of real ones
+    assert not messages(verdict(values, little, scheme))
+    assert messages(verdict(values, little, scheme, method=Method.RTN))
     far = quantize(round_bfloat16(values + 3 * (moved - values)), scheme)
     assert "not this matrix" in messages(verdict(values, far, scheme, method=Method.GPTQ))[0]
 
