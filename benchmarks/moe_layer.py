@@ -26,11 +26,11 @@ from real_size import make_checkpoint
 from l4pack.checkpoint.header import read_header
 from l4pack.checkpoint.source import Checkpoint, open_folder
 from l4pack.evaluate.answers import StreamAnswers
+from l4pack.plan.memory import computing_on
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, TokenSequence
 from l4pack.stream.lanes import Lane, Model
 from l4pack.stream.layer import Blocks, LayerPass
-from l4pack.stream.memory import peak_bytes
 from l4pack.stream.modules import Skeleton, text_config
 from l4pack.stream.prefetch import Prefetch
 from l4pack.stream.sides import StreamFiles
@@ -90,8 +90,8 @@ def streamed(checkpoint: Checkpoint, compute: Compute, tokens: int) -> dict[str,
             torch.cuda.synchronize()
         found = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
         output = stream.following.data[:64].float() - stream.middle.data[:64].float()
-        planned = peak_bytes(config.text, compute.dtype, Blocks.on(compute.device, config.text.hidden_size).rows)
-    return {**found, **experts_seconds, "planned_bytes": planned, "output": output.double().sum(1).tolist()}
+        planned = computing_on(compute, config.text, packed.sequences).memory()
+    return {**found, **experts_seconds, "planned_bytes": planned.ram, "output": output.double().sum(1).tolist()}
 
 
 @torch.inference_mode()

@@ -14,12 +14,12 @@ from l4pack.checkpoint.apart import refuse_overlap
 from l4pack.checkpoint.parts import weight_parts
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError, UsageError
+from l4pack.plan.memory import check_walk, computing_on
 from l4pack.recipe import Calibration
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed
 from l4pack.stream.identity import text_parts
 from l4pack.stream.lanes import Lane, Model
-from l4pack.stream.memory import check_memory
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.sides import Stream
 from l4pack.stream.visitor import Progress, Visit, Visitor
@@ -28,6 +28,7 @@ from l4pack.stream.weights import Weights
 from l4pack.text.choice import DEMO_CALIBRATION, TextChoice
 from l4pack.text.sequences import TokenText, load_text
 from l4pack.text.tokenizer import load_tokenizer
+from l4pack.work import machine
 from l4pack.work.folder import owned
 from l4pack.work.identity import Identity
 
@@ -113,7 +114,8 @@ def cover(
     )
     text = load_text(choice, load_tokenizer(checkpoint), checkpoint.config.text.max_position_embeddings)
     where = Compute.of(compute)
-    check_memory(checkpoint.config.text, where, where.room(None, None))
+    computing = computing_on(where, checkpoint.config.text, text.sequences)
+    check_walk(computing.memory(), machine.memory(), where.device_room())
     coverage = Coverage.of(checkpoint.config, wanted.max_cold)
     refuse_overlap([checkpoint], work)
     with owned(work, WORK_KIND, restart=restart) as folder, Weights(checkpoint, where.device, where.dtype) as weights:

@@ -35,7 +35,7 @@ from l4pack.evaluate.harness import (
     streamed_lm,
     task_manager,
 )
-from l4pack.evaluate.layer_errors import LayerErrors, worst_units
+from l4pack.evaluate.layer_errors import SAMPLED_ROWS, LayerErrors, worst_units
 from l4pack.evaluate.needle import Needle, needle_record, needles
 from l4pack.evaluate.needle import sequences_of as needle_sequences
 from l4pack.evaluate.reference import StoredReference, claim_reference, load_reference, save_reference
@@ -46,12 +46,12 @@ from l4pack.evaluate.statistics import clusters, mean_and_error, perplexity, sum
 from l4pack.evaluate.tasks import Task, load_task, sequences_of, task_record
 from l4pack.model.names import classify
 from l4pack.model.tensors import QUANTIZABLE
+from l4pack.plan.memory import check_walk, computing_on
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, TokenSequence
 from l4pack.stream.identity import text_parts
 from l4pack.stream.lanes import Lane, Model
 from l4pack.stream.layer import Blocks
-from l4pack.stream.memory import check_memory
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.visitor import Progress
 from l4pack.stream.walk import Walk
@@ -59,6 +59,7 @@ from l4pack.stream.weights import Weights
 from l4pack.text.choice import TextChoice
 from l4pack.text.sequences import TokenText, load_text, token_digest
 from l4pack.text.tokenizer import load_tokenizer
+from l4pack.work import machine
 from l4pack.work.folder import owned
 from l4pack.work.identity import Identity
 from l4pack.work.signals import check_stop
@@ -146,7 +147,7 @@ def prepare(
     tokenizer = _tokenizer(artifact, original)
     inputs = _inputs(artifact, original, settings, tokenizer)
     compute = Compute.of(settings.compute)
-    check_memory(artifact.config.text, compute, compute.room(settings.max_ram, settings.max_vram))
+    _check_memory(artifact, original, settings, inputs, compute)
     stored = None
     if settings.reference is not None:
         stored = load_reference(settings.reference, _reference_identity(inputs, original), compute.device)
@@ -158,6 +159,20 @@ def prepare(
     of = _original_parts(original, stored)
     identity = Identity({"artifact": measured, **of, **_parts(inputs, settings, compute)})
     return Prepared(artifact, original, settings, progress, inputs, compute, stored, manager, identity, started)
+
+
+def _check_memory(
+    artifact: Checkpoint, original: Checkpoint | None, settings: Settings, inputs: _Inputs, compute: Compute
+) -> None:
+    """Raise BudgetError where the walk needs more memory than there is."""
+    models = 1 if original is None or settings.reference is not None else 2
+    computing = computing_on(compute, artifact.config.text, inputs.sequences, models=models, streams=models)
+    sampled = 2 * SAMPLED_ROWS * computing.row  # inputs and outputs
+    check_walk(
+        computing.memory(held=sampled, scored=True),
+        machine.memory(settings.max_ram),
+        compute.device_room(settings.max_vram),
+    )
 
 
 def _original_parts(original: Checkpoint | None, stored: StoredReference | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from l4pack.stream.visitor import Visit, Visitor
 SAMPLE_ROWS = 2048  # of one layer, shared out among its experts
 LEAST_ROWS = 16
 ATTENTION_ROWS = 1024
+SAMPLED_ROWS = 2 * SAMPLE_ROWS + ATTENTION_ROWS  # of one layer: of its experts, the MLP of all tokens, and attention
 WORST = 5
 
 

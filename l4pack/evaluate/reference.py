@@ -26,8 +26,9 @@ from torch import Tensor
 from l4pack.datafile import parse_json
 from l4pack.errors import BudgetError, UsageError
 from l4pack.evaluate.answers import Answers
-from l4pack.evaluate.scoring import TOKEN_BLOCK, VOCABULARY_CHUNK, score_pair
+from l4pack.evaluate.scoring import score_pair
 from l4pack.quant.torch_ops import from_array, to_array
+from l4pack.stream.rows import HEAD_ROWS, TOKENS_SCORED
 from l4pack.units import human_bytes
 from l4pack.work.files import open_own, read_own, sync_folder, write_atomic
 from l4pack.work.folder import check_writable, claim, owned
@@ -186,8 +187,8 @@ def _save_hidden(folder: Path, answers: Answers, rows: Tensor, width: int) -> No
         _written(folder / HIDDEN_NAME, np.int16, (len(rows), width)) as hidden,
         _written(folder / SCALE_NAME, np.float32, (len(rows),)) as scales,
     ):
-        for start in range(0, len(rows), TOKEN_BLOCK):
-            values = answers.normed(rows[start : start + TOKEN_BLOCK]).cpu()
+        for start in range(0, len(rows), TOKENS_SCORED):
+            values = answers.normed(rows[start : start + TOKENS_SCORED]).cpu()
             scale = (values.abs().amax(1) / LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
             _put(hidden, (values / scale[:, None]).round().to(torch.int16).numpy())
             _put(scales, scale.numpy())
@@ -195,8 +196,8 @@ def _save_hidden(folder: Path, answers: Answers, rows: Tensor, width: int) -> No
 
 def _save_head(folder: Path, answers: Answers, width: int) -> None:
     """BF16 where that loses nothing, else float32."""
-    chunks = [slice(first, min(first + VOCABULARY_CHUNK, answers.vocabulary))
-              for first in range(0, answers.vocabulary, VOCABULARY_CHUNK)]  # fmt: skip
+    chunks = [slice(first, min(first + HEAD_ROWS, answers.vocabulary))
+              for first in range(0, answers.vocabulary, HEAD_ROWS)]  # fmt: skip
     narrow = all(bool((head.bfloat16().float() == head).all()) for head in map(answers.head, chunks))
     with _written(folder / HEAD_NAME, np.uint16 if narrow else np.float32, (answers.vocabulary, width)) as stored:
         for chunk in chunks:

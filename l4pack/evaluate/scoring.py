@@ -19,9 +19,7 @@ from torch import Tensor
 from l4pack.errors import L4packError
 from l4pack.evaluate.answers import Answers
 from l4pack.model.parts import HEAD
-
-VOCABULARY_CHUNK = 8192
-TOKEN_BLOCK = 512
+from l4pack.stream.rows import HEAD_ROWS, TOKENS_SCORED
 
 
 @dataclass(frozen=True)
@@ -151,10 +149,10 @@ def _logits(hidden: Tensor, head: Tensor) -> Tensor:
 
 
 def _chunks(vocabulary: int) -> Iterator[slice]:
-    for start in range(0, vocabulary, VOCABULARY_CHUNK):
-        yield slice(start, min(start + VOCABULARY_CHUNK, vocabulary))
+    for start in range(0, vocabulary, HEAD_ROWS):
+        yield slice(start, min(start + HEAD_ROWS, vocabulary))
 
 
 def _blocks(count: int) -> Iterator[slice]:
-    for start in range(0, count, TOKEN_BLOCK):
-        yield slice(start, min(start + TOKEN_BLOCK, count))
+    for start in range(0, count, TOKENS_SCORED):
+        yield slice(start, min(start + TOKENS_SCORED, count))

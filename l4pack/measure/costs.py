@@ -14,17 +14,11 @@ from l4pack.errors import BudgetError, UsageError
 from l4pack.model.config import TextConfig
 from l4pack.model.names import classify
 from l4pack.model.tensors import QUANTIZABLE
-from l4pack.plan.needs import widest_mlp
-from l4pack.stream.compute import Compute
-from l4pack.stream.memory import check_memory
-from l4pack.stream.rows import rows_at_once
 from l4pack.units import human_bytes
-from l4pack.work.machine import Room
 
 BUFFERS = 3  # files of hidden states a stream has
 DISK_SHARE = 0.5  # of what is free, at most, unless --streams says more
 CHEAP_FLOP = 1e15  # of running altered streams: some hours of a CPU, seconds of an accelerator
-FLOAT = 4
 
 
 @dataclass(frozen=True)
@@ -89,24 +83,3 @@ def flop_of(text: TextConfig, layers: int, tokens: int) -> float:
     dense = 1 - len(text.moe_layers) / text.num_hidden_layers
     mlp = 3 * (dense * text.intermediate_size_mlp + (1 - dense) * 2 * text.intermediate_size)
     return 2.0 * text.hidden_size * (heads + mlp) * layers * tokens
-
-
-def memory_for(text: TextConfig, compute: Compute, room: Room, *, calibrated: bool) -> int:
-    """Predicted resident bytes at the peak. Raises BudgetError when there is less room."""
-    return check_memory(
-        text,
-        compute,
-        room,
-        beside=_altering_bytes(text, rows_at_once(compute.device.type, text.hidden_size), calibrated),
-    )
-
-
-def _altering_bytes(text: TextConfig, rows: int, calibrated: bool) -> int:
-    """An altered unit beside the original; of a calibrated one, moments, factor and rows on their way too."""
-    inner = widest_mlp(text)
-    widest = max(text.hidden_size, inner)
-    weights = 3 * text.hidden_size * inner * FLOAT
-    if not calibrated:
-        return 2 * weights
-    on_the_way = rows * (4 * (text.hidden_size + inner) + 8 * widest)
-    return 4 * weights + (7 * widest * widest + on_the_way) * FLOAT

@@ -24,7 +24,6 @@ from l4pack.measure.costs import (
     Costs,
     flop_of,
     layer_bytes,
-    memory_for,
     stream_bytes,
     streams_at_once,
 )
@@ -35,6 +34,7 @@ from l4pack.measure.record import ChangeRecord, Joint, ModelId, Sensitivity, Tot
 from l4pack.measure.state import State
 from l4pack.measure.texts import Texts, load_texts
 from l4pack.measure.wave import Shared, Wave
+from l4pack.plan.memory import Memory, check_walk, computing_on, measuring
 from l4pack.recipe import Calibration
 from l4pack.stream.compute import Compute, reproducible
 from l4pack.stream.hidden import Packed
@@ -45,6 +45,7 @@ from l4pack.stream.modules import Skeleton
 from l4pack.stream.visitor import Progress
 from l4pack.stream.weights import Weights
 from l4pack.text.choice import TextChoice
+from l4pack.work import machine
 from l4pack.work.folder import check_writable, owned
 from l4pack.work.identity import Identity, flat
 
@@ -128,15 +129,15 @@ def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
         checkpoint, settings.text, settings.calibration, settings.calibration_samples, needed=options.calibrated
     )
     compute = replace(Compute.of(settings.compute), dtype=torch.float32)  # BF16 would drown the smallest changes
-    room = compute.room(settings.max_ram, settings.max_vram)
     text = checkpoint.config.text
-    peak = memory_for(text, compute, room, calibrated=options.calibrated)
     singles, mixtures = singles_of(checkpoint.config, options), mixtures_of(checkpoint.config, options)
     rows = _tokens(texts)
     streams = streams_at_once(text, rows, compute.dtype, settings.streams, settings.work)
     direct = _resolved(settings.direct, checkpoint, singles, rows[0])
     changes: list[Change] = [*mixtures, *_direct(checkpoint, options, singles, direct)]
     streams = min(streams, len(changes))
+    needed = _memory(checkpoint, compute, texts, options, streams)
+    check_walk(needed, machine.memory(settings.max_ram), compute.device_room(settings.max_vram))
     waves = math.ceil(len(changes) / streams)
     kept = sum(rows) * text.hidden_size * compute.dtype.itemsize if waves > 1 else 0
     costs = Costs(
@@ -150,9 +151,16 @@ def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
         flop=flop_of(text, text.num_hidden_layers, sum(rows)) + _flop(checkpoint, changes, rows[0]),
         read_bytes=waves * layer_bytes(checkpoint),
         disk_bytes=stream_bytes(text, (streams + 2) * rows[0] + rows[1], compute.dtype) + kept,
-        peak_ram_bytes=peak,
+        peak_ram_bytes=needed.ram,
     )
     return Prepared(checkpoint, settings, options, texts, compute, direct, tuple(singles), tuple(mixtures), costs)
+
+
+def _memory(checkpoint: Checkpoint, compute: Compute, texts: Texts, options: Options, streams: int) -> Memory:
+    """Of altered streams beside the original's own, over both texts."""
+    sequences = [*texts.measured.sequences, *(texts.calibration.sequences if texts.calibration else ())]
+    computing = computing_on(compute, checkpoint.config.text, sequences, streams=streams + 2)
+    return measuring(computing, solved=options.calibrated)
 
 
 def measure(prepared: Prepared, progress: Progress | None = None) -> Sensitivity:

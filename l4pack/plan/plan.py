@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from l4pack.checkpoint.parts import source_parts
 from l4pack.checkpoint.shards import Place, Shard
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.containers.safetensors_folder import CONTAINER, DEFAULT_SHARD_BYTES
-from l4pack.errors import BudgetError, RecipeError, SourceError
+from l4pack.errors import RecipeError, SourceError
 from l4pack.formats.configuration import Activations
 from l4pack.formats.known import load_format
 from l4pack.formats.limits import reader_limits, split_hindrances, unservable
@@ -47,6 +46,7 @@ from l4pack.plan.assign import (
     model_dtype,
 )
 from l4pack.plan.itinerary import Itinerary, file_sizes
+from l4pack.plan.memory import Memory, check_room, kernels_loaded, rounding, workers_within
 from l4pack.plan.needs import Needs, calibration_needs
 from l4pack.plan.options import plan_options, recipe_parts, text_options
 from l4pack.quant.dtypes import FLOATS
@@ -58,14 +58,6 @@ from l4pack.work.identity import Identity
 if TYPE_CHECKING:
     from l4pack.text.sequences import TokenText
 
-# Resident memory of the interpreter with numpy, Numba and the compiled kernels, before the first buffer; a benchmark
-# holds it against what the operating system measures.
-BASE_RAM = 400 * MIB
-# What torch and a CUDA context add to it; not measured yet on a device.
-TORCH_RAM = 2048 * MIB
-# Device memory a weight takes while it is quantized with torch: 27 bytes measured over the source with the CPU
-# allocator for observer mse, 20 for minmax; the source's own 2 to 4 come on top.
-VRAM_PER_WEIGHT = 32
 SLAB_LIMITS = tuple(size * MIB for size in (256, 128, 64, 32, 16, 8, 4))
 # More workers read smaller slabs, in shorter and shorter pieces: below this, a few workers are enough.
 FINE_SLAB, ENOUGH_WORKERS = 32 * MIB, 4
@@ -82,6 +74,13 @@ class Limits:
     accelerated: bool = False  # quantize with torch on a device
     workers: int | None = None
     shard_bytes: int = DEFAULT_SHARD_BYTES
+
+    def check(self, needed: Memory) -> None:
+        """Raise BudgetError for more than was asked for; what the machine has is checked where the job runs."""
+        if self.max_ram is not None:
+            check_room(needed.ram, machine.Room(self.max_ram, machine.ASKED))
+        if self.max_vram is not None:
+            check_room(needed.vram, machine.Room(self.max_vram, machine.ASKED_OF_DEVICE), "device memory")
 
 
 @dataclass(frozen=True)
@@ -225,13 +224,18 @@ class Plan:
     @property
     def peak_ram_bytes(self) -> int:
         """Most resident memory a run takes."""
-        rounding = peak_ram(self.tasks, self.workers, accelerated=self.accelerated)
-        return rounding if self.needs is None else max(rounding, self.needs.ram_bytes)
+        return self._memory.ram
 
     @property
     def peak_vram_bytes(self) -> int:
         """Most device memory a run takes, the driver's context not counted; 0 on the CPU."""
-        return peak_vram(self.tasks, self.workers) if self.accelerated else 0
+        return self._memory.vram
+
+    @cached_property
+    def _memory(self) -> Memory:
+        """Of rounding, and of calibrating after it."""
+        rounded = rounding(self.tasks, self.workers, accelerated=self.accelerated)
+        return rounded if self.needs is None else rounded.most(self.needs.memory)
 
     @property
     def disk_bytes(self) -> int:
@@ -342,8 +346,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
         looked_at = tuple(target for target in assignment.targets if target.scheme != KEEP)
     device = "cuda" if limits.accelerated else "cpu"
     needs = calibration_needs(checkpoint, recipe, looked_at, device) if looked_at else None
-    if needs is not None and limits.max_ram is not None:
-        check_room(needs.ram_bytes, machine.Room(limits.max_ram, machine.ASKED))
+    if needs is not None:
+        limits.check(needs.memory)
     vision = checkpoint.config.vision is not None
     return Plan(
         checkpoint=checkpoint,
@@ -366,15 +370,6 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
     )
 
 
-def check_room(needed: int, room: machine.Room, what: str = "memory") -> None:
-    """Raise BudgetError when a job needs more than there is."""
-    if needed > room.nbytes:
-        raise BudgetError(
-            f"the job needs {human_bytes(needed)} of {what}, the limit is {human_bytes(room.nbytes)} ({room.limit})",
-            hint=room.remedy,
-        )
-
-
 def _fit(
     checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, limits: Limits
 ) -> tuple[int, tuple[Task, ...]]:
@@ -384,54 +379,17 @@ def _fit(
     """
     wanted = limits.workers or machine.cores() + 1
     room = machine.memory(limits.max_ram).nbytes
-    usual = _base_ram(limits.accelerated) + USUAL_RAM
+    usual = kernels_loaded(limits.accelerated) + USUAL_RAM
+    vram = sys.maxsize if limits.max_vram is None else limits.max_vram
     tried: dict[int, tuple[Task, ...]] = {}
     for most in (room,) if limits.max_ram is not None else (min(usual, room), room):
         for slab in SLAB_LIMITS:
             if slab not in tried:
                 tried[slab] = cut(checkpoint, recipe, assignment, slab)
-            workers = _workers(tried[slab], wanted, limits, most)
+            workers = workers_within(tried[slab], wanted, Memory(most, vram), accelerated=limits.accelerated)
             enough = ENOUGH_WORKERS if slab <= FINE_SLAB else wanted
             if workers >= min(enough, wanted) or (workers and slab == SLAB_LIMITS[-1]):
                 return workers, tried[slab]
     tasks = tried[SLAB_LIMITS[-1]]
-    if limits.max_ram is not None:
-        check_room(peak_ram(tasks, 1, accelerated=limits.accelerated), machine.Room(limits.max_ram, machine.ASKED))
-    if limits.accelerated and limits.max_vram is not None:
-        check_room(peak_vram(tasks, 1), machine.Room(limits.max_vram, machine.ASKED_OF_DEVICE), "device memory")
+    limits.check(rounding(tasks, 1, accelerated=limits.accelerated))
     return 1, tasks
-
-
-def _workers(tasks: Sequence[Task], wanted: int, limits: Limits, most: int) -> int:
-    """Most workers, of those wanted, that `most` bytes and the device's limit take."""
-    fitting = _as_many((task.ram_bytes for task in tasks), wanted, most - _base_ram(limits.accelerated))
-    if limits.accelerated and limits.max_vram is not None:
-        fitting = min(fitting, _as_many(_device_bytes(tasks), wanted, limits.max_vram))
-    return fitting
-
-
-def _as_many(sizes: Iterable[int], wanted: int, most: int) -> int:
-    """How many of the largest, up to those wanted, `most` bytes hold; all wanted where there are fewer and they fit."""
-    held = list(itertools.accumulate(heapq.nlargest(wanted, sizes)))
-    fitting = sum(nbytes <= most for nbytes in held)
-    return wanted if fitting == len(held) else fitting
-
-
-def _base_ram(accelerated: bool) -> int:
-    return BASE_RAM + TORCH_RAM if accelerated else BASE_RAM
-
-
-def peak_ram(tasks: Sequence[Task], workers: int, *, accelerated: bool = False) -> int:
-    """Most resident bytes of `workers` tasks at once, over the base."""
-    return _base_ram(accelerated) + sum(heapq.nlargest(workers, (task.ram_bytes for task in tasks)))
-
-
-def peak_vram(tasks: Sequence[Task], workers: int) -> int:
-    """Most device bytes of `workers` matrices at once."""
-    return sum(heapq.nlargest(workers, _device_bytes(tasks)))
-
-
-def _device_bytes(tasks: Sequence[Task]) -> list[int]:
-    """Device memory of every task that quantizes."""
-    quantizing = (task for task in tasks if task.action is Action.QUANTIZE)
-    return [VRAM_PER_WEIGHT * (task.rows[1] - task.rows[0]) * task.targets[0].linear.in_features for task in quantizing]

@@ -30,7 +30,8 @@ from l4pack.checkpoint.writer import ShardWriter
 from l4pack.containers.safetensors_folder import CONTAINER
 from l4pack.errors import BudgetError, L4packError, SourceError, UsageError
 from l4pack.plan.itinerary import Itinerary
-from l4pack.plan.plan import Plan, check_room
+from l4pack.plan.memory import check_room
+from l4pack.plan.plan import Plan
 from l4pack.quant.quantize import quantize_block
 from l4pack.quantize.execute import Executor, Quantizer
 from l4pack.quantize.fetching import Fetching
@@ -41,6 +42,7 @@ from l4pack.stream.supply import Supply
 from l4pack.units import MIB, human_bytes
 from l4pack.work import machine
 from l4pack.work.command import this_command
+from l4pack.work.device import CPU
 from l4pack.work.files import sync_folder, write_atomic
 from l4pack.work.folder import LOCK_NAME, check_writable, owned
 from l4pack.work.identity import Identity
@@ -92,6 +94,7 @@ def run_plan(
     work = work_folder(out)
     refuse_overlap([plan.checkpoint], out, work)
     check_room(plan.peak_ram_bytes, machine.memory())
+    _check_device(plan, device)
     if plan.needs is not None:
         plan = _ready_to_calibrate(plan, device)
     if is_finished(plan, out):
@@ -183,6 +186,17 @@ def _work(
         return job.resumed_bytes
     finally:
         journal.close()
+
+
+def _check_device(plan: Plan, device: str) -> None:
+    """Raise BudgetError where the device has less memory free than the plan needs."""
+    if device == CPU:
+        return
+    from l4pack.stream.compute import float32_on  # imports torch
+
+    room = float32_on(device).device_room()
+    assert room is not None
+    check_room(plan.peak_vram_bytes, room, "device memory")
 
 
 def _ready_to_calibrate(plan: Plan, device: str) -> Plan:

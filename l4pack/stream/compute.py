@@ -48,10 +48,10 @@ class Compute:
             parts["device"] = self.describe()
         return parts | {f"{name} version": version(name) for name in ("torch", "transformers", "numba")}
 
-    def room(self, max_ram: int | None, max_vram: int | None) -> machine.Room:
-        """What weights and activations must fit in."""
+    def device_room(self, max_vram: int | None = None) -> machine.Room | None:
+        """What the device may give; None where the CPU computes, in the machine's memory."""
         if self.device.type == CPU:
-            return machine.memory(max_ram)
+            return None
         free, _ = torch.cuda.mem_get_info(self.device)
         if max_vram is not None and max_vram < free:
             return machine.Room(max_vram, machine.ASKED_OF_DEVICE)

@@ -11,6 +11,8 @@ from __future__ import annotations
 CPU_ROWS, GPU_ROWS = 256, 2048
 NUMBERS_AT_ONCE = 1 << 20  # 4 MB of float32, about a core's second-level cache and a half
 MOST_ROWS = 4096
+HEAD_ROWS = 8192  # of the vocabulary: the head is walked in chunks
+TOKENS_SCORED = 512  # tokens whose logits over a chunk are there at once
 
 
 def rows_at_once(device: str, width: int) -> int:

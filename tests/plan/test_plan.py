@@ -11,7 +11,8 @@ import pytest
 from l4pack.checkpoint.open import open_source
 from l4pack.errors import BudgetError, SourceError
 from l4pack.plan.assign import ROW_STEP, Action
-from l4pack.plan.plan import BASE_RAM, Limits, make_plan
+from l4pack.plan.memory import KERNELS_LOADED
+from l4pack.plan.plan import Limits, make_plan
 from l4pack.plan.summary import plan_classes, plan_record
 from l4pack.quant.scheme import Strategy
 from l4pack.recipe import Recipe, load_recipe, recipe_names
@@ -107,19 +108,19 @@ def test_classes_add_up(checkpoint):
 def test_memory_limits_are_kept(model, max_ram):
     plan = planned(model, "int4-rtn", max_ram=max_ram, workers=4)
     assert plan.peak_ram_bytes <= max_ram
-    assert max(task.ram_bytes for task in plan.tasks) * plan.workers + BASE_RAM >= plan.peak_ram_bytes
+    assert max(task.ram_bytes for task in plan.tasks) * plan.workers + KERNELS_LOADED >= plan.peak_ram_bytes
 
 
 def test_less_memory_means_smaller_slabs_then_fewer_workers():
     roomy, tight, tightest = (
-        planned("llama-4-scout", max_ram=room, workers=4) for room in (8 * GIB, 600 * MIB, BASE_RAM + 40 * MIB)
+        planned("llama-4-scout", max_ram=room, workers=4) for room in (8 * GIB, 600 * MIB, KERNELS_LOADED + 40 * MIB)
     )
     assert roomy.workers == tight.workers == 4
     assert tightest.workers < 4
     assert len(roomy.tasks) < len(tight.tasks)
 
 
-@pytest.mark.parametrize("max_ram", [0, 1, BASE_RAM])
+@pytest.mark.parametrize("max_ram", [0, 1, KERNELS_LOADED])
 def test_a_limit_below_the_smallest_job_is_refused(max_ram):
     with pytest.raises(BudgetError, match=r"the job needs .* of memory, the limit is") as caught:
         planned("llama-4-scout", max_ram=max_ram)

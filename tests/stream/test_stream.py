@@ -19,10 +19,10 @@ from l4pack.checkpoint.source import open_folder
 from l4pack.errors import BudgetError, L4packError, StoppedError, UsageError
 from l4pack.evaluate.answers import StreamAnswers
 from l4pack.model.config import known_config, parse_config
+from l4pack.plan.memory import check_walk, computing_on
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, Piece, TokenSequence, batches
 from l4pack.stream.layer import Blocks
-from l4pack.stream.memory import check_memory
 from l4pack.stream.modules import upstream_config
 from l4pack.stream.prefetch import Prefetch
 from l4pack.stream.visitor import Progress
@@ -267,13 +267,14 @@ def test_prefetch_passes_errors_on():
 
 
 def test_a_walk_that_does_not_fit_is_refused():
-    text, cpu = known_config("llama-4-maverick").text, Compute.of("cpu")
-    assert check_memory(text, cpu, Room(8_000_000_000, ASKED)) <= 8_000_000_000
+    text, sequences = known_config("llama-4-maverick").text, [TokenSequence((0,) * 2048)]
+    needed = computing_on(Compute.of("cpu"), text, sequences, models=2, streams=2).memory(scored=True)
+    check_walk(needed, Room(8_000_000_000, ASKED))
     with pytest.raises(BudgetError, match=r"at least .*, 2\.00 GB are there \(--max-ram\)") as refused:
-        check_memory(text, cpu, Room(2_000_000_000, ASKED))
+        check_walk(needed, Room(2_000_000_000, ASKED))
     assert "raise --max-ram" in refused.value.hint
     with pytest.raises(BudgetError, match="the container's memory limit"):
-        check_memory(text, cpu, Room(2_000_000_000, CONTAINER))
+        check_walk(needed, Room(2_000_000_000, CONTAINER))
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "gpu"])

@@ -1,0 +1,259 @@
+"""What a job takes of memory, the machine's and a device's: one model, that every command plans and refuses by.
+
+    machine = what the loaded libraries take + what is held + the widest of the phases that follow one another
+
+Where a device computes, what is held and the phases lie there, and the machine holds what is on its way to it. Sizes are
+of shapes alone; what a phase holds was counted in the code that runs it, and is kept to by benchmarks that fail when
+more was resident than planned (`benchmarks/real_size_gptq.py`, `benchmarks/moe_layer.py`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from l4pack.errors import BudgetError
+from l4pack.model.config import TextConfig
+from l4pack.model.parts import attention_shapes, mlp_shapes
+from l4pack.plan.assign import Action, Task
+from l4pack.stream.rows import HEAD_ROWS, TOKENS_SCORED, rows_at_once
+from l4pack.units import MIB, human_bytes
+from l4pack.work.device import CPU
+from l4pack.work.machine import Room
+
+if TYPE_CHECKING:
+    from l4pack.stream.compute import Compute
+    from l4pack.stream.hidden import TokenSequence
+
+# Resident before the first buffer, by what a command loads. Measured with a model of a few megabytes on a machine of two
+# cores, Numba's cache empty so that it compiles; a tenth more, up to the next 32 MiB, for machines with more threads.
+KERNELS_LOADED = 288 * MIB  # NumPy, Numba and the kernels: 237 MiB (174 when they are compiled already)
+MODEL_LOADED = (
+    672 * MIB
+)  # torch, transformers' Llama 4 and a tokenizer beside them: 604 MiB (529 when compiled already)
+CUDA_LOADED = 2048 * MIB  # torch's CUDA libraries and a context, beside either; not measured here on a device
+
+FLOAT, DOUBLE = 4, 8  # bytes of a float32, and of a float64
+STORED = 2  # bytes of a weight in a file
+# Device memory that a weight takes while it is quantized with torch: 27 bytes measured over the source with the CPU
+# allocator for observer mse, 20 for minmax; the source's own 2 to 4 come on top.
+ROUNDED_ON_DEVICE = 32
+CUBLAS = 32 * MIB  # its workspaces, eight of 4 MiB, as `stream.compute` sets them for reproducible products
+SCORE_BLOCKS = 6  # float64 logits of a block: two models', their powers, and three on the way to a sum
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The most bytes a job has at once, resident in the machine and on a device; the latter 0 where the CPU computes."""
+
+    ram: int
+    vram: int = 0
+
+    def most(self, other: Memory) -> Memory:
+        """What two jobs take that run one after the other."""
+        return Memory(max(self.ram, other.ram), max(self.vram, other.vram))
+
+
+@dataclass(frozen=True)
+class Computing:
+    """What decides the memory of running models layer by layer.
+
+    `device` is its kind (`cpu` or `cuda`), `itemsize` the bytes of a number there; `length` is that of the longest
+    sequence, `tokens` those of all of a stream's. `models` checkpoints walk beside each other, over `streams` of hidden
+    states.
+    """
+
+    text: TextConfig
+    device: str
+    itemsize: int
+    length: int
+    tokens: int
+    models: int = 1
+    streams: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows computed at once."""
+        return rows_at_once(self.device, self.text.hidden_size)
+
+    @property
+    def row(self) -> int:
+        """Bytes of a row of hidden states."""
+        return self.text.hidden_size * self.itemsize
+
+    @property
+    def attention(self) -> int:
+        """Bytes of a layer's attention matrices."""
+        return _numbers(attention_shapes(self.text).values()) * self.itemsize
+
+    @property
+    def mlp(self) -> int:
+        """Bytes of the three matrices of the largest MLP."""
+        return mlp_numbers(self.text, widest_mlp(self.text)) * self.itemsize
+
+    def memory(self, phases: Iterable[int] = (), *, held: int = 0, scored: bool = False) -> Memory:
+        """Of a walk in which `held` bytes more are there throughout and other `phases`, with the unit in use, come in
+        turn with attention and MLPs; answers may be `scored` at its end."""
+        widest = max(self._attending(), self.mlp + self.running(), *phases)
+        computing = max(self._held() + held + widest, self._scoring() if scored else 0)
+        if self.device == CPU:
+            return Memory(MODEL_LOADED + self._routing() + computing)
+        return Memory(MODEL_LOADED + CUDA_LOADED + self._routing() + self._passing(), CUBLAS + computing)
+
+    def running(self) -> int:
+        """Rows in an MLP: states before and after the norm, scaled, and out of it; gate, its activation, up, product."""
+        return self.rows * 4 * (self.text.hidden_size + widest_mlp(self.text)) * self.itemsize
+
+    def _held(self) -> int:
+        """Each model's attention, which stays while the MLPs of its layer run, and the next unit, loaded while one
+        computes: its last matrix is there as it is stored and as it is computed with."""
+        return self.models * self.attention + self.mlp + _largest_matrix(self.text) * STORED
+
+    def _attending(self) -> int:
+        """A block of queries: states in and out, the mask, keys and values repeated for every head, and half as much
+        again that the kernel packs. Scores are never there as a whole (measured: 89 MiB beside 256 of keys and values,
+        where the scores would be 256)."""
+        text = self.text
+        only_chunks = len(text.rope_layers) == text.num_hidden_layers and text.attention_chunk_size
+        seen = min(self.length, text.attention_chunk_size or self.length) if only_chunks else self.length
+        block, heads = min(self.rows, self.length), text.num_attention_heads
+        numbers = block * (8 * text.hidden_size + seen) + 3 * seen * heads * text.head_dim
+        return numbers * self.itemsize
+
+    def _scoring(self) -> int:
+        """A chunk of each model's head in float32, and a block of logits in float64."""
+        heads = self.models * HEAD_ROWS * self.text.hidden_size * FLOAT
+        return heads + SCORE_BLOCKS * TOKENS_SCORED * HEAD_ROWS * DOUBLE
+
+    def _routing(self) -> int:
+        """Float32 logits of the router for every token of every stream, and two copies on the way to a choice."""
+        experts = self.text.num_local_experts if self.text.moe_layers else 0
+        return (self.streams + 2) * self.tokens * experts * FLOAT
+
+    def _passing(self) -> int:
+        """What lies in the machine on its way to a device: gate and up, read and widened, and rows to and fro."""
+        pair = 2 * _largest_matrix(self.text) * (STORED + FLOAT)
+        return pair + 2 * self.rows * self.text.hidden_size * FLOAT
+
+
+def computing_on(
+    compute: Compute, text: TextConfig, sequences: Sequence[TokenSequence], *, models: int = 1, streams: int = 1
+) -> Computing:
+    """What decides the memory of running these sequences."""
+    lengths = [len(sequence.tokens) for sequence in sequences]
+    itemsize = compute.dtype.itemsize
+    return Computing(text, compute.device.type, itemsize, max(lengths), sum(lengths), models, streams)
+
+
+def calibrating(computing: Computing, kinds: Iterable[tuple[bool, int]], *, attention: bool) -> Memory:
+    """Of solving MLPs on the way; `kinds` are those to solve, see `solving`: with cross moments or not, and the inner
+    width. With `attention` that is quantized too, what was written is there beside the original's."""
+    text = computing.text
+    # A unit runs as the original's and as it was written; half a matrix of the latter is there in a 16-bit dtype.
+    written = 2 * computing.mlp + _largest_matrix(text) * STORED + computing.running()
+    solved = [
+        mlp_numbers(text, inner) * FLOAT + solving(text, computing.rows, inner, cross=cross) for cross, inner in kinds
+    ]
+    return computing.memory((written, *solved), held=computing.attention if attention else 0)
+
+
+def measuring(computing: Computing, *, solved: bool) -> Memory:
+    """Of altered units beside the original's: rounded or `solved` ones are float32, and then in the dtype to run in."""
+    text = computing.text
+    phases = [3 * computing.mlp, 2 * computing.mlp + computing.running()]
+    if solved:
+        phases.append(computing.mlp + solving(text, computing.rows, widest_mlp(text), cross=True))
+    return computing.memory(phases, scored=True)
+
+
+def mlp_numbers(text: TextConfig, inner: int) -> int:
+    """Weights of an MLP of some inner width."""
+    return _numbers(mlp_shapes(text.hidden_size, inner).values())
+
+
+def widest_mlp(text: TextConfig) -> int:
+    """The inner width of the largest MLP."""
+    dense = text.intermediate_size_mlp if len(text.moe_layers) < text.num_hidden_layers else 0
+    return max(dense, text.intermediate_size)
+
+
+def solving(text: TextConfig, rows: int, inner: int, *, cross: bool) -> int:
+    """Bytes beside an MLP's own weights, float32, while GPTQ solves it `rows` output rows at once; `cross` moments too.
+
+    Three phases follow one another: gate and up for the hidden width, the moments of what the solved pair makes, down
+    for the inner width. Each of a phase's moments is a square matrix, and the factor of the Hessian one more. Rows on
+    their way through a solve: the weights, the target, what remains of it, and copies of a block's levels, errors and
+    sums, 7 rows in all; between the phases as many rows of both models go through gate and up.
+    """
+    hidden = text.hidden_size
+    moments = 2 if cross else 1
+    levels = 3 * hidden * inner // 2  # int8, some twice while pieces are put together: half a float32 each
+    first = (moments + 1) * hidden * hidden + 7 * rows * hidden
+    between = 3 * hidden * inner + moments * inner * inner + rows * (7 * inner + 5 * hidden)
+    last = (moments + 1) * inner * inner + 7 * rows * inner
+    return (levels + max(first, between, last)) * FLOAT
+
+
+def rounding(tasks: Sequence[Task], workers: int, *, accelerated: bool = False) -> Memory:
+    """Of `workers` tasks at once, the largest ones: each a slab of the source and what is made of it."""
+    ram = kernels_loaded(accelerated) + sum(heapq.nlargest(workers, (task.ram_bytes for task in tasks)))
+    return Memory(ram, sum(heapq.nlargest(workers, _on_device(tasks))) if accelerated else 0)
+
+
+def workers_within(tasks: Sequence[Task], wanted: int, most: Memory, *, accelerated: bool = False) -> int:
+    """Most workers, of those wanted, that take no more than `most`."""
+    fitting = _as_many((task.ram_bytes for task in tasks), wanted, most.ram - kernels_loaded(accelerated))
+    return min(fitting, _as_many(_on_device(tasks), wanted, most.vram)) if accelerated else fitting
+
+
+def kernels_loaded(accelerated: bool) -> int:
+    """What rounding has resident before its first slab."""
+    return KERNELS_LOADED + (CUDA_LOADED if accelerated else 0)
+
+
+def check_room(needed: int, room: Room, what: str = "memory") -> None:
+    """Raise BudgetError when a job needs more than there is."""
+    if needed > room.nbytes:
+        raise BudgetError(
+            f"the job needs {human_bytes(needed)} of {what}, the limit is {human_bytes(room.nbytes)} ({room.limit})",
+            hint=room.remedy,
+        )
+
+
+def check_walk(needed: Memory, ram: Room, device: Room | None = None) -> None:
+    """Raise BudgetError when a walk needs more than there is, of the machine's memory or the device's."""
+    for nbytes, room in ((needed.ram, ram), (needed.vram, device)):
+        if room is not None and nbytes > room.nbytes:
+            raise BudgetError(
+                f"running this model layer by layer takes at least {human_bytes(nbytes)}, "
+                f"{human_bytes(room.nbytes)} are there ({room.limit})",
+                hint=f"one expert's matrices must fit, twice; {room.remedy}",
+            )
+
+
+def _largest_matrix(text: TextConfig) -> int:
+    """Weights of one matrix of the largest MLP."""
+    return text.hidden_size * widest_mlp(text)
+
+
+def _numbers(shapes: Iterable[tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes))
+
+
+def _on_device(tasks: Sequence[Task]) -> list[int]:
+    """Device memory of every task that quantizes."""
+    quantizing = (task for task in tasks if task.action is Action.QUANTIZE)
+    return [
+        ROUNDED_ON_DEVICE * (task.rows[1] - task.rows[0]) * task.targets[0].linear.in_features for task in quantizing
+    ]
+
+
+def _as_many(sizes: Iterable[int], wanted: int, most: int) -> int:
+    """How many of the largest, up to those wanted, `most` bytes hold; all wanted where there are fewer and they fit."""
+    held = list(itertools.accumulate(heapq.nlargest(wanted, sizes)))
+    fitting = sum(nbytes <= most for nbytes in held)
+    return wanted if fitting == len(held) else fitting

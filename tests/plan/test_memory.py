@@ -1,0 +1,105 @@
+"""One model of memory: what it says of real models, of devices, and of libraries that are loaded."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from l4pack.checkpoint.open import open_source
+from l4pack.errors import BudgetError
+from l4pack.model.config import known_config
+from l4pack.plan.memory import (
+    CUDA_LOADED,
+    KERNELS_LOADED,
+    MODEL_LOADED,
+    Computing,
+    Memory,
+    check_walk,
+    measuring,
+    solving,
+)
+from l4pack.plan.plan import Limits, make_plan
+from l4pack.quantize.run import run_plan
+from l4pack.recipe import load_recipe
+from l4pack.stream.compute import Compute
+from l4pack.work.machine import ASKED, DEVICE, Room
+
+MODELS = ("llama-4-scout", "llama-4-maverick")
+SCOUT = known_config("llama-4-scout").text
+
+
+def computing(model="llama-4-scout", device="cpu", itemsize=4, **others):
+    return Computing(known_config(model).text, device, itemsize, 2048, 32 * 2048, **others)
+
+
+def calibrated(model, **limits):
+    return make_plan(open_source(model), load_recipe("int4"), Limits(**limits))
+
+
+def test_sizes_of_scout_by_hand():
+    one = computing()
+    assert one.attention == 4 * 5120 * 128 * (40 + 8 + 8 + 40)
+    assert one.mlp == 4 * 3 * 5120 * 8192
+    assert one.rows == 256
+    # Beside its weights: levels, and for gate and up a Hessian, its factor and cross moments.
+    by_hand = 3 * 5120 * 8192 // 2 + max(3 * 5120**2, 3 * 5120 * 8192 + 2 * 8192**2, 3 * 8192**2)
+    assert solving(SCOUT, 0, 8192, cross=True) == 4 * by_hand
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_measuring_takes_little_more_than_calibrating(model):
+    needed = measuring(computing(model, streams=34), solved=True)
+    assert needed.ram < 1.1 * calibrated(model).peak_ram_bytes
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_device_takes_what_the_machine_would(model):
+    here, there = calibrated(model), calibrated(model, accelerated=True)
+    assert here.peak_vram_bytes == 0
+    # A device computes more rows at once, and the machine keeps the libraries and what is on its way.
+    assert there.needs.memory.vram > here.peak_ram_bytes - MODEL_LOADED - 10**9
+    assert there.needs.memory.ram > MODEL_LOADED + CUDA_LOADED
+    walked = computing(model, models=2, streams=2).memory(scored=True)
+    half = computing(model, "cuda", itemsize=2, models=2, streams=2).memory(scored=True)
+    assert 0 < half.vram < walked.ram
+
+
+def test_a_limit_on_the_device_is_kept_before_anything_is_read():
+    needed = calibrated("llama-4-scout", accelerated=True).peak_vram_bytes
+    with pytest.raises(BudgetError, match="of device memory, the limit is") as refused:
+        calibrated("llama-4-scout", accelerated=True, max_vram=10**9)
+    assert "--max-vram" in refused.value.hint
+    assert calibrated("llama-4-scout", accelerated=True, max_vram=needed).peak_vram_bytes <= needed
+
+
+def test_a_full_device_is_told_before_the_job_begins(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(Compute, "device_room", lambda *_: Room(1000, DEVICE))
+    plan = make_plan(open_source(str(checkpoint("text"))), load_recipe("int4-rtn"), Limits(accelerated=True))
+    with pytest.raises(BudgetError, match=f"of device memory, the limit is .*{DEVICE}"):
+        run_plan(plan, tmp_path / "out", device="cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_walk_is_refused_by_either_memory():
+    check_walk(Memory(10, 10), Room(10, ASKED), Room(10, DEVICE))
+    with pytest.raises(BudgetError, match="--max-ram"):
+        check_walk(Memory(11, 10), Room(10, ASKED), Room(10, DEVICE))
+    with pytest.raises(BudgetError, match=DEVICE):
+        check_walk(Memory(10, 11), Room(10, ASKED), Room(10, DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("loaded", "modules"),
+    [
+        (KERNELS_LOADED, "l4pack.quantize.run, l4pack.quant.cpu"),
+        (MODEL_LOADED, "l4pack.calibration.run, l4pack.evaluate.evaluate, transformers.models.llama4.modeling_llama4"),
+    ],
+)
+def test_what_is_loaded_is_less_than_planned(loaded, modules):
+    # Not getrusage: its maximum outlives exec, and would be that of the process that runs the tests.
+    code = f"import {modules}; print(open('/proc/self/status').read())"
+    status = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 < 0.9 * loaded
