@@ -14,7 +14,7 @@ from l4pack.checkpoint.apart import refuse_overlap
 from l4pack.checkpoint.parts import weight_parts
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError, UsageError
-from l4pack.plan.memory import check_walk, computing_on
+from l4pack.plan.memory import Computing, computing_on, walk_within
 from l4pack.recipe import Calibration
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed
@@ -115,13 +115,13 @@ def cover(
     text = load_text(choice, load_tokenizer(checkpoint), checkpoint.config.text.max_position_embeddings)
     where = Compute.of(compute)
     computing = computing_on(where, checkpoint.config.text, text.sequences)
-    check_walk(computing.memory(), machine.memory(), where.device_room())
+    _, ahead = walk_within(computing, Computing.memory, machine.memory(), where.device_room())
     coverage = Coverage.of(checkpoint.config, wanted.max_cold)
     refuse_overlap([checkpoint], work)
     with owned(work, WORK_KIND, restart=restart) as folder, Weights(checkpoint, where.device, where.dtype) as weights:
         model = Model("model", weights, Skeleton(checkpoint.config, where.device, where.dtype))
         lane, job = Lane(model.name, model, Packed(text.sequences)), _job(checkpoint, text, where)
-        with Walk([lane], work, job, _Counter(coverage), progress=progress) as walk:
+        with Walk([lane], work, job, _Counter(coverage), progress=progress, ahead=ahead) as walk:
             walk.run()
         folder.remove()
     return Covered(coverage, text.record, time.monotonic() - started)

@@ -74,7 +74,7 @@ class CalibrationRun(Visitor):
         assert plan.needs is not None
         self._plan, self._output, self._folder = plan, output, folder
         self._progress, self._supply = Progress(advance=advance, stop=stop), supply
-        self._options = plan.recipe.calibration
+        self._options, self._ahead = plan.recipe.calibration, plan.needs.ahead
         self._config = plan.checkpoint.config
         self._targets = {target.module: target for target in plan.calibrated}
         self._inputs = InputScales(plan.observed)
@@ -99,7 +99,16 @@ class CalibrationRun(Visitor):
         with (
             reproducible(),
             self._weights,
-            Walk(lanes, self._folder, job, self, progress=self._progress, release=True, supply=self._supply) as walk,
+            Walk(
+                lanes,
+                self._folder,
+                job,
+                self,
+                progress=self._progress,
+                release=True,
+                supply=self._supply,
+                ahead=self._ahead,
+            ) as walk,
         ):
             walk.run()
 

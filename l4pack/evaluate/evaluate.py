@@ -46,7 +46,7 @@ from l4pack.evaluate.statistics import clusters, mean_and_error, perplexity, sum
 from l4pack.evaluate.tasks import Task, load_task, sequences_of, task_record
 from l4pack.model.names import classify
 from l4pack.model.tensors import QUANTIZABLE
-from l4pack.plan.memory import check_walk, computing_on
+from l4pack.plan.memory import computing_on, walk_within
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, TokenSequence
 from l4pack.stream.identity import text_parts
@@ -147,7 +147,7 @@ def prepare(
     tokenizer = _tokenizer(artifact, original)
     inputs = _inputs(artifact, original, settings, tokenizer)
     compute = Compute.of(settings.compute)
-    _check_memory(artifact, original, settings, inputs, compute)
+    ahead = _loads_ahead(artifact, original, settings, inputs, compute)
     stored = None
     if settings.reference is not None:
         stored = load_reference(settings.reference, _reference_identity(inputs, original), compute.device)
@@ -158,21 +158,20 @@ def prepare(
         progress.label("evaluating")
     of = _original_parts(original, stored)
     identity = Identity({"artifact": measured, **of, **_parts(inputs, settings, compute)})
-    return Prepared(artifact, original, settings, progress, inputs, compute, stored, manager, identity, started)
+    return Prepared(artifact, original, settings, progress, inputs, compute, ahead, stored, manager, identity, started)
 
 
-def _check_memory(
+def _loads_ahead(
     artifact: Checkpoint, original: Checkpoint | None, settings: Settings, inputs: _Inputs, compute: Compute
-) -> None:
-    """Raise BudgetError where the walk needs more memory than there is."""
+) -> bool:
+    """Whether memory takes a unit that is loaded while another computes. Raises BudgetError where the walk needs more
+    than there is without."""
     models = 1 if original is None or settings.reference is not None else 2
     computing = computing_on(compute, artifact.config.text, inputs.sequences, models=models, streams=models)
     sampled = 2 * SAMPLED_ROWS * computing.row  # inputs and outputs
-    check_walk(
-        computing.memory(held=sampled, scored=True),
-        machine.memory(settings.max_ram),
-        compute.device_room(settings.max_vram),
-    )
+    ram, device = machine.memory(settings.max_ram), compute.device_room(settings.max_vram)
+    _, ahead = walk_within(computing, lambda one: one.memory(held=sampled, scored=True), ram, device)
+    return ahead
 
 
 def _original_parts(original: Checkpoint | None, stored: StoredReference | None) -> dict[str, Any]:
@@ -208,6 +207,7 @@ class Prepared:
     progress: Progress
     inputs: _Inputs
     compute: Compute
+    ahead: bool
     stored: StoredReference | None
     manager: Any
     identity: Identity
@@ -221,7 +221,7 @@ class Prepared:
         with owned(settings.work, WORK_KIND, restart=settings.restart) as folder:
             record = self._walk()
             if settings.harness:
-                harness = _Harness(settings, self.compute, self.progress, self.manager)
+                harness = _Harness(settings, self.compute, self.ahead, self.progress, self.manager)
                 record["tasks"] |= harness.record(self.artifact, self.original)
             folder.remove()
         record["worst"] = worst_units(record["layers"])
@@ -246,6 +246,7 @@ class Prepared:
                 Walk(
                     [Lane(model.name, model, packed) for model in models], settings.work, job,
                     LayerErrors(artifact.config), progress=self.progress, release=settings.max_ram is not None,
+                    ahead=self.ahead,
                 )
             )  # fmt: skip
             walk.run()
@@ -434,6 +435,7 @@ class _Harness:
 
     settings: Settings
     compute: Compute
+    ahead: bool
     progress: Progress
     manager: Any
 
@@ -454,6 +456,7 @@ class _Harness:
             self.compute,
             round_activations=not chosen.weights_only,
             progress=self.progress,
+            ahead=self.ahead,
         )
         return run_tasks(streamed_lm(checkpoint, scorer), chosen.harness, chosen.limit, self.manager)
 

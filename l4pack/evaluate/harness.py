@@ -40,10 +40,10 @@ class StreamedScorer:
 
     def __init__(
         self, checkpoint: Checkpoint, work: Path, compute: Compute, *,
-        round_activations: bool = True, progress: Progress | None = None,
+        round_activations: bool = True, progress: Progress | None = None, ahead: bool = True,
     ) -> None:  # fmt: skip
         self._checkpoint, self._work, self._compute = checkpoint, work, compute
-        self._round_activations, self._progress = round_activations, progress
+        self._round_activations, self._progress, self._ahead = round_activations, progress, ahead
 
     def __call__(self, sequences: Sequence[TokenSequence]) -> list[tuple[Tensor, Tensor]]:
         """For each sequence, log-probability of every scored token, and whether it was the likeliest."""
@@ -60,7 +60,8 @@ class StreamedScorer:
         device, dtype = self._compute.device, self._compute.dtype
         with Weights(self._checkpoint, device, dtype, round_activations=self._round_activations) as weights:
             model = Model("model", weights, Skeleton(self._checkpoint.config, device, dtype))
-            with Walk([Lane(model.name, model, packed)], self._work, job, progress=self._progress) as walk:
+            lanes = [Lane(model.name, model, packed)]
+            with Walk(lanes, self._work, job, progress=self._progress, ahead=self._ahead) as walk:
                 walk.run()
                 answers = StreamAnswers(model, walk.streams[model.name].current)
                 targets = packed.targets()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from l4pack.measure.record import ChangeRecord, Joint, ModelId, Sensitivity, Tot
 from l4pack.measure.state import State
 from l4pack.measure.texts import Texts, load_texts
 from l4pack.measure.wave import Shared, Wave
-from l4pack.plan.memory import Memory, check_walk, computing_on, measuring
+from l4pack.plan.memory import Memory, computing_on, measuring, walk_within
 from l4pack.recipe import Calibration
 from l4pack.stream.compute import Compute, reproducible
 from l4pack.stream.hidden import Packed
@@ -95,6 +96,7 @@ class Prepared:
     singles: tuple[Single, ...]
     mixtures: tuple[Mixture, ...]
     costs: Costs
+    ahead: bool  # whether units are loaded while others compute
 
     def first(self) -> list[Change]:
         """The changes that are measured whatever is found."""
@@ -136,8 +138,7 @@ def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
     direct = _resolved(settings.direct, checkpoint, singles, rows[0])
     changes: list[Change] = [*mixtures, *_direct(checkpoint, options, singles, direct)]
     streams = min(streams, len(changes))
-    needed = _memory(checkpoint, compute, texts, options, streams)
-    check_walk(needed, machine.memory(settings.max_ram), compute.device_room(settings.max_vram))
+    needed, ahead = _memory(checkpoint, settings, compute, texts, options, streams)
     waves = math.ceil(len(changes) / streams)
     kept = sum(rows) * text.hidden_size * compute.dtype.itemsize if waves > 1 else 0
     costs = Costs(
@@ -153,14 +154,20 @@ def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
         disk_bytes=stream_bytes(text, (streams + 2) * rows[0] + rows[1], compute.dtype) + kept,
         peak_ram_bytes=needed.ram,
     )
-    return Prepared(checkpoint, settings, options, texts, compute, direct, tuple(singles), tuple(mixtures), costs)
+    return Prepared(
+        checkpoint, settings, options, texts, compute, direct, tuple(singles), tuple(mixtures), costs, ahead
+    )
 
 
-def _memory(checkpoint: Checkpoint, compute: Compute, texts: Texts, options: Options, streams: int) -> Memory:
-    """Of altered streams beside the original's own, over both texts."""
+def _memory(
+    checkpoint: Checkpoint, settings: Settings, compute: Compute, texts: Texts, options: Options, streams: int
+) -> tuple[Memory, bool]:
+    """Of altered streams beside the original's own, over both texts, and whether units are loaded ahead. Raises
+    BudgetError."""
     sequences = [*texts.measured.sequences, *(texts.calibration.sequences if texts.calibration else ())]
     computing = computing_on(compute, checkpoint.config.text, sequences, streams=streams + 2)
-    return measuring(computing, solved=options.calibrated)
+    ram, device = machine.memory(settings.max_ram), compute.device_room(settings.max_vram)
+    return walk_within(computing, partial(measuring, solved=options.calibrated), ram, device)
 
 
 def measure(prepared: Prepared, progress: Progress | None = None) -> Sensitivity:
@@ -259,6 +266,7 @@ def _shared(prepared: Prepared, job: Identity, stack: ExitStack, progress: Progr
         work=prepared.settings.work,
         job=job,
         progress=progress,
+        ahead=prepared.ahead,
         min_tokens=Calibration().min_tokens,
     )
 

@@ -52,6 +52,7 @@ class Shared:
     work: Path
     job: Identity
     progress: Progress
+    ahead: bool
     min_tokens: int
 
 
@@ -83,7 +84,7 @@ class Wave(Visitor):
         shared = self.shared
         with Walk(
             self._lanes(), shared.work, shared.job, self, blocks=shared.blocks, progress=shared.progress, release=True,
-            first=self._first, keep=self._keep_at,
+            first=self._first, keep=self._keep_at, ahead=shared.ahead,
         ) as walk:  # fmt: skip
             walk.run()
             errors = {key: error for record in walk.records for key, error in record.items()}

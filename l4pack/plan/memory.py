@@ -12,8 +12,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from l4pack.errors import BudgetError
@@ -64,7 +64,7 @@ class Computing:
 
     `device` is its kind (`cpu` or `cuda`), `itemsize` the bytes of a number there; `length` is that of the longest
     sequence, `tokens` those of all of a stream's. `models` checkpoints walk beside each other, over `streams` of hidden
-    states.
+    states; with `ahead`, the next unit is loaded while one computes.
     """
 
     text: TextConfig
@@ -74,6 +74,7 @@ class Computing:
     tokens: int
     models: int = 1
     streams: int = 1
+    ahead: bool = True
 
     @property
     def rows(self) -> int:
@@ -109,9 +110,10 @@ class Computing:
         return self.rows * 4 * (self.text.hidden_size + widest_mlp(self.text)) * self.itemsize
 
     def _held(self) -> int:
-        """Each model's attention, which stays while the MLPs of its layer run, and the next unit, loaded while one
-        computes: its last matrix is there as it is stored and as it is computed with."""
-        return self.models * self.attention + self.mlp + _largest_matrix(self.text) * STORED
+        """Each model's attention, which stays while the MLPs of its layer run, and the next unit: its last matrix is
+        there as it is stored and as it is computed with. A unit that is not loaded ahead is so before anything else is."""
+        loading = (self.mlp if self.ahead else 0) + _largest_matrix(self.text) * STORED
+        return self.models * self.attention + loading
 
     def _attending(self) -> int:
         """A block of queries: states in and out, the mask, keys and values repeated for every head, and half as much
@@ -224,15 +226,30 @@ def check_room(needed: int, room: Room, what: str = "memory") -> None:
         )
 
 
-def check_walk(needed: Memory, ram: Room, device: Room | None = None) -> None:
-    """Raise BudgetError when a walk needs more than there is, of the machine's memory or the device's."""
-    for nbytes, room in ((needed.ram, ram), (needed.vram, device)):
+def walk_within(
+    computing: Computing, needed: Callable[[Computing], Memory], ram: Room, device: Room | None = None
+) -> tuple[Memory, bool]:
+    """What a walk needs, and whether its next unit is loaded while one computes: not where that is too much.
+
+    Raises BudgetError when it needs more than there is even so, of the machine's memory or the device's.
+    """
+    for ahead in (True, False):
+        memory = needed(replace(computing, ahead=ahead))
+        if fits(memory, ram, device):
+            return memory, ahead
+    for nbytes, room in ((memory.ram, ram), (memory.vram, device)):
         if room is not None and nbytes > room.nbytes:
             raise BudgetError(
                 f"running this model layer by layer takes at least {human_bytes(nbytes)}, "
                 f"{human_bytes(room.nbytes)} are there ({room.limit})",
-                hint=f"one expert's matrices must fit, twice; {room.remedy}",
+                hint=f"one expert's matrices must fit; {room.remedy}",
             )
+    raise AssertionError("what does not fit is too much for one of the two")
+
+
+def fits(needed: Memory, ram: Room, device: Room | None = None) -> bool:
+    """Whether there is what a job needs, of the machine's memory and the device's (None: not asked)."""
+    return needed.ram <= ram.nbytes and (device is None or needed.vram <= device.nbytes)
 
 
 def _largest_matrix(text: TextConfig) -> int:

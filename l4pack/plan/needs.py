@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.model.tensors import Role
-from l4pack.plan.memory import FLOAT, Computing, Memory, calibrating
+from l4pack.plan.memory import FLOAT, Computing, Memory, calibrating, fits
 from l4pack.recipe import KEEP
 
 if TYPE_CHECKING:
     from l4pack.plan.assign import Target
     from l4pack.recipe import Recipe
+    from l4pack.work.machine import Room
 
 DEFAULT_LENGTH = 2048
 BUFFERS = 3  # files of hidden states a stream has: a layer's inputs, its outputs, and what lies between
@@ -27,6 +28,7 @@ class Needs:
     disk_bytes: int
     tokens: int
     streams: int
+    ahead: bool = True
 
     @property
     def ram_bytes(self) -> int:
@@ -38,8 +40,18 @@ class Needs:
         return replace(self, tokens=tokens, disk_bytes=self.disk_bytes * tokens // self.tokens)
 
 
-def calibration_needs(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target], device: str = "cpu") -> Needs:
-    """The needs of calibrating `targets` on a kind of device; tokens are the most the recipe asks for."""
+def calibration_needs(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    targets: Sequence[Target],
+    ram: Room,
+    vram: Room | None = None,
+    device: str = "cpu",
+) -> Needs:
+    """The needs of calibrating `targets` on a kind of device; tokens are the most the recipe asks for.
+
+    Units are loaded ahead where memory takes them.
+    """
     assert recipe.calibration is not None
     text = checkpoint.config.text
     length = recipe.calibration.sequence_length or min(DEFAULT_LENGTH, text.max_position_embeddings)
@@ -48,7 +60,12 @@ def calibration_needs(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[
     disk = streams * BUFFERS * tokens * text.hidden_size * FLOAT
     computing = Computing(text, device, FLOAT, length, tokens, streams=streams)
     quantized = any(rule.roles == "all" or Role.ATTENTION in rule.roles for rule in recipe.rules if rule.scheme != KEEP)
-    return Needs(calibrating(computing, _solved(recipe, targets), attention=quantized), disk, tokens, streams)
+    solved = _solved(recipe, targets)
+    memory = calibrating(computing, solved, attention=quantized)
+    ahead = fits(memory, ram, vram)
+    if not ahead:
+        memory = calibrating(replace(computing, ahead=False), solved, attention=quantized)
+    return Needs(memory, disk, tokens, streams, ahead)
 
 
 def asymmetric(recipe: Recipe, targets: Sequence[Target]) -> bool:

@@ -75,12 +75,17 @@ class Limits:
     workers: int | None = None
     shard_bytes: int = DEFAULT_SHARD_BYTES
 
+    @property
+    def device_room(self) -> machine.Room | None:
+        """What was asked for of a device's memory."""
+        return None if self.max_vram is None else machine.Room(self.max_vram, machine.ASKED_OF_DEVICE)
+
     def check(self, needed: Memory) -> None:
         """Raise BudgetError for more than was asked for; what the machine has is checked where the job runs."""
         if self.max_ram is not None:
             check_room(needed.ram, machine.Room(self.max_ram, machine.ASKED))
-        if self.max_vram is not None:
-            check_room(needed.vram, machine.Room(self.max_vram, machine.ASKED_OF_DEVICE), "device memory")
+        if self.device_room is not None:
+            check_room(needed.vram, self.device_room, "device memory")
 
 
 @dataclass(frozen=True)
@@ -345,7 +350,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
     if recipe.kv_cache is not None and not looked_at:  # the walk computes with what tasks have made
         looked_at = tuple(target for target in assignment.targets if target.scheme != KEEP)
     device = "cuda" if limits.accelerated else "cpu"
-    needs = calibration_needs(checkpoint, recipe, looked_at, device) if looked_at else None
+    room = machine.memory(limits.max_ram)
+    needs = calibration_needs(checkpoint, recipe, looked_at, room, limits.device_room, device) if looked_at else None
     if needs is not None:
         limits.check(needs.memory)
     vision = checkpoint.config.vision is not None
@@ -366,7 +372,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
         calibrated=calibrated,
         observed=observed,
         needs=needs,
-        room=machine.memory(limits.max_ram),
+        room=room,
     )
 
 

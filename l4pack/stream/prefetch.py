@@ -13,10 +13,10 @@ ValueT = TypeVar("ValueT")
 
 
 class Prefetch(Generic[KeyT, ValueT]):
-    """Loads what is planned, in order; one loaded thing waits beside the one in use."""
+    """Loads what is planned, in order; one loaded thing waits beside the one in use, or with `ahead` false none."""
 
-    def __init__(self, load: Callable[[KeyT], ValueT]) -> None:
-        self._load = load
+    def __init__(self, load: Callable[[KeyT], ValueT], *, ahead: bool = True) -> None:
+        self._load, self._ahead = load, ahead
         self._planned: deque[KeyT] = deque()
         self._started: tuple[KeyT, Future[ValueT]] | None = None
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
@@ -31,10 +31,12 @@ class Prefetch(Generic[KeyT, ValueT]):
     def plan(self, keys: Iterable[KeyT]) -> None:
         """Say what will be taken next, after what was planned before."""
         self._planned.extend(keys)
-        self._start()
+        if self._ahead:
+            self._start()
 
     def take(self, key: KeyT) -> ValueT:
         """The next planned thing, which must be `key`; raises what loading it raised."""
+        self._start()
         if self._started is None:
             raise RuntimeError(f"{key} was asked for, but nothing is planned")
         expected, future = self._started
@@ -42,7 +44,8 @@ class Prefetch(Generic[KeyT, ValueT]):
             raise RuntimeError(f"{key} was asked for, but {expected} is next")
         value = future.result()
         self._started = None
-        self._start()
+        if self._ahead:
+            self._start()
         return value
 
     def _start(self) -> None:

@@ -44,20 +44,22 @@ class Walk:
         supply: Supply | None = None,
         first: int = 0,
         keep: int | None = None,
+        ahead: bool = True,
     ) -> None:
         """`work` is a folder that this process holds; one begun for another `job` is refused with UsageError.
 
         With `release`, pages of hidden states are let go as soon as they are used, so that they don't count as the
         process's. `supply` gets the models' files, which else must all be there. The walk begins with the step `first`
-        if an earlier one in this folder has copied its inputs, and copies those of the step `keep`. Raises BudgetError
-        when the disk has no room for the hidden states.
+        if an earlier one in this folder has copied its inputs, and copies those of the step `keep`. Without `ahead`,
+        a unit is loaded when the one before it is done with, which takes less memory. Raises BudgetError when the disk
+        has no room for the hidden states.
         """
         self.models = list({id(lane.model): lane.model for lane in lanes}.values())
         skeleton = self.models[0].skeleton
         self.order = range(skeleton.config.text.num_hidden_layers)
         self._visitor, self._progress, self._supply = visitor or Visitor(), progress or Progress(), supply
         self._blocks = blocks or Blocks.on(skeleton.device, skeleton.text.hidden_size)
-        self._release, self._keep = release, keep
+        self._release, self._keep, self._ahead = release, keep, ahead
         work.mkdir(parents=True, exist_ok=True)
         self._lanes, self._state = Lanes(work, lanes), WalkState(work, job)
         self.records, self.resumed_layers = self._resumed()
@@ -83,7 +85,7 @@ class Walk:
     def run(self) -> None:
         """Walk to the last layer; each stream's `current` then holds its outputs. Raises StoppedError when asked to."""
         self._begin()
-        with Prefetch(self._load) as ready:
+        with Prefetch(self._load, ahead=self._ahead) as ready:
             for step in range(self._begun, len(self.order)):
                 with self._supplied(step + 1):
                     self._layer(step, ready)

@@ -17,9 +17,9 @@ from l4pack.plan.memory import (
     MODEL_LOADED,
     Computing,
     Memory,
-    check_walk,
     measuring,
     solving,
+    walk_within,
 )
 from l4pack.plan.plan import Limits, make_plan
 from l4pack.quantize.run import run_plan
@@ -84,11 +84,13 @@ def test_a_full_device_is_told_before_the_job_begins(checkpoint, tmp_path, monke
 
 
 def test_a_walk_is_refused_by_either_memory():
-    check_walk(Memory(10, 10), Room(10, ASKED), Room(10, DEVICE))
+    rooms = Room(10, ASKED), Room(10, DEVICE)
+    assert walk_within(computing(), lambda _: Memory(10, 10), *rooms) == (Memory(10, 10), True)
+    assert walk_within(computing(), lambda one: Memory(11 if one.ahead else 9), *rooms) == (Memory(9), False)
     with pytest.raises(BudgetError, match="--max-ram"):
-        check_walk(Memory(11, 10), Room(10, ASKED), Room(10, DEVICE))
+        walk_within(computing(), lambda _: Memory(11, 10), *rooms)
     with pytest.raises(BudgetError, match=DEVICE):
-        check_walk(Memory(10, 11), Room(10, ASKED), Room(10, DEVICE))
+        walk_within(computing(), lambda _: Memory(10, 11), *rooms)
 
 
 @pytest.mark.parametrize(

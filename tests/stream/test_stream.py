@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from l4pack.checkpoint.source import open_folder
 from l4pack.errors import BudgetError, L4packError, StoppedError, UsageError
 from l4pack.evaluate.answers import StreamAnswers
 from l4pack.model.config import known_config, parse_config
-from l4pack.plan.memory import check_walk, computing_on
+from l4pack.plan.memory import Computing, computing_on, walk_within
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, Piece, TokenSequence, batches
 from l4pack.stream.layer import Blocks
@@ -266,15 +267,35 @@ def test_prefetch_passes_errors_on():
             ready.take(1)
 
 
+def test_without_room_nothing_is_loaded_before_it_is_taken():
+    loaded = []
+
+    def load(key):
+        loaded.append(key)
+        return key
+
+    with Prefetch(load, ahead=False) as ready:
+        ready.plan([1, 2])
+        for expected in ([1], [1, 2]):
+            assert ready.take(expected[-1]) == expected[-1]
+            assert loaded == expected
+
+
 def test_a_walk_that_does_not_fit_is_refused():
     text, sequences = known_config("llama-4-maverick").text, [TokenSequence((0,) * 2048)]
-    needed = computing_on(Compute.of("cpu"), text, sequences, models=2, streams=2).memory(scored=True)
-    check_walk(needed, Room(8_000_000_000, ASKED))
+    computing = computing_on(Compute.of("cpu"), text, sequences, models=2, streams=2)
+    needed = partial(Computing.memory, scored=True)
+    most, ahead = walk_within(computing, needed, Room(8_000_000_000, ASKED))
+    assert ahead
+    assert most.ram <= 8_000_000_000
+    least, ahead = walk_within(computing, needed, Room(most.ram - 1, ASKED))
+    assert not ahead
+    assert least.ram < most.ram
     with pytest.raises(BudgetError, match=r"at least .*, 2\.00 GB are there \(--max-ram\)") as refused:
-        check_walk(needed, Room(2_000_000_000, ASKED))
+        walk_within(computing, needed, Room(2_000_000_000, ASKED))
     assert "raise --max-ram" in refused.value.hint
     with pytest.raises(BudgetError, match="the container's memory limit"):
-        check_walk(needed, Room(2_000_000_000, CONTAINER))
+        walk_within(computing, needed, Room(2_000_000_000, CONTAINER))
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "gpu"])
