@@ -168,7 +168,7 @@ def evaluate(options: argparse.Namespace, folder: Path, name: str, side: Side) -
         return found[-1]
 
     text = TextChoice(options.heldout, samples=10**6, sequence_length=options.length)
-    settings = evaluation.Settings(work=folder / f"{name}.work", text=text, compute="cpu", restart=True)
+    settings = evaluation.EvaluationSettings(work=folder / f"{name}.work", text=text, compute="cpu", restart=True)
     with mock.patch.object(evaluation, "score_pair", keep):
         record = evaluation.evaluate(open_folder(folder / name), open_source(options.source), settings)
     side.accuracy = {key: record[key] for key in ("kl_mean", "kl_standard_error", "top1_agreement", "tokens")}

@@ -21,7 +21,7 @@ import torch
 from l4pack.calibration.text import with_text
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.source import open_folder
-from l4pack.evaluate.evaluate import Settings, evaluate
+from l4pack.evaluate.evaluate import EvaluationSettings, evaluate
 from l4pack.plan.plan import make_plan
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, load_recipe
@@ -82,7 +82,7 @@ def measure(recipe: Recipe, options: argparse.Namespace, folder: Path) -> dict[s
     seconds = time.monotonic() - started
     text = TextChoice(options.heldout, samples=10**6, sequence_length=options.length)
     first = not kept.exists()
-    settings = Settings(
+    settings = EvaluationSettings(
         work=folder / "work",
         text=text,
         save_reference=kept if first else None,

@@ -36,7 +36,7 @@ from l4pack.measure.identity import model_fingerprint
 from l4pack.plan.plan import Plan
 from l4pack.plan.summary import plan_record
 from l4pack.publish.publish import Wishes, check_ready, package_artifact, plan_push, push_artifact
-from l4pack.publish.upload import Target
+from l4pack.publish.upload import Destination
 from l4pack.quantize.accelerator import quantizer
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Gates
@@ -47,7 +47,7 @@ from l4pack.work.folder import FETCHED, is_marked, remove_all
 from l4pack.work.signals import stop_signals
 
 if TYPE_CHECKING:
-    from l4pack.evaluate.evaluate import Prepared
+    from l4pack.evaluate.evaluate import PreparedEvaluation
     from l4pack.measure.record import Sensitivity
     from l4pack.stream.visitor import Progress
     from l4pack.text.choice import TextChoice
@@ -62,7 +62,7 @@ class Outcome(StrEnum):
     FAILED = "failed"
 
 
-class Bar(Protocol):
+class ByteProgress(Protocol):
     """Something that shows how many bytes are done."""
 
     def advance(self, nbytes: int) -> None:
@@ -70,7 +70,7 @@ class Bar(Protocol):
         ...
 
 
-Watch = Callable[[str, int], AbstractContextManager[Bar]]
+Watch = Callable[[str, int], AbstractContextManager[ByteProgress]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Order:
     kv_dtype: str | None = None
     gates: Gates = field(default_factory=Gates)
     wishes: Wishes = field(default_factory=Wishes)
-    push: Target | None = None
+    push: Destination | None = None
     max_ram: int | None = None  # bytes, of every step; the plan was made for it too
     max_vram: int | None = None
     restart: bool = False
@@ -176,8 +176,8 @@ def _drop_fetched(out: Path) -> None:
         remove_all([folder])
 
 
-Result = tuple[Outcome, str, Mapping[str, Any]]
-NOT_ASKED: Result = (Outcome.NOT_ASKED, "not asked for", {})
+StepResult = tuple[Outcome, str, Mapping[str, Any]]
+NOT_ASKED: StepResult = (Outcome.NOT_ASKED, "not asked for", {})
 
 
 class _Chain:
@@ -186,7 +186,7 @@ class _Chain:
         self._promise = plan.recipe.promise
         self._state_path = order.out.with_name(f"{order.out.name}.build.json")
 
-    def steps(self) -> dict[str, Callable[[], Result]]:
+    def steps(self) -> dict[str, Callable[[], StepResult]]:
         """The steps in order."""
         plan = {"plan": self._show_plan}
         return (
@@ -203,14 +203,14 @@ class _Chain:
             }
         )
 
-    def _show_plan(self) -> Result:
+    def _show_plan(self) -> StepResult:
         plan = self._plan
         if self._order.text is not None and not plan.checkpoint.bare:
             _check_text(plan.checkpoint, self._order.text)
         summary = f"{plan.artifact_bytes:,} bytes to come, {human_bytes(plan.peak_ram_bytes)} of memory needed"
         return Outcome.DONE, summary, plan_record(plan)
 
-    def _quantize(self) -> Result:
+    def _quantize(self) -> StepResult:
         plan, order = self._plan, self._order
         with self._watch("quantizing", plan.read_bytes) as bar:
             result = run_plan(
@@ -228,7 +228,7 @@ class _Chain:
         summary = f"{human_seconds(result.seconds)}, {rate}/s, peak memory {human_bytes(result.peak_rss_bytes)}"
         return Outcome.DONE, summary, record
 
-    def _verify(self) -> Result:
+    def _verify(self) -> StepResult:
         key = self._key([self._plan.checkpoint.fingerprint()])
         state = self._state()
         summary = "every tensor holds against the source"
@@ -244,7 +244,7 @@ class _Chain:
         summary = f"{summary}: {result.checked.tally.matrices} quantized matrices and all others"
         return Outcome.DONE, summary, {"ok": True}
 
-    def _budget(self) -> Result:
+    def _budget(self) -> StepResult:
         order, promise = self._order, self._promise
         device = order.device or (promise.device if promise else None)
         if device is None:
@@ -264,7 +264,7 @@ class _Chain:
         summary = f"fits {device}, {human_gib(found.headroom_bytes)} to spare, up to {record['max_context']:,} tokens"
         return Outcome.DONE, summary, record
 
-    def _evaluate(self) -> Result:
+    def _evaluate(self) -> StepResult:
         text, out = self._order.text, self._order.out
         if text is None:
             return NOT_ASKED
@@ -290,27 +290,27 @@ class _Chain:
 
         return total_bytes(open_folder(self._order.out), self._plan.checkpoint)
 
-    def _prepared(self, text: TextChoice, progress: Progress) -> Prepared:
+    def _prepared(self, text: TextChoice, progress: Progress) -> PreparedEvaluation:
         """The evaluation this order asks for; the step before has held the weights against the manifest."""
-        from l4pack.evaluate.evaluate import Settings, prepare
+        from l4pack.evaluate.evaluate import EvaluationSettings, prepare_evaluation
 
         out = self._order.out
-        settings = Settings(
+        settings = EvaluationSettings(
             work=out.with_name(f"{out.name}.evaluate.partial"),
             text=text,
             compute=self._order.compute,
             max_ram=self._order.max_ram,
             max_vram=self._order.max_vram,
         )
-        return prepare(open_folder(out), self._plan.checkpoint, settings, progress, recorded_digest(out))
+        return prepare_evaluation(open_folder(out), self._plan.checkpoint, settings, progress, recorded_digest(out))
 
-    def _package(self) -> Result:
+    def _package(self) -> StepResult:
         packaged = package_artifact(self._order.out, self._plan.checkpoint, self._order.wishes)
         record = {"name": packaged.name, "written": list(packaged.written)}
         outcome = Outcome.DONE if packaged.written else Outcome.KEPT
         return outcome, f"{packaged.name}: {packaged.audit.policy.title}, {packaged.audit.duties} duties met", record
 
-    def _push(self) -> Result:
+    def _push(self) -> StepResult:
         target = self._order.push
         if target is None:
             return NOT_ASKED

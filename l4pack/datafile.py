@@ -7,14 +7,17 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from l4pack.errors import RecipeError, SourceError, UsageError
 
 MAX_BYTES = 1_000_000
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+PositiveCount = Annotated[int, Field(ge=1)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 LFS_MARK = b"version https://git-lfs.github.com/spec/v"
 ModelT = TypeVar("ModelT", bound=BaseModel)
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"

@@ -22,7 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from l4pack.__main__ import main
 from l4pack.calibration.text import with_text
 from l4pack.checkpoint.open import open_source
-from l4pack.plan.plan import Limits, Plan, make_plan
+from l4pack.plan.plan import Plan, RunLimits, make_plan
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, load_recipe
 
@@ -97,7 +97,7 @@ def quick_recipe(name: str) -> Recipe:
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=update)})
 
 
-def quick_plan(source: Path, recipe: str | Recipe, limits: Limits | None = None) -> Plan:
+def quick_plan(source: Path, recipe: str | Recipe, limits: RunLimits | None = None) -> Plan:
     """The plan of a recipe for a tiny checkpoint, with a text if it calibrates; float32 stays, to be compared exactly."""
     chosen, opened = quick_recipe(recipe) if isinstance(recipe, str) else recipe, open_source(str(source))
     plan = make_plan(opened, chosen.keeping(float32="F32" in opened.float_names.values()), limits)

@@ -14,14 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from l4pack.artifact.manifest import MANIFEST_NAME, SCHEMA_VERSION
 from l4pack.checkpoint.header import DTYPE_BITS
-from l4pack.datafile import first_fault, read_json, validate
+from l4pack.datafile import Sha256, first_fault, read_json, validate
 from l4pack.errors import UsageError
 from l4pack.recipe import Recipe
 
 SCHEMA_FILE = Path(__file__).with_suffix(".json")
 MAX_BYTES = 256 * 1024**2
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Repository = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")]
+RepositoryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class _Data(BaseModel):
@@ -32,7 +31,7 @@ class SourceRecord(_Data):
     """The checkpoint an artifact was made from."""
 
     name: str
-    repository: Repository | None
+    repository: RepositoryName | None
     revision: str | None
     parameters: Annotated[int, Field(gt=0)]
     weight_bytes: Annotated[int, Field(ge=0)]
@@ -128,7 +127,7 @@ def read_manifest(folder: Path) -> ManifestFile:
         raise UsageError(f"{path}: {key or 'the file'}: {message}", hint=hint) from error
 
 
-def written_files(folder: Path, manifest: ManifestFile) -> dict[str, int]:
+def quantized_files(folder: Path, manifest: ManifestFile) -> dict[str, int]:
     """Every file that `quantize` wrote and its bytes: what `plan` plans, without what `evaluate` and `package` add."""
     files = {name: file.bytes for name, file in manifest.files.items()}
     shards = {name: shard.bytes for name, shard in manifest.shards.items()}
@@ -137,4 +136,4 @@ def written_files(folder: Path, manifest: ManifestFile) -> dict[str, int]:
 
 def artifact_bytes(folder: Path) -> int:
     """The size of an artifact, the same before it is made and after it is packaged. Raises UsageError."""
-    return sum(written_files(folder, read_manifest(folder)).values())
+    return sum(quantized_files(folder, read_manifest(folder)).values())

@@ -18,7 +18,7 @@ from l4pack.model.config import Llama4Config, TextConfig, VisionConfig
 
 ACTIVATION_BYTES = 2  # BF16
 TILES_PER_IMAGE = 16 + 1  # `max_patches` of Llama 4's image processor, and the global tile
-Span = tuple[int, int]
+ByteRange = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def image_tokens(vision: VisionConfig | None) -> int:
     return TILES_PER_IMAGE * int(vision.patches * vision.pixel_shuffle_ratio**2)
 
 
-def rope_table(text: TextConfig, setting: Setting, runtime: Runtime) -> Span:
+def rope_table(text: TextConfig, setting: Setting, runtime: Runtime) -> ByteRange:
     """Cosines and sines for every position: vLLM makes them for the model's whole context, whatever is served."""
     if runtime.rope_per_context:
         size = setting.context * text.head_dim * runtime.rope_per_context
@@ -65,7 +65,7 @@ def rope_table(text: TextConfig, setting: Setting, runtime: Runtime) -> Span:
     return setting.max_positions * text.head_dim * low, setting.max_positions * text.head_dim * high
 
 
-def request_tables(text: TextConfig, setting: Setting, runtime: Runtime) -> Span:
+def request_tables(text: TextConfig, setting: Setting, runtime: Runtime) -> ByteRange:
     """Which block holds which tokens, for every request there may be: int32 per block of the context, for each group."""
     tables = 1 if runtime.kv == "pools" else sum(map(len, groups(text, setting.hybrid)))
     entries = setting.requests * -(-setting.context // runtime.block_size) * tables
@@ -81,7 +81,7 @@ def _images(vision: VisionConfig | None, setting: Setting) -> int:
     return fitting if setting.images is None else min(fitting, setting.images * setting.requests)
 
 
-def _layer(text: TextConfig, setting: Setting) -> Span:
+def _layer(text: TextConfig, setting: Setting) -> ByteRange:
     """Residual and normed states, and the wider of attention and MLP."""
     tp, hidden = setting.tp, text.hidden_size
     unit = setting.step_tokens * ACTIVATION_BYTES
@@ -102,7 +102,7 @@ def _attention_width(text: TextConfig, tp: int) -> int:
     return 2 * queries + 2 * keys
 
 
-def _whole_prompt_layer(text: TextConfig, setting: Setting, runtime: Runtime, quantized: bool) -> Span:
+def _whole_prompt_layer(text: TextConfig, setting: Setting, runtime: Runtime, quantized: bool) -> ByteRange:
     """A prompt in one piece, with an explicit attention mask.
 
     transformers repeats the states for every expert, and runs experts at once when they are fused, one by one in an
@@ -119,7 +119,7 @@ def _whole_prompt_layer(text: TextConfig, setting: Setting, runtime: Runtime, qu
     return unit * low + mask, unit * (low + hidden) + ACTIVATION_BYTES * mask
 
 
-def _vision(vision: VisionConfig, setting: Setting, images: int) -> Span:
+def _vision(vision: VisionConfig, setting: Setting, images: int) -> ByteRange:
     """All tiles of all images at once: states, and fc1's output before and after its activation."""
     unit = images * TILES_PER_IMAGE * (vision.patches + 1) * ACTIVATION_BYTES
     inner = 2 * vision.intermediate_size // setting.tp

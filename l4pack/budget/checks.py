@@ -19,21 +19,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from l4pack.budget.devices import Bytes, Device, find_host, load_devices
+from l4pack.budget.devices import Device, WrittenSize, find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.model import Budget, budget
 from l4pack.budget.record import budget_record
-from l4pack.budget.solve import Limits, limits
+from l4pack.budget.solve import LargestLoads, limits
 from l4pack.budget.subject import Subject
 from l4pack.checkpoint.open import DEMO, HUB_SCHEME, exists, hub_repository
-from l4pack.datafile import read_yaml, validate
+from l4pack.datafile import PositiveCount, read_yaml, validate
 from l4pack.errors import L4packError, RecipeError, SourceError, UsageError
 from l4pack.model.config import KNOWN_MODELS
 
 DEFAULT_FILE = "l4pack-budget.yaml"
 HELP = "see docs/how-to/budget-in-ci.md"
 OpenSubject = Callable[[str, str | None], Subject]
-Count = Annotated[int, Field(gt=0)]
 
 
 class Check(BaseModel):
@@ -47,20 +46,20 @@ class Check(BaseModel):
     source: str | None = None
     recipe: str | None = None
     device: str
-    context: Count
-    sequences: Count = 1
+    context: PositiveCount
+    sequences: PositiveCount = 1
     kv_dtype: Literal["auto", "bfloat16", "bf16", "fp8"] = "auto"
     runtime: str = "vllm"
-    tp: Count | None = None
-    pp: Count | None = None
+    tp: PositiveCount | None = None
+    pp: PositiveCount | None = None
     expert_parallel: bool = False
     hybrid: bool | None = None
-    batched_tokens: Count | None = None
-    max_num_seqs: Count | None = None
-    max_positions: Count | None = None
+    batched_tokens: PositiveCount | None = None
+    max_num_seqs: PositiveCount | None = None
+    max_positions: PositiveCount | None = None
     images: Annotated[int, Field(ge=0)] | None = None
     utilization: Annotated[float, Field(gt=0, le=1)] | None = None
-    min_headroom: Bytes = 0
+    min_headroom: WrittenSize = 0
 
     @model_validator(mode="after")
     def _one_subject(self) -> Check:
@@ -95,13 +94,13 @@ class CheckFile(BaseModel):
 
 
 @dataclass(frozen=True)
-class Result:
+class CheckResult:
     """What became of one check of a file: a budget, or the error that kept it from being made."""
 
     check: Check
     file: Path
     found: Budget | None = None
-    limits: Limits | None = None
+    limits: LargestLoads | None = None
     error: L4packError | None = None
 
     @property
@@ -150,7 +149,7 @@ def _check_keys(values: dict[str, Any], path: Path) -> None:
                 )
 
 
-def run_checks(path: Path, open_subject: OpenSubject) -> list[Result]:
+def run_checks(path: Path, open_subject: OpenSubject) -> list[CheckResult]:
     """Run every check of the file `path`; paths in it are relative to its folder. Raises UsageError for a bad file."""
     file, folder = load_checks(path), path.parent
     devices = load_devices(folder / file.devices if file.devices else None)
@@ -165,20 +164,20 @@ def run_checks(path: Path, open_subject: OpenSubject) -> list[Result]:
     return [_run(check, path, devices, opening) for check in file.checks]
 
 
-def exit_code(results: Iterable[Result]) -> int:
+def exit_code(results: Iterable[CheckResult]) -> int:
     """0 when all hold; 3 when one does not fit; otherwise the code of the first error."""
     failed = [result for result in results if not result.passed]
     errors = [result.error.exit_code for result in failed if result.error]
     return 0 if not failed else errors[0] if len(errors) == len(failed) else 3
 
 
-def _run(check: Check, path: Path, devices: dict[str, Device], opening: OpenSubject) -> Result:
+def _run(check: Check, path: Path, devices: dict[str, Device], opening: OpenSubject) -> CheckResult:
     try:
         subject = opening(_place(check, path.parent), check.recipe)
         found = budget(subject, find_host(check.device, devices), check.load(), check.runtime)
     except L4packError as error:
-        return Result(check, path, error=error)
-    return Result(check, path, found, limits(found))
+        return CheckResult(check, path, error=error)
+    return CheckResult(check, path, found, limits(found))
 
 
 def _place(check: Check, folder: Path) -> str:

@@ -28,7 +28,7 @@ def _size(value: object) -> int:
         raise ValueError(error.message) from None
 
 
-Bytes = Annotated[int, BeforeValidator(_size)]  # as a file writes it: `80GiB`, or plain bytes
+WrittenSize = Annotated[int, BeforeValidator(_size)]  # as a file writes it: `80GiB`, or plain bytes
 
 
 class DeviceData(BaseModel):
@@ -37,7 +37,7 @@ class DeviceData(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     title: str
-    memory: Annotated[Bytes, Field(gt=0)]
+    memory: Annotated[WrittenSize, Field(gt=0)]
     source: str
     aliases: list[str] = []
     small_batches: bool = False

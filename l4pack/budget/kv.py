@@ -15,7 +15,7 @@ from l4pack.model.config import TextConfig
 
 
 @dataclass(frozen=True)
-class KVCache:
+class StageCache:
     """What one pipeline stage keeps: `bytes_per_request` at the context, and bytes that are held back once."""
 
     bytes_per_request: int
@@ -32,7 +32,7 @@ def token_bytes(text: TextConfig, setting: Setting) -> int:
     return 2 * heads * text.head_dim * setting.kv_bytes
 
 
-def kv_cache(text: TextConfig, setting: Setting, runtime: Runtime, layers: range) -> KVCache:
+def kv_cache(text: TextConfig, setting: Setting, runtime: Runtime, layers: range) -> StageCache:
     """The KV cache of a stage's `layers`."""
     match runtime.kv:
         case "blocks":
@@ -42,7 +42,7 @@ def kv_cache(text: TextConfig, setting: Setting, runtime: Runtime, layers: range
         case "dynamic":
             return _dynamic(text, setting, layers)
         case "full":
-            return KVCache(setting.context * len(layers) * token_bytes(text, setting), 0)
+            return StageCache(setting.context * len(layers) * token_bytes(text, setting), 0)
 
 
 def layer_kinds(text: TextConfig, hybrid: bool) -> tuple[list[int], list[int]]:
@@ -71,7 +71,7 @@ def _split(layers: list[int], size: int) -> list[list[int]]:
     return [layers[i::number] for i in range(number)]
 
 
-def _blocks(text: TextConfig, setting: Setting, runtime: Runtime, layers: range) -> KVCache:
+def _blocks(text: TextConfig, setting: Setting, runtime: Runtime, layers: range) -> StageCache:
     """vLLM: every group takes blocks from one pool; a block holds 16 tokens of as many layers as the widest group has.
 
     Chunked layers are reserved one chunk and the tokens in flight, `(pp + 1) x max_num_batched_tokens` with asynchronous
@@ -85,17 +85,17 @@ def _blocks(text: TextConfig, setting: Setting, runtime: Runtime, layers: range)
     per_request = len(full) * _ceil(setting.context, runtime.block_size) + len(chunked) * _ceil(
         window, runtime.block_size
     )
-    return KVCache(per_request * block_bytes, block_bytes)
+    return StageCache(per_request * block_bytes, block_bytes)
 
 
-def _pools(text: TextConfig, setting: Setting, runtime: Runtime, layers: range) -> KVCache:
+def _pools(text: TextConfig, setting: Setting, runtime: Runtime, layers: range) -> StageCache:
     """SGLang: chunked layers have a pool of their own, a fixed share of the full layers' tokens."""
     full, chunked = layer_kinds(text, setting.hybrid)
     share = sum(layer in layers for layer in full) + runtime.local_ratio * sum(layer in layers for layer in chunked)
-    return KVCache(int(setting.context * share * token_bytes(text, setting)), 0)
+    return StageCache(int(setting.context * share * token_bytes(text, setting)), 0)
 
 
-def _dynamic(text: TextConfig, setting: Setting, layers: range) -> KVCache:
+def _dynamic(text: TextConfig, setting: Setting, layers: range) -> StageCache:
     """transformers: tensors that grow with the text, cut to one chunk in chunked layers; growing copies a layer's."""
     full, chunked = layer_kinds(text, setting.hybrid)
     chunk = min(text.attention_chunk_size or setting.context, setting.context)
@@ -103,7 +103,7 @@ def _dynamic(text: TextConfig, setting: Setting, layers: range) -> KVCache:
         layer in layers for layer in chunked
     )
     copy = setting.context if any(layer in layers for layer in full) else chunk
-    return KVCache((tokens + copy) * token_bytes(text, setting), 0)
+    return StageCache((tokens + copy) * token_bytes(text, setting), 0)
 
 
 def _ceil(tokens: int, block: int) -> int:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from l4pack.budget.model import Budget, Group, Line
+from l4pack.budget.model import Budget, Line, LineGroup
 from l4pack.errors import L4packError
 
 SAMPLED_PHASES = ("sampler",)
 
 
-class Reader(Protocol):
+class DeviceMemory(Protocol):
     """A device that memory can be taken from and read on."""
 
     def name(self) -> str:
@@ -58,14 +58,14 @@ class Measured:
         return {"name": self.name, "low_bytes": self.low, "high_bytes": self.high, "measured_bytes": self.measured}
 
 
-def measure(found: Budget, reader: Reader) -> list[Measured]:
+def measure_device(found: Budget, reader: DeviceMemory) -> list[Measured]:
     """Allocate every line that one GPU can hold and read it back. Raises L4packError when the device is too small."""
     free, total = reader.memory()
     lines = [Measured("device memory", found.host.device.memory_bytes, found.host.device.memory_bytes, total)]
     lines += [_line(line, total - free) for line in found.lines if line.name == "device context"]
     held: list[Any] = []
     for line in found.lines:
-        if line.group in (Group.WEIGHTS, Group.KV_CACHE) or line.name in ("position table", "request tables"):
+        if line.group in (LineGroup.WEIGHTS, LineGroup.KV_CACHE) or line.name in ("position table", "request tables"):
             lines.append(_line(line, _take(line, reader, held)))
         elif line.name not in ("device context", "activations"):
             lines.append(_line(line, None))
@@ -73,7 +73,7 @@ def measure(found: Budget, reader: Reader) -> list[Measured]:
     return lines
 
 
-def _take(line: Line, reader: Reader, held: list[Any]) -> int:
+def _take(line: Line, reader: DeviceMemory, held: list[Any]) -> int:
     before = reader.allocated()
     try:
         held.append(reader.allocate(line.low))
@@ -84,7 +84,7 @@ def _take(line: Line, reader: Reader, held: list[Any]) -> int:
     return reader.allocated() - before
 
 
-def _sampler(found: Budget, line: Line, reader: Reader) -> int | None:
+def _sampler(found: Budget, line: Line, reader: DeviceMemory) -> int | None:
     """The widest phase, where it is the sampler; other phases need the model's own kernels."""
     if not line.formula.endswith(SAMPLED_PHASES):
         return None

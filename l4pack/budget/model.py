@@ -24,7 +24,7 @@ from l4pack.units import KIB, human_bytes
 UNPUBLISHED = "a range: no runtime publishes it"
 
 
-class Group(StrEnum):
+class LineGroup(StrEnum):
     """What a line is about."""
 
     WEIGHTS = "weights"
@@ -46,7 +46,7 @@ class Line:
     """One line of memory on one GPU, in bytes; `formula` says how it was made, in words of the memory model."""
 
     name: str
-    group: Group
+    group: LineGroup
     low: int
     high: int
     formula: str
@@ -117,10 +117,10 @@ def budget(subject: Subject, host: Host, load: Load, runtime: str = "vllm") -> B
     profile = load_runtime(runtime)
     setting = resolve(subject, host, profile, load)
     check_split(subject, setting, runtime)
-    return evaluate(subject, host, profile, setting)
+    return assess(subject, host, profile, setting)
 
 
-def evaluate(subject: Subject, host: Host, runtime: Runtime, setting: Setting) -> Budget:
+def assess(subject: Subject, host: Host, runtime: Runtime, setting: Setting) -> Budget:
     """The budget for a setting with every choice made."""
     weights = weights_by_role(subject, setting, runtime)
     memory = host.device.memory_bytes
@@ -157,7 +157,7 @@ def _weight_lines(roles: dict[Role, int], setting: Setting) -> list[Line]:
         whole_experts = setting.expert_parallel and Role.ROUTED_EXPERT in members
         how = "whole experts / tp" if whole_experts else "as stored" if setting.tp == 1 else formula
         if size:
-            lines.append(Line(name, Group.WEIGHTS, size, size, how))
+            lines.append(Line(name, LineGroup.WEIGHTS, size, size, how))
     return lines
 
 
@@ -169,7 +169,7 @@ def _kv_line(subject: Subject, setting: Setting, runtime: Runtime, layers: range
         how = f"{setting.sequences:,} x {blocks:,} blocks of {cache.held_bytes / KIB:g} KiB, 1 held back"
     else:
         how = f"{setting.sequences:,} x {human_bytes(cache.bytes_per_request)}"
-    return Line("KV cache", Group.KV_CACHE, size, size, how)
+    return Line("KV cache", LineGroup.KV_CACHE, size, size, how)
 
 
 def _fixed_lines(subject: Subject, setting: Setting, runtime: Runtime) -> list[Line]:
@@ -183,13 +183,16 @@ def _fixed_lines(subject: Subject, setting: Setting, runtime: Runtime) -> list[L
     positions = f"{setting.context if runtime.rope_per_context else setting.max_positions:,} positions"
     step = f"{setting.step_tokens:,} tokens a step, {setting.requests:,} requests"
     lines = [
-        Line("position table", Group.RUNTIME, *rope_table(text, setting, runtime), positions),
+        Line("position table", LineGroup.RUNTIME, *rope_table(text, setting, runtime), positions),
         Line(
-            "request tables", Group.RUNTIME, *request_tables(text, setting, runtime), f"{setting.requests:,} requests"
+            "request tables",
+            LineGroup.RUNTIME,
+            *request_tables(text, setting, runtime),
+            f"{setting.requests:,} requests",
         ),
-        Line("activations", Group.ACTIVATIONS, low, high, f"{step}; widest: {widest}", outside),
-        Line("CUDA graphs", Group.RUNTIME, *runtime.graphs, UNPUBLISHED, outside),
-        Line("device context", Group.RUNTIME, *runtime.context, UNPUBLISHED),
-        Line("communication", Group.RUNTIME, *links, UNPUBLISHED),
+        Line("activations", LineGroup.ACTIVATIONS, low, high, f"{step}; widest: {widest}", outside),
+        Line("CUDA graphs", LineGroup.RUNTIME, *runtime.graphs, UNPUBLISHED, outside),
+        Line("device context", LineGroup.RUNTIME, *runtime.context, UNPUBLISHED),
+        Line("communication", LineGroup.RUNTIME, *links, UNPUBLISHED),
     ]
     return [line for line in lines if line.high]

@@ -41,7 +41,7 @@ def alternatives(source: str, subject: Subject) -> dict[str, Callable[[], Subjec
     return {name: partial(planned, checkpoint, name) for name in ALTERNATIVES}
 
 
-def candidates(sources: Iterable[str], recipe: str | None) -> list[Subject]:
+def candidate_subjects(sources: Iterable[str], recipe: str | None) -> list[Subject]:
     """What a table of budgets compares: each source as it is and under the generic recipes, or under one."""
     found = []
     for source in sources:

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 from l4pack.budget.model import Budget, Line
-from l4pack.budget.solve import Change, Limits
+from l4pack.budget.solve import LargestLoads, Suggestion
 
 
-def budget_record(found: Budget, limits: Limits, changes: Sequence[Change] = ()) -> dict[str, Any]:
+def budget_record(found: Budget, limits: LargestLoads, changes: Sequence[Suggestion] = ()) -> dict[str, Any]:
     """What was asked, whether it fits, and every line of the GPU that decides."""
     setting, subject = found.setting, found.subject
     return {

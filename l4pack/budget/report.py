@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from l4pack.budget.checks import Result
-from l4pack.budget.report_format import Format
+from l4pack.budget.checks import CheckResult
+from l4pack.budget.report_format import ReportFormat
 from l4pack.budget.view import spare
 from l4pack.datafile import read_json
 from l4pack.errors import UsageError
@@ -25,7 +25,7 @@ class Baseline:
 
     records: dict[str, dict[str, Any]]
 
-    def changes(self, result: Result) -> str:
+    def changes(self, result: CheckResult) -> str:
         """What moved since the baseline, in one phrase; empty when nothing did or nothing can be compared."""
         if result.found is None or result.limits is None:
             return ""
@@ -54,22 +54,22 @@ def load_baseline(path: Path | None) -> Baseline:
         raise UsageError(f"{path} is not a saved budget", hint=hint) from error
 
 
-def render(results: Sequence[Result], format: Format, baseline: Baseline) -> str:
+def render(results: Sequence[CheckResult], format: ReportFormat, baseline: Baseline) -> str:
     """The results as text in a format."""
     match format:
-        case Format.TEXT:
+        case ReportFormat.TEXT:
             return _text(results, baseline)
-        case Format.JSON:
+        case ReportFormat.JSON:
             return json.dumps(checks_record(results, baseline), indent=2, ensure_ascii=False) + "\n"
-        case Format.MARKDOWN:
+        case ReportFormat.MARKDOWN:
             return _markdown(results, baseline)
-        case Format.GITHUB:
+        case ReportFormat.GITHUB:
             return _github(results, baseline)
-        case Format.JUNIT:
+        case ReportFormat.JUNIT:
             return _junit(results, baseline)
 
 
-def checks_record(results: Sequence[Result], baseline: Baseline) -> dict[str, Any]:
+def checks_record(results: Sequence[CheckResult], baseline: Baseline) -> dict[str, Any]:
     """Plain data: `fits` is whether every check holds; `checks` has one record each."""
     records = [result.record() | {"change": baseline.changes(result)} for result in results]
     return {
@@ -80,7 +80,7 @@ def checks_record(results: Sequence[Result], baseline: Baseline) -> dict[str, An
     }
 
 
-def summary(result: Result) -> str:
+def summary(result: CheckResult) -> str:
     """One phrase: by how much a check holds or fails."""
     if result.found is None or result.limits is None:
         return " ".join(result.error.message.split()) if result.error else "not run"
@@ -99,12 +99,12 @@ def _tokens(count: int) -> str:
     return f"{count:,} tokens"
 
 
-def _count(results: Sequence[Result]) -> str:
+def _count(results: Sequence[CheckResult]) -> str:
     passed = sum(result.passed for result in results)
     return f"{passed} of {len(results)} {'check' if len(results) == 1 else 'checks'} hold"
 
 
-def _text(results: Sequence[Result], baseline: Baseline) -> str:
+def _text(results: Sequence[CheckResult], baseline: Baseline) -> str:
     width = max(len(result.check.name) for result in results)
     lines = []
     for result in results:
@@ -118,7 +118,7 @@ def _text(results: Sequence[Result], baseline: Baseline) -> str:
     return "\n".join([*lines, "", _count(results)]) + "\n"
 
 
-def _markdown(results: Sequence[Result], baseline: Baseline) -> str:
+def _markdown(results: Sequence[CheckResult], baseline: Baseline) -> str:
     head = ["Check", "Device", "Context", "Headroom", "Largest context", "Weights"]
     head += ["Since the baseline"] if baseline.records else []
     rows = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -141,7 +141,7 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _github(results: Sequence[Result], baseline: Baseline) -> str:
+def _github(results: Sequence[CheckResult], baseline: Baseline) -> str:
     """Workflow commands, https://docs.github.com/actions/reference/workflow-commands-for-github-actions."""
     lines = []
     for result in results:
@@ -161,7 +161,7 @@ def _property(text: str) -> str:
     return _escaped(text).replace(":", "%3A").replace(",", "%2C")
 
 
-def _junit(results: Sequence[Result], baseline: Baseline) -> str:
+def _junit(results: Sequence[CheckResult], baseline: Baseline) -> str:
     failed = [result for result in results if result.found and not result.passed]
     errors = [result for result in results if result.error]
     counts = {"tests": str(len(results)), "failures": str(len(failed)), "errors": str(len(errors))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 
-class Format(StrEnum):
+class ReportFormat(StrEnum):
     """How `l4pack budget check` writes its results."""
 
     TEXT = "text"

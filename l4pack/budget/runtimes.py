@@ -8,13 +8,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from l4pack.budget.devices import DATA, Bytes, Device
+from l4pack.budget.devices import DATA, Device, WrittenSize
 from l4pack.datafile import read_yaml, validate
 from l4pack.errors import UsageError
 from l4pack.model.config import VisionConfig
 from l4pack.units import GIB
 
-Range = tuple[Bytes, Bytes]
+Range = tuple[WrittenSize, WrittenSize]
 
 
 class _Data(BaseModel):
@@ -24,7 +24,7 @@ class _Data(BaseModel):
 class BatchDefaults(_Data):
     """The batch limits a runtime takes on devices of at least `min_memory`."""
 
-    min_memory: Bytes
+    min_memory: WrittenSize
     batched_tokens: int
     max_num_seqs: int
 
@@ -32,7 +32,7 @@ class BatchDefaults(_Data):
 class Reserve(_Data):
     """What a runtime keeps free for activations and graphs on devices below `max_memory`."""
 
-    max_memory: Bytes
+    max_memory: WrittenSize
     gib: float
     gib_per_gpu: float
 

@@ -8,7 +8,7 @@ from itertools import chain, islice
 
 from l4pack.budget.devices import Device, Host
 from l4pack.budget.load import Load, Setting, divides, longest_context
-from l4pack.budget.model import Budget, budget, evaluate
+from l4pack.budget.model import Budget, assess, budget
 from l4pack.budget.subject import Subject
 from l4pack.errors import UsageError
 
@@ -20,7 +20,7 @@ LARGER = 1.1  # a device counts as larger from here on
 
 
 @dataclass(frozen=True)
-class Limits:
+class LargestLoads:
     """The largest loads that fit, at the dear end of the ranges and at the cheap one."""
 
     max_context: int
@@ -30,7 +30,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Change:
+class Suggestion:
     """A change to the load that was tried and fits."""
 
     what: str
@@ -39,9 +39,9 @@ class Change:
     headroom_bytes: int
 
 
-def limits(found: Budget) -> Limits:
+def limits(found: Budget) -> LargestLoads:
     """The largest context at this load, and the most sequences at this context."""
-    return Limits(
+    return LargestLoads(
         max_context(found, high=True),
         max_context(found, high=False),
         max_sequences(found, high=True),
@@ -68,7 +68,7 @@ def max_sequences(found: Budget, *, high: bool = True) -> int:
 
 def _room(found: Budget, *, high: bool) -> Callable[[Setting], bool]:
     def fits(setting: Setting) -> bool:
-        tried = evaluate(found.subject, found.host, found.runtime, setting)
+        tried = assess(found.subject, found.host, found.runtime, setting)
         return tried.fits if high else tried.headroom_high_bytes >= 0
 
     return fits
@@ -89,7 +89,7 @@ def changes(
     runtime: str,
     devices: Mapping[str, Device],
     others: Mapping[str, Callable[[], Subject]],
-) -> list[Change]:
+) -> list[Suggestion]:
     """The nearest changes that make it fit, each tried by running the model again; smallest change first."""
     tried = _Trial(found, load, runtime)
     candidates = (
@@ -107,7 +107,7 @@ class _Trial:
     load: Load
     runtime: str
 
-    def smaller_load(self) -> Iterator[Change]:
+    def smaller_load(self) -> Iterator[Suggestion]:
         """Less context; fewer sequences."""
         context = max_context(self.found)
         if 0 < context < self.found.setting.context:
@@ -116,7 +116,7 @@ class _Trial:
         if 0 < count < self.found.setting.sequences:
             yield from self._try(f"{count} sequences", f"--sequences {count}", replace(self.load, sequences=count))
 
-    def leaner_runtime(self) -> Iterator[Change]:
+    def leaner_runtime(self) -> Iterator[Suggestion]:
         """FP8 KV, fewer request slots, a shorter position table, and all of them."""
         options = [option for option in (_fp8_kv(self), _fewer_requests(self), _shorter_table(self)) if option]
         together = self.load
@@ -126,7 +126,7 @@ class _Trial:
         if len(options) > 1:
             yield from self._try(TOGETHER[len(options)], " ".join(flag for _, flag, _ in options), together)
 
-    def other_weights(self, others: Mapping[str, Callable[[], Subject]]) -> Iterator[Change]:
+    def other_weights(self, others: Mapping[str, Callable[[], Subject]]) -> Iterator[Suggestion]:
         """Another recipe, the largest artifact that fits: at this load, or at the context it leaves room for."""
         subjects = [make() for name, make in others.items() if name != self.found.subject.recipe]
         subjects.sort(key=lambda subject: -subject.weight_bytes)
@@ -134,12 +134,12 @@ class _Trial:
         less = (change for subject in subjects for change in self._shortened(subject))
         yield from islice(chain(same, less), 1)
 
-    def _recipe(self, subject: Subject, load: Load) -> Iterator[Change]:
+    def _recipe(self, subject: Subject, load: Load) -> Iterator[Suggestion]:
         name = subject.recipe
         yield from self._try(f"recipe {name}", f"--recipe {name}", load, subject=subject)
 
-    def _shortened(self, subject: Subject) -> Iterator[Change]:
-        found = evaluate(subject, self.found.host, self.found.runtime, self.found.setting)
+    def _shortened(self, subject: Subject) -> Iterator[Suggestion]:
+        found = assess(subject, self.found.host, self.found.runtime, self.found.setting)
         context = max_context(found)
         if context > 0:
             what, option = (
@@ -148,7 +148,7 @@ class _Trial:
             )
             yield from self._try(what, option, replace(self.load, context=context), subject=subject)
 
-    def more_hardware(self, devices: Mapping[str, Device]) -> Iterator[Change]:
+    def more_hardware(self, devices: Mapping[str, Device]) -> Iterator[Suggestion]:
         """More of the same device; larger devices, as many of them; failing both, more and larger ones."""
         host = self.found.host
         counts = [count for count in GPU_COUNTS if count > host.count]
@@ -164,22 +164,22 @@ class _Trial:
         if not more and not bigger:
             yield from self._first(both)
 
-    def _first(self, hosts: Iterable[Host]) -> list[Change]:
+    def _first(self, hosts: Iterable[Host]) -> list[Suggestion]:
         return list(islice((change for host in hosts for change in self._on(host)), 1))
 
-    def _on(self, host: Host) -> Iterator[Change]:
+    def _on(self, host: Host) -> Iterator[Suggestion]:
         if self.found.runtime.pipeline or divides(self.found.subject.config.text, host.count):
             yield from self._try(host.name, f"--device {host.name}", replace(self.load, tp=None, pp=None), host=host)
 
     def _try(
         self, what: str, option: str, load: Load, *, subject: Subject | None = None, host: Host | None = None
-    ) -> Iterator[Change]:
+    ) -> Iterator[Suggestion]:
         try:
             found = budget(subject or self.found.subject, host or self.found.host, load, self.runtime)
         except UsageError:
             return  # the runtime would refuse this load: it is no way out
         if found.fits:
-            yield Change(what, option, max_context(found), found.headroom_bytes)
+            yield Suggestion(what, option, max_context(found), found.headroom_bytes)
 
 
 Option = tuple[str, str, Callable[[Load], Load]]

@@ -18,7 +18,7 @@ from l4pack.model.names import classify, split_suffix
 from l4pack.model.tensors import Role, catalogue
 
 
-class StoredTensor(TypedTensor, Protocol):
+class ArtifactTensor(TypedTensor, Protocol):
     """A tensor of an artifact: written, or planned."""
 
     @property
@@ -39,7 +39,7 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class TensorKind:
     """Tensors that a runtime treats alike: same role, layer, place in the module, dtype and shape."""
 
     role: Role
@@ -62,11 +62,11 @@ class Subject:
 
     name: str
     config: Llama4Config
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[ArtifactTensor, ...]
     recipe: str | None = None
 
     @cached_property
-    def kinds(self) -> dict[Kind, int]:
+    def kinds(self) -> dict[TensorKind, int]:
         """How many tensors there are of each kind."""
         named = [(tensor, *split_suffix(tensor.name)) for tensor in self.tensors]
         told = ((module, _told(suffix, tensor.dtype)) for tensor, module, suffix in named)
@@ -110,6 +110,6 @@ def _told(suffix: str, dtype: str) -> Format | None:
     return format_of({suffix: dtype})
 
 
-def _kind(tensor: StoredTensor, module: str, suffix: str, form: Format | None) -> Kind:
+def _kind(tensor: ArtifactTensor, module: str, suffix: str, form: Format | None) -> TensorKind:
     projection = module.rpartition(".")[2]
-    return Kind(tensor.role, tensor.layer, projection, suffix, tensor.dtype, tensor.shape, form)
+    return TensorKind(tensor.role, tensor.layer, projection, suffix, tensor.dtype, tensor.shape, form)

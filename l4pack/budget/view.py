@@ -13,19 +13,24 @@ from l4pack.budget.devices import Device
 from l4pack.budget.load import Load, longest_context
 from l4pack.budget.matrix import Row
 from l4pack.budget.measure import Measured
-from l4pack.budget.model import Budget, Group, Line, Verdict
+from l4pack.budget.model import Budget, Line, LineGroup, Verdict
 from l4pack.budget.runtimes import load_runtime
-from l4pack.budget.solve import Change, Limits
+from l4pack.budget.solve import LargestLoads, Suggestion
 from l4pack.units import GIB, human_gib
 
 BAR_WIDTH = 72
-STYLES = {Group.WEIGHTS: "blue", Group.KV_CACHE: "green", Group.ACTIVATIONS: "magenta", Group.RUNTIME: "cyan"}
-GLYPHS = {Group.WEIGHTS: "█", Group.KV_CACHE: "▓", Group.ACTIVATIONS: "▒", Group.RUNTIME: "░"}
+STYLES = {
+    LineGroup.WEIGHTS: "blue",
+    LineGroup.KV_CACHE: "green",
+    LineGroup.ACTIVATIONS: "magenta",
+    LineGroup.RUNTIME: "cyan",
+}
+GLYPHS = {LineGroup.WEIGHTS: "█", LineGroup.KV_CACHE: "▓", LineGroup.ACTIVATIONS: "▒", LineGroup.RUNTIME: "░"}
 TITLES = {
-    Group.WEIGHTS: "weights",
-    Group.KV_CACHE: "KV cache",
-    Group.ACTIVATIONS: "activations",
-    Group.RUNTIME: "runtime",
+    LineGroup.WEIGHTS: "weights",
+    LineGroup.KV_CACHE: "KV cache",
+    LineGroup.ACTIVATIONS: "activations",
+    LineGroup.RUNTIME: "runtime",
 }
 VERDICTS = {
     Verdict.FITS: ("bold green", "fits"),
@@ -35,7 +40,7 @@ VERDICTS = {
 SPARE, MAYBE = "·", "?"
 
 
-def budget_view(found: Budget, limits: Limits, changes: Sequence[Change] = ()) -> list[RenderableType]:
+def budget_view(found: Budget, limits: LargestLoads, changes: Sequence[Suggestion] = ()) -> list[RenderableType]:
     """All that `l4pack budget` shows."""
     asked = Text(question(found), "dim")
     shown: list[RenderableType] = [verdict_line(found, limits), asked, "", _table(found), "", *_bar(found), ""]
@@ -47,7 +52,7 @@ def budget_view(found: Budget, limits: Limits, changes: Sequence[Change] = ()) -
     return shown
 
 
-def verdict_line(found: Budget, limits: Limits) -> Text:
+def verdict_line(found: Budget, limits: LargestLoads) -> Text:
     """One line: the verdict, by how much, and when the context is what is too much, the one that fits."""
     style, word = VERDICTS[found.verdict]
     line = Text.assemble((f"{word} on {found.host.name}", style), f": {spare(found)}")
@@ -121,7 +126,7 @@ def _bar(found: Budget) -> list[Text]:
     low, high = sum(line.low for line in found.lines), sum(line.high for line in found.lines)
     scale = max(device, high) / BAR_WIDTH
     bar, used = Text(), 0
-    for group in Group:
+    for group in LineGroup:
         before = round(used / scale)
         used += sum(line.low for line in found.lines if line.group is group)
         bar.append(GLYPHS[group] * (round(used / scale) - before), STYLES[group])
@@ -129,13 +134,13 @@ def _bar(found: Budget) -> list[Text]:
     bar.append(SPARE * (BAR_WIDTH - len(bar)), "dim")
     limit = min(round(planned / scale), BAR_WIDTH - 1)
     legend = Text()
-    for group in Group:
+    for group in LineGroup:
         legend.append(f"{GLYPHS[group]} {TITLES[group]}  ", STYLES[group])
     legend.append(f"{MAYBE} not known  ", "yellow").append(f"{SPARE} free", "dim")
     return [bar, Text(" " * limit + "^ " + human_gib(planned), "dim"), legend]
 
 
-def _limits(found: Budget, limits: Limits) -> Table:
+def _limits(found: Budget, limits: LargestLoads) -> Table:
     longest = longest_context(found.subject.config.text)
     whole = " (the model's whole context)" if limits.max_context == longest else ""
     rows = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
@@ -151,7 +156,7 @@ def _counts(low: int, high: int, unit: str) -> Text:
     return text if low == high else text.append(f", {high:,} at best", "dim")
 
 
-def _changes(changes: Sequence[Change]) -> Table:
+def _changes(changes: Sequence[Suggestion]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for change in changes:
         table.add_row(

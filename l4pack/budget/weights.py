@@ -16,7 +16,7 @@ from functools import lru_cache
 from l4pack.artifact.kv_cache import SUFFIXES as KV_SUFFIXES
 from l4pack.budget.load import Setting
 from l4pack.budget.runtimes import Runtime
-from l4pack.budget.subject import Kind, Subject, from_config
+from l4pack.budget.subject import Subject, TensorKind, from_config
 from l4pack.errors import UsageError
 from l4pack.formats.float_quantized import FLOAT_QUANTIZED
 from l4pack.formats.limits import ROW_SPLIT
@@ -79,7 +79,7 @@ def _by_role(subject: Subject, tp: int, pp: int, expert_parallel: bool, casts: b
     return [dict(total) for total in totals]
 
 
-def _stages_of(kind: Kind, stages: list[range], tied: bool) -> list[int]:
+def _stages_of(kind: TensorKind, stages: list[range], tied: bool) -> list[int]:
     last = len(stages) - 1
     if kind.layer is not None:
         return [index for index, layers in enumerate(stages) if kind.layer in layers]
@@ -90,7 +90,7 @@ def _stages_of(kind: Kind, stages: list[range], tied: bool) -> list[int]:
     return [last]
 
 
-def _per_gpu(kind: Kind, weight: int, text: TextConfig, tp: int, expert_parallel: bool) -> int:
+def _per_gpu(kind: TensorKind, weight: int, text: TextConfig, tp: int, expert_parallel: bool) -> int:
     if kind.role is Role.ROUTED_EXPERT and expert_parallel:
         experts = text.num_local_experts
         return math.prod(kind.shape) * weight * -(-experts // tp) // experts
@@ -101,7 +101,7 @@ def _per_gpu(kind: Kind, weight: int, text: TextConfig, tp: int, expert_parallel
     return math.prod(kind.shape) // size * _share(kind, size, text, tp) * weight
 
 
-def _element_bytes(kind: Kind, casts: bool) -> int:
+def _element_bytes(kind: TensorKind, casts: bool) -> int:
     """Bytes of an element on the GPU; a runtime that casts holds floats in the model's dtype and FP8 scales in float32."""
     if not casts:
         return kind.nbytes // max(math.prod(kind.shape), 1)
@@ -112,7 +112,7 @@ def _element_bytes(kind: Kind, casts: bool) -> int:
     return kind.nbytes // max(math.prod(kind.shape), 1)
 
 
-def _split_axis(kind: Kind) -> int | None:
+def _split_axis(kind: TensorKind) -> int | None:
     """The axis tensor parallelism cuts; None for a tensor that every GPU holds whole.
 
     A row-split bias or channel scale has no such axis, and so is repeated.
@@ -127,7 +127,7 @@ def _split_axis(kind: Kind) -> int | None:
     return axis if len(kind.shape) > axis and kind.shape[axis] > 1 else None
 
 
-def _share(kind: Kind, size: int, text: TextConfig, tp: int) -> int:
+def _share(kind: TensorKind, size: int, text: TextConfig, tp: int) -> int:
     """How much of an axis one GPU holds."""
     if kind.role in (Role.EMBEDDING, Role.LM_HEAD):
         padded = -(-size // VOCAB_PADDING) * VOCAB_PADDING

@@ -56,7 +56,7 @@ def solve_mlp(
     solve = partial(_solve, matrices=matrices, scheme=scheme, dtypes=dtypes)
     solutions = {name: solve(first, name) for name in (GATE, UP)}
     del first
-    solved = {name: weights_of(solution, matrices.model_dtype) for name, solution in solutions.items()}
+    solved = {name: solved_weights(solution, matrices.model_dtype) for name, solution in solutions.items()}
     after = Matrices(solved, matrices.activation, matrices.model_dtype)
     moments = _moments((_inner(block, matrices, after) for block in inputs()), inner, options)
     del solved, after
@@ -88,7 +88,9 @@ def _problem(moments: Moments, options: GptqOptions, outputs: int) -> gptq.Probl
     hessian, cross = moments.finish()
     if cross is not None:
         cross *= options.asymmetric
-    return gptq.prepare(hessian, cross=cross, act_order=options.act_order, dampening=options.dampening, outputs=outputs)
+    return gptq.prepare_problem(
+        hessian, cross=cross, act_order=options.act_order, dampening=options.dampening, outputs=outputs
+    )
 
 
 def _solve(
@@ -111,7 +113,7 @@ def _solve(
     )
 
 
-def weights_of(solution: gptq.Solution, dtype: torch.dtype = torch.float32) -> Tensor:
+def solved_weights(solution: gptq.Solution, dtype: torch.dtype = torch.float32) -> Tensor:
     """float32 [out, in] of a solution, rounded to `dtype`."""
     zero_point = torch.zeros_like(solution.scale, dtype=torch.float32)
     if solution.zero_point is not None:

@@ -139,7 +139,7 @@ class Remote:
         if file.size > limit:
             raise SourceError(f"{self.repo_id}: {name} is implausibly large", hint=IS_IT)
         content = self.part(name, 0, file.size)
-        if not matches(file, content):
+        if not has_digest(file, content):
             raise HubError(f"{self.repo_id}: {name} arrived damaged", hint="run the same command again")
         return content
 
@@ -212,7 +212,7 @@ def _header(remote: Remote, file: str, length: int) -> dict[str, TensorEntry]:
     return parse_header(remote.part(file, LENGTH_BYTES, length), data_bytes, file)
 
 
-def matches(file: RemoteFile, content: bytes) -> bool:
+def has_digest(file: RemoteFile, content: bytes) -> bool:
     """Whether bytes are the content the Hub lists."""
     if file.sha256:
         return hashlib.sha256(content).hexdigest() == file.sha256
@@ -301,6 +301,6 @@ class HubStore:
 
 def _digest_agrees(file: RemoteFile, path: Path) -> bool:
     if file.sha256 is None:
-        return matches(file, path.read_bytes())
+        return has_digest(file, path.read_bytes())
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest() == file.sha256

@@ -23,7 +23,7 @@ MAX_BYTES = 512 * MIB
 _KEYS_A_LINE = 1000
 _TAIL_BYTES = len(b',"chain":""}\n') + 64
 _ENTRY: dict[str, type[Any]] = {"finished": str, "digests": str, "results": dict}
-Entry = dict[str, Any]
+JournalLine = dict[str, Any]
 
 
 class Journal:
@@ -46,7 +46,9 @@ class Journal:
             raise another_job(path.parent, changes, command_shown(head.get("command")))
         for entry in entries:
             self._take(entry)
-        self._head: Entry = head if "job" in head else {"job": dict(identity.parts), "command": command_shown(command)}
+        self._head: JournalLine = (
+            head if "job" in head else {"job": dict(identity.parts), "command": command_shown(command)}
+        )
         self._rewrite()  # what a crash tore off must not be followed by new lines
 
     def record(
@@ -56,7 +58,7 @@ class Journal:
         results: Mapping[str, Any] | None = None,
     ) -> None:
         """Note pieces of work and tensor digests as done, and what came of them; call once their bytes are safely on disk."""
-        entry: Entry = {"finished": finished, "digests": digests, "results": results}
+        entry: JournalLine = {"finished": finished, "digests": digests, "results": results}
         entry = {key: dict(value) for key, value in entry.items() if value}
         if not entry:
             return
@@ -78,20 +80,20 @@ class Journal:
         """Close the file."""
         os.close(self._descriptor)
 
-    def _take(self, entry: Entry) -> None:
+    def _take(self, entry: JournalLine) -> None:
         self.finished.update(entry.get("finished", {}))
         self.digests.update(entry.get("digests", {}))
         self.results.update(entry.get("results", {}))
 
     def _rewrite(self) -> None:
         # What came of a piece of work stands before the word that it is finished: the reading may end between them.
-        whole: Entry = {"results": self.results, "digests": self.digests, "finished": self.finished}
+        whole: JournalLine = {"results": self.results, "digests": self.digests, "finished": self.finished}
         entries = [{key: part} for key, value in whole.items() for part in _parts(value)]
         self._chain = b""
         write_atomic(self.path, b"".join(map(self._line, [self._head, *entries])))
         self._descriptor = open_own(self.path, os.O_WRONLY | os.O_APPEND)
 
-    def _line(self, entry: Entry) -> bytes:
+    def _line(self, entry: JournalLine) -> bytes:
         body = json.dumps(entry, separators=(",", ":")).encode()[:-1]
         self._chain = _chained(self._chain, body)
         return body + _tail(self._chain)
@@ -103,7 +105,7 @@ def _parts(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {key: value[key] for key in keys[start : start + _KEYS_A_LINE]}
 
 
-def _sound_lines(path: Path) -> Iterator[Entry]:
+def _sound_lines(path: Path) -> Iterator[JournalLine]:
     """The head, which is empty if it is not sound, and the entries up to the first that is not."""
     chain, first, left = b"", True, MAX_BYTES
     with os.fdopen(open_own(path, os.O_RDONLY), "rb") as stream:
@@ -120,7 +122,7 @@ def _sound_lines(path: Path) -> Iterator[Entry]:
         yield {}
 
 
-def _parsed(line: bytes) -> Entry | None:
+def _parsed(line: bytes) -> JournalLine | None:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -128,11 +130,11 @@ def _parsed(line: bytes) -> Entry | None:
     return value if isinstance(value, dict) else None
 
 
-def _is_head(entry: Entry) -> bool:
+def _is_head(entry: JournalLine) -> bool:
     return isinstance(entry.get("job"), dict)
 
 
-def _is_entry(entry: Entry) -> bool:
+def _is_entry(entry: JournalLine) -> bool:
     """Whether a line could be one that `record` wrote."""
     return entry.keys() <= _ENTRY.keys() and all(
         isinstance(value, dict) and all(isinstance(one, _ENTRY[key]) for one in value.values())

@@ -16,7 +16,7 @@ class Sized(TypedTensor, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class FilePlace:
     """Where a tensor's bytes go: file name and offset from the start of that file."""
 
     file: str

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l4pack.checkpoint.open_files import allow_open_files
-from l4pack.checkpoint.shards import Place, Shard
+from l4pack.checkpoint.shards import FilePlace, Shard
 from l4pack.units import MIB
 from l4pack.work.files import open_own, sync_folder
 
@@ -53,7 +53,7 @@ class Written:
         """Hex SHA-256 of the extents' digests."""
         return _combined(digest.hexdigest() for digest in self._digests)
 
-    def tensors(self, places: Mapping[str, Place]) -> dict[str, str]:
+    def tensors(self, places: Mapping[str, FilePlace]) -> dict[str, str]:
         """Hex SHA-256 of the tensors that were written whole."""
         pairs = zip(self._extents, self._digests, strict=True)
         return {
@@ -66,7 +66,7 @@ class Written:
 class ShardWriter:
     """Writes pieces of tensors into a folder of shards; safe to use from several threads at once."""
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], places: Mapping[str, Place]) -> None:
+    def __init__(self, folder: Path, shards: Sequence[Shard], places: Mapping[str, FilePlace]) -> None:
         self._places = places
         self._lock = threading.Lock()
         self._watched = threading.local()

@@ -8,32 +8,32 @@ from typing import TYPE_CHECKING
 import typer
 from typer.core import TyperGroup
 
-from l4pack.budget.report_format import Format
+from l4pack.budget.report_format import ReportFormat
 from l4pack.cli import console
 from l4pack.cli.options import (
-    PP,
-    TP,
-    AsJson,
-    Baseline,
-    BatchedTokens,
-    Checks,
-    Context,
-    Device,
-    DevicesFile,
-    ExpertParallel,
-    HybridKV,
-    Images,
-    KVDtype,
-    Matrix,
-    MaxNumSeqs,
-    MaxPositions,
-    MeasureGpu,
-    OutputFormat,
-    Recipe,
-    Runtime,
-    Sequences,
-    Subject,
-    Utilization,
+    AsJsonOption,
+    BaselineOption,
+    BatchedTokensOption,
+    ChecksOption,
+    ContextOption,
+    DeviceOption,
+    DevicesFileOption,
+    ExpertParallelOption,
+    HybridKVOption,
+    ImagesOption,
+    KVDtypeOption,
+    MatrixOption,
+    MaxNumSeqsOption,
+    MaxPositionsOption,
+    MeasureGpuOption,
+    OutputFormatOption,
+    PPOption,
+    RecipeOption,
+    RuntimeOption,
+    SequencesOption,
+    SubjectOption,
+    TPOption,
+    UtilizationOption,
 )
 from l4pack.errors import BudgetError, UsageError
 
@@ -64,26 +64,26 @@ budget_app = typer.Typer(
 
 @budget_app.command(SHOW)
 def show(
-    subject: Subject = None,
-    recipe: Recipe[str | None] = None,
-    device: Device[str | None] = None,
-    context: Context = None,
-    sequences: Sequences[int] = 1,
-    kv_dtype: KVDtype[str] = "auto",
-    runtime: Runtime = "vllm",
-    tp: TP = None,
-    pp: PP = None,
-    expert_parallel: ExpertParallel = False,
-    hybrid: HybridKV = None,
-    batched_tokens: BatchedTokens = None,
-    max_num_seqs: MaxNumSeqs = None,
-    max_positions: MaxPositions = None,
-    images: Images = None,
-    utilization: Utilization = None,
-    devices: DevicesFile = None,
-    matrix: Matrix = False,
-    measure: MeasureGpu = False,
-    as_json: AsJson = False,
+    subject: SubjectOption = None,
+    recipe: RecipeOption[str | None] = None,
+    device: DeviceOption[str | None] = None,
+    context: ContextOption = None,
+    sequences: SequencesOption[int] = 1,
+    kv_dtype: KVDtypeOption[str] = "auto",
+    runtime: RuntimeOption = "vllm",
+    tp: TPOption = None,
+    pp: PPOption = None,
+    expert_parallel: ExpertParallelOption = False,
+    hybrid: HybridKVOption = None,
+    batched_tokens: BatchedTokensOption = None,
+    max_num_seqs: MaxNumSeqsOption = None,
+    max_positions: MaxPositionsOption = None,
+    images: ImagesOption = None,
+    utilization: UtilizationOption = None,
+    devices: DevicesFileOption = None,
+    matrix: MatrixOption = False,
+    measure: MeasureGpuOption = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Say whether a model fits, before it is made or after.
 
@@ -144,14 +144,14 @@ def _matrix(
     from l4pack.budget.devices import find_host, load_devices
     from l4pack.budget.matrix import HOSTS
     from l4pack.budget.matrix import matrix as make_matrix
-    from l4pack.budget.named import candidates
+    from l4pack.budget.named import candidate_subjects
     from l4pack.budget.view import matrix_view
     from l4pack.model.config import KNOWN_MODELS
 
     known = load_devices(devices)
     own = [name for name in known if name not in load_devices()]
     hosts = [find_host(name, known) for name in ([device] if device else [*HOSTS, *own])]
-    rows = make_matrix(candidates([source] if source else KNOWN_MODELS, recipe), hosts, load, runtime)
+    rows = make_matrix(candidate_subjects([source] if source else KNOWN_MODELS, recipe), hosts, load, runtime)
     if as_json:
         console.show_json({"runtime": runtime, "rows": [row.record() for row in rows]})
     else:
@@ -162,7 +162,7 @@ def _measure(
     source: str, recipe: str | None, device: str, load: Load, runtime: str, devices: Path | None, as_json: bool
 ) -> None:
     from l4pack.budget.devices import find_host, load_devices
-    from l4pack.budget.measure import measure as measure_lines
+    from l4pack.budget.measure import measure_device as measure_lines
     from l4pack.budget.model import budget
     from l4pack.budget.named import open_subject
     from l4pack.budget.solve import limits
@@ -181,10 +181,10 @@ def _measure(
 
 @budget_app.command()
 def check(
-    files: Checks = None,
-    format: OutputFormat = Format.TEXT,
-    baseline: Baseline = None,
-    as_json: AsJson = False,
+    files: ChecksOption = None,
+    format: OutputFormatOption = ReportFormat.TEXT,
+    baseline: BaselineOption = None,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Run all checks of a file; exit 3 when one does not fit.
 
@@ -196,13 +196,13 @@ def check(
 
     before = load_baseline(baseline)
     results = [result for file in files or [Path(DEFAULT_FILE)] for result in run_checks(file, open_subject)]
-    console.show_text(render(results, Format.JSON if as_json else format, before))
+    console.show_text(render(results, ReportFormat.JSON if as_json else format, before))
     raise typer.Exit(exit_code(results))
 
 
 def devices(
-    file: DevicesFile = None,
-    as_json: AsJson = False,
+    file: DevicesFileOption = None,
+    as_json: AsJsonOption = False,
 ) -> None:
     """List the devices that budgets know, and where each one's memory figure is from.
 

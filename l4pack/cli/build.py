@@ -12,45 +12,45 @@ from l4pack.cli import console
 from l4pack.cli.evaluate import asked_gates
 from l4pack.cli.fit import warn_of_stand_in
 from l4pack.cli.options import (
-    AsJson,
-    BaseModel,
-    Bits,
-    Calibration,
-    CalibrationSamples,
-    Compute,
-    Context,
-    Device,
-    DryRun,
-    FetchAsYouGo,
-    FitRecipe,
-    Include,
+    AsJsonOption,
+    BaseModelOption,
+    BitsOption,
+    CalibrationOption,
+    CalibrationSamplesOption,
+    ComputeOption,
+    ContextOption,
+    DeviceOption,
+    DryRunOption,
+    FetchAsYouGoOption,
+    FitRecipeOption,
+    IncludeOption,
     KeepFloat32,
-    KVDtype,
-    MaxBytes,
-    MaxKl,
-    MaxPerplexityRatio,
-    MaxRam,
-    MaxVram,
-    MinAgreement,
-    Name,
-    Out,
-    Public,
-    Push,
-    Recipe,
-    Restart,
-    Runtime,
-    Samples,
-    Seed,
-    SensitivityFile,
-    SequenceLength,
-    Sequences,
-    ShardSize,
-    SkipEvaluate,
-    Source,
-    Tag,
-    Text,
+    KVDtypeOption,
+    MaxBytesOption,
+    MaxKlOption,
+    MaxPerplexityRatioOption,
+    MaxRamOption,
+    MaxVramOption,
+    MinAgreementOption,
+    NameOption,
+    OutOption,
+    PublicOption,
+    PushOption,
+    RecipeOption,
+    RestartOption,
+    RuntimeOption,
+    SamplesOption,
+    SeedOption,
+    SensitivityFileOption,
+    SequenceLengthOption,
+    SequencesOption,
+    ShardSizeOption,
+    SkipEvaluateOption,
+    SourceOption,
+    TagOption,
+    TextOption,
 )
-from l4pack.cli.plan import limits, plan_view, size_of
+from l4pack.cli.plan import plan_view, run_limits, size_of
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds, parse_size
 from l4pack.work.device import AUTO, chosen
@@ -61,50 +61,50 @@ if TYPE_CHECKING:
     from l4pack.fit.budgets import Wish
     from l4pack.measure.record import Sensitivity
     from l4pack.plan.plan import Plan
-    from l4pack.publish.upload import Target
+    from l4pack.publish.upload import Destination
 
 DEFAULT_RECIPE = "int4"
 _COLOURS = {"done": "green", "kept": "green", "not asked": "dim", "failed": "red"}
 
 
 def build(
-    source: Source,
-    out: Out[Path],
-    recipe: Recipe[str | None] = None,
-    fit: FitRecipe = False,
-    device: Device[str | None] = None,
-    context: Context = None,
-    sequences: Sequences[int | None] = None,
-    kv_dtype: KVDtype[str | None] = None,
-    max_bytes: MaxBytes = None,
-    bits: Bits = None,
-    runtime: Runtime = "vllm",
-    sensitivity: SensitivityFile = None,
-    calibration: Calibration = None,
-    calibration_samples: CalibrationSamples[int | None] = None,
-    text: Text = "demo",
-    samples: Samples = 32,
-    sequence_length: SequenceLength = None,
-    seed: Seed[int | None] = None,
-    max_kl: MaxKl = None,
-    min_agreement: MinAgreement = None,
-    max_perplexity_ratio: MaxPerplexityRatio = None,
-    skip_evaluate: SkipEvaluate = False,
-    name: Name = None,
-    base_model: BaseModel = None,
-    push: Push = None,
-    public: Public = False,
-    tag: Tag = None,
-    max_ram: MaxRam = None,
-    max_vram: MaxVram = None,
-    shard_size: ShardSize = None,
-    compute: Compute = AUTO,
-    include: Include = None,
+    source: SourceOption,
+    out: OutOption[Path],
+    recipe: RecipeOption[str | None] = None,
+    fit: FitRecipeOption = False,
+    device: DeviceOption[str | None] = None,
+    context: ContextOption = None,
+    sequences: SequencesOption[int | None] = None,
+    kv_dtype: KVDtypeOption[str | None] = None,
+    max_bytes: MaxBytesOption = None,
+    bits: BitsOption = None,
+    runtime: RuntimeOption = "vllm",
+    sensitivity: SensitivityFileOption = None,
+    calibration: CalibrationOption = None,
+    calibration_samples: CalibrationSamplesOption[int | None] = None,
+    text: TextOption = "demo",
+    samples: SamplesOption = 32,
+    sequence_length: SequenceLengthOption = None,
+    seed: SeedOption[int | None] = None,
+    max_kl: MaxKlOption = None,
+    min_agreement: MinAgreementOption = None,
+    max_perplexity_ratio: MaxPerplexityRatioOption = None,
+    skip_evaluate: SkipEvaluateOption = False,
+    name: NameOption = None,
+    base_model: BaseModelOption = None,
+    push: PushOption = None,
+    public: PublicOption = False,
+    tag: TagOption = None,
+    max_ram: MaxRamOption = None,
+    max_vram: MaxVramOption = None,
+    shard_size: ShardSizeOption = None,
+    compute: ComputeOption = AUTO,
+    include: IncludeOption = None,
     keep_float32: KeepFloat32 = False,
-    fetch_as_you_go: FetchAsYouGo = False,
-    restart: Restart = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
+    fetch_as_you_go: FetchAsYouGoOption = False,
+    restart: RestartOption = False,
+    dry_run: DryRunOption = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Run the whole chain: fit if asked for, plan, quantize, verify, budget, evaluate, package, push; go on where it stopped.
 
@@ -131,7 +131,7 @@ def build(
         before, recipe = [step], str(path)
     elif max_bytes or bits or sensitivity:
         raise UsageError("--max-bytes, --bits and --sensitivity go with --fit", hint="add --fit, or leave them out")
-    allowed = limits(max_ram, max_vram, shard_size, chosen_device)
+    allowed = run_limits(max_ram, max_vram, shard_size, chosen_device)
     wanted = load_recipe(recipe or DEFAULT_RECIPE).keeping(float32=keep_float32)
     shared = {} if wanted.calibration is None else {"sequence_length": sequence_length, "seed": seed}
     wanted = wanted.calibrating(calibration is not None, samples=calibration_samples, **shared)
@@ -167,12 +167,12 @@ def build(
         sys.exit(built.error.exit_code)
 
 
-def _target(push: str | None, *, public: bool, tag: str | None) -> Target | None:
+def _target(push: str | None, *, public: bool, tag: str | None) -> Destination | None:
     """Where to upload to, if anywhere. Raises UsageError for options that go with an upload alone."""
-    from l4pack.publish.upload import Target
+    from l4pack.publish.upload import Destination
 
     if push is not None:
-        return Target(push, public=public, tag=tag)
+        return Destination(push, public=public, tag=tag)
     if public or tag is not None:
         raise UsageError("--public and --tag go with --push", hint="add --push ORG/NAME, or leave them out")
     return None

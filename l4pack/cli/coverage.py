@@ -9,36 +9,36 @@ from rich.console import RenderableType
 
 from l4pack.cli import console
 from l4pack.cli.options import (
-    AsJson,
-    Calibration,
-    CalibrationSamples,
-    Compute,
-    EarlierSamples,
-    EarlierText,
-    MaxCold,
-    Restart,
-    Seed,
-    SequenceLength,
-    Source,
-    Work,
+    AsJsonOption,
+    CalibrationOption,
+    CalibrationSamplesOption,
+    ComputeOption,
+    EarlierSamplesOption,
+    EarlierTextOption,
+    MaxColdOption,
+    RestartOption,
+    SeedOption,
+    SequenceLengthOption,
+    SourceOption,
+    WorkOption,
     now_called,
 )
 from l4pack.units import human_seconds
 
 
 def coverage(
-    source: Source,
-    calibration: Calibration = None,
-    calibration_samples: CalibrationSamples[int | None] = None,
-    sequence_length: SequenceLength = None,
-    seed: Seed[int | None] = None,
-    text: EarlierText = None,
-    samples: EarlierSamples = None,
-    max_cold: MaxCold = 1.0,
-    compute: Compute = "auto",
-    work: Work = None,
-    restart: Restart = False,
-    as_json: AsJson = False,
+    source: SourceOption,
+    calibration: CalibrationOption = None,
+    calibration_samples: CalibrationSamplesOption[int | None] = None,
+    sequence_length: SequenceLengthOption = None,
+    seed: SeedOption[int | None] = None,
+    text: EarlierTextOption = None,
+    samples: EarlierSamplesOption = None,
+    max_cold: MaxColdOption = 1.0,
+    compute: ComputeOption = "auto",
+    work: WorkOption = None,
+    restart: RestartOption = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Count how many tokens of a text reach each expert, so that a calibration's mix can be judged before it runs.
 

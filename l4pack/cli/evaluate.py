@@ -9,29 +9,29 @@ from rich.console import RenderableType
 
 from l4pack.cli import console
 from l4pack.cli.options import (
-    Against,
-    Artifact,
-    AsJson,
-    Backend,
-    Compute,
-    Limit,
-    MaxKl,
-    MaxPerplexityRatio,
-    MaxRam,
-    MaxVram,
-    MinAgreement,
-    MinRecovery,
-    Needle,
-    Reference,
-    Restart,
-    Samples,
-    SaveReference,
-    Seed,
-    SequenceLength,
-    Task,
-    Text,
-    WeightsOnly,
-    Work,
+    AgainstOption,
+    ArtifactOption,
+    AsJsonOption,
+    BackendOption,
+    ComputeOption,
+    LimitOption,
+    MaxKlOption,
+    MaxPerplexityRatioOption,
+    MaxRamOption,
+    MaxVramOption,
+    MinAgreementOption,
+    MinRecoveryOption,
+    NeedleOption,
+    ReferenceOption,
+    RestartOption,
+    SamplesOption,
+    SaveReferenceOption,
+    SeedOption,
+    SequenceLengthOption,
+    TaskOption,
+    TextOption,
+    WeightsOnlyOption,
+    WorkOption,
 )
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds, parse_size
@@ -41,40 +41,40 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    artifact: Artifact,
-    against: Against = None,
-    text: Text = "demo",
-    samples: Samples = 32,
-    sequence_length: SequenceLength = None,
-    seed: Seed[int] = 0,
-    task: Task = None,
-    limit: Limit = None,
-    backend: Backend = "streamed",
-    needle: Needle = None,
-    max_kl: MaxKl = None,
-    min_agreement: MinAgreement = None,
-    max_perplexity_ratio: MaxPerplexityRatio = None,
-    min_recovery: MinRecovery = None,
-    save_reference: SaveReference = None,
-    reference: Reference = None,
-    weights_only: WeightsOnly = False,
-    compute: Compute = "auto",
-    max_ram: MaxRam = None,
-    max_vram: MaxVram = None,
-    work: Work = None,
-    restart: Restart = False,
-    as_json: AsJson = False,
+    artifact: ArtifactOption,
+    against: AgainstOption = None,
+    text: TextOption = "demo",
+    samples: SamplesOption = 32,
+    sequence_length: SequenceLengthOption = None,
+    seed: SeedOption[int] = 0,
+    task: TaskOption = None,
+    limit: LimitOption = None,
+    backend: BackendOption = "streamed",
+    needle: NeedleOption = None,
+    max_kl: MaxKlOption = None,
+    min_agreement: MinAgreementOption = None,
+    max_perplexity_ratio: MaxPerplexityRatioOption = None,
+    min_recovery: MinRecoveryOption = None,
+    save_reference: SaveReferenceOption = None,
+    reference: ReferenceOption = None,
+    weights_only: WeightsOnlyOption = False,
+    compute: ComputeOption = "auto",
+    max_ram: MaxRamOption = None,
+    max_vram: MaxVramOption = None,
+    work: WorkOption = None,
+    restart: RestartOption = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Compare an artifact with its original, layer by layer: perplexity, KL divergence, agreement, tasks.
 
     Example: `l4pack evaluate demo-int4 --against demo --max-kl 0.05`
     """
-    from l4pack.evaluate.evaluate import Settings
+    from l4pack.evaluate.evaluate import EvaluationSettings
     from l4pack.evaluate.gates import judge, limits_of, parse_recovery, require
     from l4pack.evaluate.record import read_evaluations, write_accuracy
     from l4pack.text.choice import TextChoice
 
-    settings = Settings(
+    settings = EvaluationSettings(
         work=work or beside(artifact, ".evaluate.partial"),
         text=TextChoice(text, samples, sequence_length, seed),
         tasks=tuple(Path(name) for name in task or () if _of_questions(name)),

@@ -10,19 +10,19 @@ from rich.console import RenderableType
 
 from l4pack.cli import console
 from l4pack.cli.options import (
-    AsJson,
-    Bits,
-    By,
-    Chart,
-    Context,
-    Device,
-    KVDtype,
-    MaxBytes,
-    Out,
-    Runtime,
-    SensitivityFile,
-    Sequences,
-    Source,
+    AsJsonOption,
+    BitsOption,
+    ByOption,
+    ChartOption,
+    ContextOption,
+    DeviceOption,
+    KVDtypeOption,
+    MaxBytesOption,
+    OutOption,
+    RuntimeOption,
+    SensitivityFileOption,
+    SequencesOption,
+    SourceOption,
 )
 from l4pack.units import human_bytes, human_gib, parse_size
 
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 
 
 def fit(
-    source: Source,
-    device: Device[str | None] = None,
-    context: Context = None,
-    sequences: Sequences[int | None] = None,
-    kv_dtype: KVDtype[str | None] = None,
-    max_bytes: MaxBytes = None,
-    bits: Bits = None,
-    runtime: Runtime = "vllm",
-    by: By = None,
-    sensitivity: SensitivityFile = None,
-    out: Out[Path] = Path("fit.yaml"),
-    chart: Chart = None,
-    as_json: AsJson = False,
+    source: SourceOption,
+    device: DeviceOption[str | None] = None,
+    context: ContextOption = None,
+    sequences: SequencesOption[int | None] = None,
+    kv_dtype: KVDtypeOption[str | None] = None,
+    max_bytes: MaxBytesOption = None,
+    bits: BitsOption = None,
+    runtime: RuntimeOption = "vllm",
+    by: ByOption = None,
+    sensitivity: SensitivityFileOption = None,
+    out: OutOption[Path] = Path("fit.yaml"),
+    chart: ChartOption = None,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Choose what each part is quantized to, so that the artifact fits and hurts least; write it as a recipe.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from l4pack.cli import console
-from l4pack.cli.options import AsJson, Source
+from l4pack.cli.options import AsJsonOption, SourceOption
 from l4pack.cli.plan import beside_view
 from l4pack.units import human_bytes
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from l4pack.checkpoint.source import Checkpoint
 
 
-def inspect(source: Source, as_json: AsJson = False) -> None:
+def inspect(source: SourceOption, as_json: AsJsonOption = False) -> None:
     """Say what a checkpoint is, from its headers alone.
 
     Example: `l4pack inspect meta-llama/Llama-4-Scout-17B-16E-Instruct`

@@ -8,7 +8,7 @@ import typer
 from rich.console import RenderableType
 
 from l4pack.cli import console
-from l4pack.cli.options import AsJson, LicenceTarget, Name
+from l4pack.cli.options import AsJsonOption, LicenceTargetOption, NameOption
 from l4pack.errors import LicenceError
 
 if TYPE_CHECKING:
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def licence(
-    target: LicenceTarget,
-    name: Name = None,
-    as_json: AsJson = False,
+    target: LicenceTargetOption,
+    name: NameOption = None,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Say which duties of the model's licence a folder or repository does not meet; exit 7 if there are any.
 

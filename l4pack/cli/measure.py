@@ -9,23 +9,23 @@ from rich.console import RenderableType
 
 from l4pack.cli import console
 from l4pack.cli.options import (
-    AsJson,
-    Calibration,
-    CalibrationSamples,
-    Compute,
-    Direct,
-    DryRun,
-    MaxRam,
-    MaxVram,
-    MeasuredOptions,
-    Out,
-    Restart,
-    Samples,
-    Seed,
-    SequenceLength,
-    Source,
-    Streams,
-    Text,
+    AsJsonOption,
+    CalibrationOption,
+    CalibrationSamplesOption,
+    ComputeOption,
+    DirectOption,
+    DryRunOption,
+    MaxRamOption,
+    MaxVramOption,
+    MeasuredOptionsOption,
+    OutOption,
+    RestartOption,
+    SamplesOption,
+    SeedOption,
+    SequenceLengthOption,
+    SourceOption,
+    StreamsOption,
+    TextOption,
 )
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds, parse_size
@@ -34,23 +34,23 @@ WORST = 8
 
 
 def measure(
-    source: Source,
-    out: Out[Path] = Path("sensitivity.json"),
-    text: Text = "demo",
-    samples: Samples = 32,
-    calibration: Calibration = None,
-    calibration_samples: CalibrationSamples[int] = 256,
-    sequence_length: SequenceLength = None,
-    seed: Seed[int] = 0,
-    options: MeasuredOptions = None,
-    direct: Direct = "auto",
-    streams: Streams = None,
-    compute: Compute = "auto",
-    max_ram: MaxRam = None,
-    max_vram: MaxVram = None,
-    restart: Restart = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
+    source: SourceOption,
+    out: OutOption[Path] = Path("sensitivity.json"),
+    text: TextOption = "demo",
+    samples: SamplesOption = 32,
+    calibration: CalibrationOption = None,
+    calibration_samples: CalibrationSamplesOption[int] = 256,
+    sequence_length: SequenceLengthOption = None,
+    seed: SeedOption[int] = 0,
+    options: MeasuredOptionsOption = None,
+    direct: DirectOption = "auto",
+    streams: StreamsOption = None,
+    compute: ComputeOption = "auto",
+    max_ram: MaxRamOption = None,
+    max_vram: MaxVramOption = None,
+    restart: RestartOption = False,
+    dry_run: DryRunOption = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Measure what quantizing each part of a model costs: every unit alone, with every option a runtime can serve.
 
@@ -58,12 +58,12 @@ def measure(
     """
     from l4pack.checkpoint.open import open_source
     from l4pack.measure.measure import Direct as Way
-    from l4pack.measure.measure import Settings, prepare
+    from l4pack.measure.measure import MeasureSettings, prepare_measurement
     from l4pack.text.choice import TextChoice
 
     if direct not in list(Way):
         raise UsageError(f"--direct {direct} is not known", hint=f"choose {', '.join(Way)}")
-    settings = Settings(
+    settings = MeasureSettings(
         out=out,
         text=TextChoice(text, samples, sequence_length, seed),
         calibration=calibration,
@@ -76,7 +76,7 @@ def measure(
         max_vram=None if max_vram is None else parse_size(max_vram),
         restart=restart,
     )
-    prepared = prepare(open_source(source), settings)
+    prepared = prepare_measurement(open_source(source), settings)
     texts = [text for text in (prepared.texts.measured, prepared.texts.calibration) if text is not None]
     plan = {**prepared.costs.record(), "method": prepared.direct.value, "texts": [text.record for text in texts]}
     if dry_run:

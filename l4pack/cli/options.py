@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from l4pack.budget.report_format import Format
+from l4pack.budget.report_format import ReportFormat
 from l4pack.cli import console
 from l4pack.errors import UsageError
 
@@ -20,7 +20,7 @@ _TEXT, _BUDGET, _GATES = "Text", "Budget", "Quality gates (exit 6)"
 
 # What is worked on
 
-Source = Annotated[
+SourceOption = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
@@ -28,29 +28,29 @@ Source = Annotated[
         show_default=False,
     ),
 ]
-Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="Artifact folder.", show_default=False)]
-Subject = Annotated[
+ArtifactOption = Annotated[Path, typer.Argument(metavar="DIR", help="Artifact folder.", show_default=False)]
+SubjectOption = Annotated[
     str | None,
     typer.Argument(
         metavar="ARTIFACT|SOURCE", help="Artifact or checkpoint folder, Hub id, config.json or known model."
     ),
 ]
-Checks = Annotated[
+ChecksOption = Annotated[
     list[Path] | None, typer.Argument(metavar="[FILE]...", help="The checks; l4pack-budget.yaml unless given.")
 ]
-LicenceTarget = Annotated[
+LicenceTargetOption = Annotated[
     str, typer.Argument(metavar="DIR|ORG/NAME", help="A folder, or a repository on the Hub.", show_default=False)
 ]
-Repository = Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository.", show_default=False)]
-Explained = Annotated[str | None, typer.Argument(metavar="NAME", help="Explain one; without it, list all.")]
-Against = Annotated[
+RepositoryOption = Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository.", show_default=False)]
+ExplainedOption = Annotated[str | None, typer.Argument(metavar="NAME", help="Explain one; without it, list all.")]
+AgainstOption = Annotated[
     str | None, typer.Option("--against", metavar="SOURCE", help="The original checkpoint to compare with.")
 ]
-OriginalSource = Annotated[
+OriginalSourceOption = Annotated[
     str | None,
     typer.Option("--source", metavar="SOURCE", help="The original, where the folder lacks its licence."),
 ]
-Include = Annotated[
+IncludeOption = Annotated[
     list[str] | None,
     typer.Option(
         "--include",
@@ -58,13 +58,13 @@ Include = Annotated[
         help="Carry these files of the source too; may be repeated. Tokenizer, processor, template, licence go unasked.",
     ),
 ]
-FetchAsYouGo = Annotated[
+FetchAsYouGoOption = Annotated[
     bool, typer.Option("--fetch-as-you-go", help="Download a Hub source shard by shard and drop each after use.")
 ]
 
 # How it is quantized
 
-Recipe = Annotated[
+RecipeOption = Annotated[
     T,
     typer.Option("--recipe", "-r", metavar="NAME|FILE", help="A shipped recipe or a YAML file; see `l4pack recipes`."),
 ]
@@ -72,14 +72,14 @@ KeepFloat32 = Annotated[
     bool,
     typer.Option("--keep-float32", help="Leave kept float32 tensors so; rounded to the model's dtype unless said."),
 ]
-FitRecipe = Annotated[
+FitRecipeOption = Annotated[
     bool, typer.Option("--fit", help="Choose schemes by l4pack fit: to --max-bytes, --bits, or --device's load.")
 ]
-SensitivityFile = Annotated[
+SensitivityFileOption = Annotated[
     Path | None,
     typer.Option("--sensitivity", metavar="FILE", help="What `l4pack measure` found; a shipped stand-in unless given."),
 ]
-By = Annotated[
+ByOption = Annotated[
     str | None,
     typer.Option(
         "--by",
@@ -87,11 +87,11 @@ By = Annotated[
         help="Whether layers of a role may differ; layer where the model itself was measured, role with a stand-in.",
     ),
 ]
-MeasuredOptions = Annotated[
+MeasuredOptionsOption = Annotated[
     str | None,
     typer.Option("--options", metavar="NAME,…", help="Options to measure, all unless given; a wrong name lists them."),
 ]
-Direct = Annotated[
+DirectOption = Annotated[
     str,
     typer.Option(
         "--direct",
@@ -100,7 +100,7 @@ Direct = Annotated[
         "else anchors, and whatever they predict badly.",
     ),
 ]
-Streams = Annotated[
+StreamsOption = Annotated[
     int | None,
     typer.Option("--streams", help="Most altered streams at once; what half of the free disk holds."),
 ]
@@ -108,7 +108,7 @@ Streams = Annotated[
 # Texts: what is solved on, what is measured on
 
 _A_TEXT = "a file of text or rows, a folder, or wikitext2, c4, demo"
-Calibration = Annotated[
+CalibrationOption = Annotated[
     str | None,
     typer.Option(
         "--calibration",
@@ -117,7 +117,7 @@ Calibration = Annotated[
         rich_help_panel=_TEXT,
     ),
 ]
-CalibrationSamples = Annotated[
+CalibrationSamplesOption = Annotated[
     T,
     typer.Option(
         "--calibration-samples",
@@ -126,11 +126,11 @@ CalibrationSamples = Annotated[
         rich_help_panel=_TEXT,
     ),
 ]
-Text = Annotated[
+TextOption = Annotated[
     str,
     typer.Option("--text", metavar="FILE|DIR|SET", help=f"Text that is measured on: {_A_TEXT}.", rich_help_panel=_TEXT),
 ]
-Samples = Annotated[
+SamplesOption = Annotated[
     int,
     typer.Option(
         "--samples",
@@ -139,7 +139,7 @@ Samples = Annotated[
         rich_help_panel=_TEXT,
     ),
 ]
-SequenceLength = Annotated[
+SequenceLengthOption = Annotated[
     int | None,
     typer.Option(
         "--sequence-length",
@@ -148,13 +148,13 @@ SequenceLength = Annotated[
         rich_help_panel=_TEXT,
     ),
 ]
-Seed = Annotated[
+SeedOption = Annotated[
     T, typer.Option("--seed", metavar="N", help="Which sequences of a text are taken.", rich_help_panel=_TEXT)
 ]
-EarlierText = Annotated[
+EarlierTextOption = Annotated[
     str | None, typer.Option("--text", hidden=True, help="What --calibration was called here.", rich_help_panel=_TEXT)
 ]
-EarlierSamples = Annotated[
+EarlierSamplesOption = Annotated[
     int | None,
     typer.Option("--samples", hidden=True, help="What --calibration-samples was called here.", rich_help_panel=_TEXT),
 ]
@@ -172,7 +172,7 @@ def now_called(name: str, given: T | None, earlier_name: str, earlier: T | None)
 
 # What it must fit
 
-Device = Annotated[
+DeviceOption = Annotated[
     T,
     typer.Option(
         "--device",
@@ -181,7 +181,7 @@ Device = Annotated[
         rich_help_panel=_BUDGET,
     ),
 ]
-Context = Annotated[
+ContextOption = Annotated[
     int | None,
     typer.Option(
         "--context",
@@ -190,16 +190,16 @@ Context = Annotated[
         rich_help_panel=_BUDGET,
     ),
 ]
-Sequences = Annotated[
+SequencesOption = Annotated[
     T, typer.Option("--sequences", metavar="N", help="Sequences at once; 1 unless said.", rich_help_panel=_BUDGET)
 ]
-KVDtype = Annotated[
+KVDtypeOption = Annotated[
     T,
     typer.Option(
         "--kv-dtype", metavar="auto|bfloat16|fp8", help="What the KV cache is kept in.", rich_help_panel=_BUDGET
     ),
 ]
-MaxBytes = Annotated[
+MaxBytesOption = Annotated[
     str | None,
     typer.Option(
         "--max-bytes",
@@ -208,7 +208,7 @@ MaxBytes = Annotated[
         rich_help_panel=_BUDGET,
     ),
 ]
-Bits = Annotated[
+BitsOption = Annotated[
     float | None,
     typer.Option(
         "--bits",
@@ -217,7 +217,7 @@ Bits = Annotated[
         rich_help_panel=_BUDGET,
     ),
 ]
-Runtime = Annotated[
+RuntimeOption = Annotated[
     str,
     typer.Option(
         "--runtime",
@@ -226,21 +226,21 @@ Runtime = Annotated[
         rich_help_panel=_BUDGET,
     ),
 ]
-TP = Annotated[int | None, typer.Option("--tp", metavar="N", help="Tensor parallel; all GPUs unless given.")]
-PP = Annotated[int | None, typer.Option("--pp", metavar="N", help="Pipeline stages.")]
-ExpertParallel = Annotated[bool, typer.Option("--expert-parallel", help="Whole experts on each GPU.")]
-HybridKV = Annotated[
+TPOption = Annotated[int | None, typer.Option("--tp", metavar="N", help="Tensor parallel; all GPUs unless given.")]
+PPOption = Annotated[int | None, typer.Option("--pp", metavar="N", help="Pipeline stages.")]
+ExpertParallelOption = Annotated[bool, typer.Option("--expert-parallel", help="Whole experts on each GPU.")]
+HybridKVOption = Annotated[
     bool | None, typer.Option("--hybrid-kv/--no-hybrid-kv", help="Whether chunked layers forget old tokens.")
 ]
-BatchedTokens = Annotated[
+BatchedTokensOption = Annotated[
     int | None,
     typer.Option("--batched-tokens", metavar="N", help="Most tokens of one step; the runtime's own."),
 ]
-MaxNumSeqs = Annotated[
+MaxNumSeqsOption = Annotated[
     int | None,
     typer.Option("--max-num-seqs", metavar="N", help="Request slots of the server; the runtime's own."),
 ]
-MaxPositions = Annotated[
+MaxPositionsOption = Annotated[
     int | None,
     typer.Option(
         "--max-positions",
@@ -248,48 +248,52 @@ MaxPositions = Annotated[
         help="Length of the position table (max_position_embeddings) when config.json is overridden.",
     ),
 ]
-Images = Annotated[int | None, typer.Option("--images", metavar="N", help="Most images a request; 0 for text only.")]
-Utilization = Annotated[
+ImagesOption = Annotated[
+    int | None, typer.Option("--images", metavar="N", help="Most images a request; 0 for text only.")
+]
+UtilizationOption = Annotated[
     float | None, typer.Option("--utilization", metavar="SHARE", help="Share of the device the runtime plans with.")
 ]
-DevicesFile = Annotated[Path | None, typer.Option("--devices", metavar="FILE", help="Your own devices, as YAML.")]
-Matrix = Annotated[bool, typer.Option("--matrix", help="What runs where: models x recipes x devices.")]
-MeasureGpu = Annotated[bool, typer.Option("--measure", help="Hold the prediction against a GPU of this machine.")]
-OutputFormat = Annotated[Format, typer.Option("--format", help="How results are written.")]
-Baseline = Annotated[
+DevicesFileOption = Annotated[Path | None, typer.Option("--devices", metavar="FILE", help="Your own devices, as YAML.")]
+MatrixOption = Annotated[bool, typer.Option("--matrix", help="What runs where: models x recipes x devices.")]
+MeasureGpuOption = Annotated[bool, typer.Option("--measure", help="Hold the prediction against a GPU of this machine.")]
+OutputFormatOption = Annotated[ReportFormat, typer.Option("--format", help="How results are written.")]
+BaselineOption = Annotated[
     Path | None, typer.Option("--baseline", metavar="FILE", help="An earlier --format json to compare with.")
 ]
 
 # What is checked and measured
 
-Sample = Annotated[
+SampleOption = Annotated[
     int | None,
     typer.Option("--sample", metavar="N", min=1, help="Compare N matrices with the source, not all."),
 ]
-HeadersOnly = Annotated[
+HeadersOnlyOption = Annotated[
     bool,
     typer.Option("--headers-only", help="Read no tensor: names, dtypes, shapes, configuration and files alone."),
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="Warnings fail too.")]
-MaxCold = Annotated[
+StrictOption = Annotated[bool, typer.Option("--strict", help="Warnings fail too.")]
+MaxColdOption = Annotated[
     float,
     typer.Option(
         "--max-cold", metavar="SHARE", help="Largest share of experts that may see no token; exit 6 above it."
     ),
 ]
-Task = Annotated[
+TaskOption = Annotated[
     list[str] | None,
     typer.Option("--task", metavar="FILE|NAME", help="Questions in JSONL, or a task of lm-eval; may be repeated."),
 ]
-Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="Most questions of each lm-eval task.")]
-Backend = Annotated[
+LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", help="Most questions of each lm-eval task.")]
+BackendOption = Annotated[
     str, typer.Option("--backend", metavar="ENGINE", help="What runs lm-eval tasks: streamed, vllm or transformers.")
 ]
-Needle = Annotated[
+NeedleOption = Annotated[
     int | None, typer.Option("--needle", metavar="TOKENS", help="Retrieve numbers hidden in so many tokens.")
 ]
-MaxKl = Annotated[float | None, typer.Option("--max-kl", metavar="NATS", help="Most mean KL.", rich_help_panel=_GATES)]
-MinAgreement = Annotated[
+MaxKlOption = Annotated[
+    float | None, typer.Option("--max-kl", metavar="NATS", help="Most mean KL.", rich_help_panel=_GATES)
+]
+MinAgreementOption = Annotated[
     float | None,
     typer.Option(
         "--min-agreement",
@@ -298,7 +302,7 @@ MinAgreement = Annotated[
         rich_help_panel=_GATES,
     ),
 ]
-MaxPerplexityRatio = Annotated[
+MaxPerplexityRatioOption = Annotated[
     float | None,
     typer.Option(
         "--max-perplexity-ratio",
@@ -307,36 +311,42 @@ MaxPerplexityRatio = Annotated[
         rich_help_panel=_GATES,
     ),
 ]
-MinRecovery = Annotated[
+MinRecoveryOption = Annotated[
     list[str] | None,
     typer.Option(
         "--min-recovery", metavar="TASK=SHARE", help="Least accuracy over the original's.", rich_help_panel=_GATES
     ),
 ]
-SaveReference = Annotated[
+SaveReferenceOption = Annotated[
     Path | None, typer.Option("--save-reference", metavar="DIR", help="Keep the original's answers there.")
 ]
-Reference = Annotated[Path | None, typer.Option("--reference", metavar="DIR", help="Compare with answers kept before.")]
-WeightsOnly = Annotated[
+ReferenceOption = Annotated[
+    Path | None, typer.Option("--reference", metavar="DIR", help="Compare with answers kept before.")
+]
+WeightsOnlyOption = Annotated[
     bool, typer.Option("--weights-only", help="Leave inputs unrounded where the runtime would round them.")
 ]
-SkipEvaluate = Annotated[bool, typer.Option("--skip-evaluate", help="Do not measure accuracy.")]
+SkipEvaluateOption = Annotated[bool, typer.Option("--skip-evaluate", help="Do not measure accuracy.")]
 
 # How the job runs, and where its result goes
 
-Out = Annotated[
+OutOption = Annotated[
     T,
     typer.Option(
         "--out", "-o", metavar="PATH", help="What to make: a folder, which appears when it is complete, or a file."
     ),
 ]
-ShardSize = Annotated[str | None, typer.Option("--shard-size", metavar="SIZE", help="Largest shard; 5GB unless given.")]
-Compute = Annotated[str, typer.Option("--compute", metavar="WHERE", help="cpu, cuda, cuda:N, or auto.")]
-MaxRam = Annotated[
+ShardSizeOption = Annotated[
+    str | None, typer.Option("--shard-size", metavar="SIZE", help="Largest shard; 5GB unless given.")
+]
+ComputeOption = Annotated[str, typer.Option("--compute", metavar="WHERE", help="cpu, cuda, cuda:N, or auto.")]
+MaxRamOption = Annotated[
     str | None, typer.Option("--max-ram", metavar="SIZE", help="Most memory the job may take, for example 4GB.")
 ]
-MaxVram = Annotated[str | None, typer.Option("--max-vram", metavar="SIZE", help="Most device memory the job may take.")]
-Work = Annotated[
+MaxVramOption = Annotated[
+    str | None, typer.Option("--max-vram", metavar="SIZE", help="Most device memory the job may take.")
+]
+WorkOption = Annotated[
     Path | None,
     typer.Option(
         "--work",
@@ -344,12 +354,12 @@ Work = Annotated[
         help="Where hidden states go meanwhile; ARTIFACT.evaluate.partial, NAME.coverage.partial.",
     ),
 ]
-Restart = Annotated[bool, typer.Option("--restart", help="Begin again instead of going on with earlier work.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done and stop.")]
-Chart = Annotated[
+RestartOption = Annotated[bool, typer.Option("--restart", help="Begin again instead of going on with earlier work.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be done and stop.")]
+ChartOption = Annotated[
     Path | None, typer.Option("--chart", metavar="FILE", help="Draw the frontier there, as .png or .svg.")
 ]
-Fitted = Annotated[
+FittedOption = Annotated[
     Path | None,
     typer.Option(
         "--fit",
@@ -357,29 +367,29 @@ Fitted = Annotated[
         help="What `fit --json` said of its recipe; DIR.fit.json where `build --fit` left it.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object (bytes and seconds as numbers).")]
+AsJsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object (bytes and seconds as numbers).")]
 
 # How it is published
 
-Name = Annotated[
+NameOption = Annotated[
     str | None,
     typer.Option("--name", metavar="NAME", help="The name to publish under; from source and recipe unless given."),
 ]
-BaseModel = Annotated[
+BaseModelOption = Annotated[
     str | None,
     typer.Option("--base-model", metavar="ORG/NAME", help="The original's repository, for the card."),
 ]
-Template = Annotated[
+TemplateOption = Annotated[
     Path | None,
     typer.Option("--template", metavar="FILE", help="Your own card (Jinja); the licence block stays."),
 ]
-Gated = Annotated[
+GatedOption = Annotated[
     bool, typer.Option("--gated", help="Let readers of the repository in by request only; the card has its fields.")
 ]
-Push = Annotated[str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload when all is well.")]
-Public = Annotated[bool, typer.Option("--public", help="Make the repository public; private unless said.")]
-Revision = Annotated[str, typer.Option("--revision", metavar="BRANCH", help="The branch to put it on.")]
-PullRequest = Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")]
-Tag = Annotated[str | None, typer.Option("--tag", metavar="TAG", help="Tag the commit.")]
-Collection = Annotated[str | None, typer.Option("--collection", metavar="SLUG", help="Add it to a collection.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that l4pack did not put there.")]
+PushOption = Annotated[str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload when all is well.")]
+PublicOption = Annotated[bool, typer.Option("--public", help="Make the repository public; private unless said.")]
+RevisionOption = Annotated[str, typer.Option("--revision", metavar="BRANCH", help="The branch to put it on.")]
+PullRequestOption = Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")]
+TagOption = Annotated[str | None, typer.Option("--tag", metavar="TAG", help="Tag the commit.")]
+CollectionOption = Annotated[str | None, typer.Option("--collection", metavar="SLUG", help="Add it to a collection.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that l4pack did not put there.")]

@@ -6,20 +6,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l4pack.cli import console
-from l4pack.cli.options import Artifact, AsJson, BaseModel, Gated, Name, OriginalSource, Template
+from l4pack.cli.options import (
+    ArtifactOption,
+    AsJsonOption,
+    BaseModelOption,
+    GatedOption,
+    NameOption,
+    OriginalSourceOption,
+    TemplateOption,
+)
 
 if TYPE_CHECKING:
     from l4pack.publish.publish import Packaged
 
 
 def package(
-    folder: Artifact,
-    name: Name = None,
-    source: OriginalSource = None,
-    base_model: BaseModel = None,
-    template: Template = None,
-    gated: Gated = False,
-    as_json: AsJson = False,
+    folder: ArtifactOption,
+    name: NameOption = None,
+    source: OriginalSourceOption = None,
+    base_model: BaseModelOption = None,
+    template: TemplateOption = None,
+    gated: GatedOption = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Complete an artifact's folder for publication: licence, notice, model card and name, all checked.
 

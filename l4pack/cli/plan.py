@@ -9,42 +9,42 @@ from rich.console import RenderableType
 
 from l4pack.cli import console
 from l4pack.cli.options import (
-    AsJson,
-    Calibration,
-    CalibrationSamples,
-    Compute,
-    Include,
+    AsJsonOption,
+    CalibrationOption,
+    CalibrationSamplesOption,
+    ComputeOption,
+    IncludeOption,
     KeepFloat32,
-    MaxRam,
-    MaxVram,
-    Recipe,
-    Seed,
-    SequenceLength,
-    ShardSize,
-    Source,
+    MaxRamOption,
+    MaxVramOption,
+    RecipeOption,
+    SeedOption,
+    SequenceLengthOption,
+    ShardSizeOption,
+    SourceOption,
 )
 from l4pack.units import human_bytes, parse_size
 from l4pack.work.device import AUTO, CPU, chosen
 
 if TYPE_CHECKING:
     from l4pack.checkpoint.source import Checkpoint
-    from l4pack.plan.plan import Limits, Plan
+    from l4pack.plan.plan import Plan, RunLimits
 
 
 def plan(
-    source: Source,
-    recipe: Recipe[str] = "int4",
-    calibration: Calibration = None,
-    calibration_samples: CalibrationSamples[int | None] = None,
-    sequence_length: SequenceLength = None,
-    seed: Seed[int | None] = None,
-    max_ram: MaxRam = None,
-    max_vram: MaxVram = None,
-    shard_size: ShardSize = None,
-    compute: Compute = AUTO,
-    include: Include = None,
+    source: SourceOption,
+    recipe: RecipeOption[str] = "int4",
+    calibration: CalibrationOption = None,
+    calibration_samples: CalibrationSamplesOption[int | None] = None,
+    sequence_length: SequenceLengthOption = None,
+    seed: SeedOption[int | None] = None,
+    max_ram: MaxRamOption = None,
+    max_vram: MaxVramOption = None,
+    shard_size: ShardSizeOption = None,
+    compute: ComputeOption = AUTO,
+    include: IncludeOption = None,
     keep_float32: KeepFloat32 = False,
-    as_json: AsJson = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Say what an artifact will weigh and what making it will take, from headers or a bare config.json.
 
@@ -55,7 +55,7 @@ def plan(
     from l4pack.plan.summary import plan_record, room_record
     from l4pack.recipe import load_recipe
 
-    allowed = limits(max_ram, max_vram, shard_size, chosen(compute))
+    allowed = run_limits(max_ram, max_vram, shard_size, chosen(compute))
     wanted = (
         load_recipe(recipe)
         .keeping(float32=keep_float32)
@@ -73,12 +73,12 @@ def plan(
     made.check_servable()
 
 
-def limits(max_ram: str | None, max_vram: str | None, shard_size: str | None, device: str) -> Limits:
+def run_limits(max_ram: str | None, max_vram: str | None, shard_size: str | None, device: str) -> RunLimits:
     """Limits from what the user typed. Raises UsageError."""
     from l4pack.containers.safetensors_folder import DEFAULT_SHARD_BYTES
-    from l4pack.plan.plan import Limits
+    from l4pack.plan.plan import RunLimits
 
-    return Limits(
+    return RunLimits(
         max_ram=None if max_ram is None else parse_size(max_ram),
         max_vram=None if max_vram is None else parse_size(max_vram),
         accelerated=device != CPU,

@@ -9,37 +9,37 @@ from rich.console import RenderableType
 
 from l4pack.cli import console
 from l4pack.cli.options import (
-    Artifact,
-    AsJson,
-    Collection,
-    DryRun,
-    Gated,
-    Overwrite,
-    Public,
-    PullRequest,
-    Repository,
-    Revision,
-    Tag,
+    ArtifactOption,
+    AsJsonOption,
+    CollectionOption,
+    DryRunOption,
+    GatedOption,
+    OverwriteOption,
+    PublicOption,
+    PullRequestOption,
+    RepositoryOption,
+    RevisionOption,
+    TagOption,
 )
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes
 
 if TYPE_CHECKING:
-    from l4pack.publish.upload import Target, Uploaded, UploadPlan
+    from l4pack.publish.upload import Destination, Uploaded, UploadPlan
 
 
 def push(
-    folder: Artifact,
-    repository: Repository,
-    public: Public = False,
-    revision: Revision = "main",
-    pull_request: PullRequest = False,
-    tag: Tag = None,
-    collection: Collection = None,
-    gated: Gated = False,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
+    folder: ArtifactOption,
+    repository: RepositoryOption,
+    public: PublicOption = False,
+    revision: RevisionOption = "main",
+    pull_request: PullRequestOption = False,
+    tag: TagOption = None,
+    collection: CollectionOption = None,
+    gated: GatedOption = False,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Upload an artifact to the Hub, once verify, licence, gates and budget pass; then compare every digest.
 
@@ -49,11 +49,11 @@ def push(
     """
     from l4pack.checkpoint.source import HUB_ID
     from l4pack.publish.publish import plan_push
-    from l4pack.publish.upload import Target
+    from l4pack.publish.upload import Destination
 
     if HUB_ID.fullmatch(repository) is None or "@" in repository:
         raise UsageError(f"'{repository}' is not a repository's name", hint="write ORGANISATION/NAME")
-    target = Target(repository, revision, public, pull_request, overwrite, gated, tag, collection)
+    target = Destination(repository, revision, public, pull_request, overwrite, gated, tag, collection)
     ready = _check(folder, target)
     plan = plan_push(folder, target)
     if not as_json:
@@ -65,7 +65,7 @@ def push(
         console.show(*done_view(plan, done))
 
 
-def _check(folder: Path, target: Target) -> list[str]:
+def _check(folder: Path, target: Destination) -> list[str]:
     from l4pack.containers.safetensors_folder import CONTAINER
     from l4pack.publish.publish import check_ready
 
@@ -98,7 +98,7 @@ def push_record(plan: UploadPlan, done: Uploaded | None) -> dict[str, Any]:
 
 def plan_view(plan: UploadPlan, ready: list[str]) -> list[RenderableType]:
     """What a push will do, for people."""
-    from l4pack.publish.upload import Action
+    from l4pack.publish.upload import FileChange
 
     target = plan.target
     table = console.table("File", ">Size", "What happens")
@@ -107,7 +107,7 @@ def plan_view(plan: UploadPlan, ready: list[str]) -> list[RenderableType]:
     repository = "a pull request to" if target.pull_request else "branch" if plan.exists else "a new repository, branch"
     visible = "private" if plan.private else "[yellow]public[/yellow]"
     where = f"{repository} {console.plain(target.revision)} of [bold]{console.plain(target.repo_id)}[/bold], {visible}"
-    replaced = len(plan.names(Action.REPLACE)) + len(plan.names(Action.DELETE))
+    replaced = len(plan.names(FileChange.REPLACE)) + len(plan.names(FileChange.DELETE))
     counts = f"{human_bytes(plan.send_bytes)} to send, {replaced} files replaced or deleted"
     left = f"left here: {console.plain(', '.join(plan.left_behind))}" if plan.left_behind else ""
     return [*(console.plain(line) for line in ready), "", where, "", table, "", counts, *([left] if left else [])]
@@ -115,9 +115,9 @@ def plan_view(plan: UploadPlan, ready: list[str]) -> list[RenderableType]:
 
 def done_view(plan: UploadPlan, done: Uploaded) -> list[str]:
     """What a push did, for people."""
-    from l4pack.publish.upload import Action
+    from l4pack.publish.upload import FileChange
 
-    kept = len(plan.names(Action.KEEP))
+    kept = len(plan.names(FileChange.KEEP))
     lines = [
         f"[bold]{console.plain(done.pull_request or done.url)}[/bold] at commit {done.commit}",
         f"{done.files} files sent, {kept} were there already; every digest agrees",

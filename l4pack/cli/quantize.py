@@ -7,28 +7,28 @@ from typing import TYPE_CHECKING
 
 from l4pack.cli import console
 from l4pack.cli.options import (
-    AsJson,
-    Calibration,
-    CalibrationSamples,
-    Compute,
-    DryRun,
-    EarlierSamples,
-    EarlierText,
-    FetchAsYouGo,
-    Include,
+    AsJsonOption,
+    CalibrationOption,
+    CalibrationSamplesOption,
+    ComputeOption,
+    DryRunOption,
+    EarlierSamplesOption,
+    EarlierTextOption,
+    FetchAsYouGoOption,
+    IncludeOption,
     KeepFloat32,
-    MaxRam,
-    MaxVram,
-    Out,
-    Recipe,
-    Restart,
-    Seed,
-    SequenceLength,
-    ShardSize,
-    Source,
+    MaxRamOption,
+    MaxVramOption,
+    OutOption,
+    RecipeOption,
+    RestartOption,
+    SeedOption,
+    SequenceLengthOption,
+    ShardSizeOption,
+    SourceOption,
     now_called,
 )
-from l4pack.cli.plan import limits, plan_view
+from l4pack.cli.plan import plan_view, run_limits
 from l4pack.units import human_bytes, human_seconds
 from l4pack.work.device import AUTO, chosen
 
@@ -38,25 +38,25 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    source: Source,
-    out: Out[Path],
-    recipe: Recipe[str] = "int4",
-    calibration: Calibration = None,
-    calibration_samples: CalibrationSamples[int | None] = None,
-    sequence_length: SequenceLength = None,
-    seed: Seed[int | None] = None,
-    text: EarlierText = None,
-    samples: EarlierSamples = None,
-    max_ram: MaxRam = None,
-    max_vram: MaxVram = None,
-    shard_size: ShardSize = None,
-    compute: Compute = AUTO,
-    include: Include = None,
+    source: SourceOption,
+    out: OutOption[Path],
+    recipe: RecipeOption[str] = "int4",
+    calibration: CalibrationOption = None,
+    calibration_samples: CalibrationSamplesOption[int | None] = None,
+    sequence_length: SequenceLengthOption = None,
+    seed: SeedOption[int | None] = None,
+    text: EarlierTextOption = None,
+    samples: EarlierSamplesOption = None,
+    max_ram: MaxRamOption = None,
+    max_vram: MaxVramOption = None,
+    shard_size: ShardSizeOption = None,
+    compute: ComputeOption = AUTO,
+    include: IncludeOption = None,
     keep_float32: KeepFloat32 = False,
-    fetch_as_you_go: FetchAsYouGo = False,
-    restart: Restart = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
+    fetch_as_you_go: FetchAsYouGoOption = False,
+    restart: RestartOption = False,
+    dry_run: DryRunOption = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Write the quantized artifact; the same command goes on after any interruption.
 
@@ -73,7 +73,7 @@ def quantize(
     calibration_samples = now_called("--calibration-samples", calibration_samples, "--samples", samples)
     fetch_folder = work_folder(out) / "fetched" if fetch_as_you_go else None
     device = chosen(compute)
-    allowed = limits(max_ram, max_vram, shard_size, device)
+    allowed = run_limits(max_ram, max_vram, shard_size, device)
     wanted = (
         load_recipe(recipe)
         .keeping(float32=keep_float32)

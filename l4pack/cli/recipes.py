@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from l4pack.cli import console
-from l4pack.cli.options import AsJson, Explained
+from l4pack.cli.options import AsJsonOption, ExplainedOption
 
 if TYPE_CHECKING:
     from l4pack.formats.format import Format
     from l4pack.recipe import Recipe, RecipeScheme
 
 
-def recipes(name: Explained = None, as_json: AsJson = False) -> None:
+def recipes(name: ExplainedOption = None, as_json: AsJsonOption = False) -> None:
     """List the recipes, or explain one (a shipped name or a YAML file).
 
     Example: `l4pack recipes int4`
@@ -45,7 +45,7 @@ def _scheme_text(scheme: RecipeScheme) -> str:
     return f"{kind}{scheme.num_bits}{group} {scheme.method.value}"
 
 
-def formats(name: Explained = None, as_json: AsJson = False) -> None:
+def formats(name: ExplainedOption = None, as_json: AsJsonOption = False) -> None:
     """List the on-disk formats, or explain one: its tensors, and which runtimes read it.
 
     Example: `l4pack formats pack-quantized`

@@ -7,15 +7,15 @@ from typing import Any
 
 from l4pack.cli import console
 from l4pack.cli.evaluate import beside
-from l4pack.cli.options import Artifact, Device, Fitted, Out
+from l4pack.cli.options import ArtifactOption, DeviceOption, FittedOption, OutOption
 from l4pack.errors import UsageError
 
 
 def report(
-    artifact: Artifact,
-    out: Out[Path | None] = None,
-    device: Device[str] = "h100",
-    fitted: Fitted = None,
+    artifact: ArtifactOption,
+    out: OutOption[Path | None] = None,
+    device: DeviceOption[str] = "h100",
+    fitted: FittedOption = None,
 ) -> None:
     """Write one HTML page about an artifact: size, memory, errors by layer and expert, KL, gates. Needs no network.
 

@@ -11,7 +11,14 @@ import typer
 from rich.console import RenderableType
 
 from l4pack.cli import console
-from l4pack.cli.options import Against, Artifact, AsJson, HeadersOnly, Sample, Strict
+from l4pack.cli.options import (
+    AgainstOption,
+    ArtifactOption,
+    AsJsonOption,
+    HeadersOnlyOption,
+    SampleOption,
+    StrictOption,
+)
 from l4pack.units import human_bytes
 
 if TYPE_CHECKING:
@@ -22,12 +29,12 @@ _SHOWN_PLACES = 3
 
 
 def verify(
-    folder: Artifact,
-    against: Against = None,
-    sample: Sample = None,
-    headers_only: HeadersOnly = False,
-    strict: Strict = False,
-    as_json: AsJson = False,
+    folder: ArtifactOption,
+    against: AgainstOption = None,
+    sample: SampleOption = None,
+    headers_only: HeadersOnlyOption = False,
+    strict: StrictOption = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Check an artifact: what runtimes would read, whether it is right, and with --against whether it is this model.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from l4pack.checkpoint.exports import SINGLE_NAME
 from l4pack.checkpoint.header import DTYPE_BITS, LENGTH_BYTES
-from l4pack.checkpoint.shards import Place, Shard, Sized
+from l4pack.checkpoint.shards import FilePlace, Shard, Sized
 from l4pack.checkpoint.source import INDEX_NAME
 from l4pack.model.config import CONFIG_NAME, STANZA_KEYS
 
@@ -36,7 +36,7 @@ class SafetensorsFolder:
         """Bytes of the files with tensors; 0 where there is no such folder."""
         return sum(path.stat().st_size for path in folder.glob(f"*{_SUFFIX}")) if folder.is_dir() else 0
 
-    def lay_out(self, groups: Iterable[Sequence[Sized]], limit: int) -> tuple[list[Shard], dict[str, Place]]:
+    def lay_out(self, groups: Iterable[Sequence[Sized]], limit: int) -> tuple[list[Shard], dict[str, FilePlace]]:
         """Fill shards of at most `limit` bytes of tensors; a group (one module's tensors) is never split.
 
         Within a shard tensors are ordered by element size, largest first, as the safetensors library writes them, so
@@ -76,7 +76,7 @@ CONTAINER = SafetensorsFolder()
 """The one that artifacts are written in."""
 
 
-def _shard(file: str, tensors: list[Sized]) -> tuple[Shard, dict[str, Place]]:
+def _shard(file: str, tensors: list[Sized]) -> tuple[Shard, dict[str, FilePlace]]:
     ordered = sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype])
     header: dict[str, Any] = {"__metadata__": _METADATA}
     offsets: dict[str, tuple[int, int]] = {}
@@ -88,5 +88,5 @@ def _shard(file: str, tensors: list[Sized]) -> tuple[Shard, dict[str, Place]]:
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % LENGTH_BYTES)
     prefix = len(raw).to_bytes(LENGTH_BYTES, "little") + raw
-    places = {name: Place(file, len(prefix) + start, nbytes) for name, (start, nbytes) in offsets.items()}
+    places = {name: FilePlace(file, len(prefix) + start, nbytes) for name, (start, nbytes) in offsets.items()}
     return Shard(file, prefix, len(prefix) + end, tuple(offsets)), places

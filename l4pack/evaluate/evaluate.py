@@ -37,13 +37,13 @@ from l4pack.evaluate.harness import (
 )
 from l4pack.evaluate.layer_errors import SAMPLED_ROWS, LayerErrors, worst_units
 from l4pack.evaluate.needle import Needle, needle_record, needles
-from l4pack.evaluate.needle import sequences_of as needle_sequences
+from l4pack.evaluate.needle import needle_sequences as needle_sequences
 from l4pack.evaluate.reference import StoredReference, claim_reference, load_reference, save_reference
 from l4pack.evaluate.same_model import check_not_dequantized, check_reference, check_same_model, check_same_tokens
 from l4pack.evaluate.schema import SCHEMA_VERSION
 from l4pack.evaluate.scoring import PairedScores, Scores, score, score_pair
 from l4pack.evaluate.statistics import clusters, mean_and_error, perplexity, summarize
-from l4pack.evaluate.tasks import Task, load_task, sequences_of, task_record
+from l4pack.evaluate.tasks import EvaluationTask, load_task, sequences_of, task_record
 from l4pack.model.names import classify
 from l4pack.model.tensors import QUANTIZABLE
 from l4pack.plan.memory import computing_on, walk_within
@@ -73,7 +73,7 @@ ROUNDED_CACHE = "FP8, keys and values rounded as vLLM stores them; queries are n
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """What to evaluate and where."""
 
     work: Path
@@ -98,7 +98,7 @@ class _Inputs:
 
     sequences: tuple[TokenSequence, ...]
     text: TokenText
-    tasks: tuple[Task, ...]
+    tasks: tuple[EvaluationTask, ...]
     needles: tuple[Needle, ...]
     spans: dict[str, slice] = field(default_factory=dict)
 
@@ -113,22 +113,22 @@ class _Scored:
 
 
 def evaluate(
-    artifact: Checkpoint, original: Checkpoint | None, settings: Settings, progress: Progress | None = None
+    artifact: Checkpoint, original: Checkpoint | None, settings: EvaluationSettings, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Run everything; returns one record of `accuracy.json`. Raises L4packError and its kin.
 
     An interrupted call with the same arguments goes on at the last finished layer, to the same numbers.
     """
-    return prepare(artifact, original, settings, progress).run()
+    return prepare_evaluation(artifact, original, settings, progress).run()
 
 
-def prepare(
+def prepare_evaluation(
     artifact: Checkpoint,
     original: Checkpoint | None,
-    settings: Settings,
+    settings: EvaluationSettings,
     progress: Progress | None = None,
     measured: str | None = None,
-) -> Prepared:
+) -> PreparedEvaluation:
     """Check what can be checked before the first layer, and say what the evaluation is of.
 
     `measured` is the artifact's `contents_digest` where it is known; else every tensor is read for it. Raises UsageError
@@ -158,11 +158,13 @@ def prepare(
         progress.label("evaluating")
     of = _original_parts(original, stored)
     identity = Identity({"artifact": measured, **of, **_parts(inputs, settings, compute)})
-    return Prepared(artifact, original, settings, progress, inputs, compute, ahead, stored, manager, identity, started)
+    return PreparedEvaluation(
+        artifact, original, settings, progress, inputs, compute, ahead, stored, manager, identity, started
+    )
 
 
 def _loads_ahead(
-    artifact: Checkpoint, original: Checkpoint | None, settings: Settings, inputs: _Inputs, compute: Compute
+    artifact: Checkpoint, original: Checkpoint | None, settings: EvaluationSettings, inputs: _Inputs, compute: Compute
 ) -> bool:
     """Whether memory takes a unit that is loaded while another computes. Raises BudgetError where the walk needs more
     than there is without."""
@@ -182,7 +184,7 @@ def _original_parts(original: Checkpoint | None, stored: StoredReference | None)
     return {"original": None if original is None else original_record(original), "--reference": None}
 
 
-def _parts(inputs: _Inputs, settings: Settings, compute: Compute) -> dict[str, Any]:
+def _parts(inputs: _Inputs, settings: EvaluationSettings, compute: Compute) -> dict[str, Any]:
     """What decides the figures beside the two models."""
     harness = {"--task": list(settings.harness), "--limit": settings.limit, "--backend": settings.backend}
     return {
@@ -198,12 +200,12 @@ def _parts(inputs: _Inputs, settings: Settings, compute: Compute) -> dict[str, A
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedEvaluation:
     """An evaluation that is ready to run; `identity` is all that decides its numbers."""
 
     artifact: Checkpoint
     original: Checkpoint | None
-    settings: Settings
+    settings: EvaluationSettings
     progress: Progress
     inputs: _Inputs
     compute: Compute
@@ -276,7 +278,7 @@ def _tokenizer(artifact: Checkpoint, original: Checkpoint | None) -> PreTrainedT
 
 
 def _inputs(
-    artifact: Checkpoint, original: Checkpoint | None, settings: Settings, tokenizer: PreTrainedTokenizerBase
+    artifact: Checkpoint, original: Checkpoint | None, settings: EvaluationSettings, tokenizer: PreTrainedTokenizerBase
 ) -> _Inputs:
     longest = artifact.config.text.max_position_embeddings
     text = load_text(settings.text, tokenizer, longest)
@@ -299,7 +301,7 @@ def _inputs(
     return _Inputs(tuple(sequences), text, tasks, found, spans)
 
 
-def _check_names(tasks: Sequence[Task]) -> None:
+def _check_names(tasks: Sequence[EvaluationTask]) -> None:
     names = [task.name for task in tasks]
     if len(set(names)) != len(names):
         raise UsageError("two task files have one name", hint="rename one: a task is called by its file's name")
@@ -315,7 +317,9 @@ def _reference_identity(inputs: _Inputs, original: Checkpoint | None) -> dict[st
     }
 
 
-def _model(name: str, checkpoint: Checkpoint, compute: Compute, settings: Settings, stack: ExitStack) -> Model:
+def _model(
+    name: str, checkpoint: Checkpoint, compute: Compute, settings: EvaluationSettings, stack: ExitStack
+) -> Model:
     weights = stack.enter_context(
         Weights(checkpoint, compute.device, compute.dtype, round_activations=not settings.weights_only)
     )
@@ -329,7 +333,7 @@ def _job(models: Sequence[Model], parts: Mapping[str, Any]) -> Identity:
 
 
 def _save_reference(
-    settings: Settings, answers: Answers, packed: Packed, inputs: _Inputs, original: Checkpoint | None
+    settings: EvaluationSettings, answers: Answers, packed: Packed, inputs: _Inputs, original: Checkpoint | None
 ) -> dict[str, Any] | None:
     if settings.save_reference is None:
         return None
@@ -402,14 +406,14 @@ def _sums(scores: Scores | None, sequences: slice, lengths: Sequence[int]) -> li
     return [float(part.sum()) for part in parts]
 
 
-def _task(task: Task, sequences: slice, lengths: Sequence[int], scored: _Scored) -> dict[str, Any]:
+def _task(task: EvaluationTask, sequences: slice, lengths: Sequence[int], scored: _Scored) -> dict[str, Any]:
     artifact = _sums(scored.artifact, sequences, lengths)
     assert artifact is not None
     record = task_record(task, artifact, _sums(scored.reference, sequences, lengths))
     return {**record, "sha256": _task_digest(task)}
 
 
-def _task_digest(task: Task) -> str:
+def _task_digest(task: EvaluationTask) -> str:
     questions = json.dumps([[item.context, item.choices, item.answer] for item in task.questions])
     return hashlib.sha256(questions.encode()).hexdigest()
 
@@ -433,7 +437,7 @@ def _needles(inputs: _Inputs, packed: Packed, lengths: Sequence[int], scored: _S
 class _Harness:
     """lm-evaluation-harness on the models of one evaluation."""
 
-    settings: Settings
+    settings: EvaluationSettings
     compute: Compute
     ahead: bool
     progress: Progress
@@ -465,7 +469,7 @@ def _reference_record(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key.startswith("storage")}
 
 
-def _run_record(artifact: Checkpoint, compute: Compute, settings: Settings, started: float) -> dict[str, Any]:
+def _run_record(artifact: Checkpoint, compute: Compute, settings: EvaluationSettings, started: float) -> dict[str, Any]:
     rounded_cache = bool(read_stanza(artifact.config.stanza).kv_cache) and not settings.weights_only
     return {
         "device": compute.describe(),

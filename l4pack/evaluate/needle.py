@@ -70,7 +70,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def sequences_of(found: list[Needle]) -> list[TokenSequence]:
+def needle_sequences(found: list[Needle]) -> list[TokenSequence]:
     """All sequences of all needles."""
     return [sequence for needle in found for sequence in (needle.with_needle, needle.without)]
 

@@ -15,15 +15,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from l4pack.datafile import parse_json
+from l4pack.datafile import Finite, PositiveCount, parse_json
 from l4pack.errors import BudgetError, UsageError
 from l4pack.evaluate.answers import Answers
 from l4pack.evaluate.scoring import score_pair
@@ -41,8 +41,6 @@ HIDDEN_NAME, SCALE_NAME, HEAD_NAME = "hidden.npy", "scale.npy", "head.npy"
 LEVELS = 32767
 MEASURED_TOKENS = 4096
 _NAMES = (HIDDEN_NAME, SCALE_NAME, HEAD_NAME)
-Count = Annotated[int, Field(ge=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Record(BaseModel):
@@ -51,12 +49,12 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     schema_version: Literal[2]
-    vocabulary: Count
-    width: Count
-    rows: Count
+    vocabulary: PositiveCount
+    width: PositiveCount
+    rows: PositiveCount
     storage_kl_mean: Finite
     storage_kl_max: Finite
-    storage_measured_tokens: Count
+    storage_measured_tokens: PositiveCount
     files: list[Seal]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from l4pack.datafile import first_fault
+from l4pack.datafile import Sha256, first_fault
 from l4pack.errors import UsageError
 
 SCHEMA_VERSION = 2  # 1 did not say which weights were measured
@@ -21,11 +21,10 @@ PAIRED = (
 
 Count = Annotated[int, Field(ge=0, le=2**60)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Size = Annotated[float, Field(ge=0)]
-Kl = Annotated[float, Field(ge=-1e-6, le=1e6)]  # rounding may leave a mean a hair below zero
+Magnitude = Annotated[float, Field(ge=0)]
+MeasuredKl = Annotated[float, Field(ge=-1e-6, le=1e6)]  # rounding may leave a mean a hair below zero
 Error = Annotated[float, Field(ge=0)] | None
 Number = Annotated[float, Field()]
-Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 Word = Annotated[str, StringConstraints(pattern=r"^[\w .,:;()+\-/@]*$", max_length=256)]
 GateName = Annotated[str, StringConstraints(pattern=r"^(max_kl|min_agreement|max_perplexity_ratio|min_recovery .+)$")]
 
@@ -59,18 +58,18 @@ class Expert(_Data):
 
     expert: Annotated[int, Field(ge=0, le=4096)]
     tokens: Count
-    error: Size | None = None
+    error: Magnitude | None = None
 
 
 class Layer(_Data):
     """One layer."""
 
     layer: Annotated[int, Field(ge=0, le=1024)]
-    residual_error: Size | None = None
-    attention_error: Size | None = None
-    shared_expert_error: Size | None = None
-    dense_mlp_error: Size | None = None
-    routed_expert_error: Size | None = None
+    residual_error: Magnitude | None = None
+    attention_error: Magnitude | None = None
+    shared_expert_error: Magnitude | None = None
+    dense_mlp_error: Magnitude | None = None
+    routed_expert_error: Magnitude | None = None
     routing_moved: Count | None = None
     routing_agreement: Share | None = None
     experts: Annotated[list[Expert], Field(max_length=4096)] = []
@@ -81,14 +80,14 @@ class Worst(_Data):
 
     layer: Annotated[int, Field(ge=0, le=1024)]
     block: Word
-    error: Size
+    error: Magnitude
     expert: Annotated[int, Field(ge=0, le=4096)] | None = None
 
 
 class Histogram(_Data):
     """Tokens between edges."""
 
-    edges: Annotated[list[Size], Field(max_length=1000)]
+    edges: Annotated[list[Magnitude], Field(max_length=1000)]
     counts: Annotated[list[Count], Field(max_length=1001)]
 
     @model_validator(mode="after")
@@ -101,7 +100,7 @@ class Histogram(_Data):
 class Position(_Data):
     """Mean numbers of a range of positions."""
 
-    kl_mean: Kl
+    kl_mean: MeasuredKl
     top1_agreement: Share
     tokens: Count
 
@@ -124,7 +123,7 @@ class Run(_Data):
     device: Word
     dtype: Word
     activations: Word
-    seconds: Size
+    seconds: Magnitude
     peak_rss_bytes: Count
     versions: dict[Word, Word]
 
@@ -155,21 +154,21 @@ class Evaluation(_Data):
     artifact_weight_bytes: Count
     against_weight_bytes: Count | None
     tokens: Annotated[int, Field(gt=0, le=2**60)]
-    perplexity_artifact: Size
+    perplexity_artifact: Magnitude
     perplexity_artifact_standard_error: Error
-    kl_mean: Kl | None = None
+    kl_mean: MeasuredKl | None = None
     kl_standard_error: Error = None
-    kl_median: Kl | None = None
-    kl_p99: Kl | None = None
-    kl_p999: Kl | None = None
-    kl_max: Kl | None = None
+    kl_median: MeasuredKl | None = None
+    kl_p99: MeasuredKl | None = None
+    kl_p999: MeasuredKl | None = None
+    kl_max: MeasuredKl | None = None
     kl_histogram: Histogram | None = None
     by_position: Annotated[list[Position], Field(max_length=1000)] | None = None
     top1_agreement: Share | None = None
     top1_agreement_standard_error: Error = None
-    perplexity_reference: Size | None = None
+    perplexity_reference: Magnitude | None = None
     perplexity_reference_standard_error: Error = None
-    perplexity_ratio: Size | None = None
+    perplexity_ratio: Magnitude | None = None
     perplexity_ratio_standard_error: Error = None
     text: Text
     tasks: Annotated[dict[str, TaskResult], Field(max_length=1000)]

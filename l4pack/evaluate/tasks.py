@@ -18,7 +18,7 @@ from torch import Tensor
 
 from l4pack.errors import UsageError
 from l4pack.stream.hidden import TokenSequence
-from l4pack.text.files import Kind, Meter, kind_of, opened
+from l4pack.text.files import FileKind, Meter, kind_of, opened
 from l4pack.text.json_rows import json_rows
 from l4pack.text.passages import check_characters, has_images
 
@@ -36,22 +36,22 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Task:
+class EvaluationTask:
     """A set of questions."""
 
     name: str
     questions: tuple[Question, ...]
 
 
-def load_task(path: Path) -> Task:
+def load_task(path: Path) -> EvaluationTask:
     """Read a task file. Raises UsageError naming the line."""
-    if kind_of(path) is not Kind.JSON:
+    if kind_of(path) is not FileKind.JSON:
         raise UsageError(f"{path} holds no JSON", hint="give a JSONL file of questions")
     with opened(path, Meter()) as stream:
         questions = [_question(value, where) for where, value in json_rows(stream, path)]
     if not questions:
         raise UsageError(f"{path} holds no questions", hint='a line is {"context": …, "choices": […], "answer": 0}')
-    return Task(path.stem, tuple(questions))
+    return EvaluationTask(path.stem, tuple(questions))
 
 
 def _question(value: object, where: str) -> Question:
@@ -64,7 +64,7 @@ def _question(value: object, where: str) -> Question:
     raise UsageError(f"{where}: not a question", hint='write {"context": "…", "choices": ["…", "…"], "answer": 0}')
 
 
-def sequences_of(task: Task, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[TokenSequence]:
+def sequences_of(task: EvaluationTask, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[TokenSequence]:
     """One sequence a choice, its continuation scored. Raises UsageError for one that does not fit the context."""
     return [
         continuation(tokenizer, question.context, choice, longest)
@@ -100,7 +100,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def choices_made(task: Task, sums: Sequence[float]) -> dict[str, Tensor]:
+def choices_made(task: EvaluationTask, sums: Sequence[float]) -> dict[str, Tensor]:
     """int64 [questions], the choice taken by log-likelihood and by log-likelihood a byte, from one sum (nats) a
     choice."""
     plain, per_byte, place = [], [], 0
@@ -113,7 +113,7 @@ def choices_made(task: Task, sums: Sequence[float]) -> dict[str, Tensor]:
     return {"accuracy": torch.tensor(plain), "accuracy_per_byte": torch.tensor(per_byte)}
 
 
-def task_record(task: Task, artifact: Sequence[float], reference: Sequence[float] | None) -> dict[str, Any]:
+def task_record(task: EvaluationTask, artifact: Sequence[float], reference: Sequence[float] | None) -> dict[str, Any]:
     """Accuracy of both models with standard errors, recovery, and how often they choose alike."""
     answers = torch.tensor([question.answer for question in task.questions])
     made = choices_made(task, artifact)

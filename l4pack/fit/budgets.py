@@ -8,16 +8,16 @@ from typing import Protocol
 
 from l4pack.budget.devices import Host, find_host, load_devices
 from l4pack.budget.load import Load
-from l4pack.budget.model import Budget, Group, budget
+from l4pack.budget.model import Budget, LineGroup, budget
 from l4pack.budget.solve import changes
 from l4pack.budget.subject import Subject
 from l4pack.budget.weights import stage_layers
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import BudgetError, UsageError
-from l4pack.fit.solve import Limit, Picks, total
+from l4pack.fit.solve import CostLimit, Picks, total
 from l4pack.fit.units import RUNTIMES, Choice, UnitChoices, device_bytes
 from l4pack.plan.assign import assign
-from l4pack.plan.plan import Limits, Plan, make_plan
+from l4pack.plan.plan import Plan, RunLimits, make_plan
 from l4pack.recipe import Recipe
 from l4pack.units import KIB, human_bytes, human_gib
 
@@ -90,7 +90,7 @@ class Wish:
 class Goal(Protocol):
     """One kind of budget: limits to solve within, and the last word on a recipe."""
 
-    limits: list[Limit]
+    limits: list[CostLimit]
 
     def excess(self, recipe: Recipe) -> int:
         """By how many bytes a recipe's artifact is too large; 0 or less: it fits."""
@@ -116,7 +116,7 @@ class Plans:
         """The plan of a recipe, for its sizes."""
         key = recipe.digest()
         if key not in self._made:
-            self._made[key] = make_plan(self.checkpoint, recipe, Limits(max_ram=ANY_RAM))
+            self._made[key] = make_plan(self.checkpoint, recipe, RunLimits(max_ram=ANY_RAM))
         return self._made[key]
 
 
@@ -126,7 +126,7 @@ def make_goal(plans: Plans, wish: Wish, units: Sequence[UnitChoices], picks: Pic
         return _Files(plans, units, wish.max_bytes, picks, least)
     if wish.bits is not None:
         return _Bits(units, wish.bits)
-    return Device(plans.checkpoint, wish, units, picks, least)
+    return DeviceBudget(plans.checkpoint, wish, units, picks, least)
 
 
 def file_costs(units: Sequence[UnitChoices]) -> list[list[int]]:
@@ -149,7 +149,7 @@ class _Files:
         costs = [[choice.nbytes + described_bytes(choice, sharded) for choice in unit.choices] for unit in units]
         rest = plan.artifact_bytes - total(costs, picks)
         margin = LEAST_MARGIN + int(MARGIN * (plan.artifact_bytes - plan.weight_bytes))
-        self.limits = [Limit(costs, max_bytes - rest + margin)]
+        self.limits = [CostLimit(costs, max_bytes - rest + margin)]
 
     def excess(self, recipe: Recipe) -> int:
         return self._plans.of(recipe).artifact_bytes - self._max_bytes
@@ -185,7 +185,7 @@ class _Bits:
     def __init__(self, units: Sequence[UnitChoices], bits: float) -> None:
         self._bits, self._numel = bits, sum(unit.numel for unit in units)
         self._costs = file_costs(units)
-        self.limits = [Limit(self._costs, int(bits * self._numel / 8))]
+        self.limits = [CostLimit(self._costs, int(bits * self._numel / 8))]
 
     def excess(self, recipe: Recipe) -> int:
         del recipe  # bytes of tensors are what was solved for
@@ -205,7 +205,7 @@ class _Bits:
         return f"{self._bits:g} bits a weight over all matrices of attention and MLPs, kept ones and scales counted"
 
 
-class Device:
+class DeviceBudget:
     """Weights of every pipeline stage must leave room for everything else on its GPU, at the dear end of the ranges."""
 
     def __init__(
@@ -220,7 +220,7 @@ class Device:
         self.limits = []
         for stage, layers in zip(found.stages, stages, strict=True):
             mine = [_in_stage(unit, row, layers) for unit, row in zip(units, costs, strict=True)]
-            self.limits.append(Limit(mine, stage.headroom(high=True) + total(mine, picks)))
+            self.limits.append(CostLimit(mine, stage.headroom(high=True) + total(mine, picks)))
 
     def budget(self, recipe: Recipe) -> Budget:
         """The memory model's word on a recipe's artifact."""
@@ -233,7 +233,7 @@ class Device:
 
     def impossible(self, recipe: Recipe) -> BudgetError:
         found = self.budget(recipe)
-        weights = sum(line.high for line in found.lines if line.group is Group.WEIGHTS)
+        weights = sum(line.high for line in found.lines if line.group is LineGroup.WEIGHTS)
         room = weights + found.headroom_bytes
         tried = changes(found, self._wish.load, self._wish.memory_runtime, load_devices(), {})
         ways = " or ".join(change.option for change in tried)

@@ -12,11 +12,11 @@ from l4pack.budget.runtimes import load_runtime
 from l4pack.budget.subject import from_config
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import L4packError, SourceError, UsageError
-from l4pack.fit.budgets import ANY, LAYER, ROLE, Device, Goal, Plans, Wish, file_costs, make_goal
-from l4pack.fit.frontier import Ground, Point, frontier, steps_around, uniform_points
+from l4pack.fit.budgets import ANY, LAYER, ROLE, DeviceBudget, Goal, Plans, Wish, file_costs, make_goal
+from l4pack.fit.frontier import FrontierPoint, Ground, frontier, steps_around, uniform_points
 from l4pack.fit.losses import Losses, losses_for
 from l4pack.fit.recipe import one_line, parse_values, recipe_name, recipe_text, recipe_values
-from l4pack.fit.solve import Limit, Picks, Solution, smallest, solve, total
+from l4pack.fit.solve import CostLimit, Picks, Selection, select, smallest, total
 from l4pack.fit.units import UnitChoices, Units, model_units
 from l4pack.measure.record import Sensitivity, combined
 from l4pack.model.config import KNOWN_MODELS, known_config
@@ -37,7 +37,7 @@ class Fitted:
     by: str
     units: tuple[UnitChoices, ...]
     left_out: Mapping[tuple[str, Role], tuple[str, ...]]
-    solution: Solution
+    solution: Selection
     recipe: Recipe
     recipe_text: str
     weight_bytes: int
@@ -45,9 +45,9 @@ class Fitted:
     bits: float
     combined: float | None
     memory: Budget | None
-    uniform: tuple[Point, ...]
-    frontier: tuple[Point, ...]
-    steps: tuple[Point, ...]
+    uniform: tuple[FrontierPoint, ...]
+    frontier: tuple[FrontierPoint, ...]
+    steps: tuple[FrontierPoint, ...]
 
 
 def fit(checkpoint: Checkpoint, sensitivity: Sensitivity, wish: Wish, stem: str = "fit") -> Fitted:
@@ -103,7 +103,7 @@ class _Fit:
             artifact_bytes=self._plans.of(recipe).artifact_bytes,
             bits=8 * total(ground.nbytes, solution.picks) / numel,
             combined=self._combined(solution.picks),
-            memory=goal.budget(recipe) if isinstance(goal, Device) else None,
+            memory=goal.budget(recipe) if isinstance(goal, DeviceBudget) else None,
             uniform=tuple(uniform),
             frontier=tuple(frontier(ground, [*uniform, *steps, here])),
             steps=tuple(steps),
@@ -118,11 +118,11 @@ class _Fit:
         keys = ((layer, unit.role, option) for unit, option in picked for layer in unit.layers)
         return max(0.0, combined(changes[key] for key in keys if key in changes))
 
-    def _solve(self, goal: Goal) -> Solution:
+    def _solve(self, goal: Goal) -> Selection:
         """Solve, ask the plan or the memory model, and lower the bounds by the least that matters until they agree."""
         ground, limits = self._ground, list(goal.limits)
         for number in range(MAX_ROUNDS):
-            solution = solve(ground.losses, ground.nbytes, limits)
+            solution = select(ground.losses, ground.nbytes, limits)
             if solution is None:
                 return self._smallest(goal)
             if all(unit.choices[pick].option == KEEP for unit, pick in zip(ground.units, solution.picks, strict=True)):
@@ -132,11 +132,11 @@ class _Fit:
                 return solution
             lower = 1 if number < EXACT_ROUNDS else excess
             limits = [
-                Limit(limit.costs, min(limit.bound, total(limit.costs, solution.picks)) - lower) for limit in limits
+                CostLimit(limit.costs, min(limit.bound, total(limit.costs, solution.picks)) - lower) for limit in limits
             ]
         raise L4packError("solutions keep exceeding the budget", hint="ask for a little less")
 
-    def _smallest(self, goal: Goal) -> Solution:
+    def _smallest(self, goal: Goal) -> Selection:
         """The smallest artifact, when it fits and nothing else does. Raises BudgetError when it doesn't."""
         rows = zip(*(limit.costs for limit in goal.limits), strict=True)
         costs = [[sum(parts) for parts in zip(*unit, strict=True)] for unit in rows]
@@ -146,7 +146,7 @@ class _Fit:
         beyond = any(total(limit.costs, picks) > limit.bound for limit in goal.limits)
         if beyond or goal.excess(recipe) > 0:
             raise goal.impossible(recipe)
-        return Solution(picks, float(total(self._ground.losses, picks)), 0.0)
+        return Selection(picks, float(total(self._ground.losses, picks)), 0.0)
 
     def _parallel(self) -> int:
         host = self._wish.host()
@@ -183,7 +183,7 @@ class _Fit:
             kv_dtype="fp8" if setting.kv_dtype == "fp8" else "bfloat16",
         )
 
-    def _comments(self, goal: Goal, solution: Solution) -> list[str]:
+    def _comments(self, goal: Goal, solution: Selection) -> list[str]:
         losses, wish = self._losses, self._wish
         proven = "proven optimal" if solution.optimal else f"within {100 * solution.gap:.2g} % of the optimum"
         lines = [

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from l4pack.fit.solve import Limit, Picks, hull, solve, total
+from l4pack.fit.solve import CostLimit, Picks, hull, select, total
 from l4pack.fit.units import UnitChoices
 from l4pack.recipe import KEEP
 from l4pack.units import GIB
@@ -17,7 +17,7 @@ LARGE = 16 * GIB
 
 
 @dataclass(frozen=True)
-class Point:
+class FrontierPoint:
     """One artifact: bytes of all its tensors, predicted KL in nats, and what it is called."""
 
     name: str
@@ -34,12 +34,12 @@ class Ground:
     nbytes: Sequence[Sequence[int]]
     fixed: int
 
-    def point(self, name: str, picks: Picks) -> Point:
+    def point(self, name: str, picks: Picks) -> FrontierPoint:
         """Where a solution lies."""
-        return Point(name, self.fixed + total(self.nbytes, picks), float(total(self.losses, picks)))
+        return FrontierPoint(name, self.fixed + total(self.nbytes, picks), float(total(self.losses, picks)))
 
 
-def uniform_points(ground: Ground) -> list[Point]:
+def uniform_points(ground: Ground) -> list[FrontierPoint]:
     """One option wherever it may be given, for every option of the role that holds most weights."""
     weights: Counter[str] = Counter()
     for unit in ground.units:
@@ -49,10 +49,10 @@ def uniform_points(ground: Ground) -> list[Point]:
     return [ground.point(name, _uniform(ground.units, name)) for name in names]
 
 
-def frontier(ground: Ground, others: Sequence[Point]) -> list[Point]:
+def frontier(ground: Ground, others: Sequence[FrontierPoint]) -> list[FrontierPoint]:
     """The best artifacts within about POINTS sizes from the smallest to the original, and within those of `others`."""
     on_hull = [ground.point("", picks) for picks in hull(ground.losses, ground.nbytes)]
-    best: list[Point] = []
+    best: list[FrontierPoint] = []
     for point in sorted({*on_hull, *others}, key=lambda point: (point.nbytes, point.kl, point.name)):
         if not best or point.kl < best[-1].kl:
             best.append(point)
@@ -63,14 +63,14 @@ def frontier(ground: Ground, others: Sequence[Point]) -> list[Point]:
     return [point for index, point in enumerate(best) if index in shown]
 
 
-def steps_around(ground: Ground, picks: Picks) -> list[Point]:
+def steps_around(ground: Ground, picks: Picks) -> list[FrontierPoint]:
     """The best artifacts of a little fewer and more bytes of weights than a solution's; sizes nothing meets are left out."""
     here = total(ground.nbytes, picks)
     large = ground.fixed + here >= LARGE
     found = []
     for step in STEPS:
         change = step * GIB if large else step * (ground.fixed + here) // 100
-        solution = solve(ground.losses, ground.nbytes, [Limit(ground.nbytes, here + change)])
+        solution = select(ground.losses, ground.nbytes, [CostLimit(ground.nbytes, here + change)])
         if solution is not None:
             name = f"{step:+d} {'GiB' if large else '%'}"
             found.append(ground.point(name, solution.picks))

@@ -10,14 +10,14 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from l4pack.fit.fit import Fitted
-from l4pack.fit.frontier import Point
+from l4pack.fit.frontier import FrontierPoint
 from l4pack.fit.losses import Losses
 from l4pack.fit.units import Choice, UnitChoices
 from l4pack.measure.record import Joint
 
 MAX_BYTES = 16 * 1024 * 1024
 Bytes = Annotated[int, Field(ge=0, le=2**60)]
-Kl = Annotated[float, Field(ge=0, le=1e6)]
+PredictedKl = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class _Data(BaseModel):
@@ -31,23 +31,23 @@ class Chosen(_Data):
     role: str
     option: str
     bytes: Bytes
-    kl: Kl
+    kl: PredictedKl
 
 
-class Size(_Data):
+class SizedArtifact(_Data):
     """One artifact: bytes of its tensors, its predicted KL, and a name where it has one."""
 
     name: str
     bytes: Bytes
-    predicted_kl: Kl
+    predicted_kl: PredictedKl
 
 
 class Additivity(_Data):
     """What was measured over what a sum of single changes predicts: the extremes of `count` mixtures of the record."""
 
     count: int
-    least: Kl
-    most: Kl
+    least: PredictedKl
+    most: PredictedKl
 
 
 class FitRecord(_Data):
@@ -62,16 +62,16 @@ class FitRecord(_Data):
     weight_bytes: Bytes
     artifact_bytes: Bytes
     bits_per_weight: float
-    predicted_kl: Kl
-    predicted_kl_combined: Kl | None = None
+    predicted_kl: PredictedKl
+    predicted_kl_combined: PredictedKl | None = None
     gap: Annotated[float, Field(ge=0)]
     optimal: bool
     headroom_bytes: int | None = None
     recipe: str | None = None
     choice: list[Chosen]
-    uniform: list[Size]
-    steps: list[Size]
-    frontier: list[Size]
+    uniform: list[SizedArtifact]
+    steps: list[SizedArtifact]
+    frontier: list[SizedArtifact]
     left_out: list[dict[str, str]] = []
     additivity: Additivity | None = None
     key: str | None = None  # digest of what was asked, where a record is kept to be found again
@@ -135,5 +135,5 @@ def _additivity(joint: Sequence[Joint]) -> Additivity | None:
     return Additivity(count=len(ratios), least=min(ratios), most=max(ratios)) if ratios else None
 
 
-def _size(point: Point) -> Size:
-    return Size(name=point.name, bytes=point.nbytes, predicted_kl=point.kl)
+def _size(point: FrontierPoint) -> SizedArtifact:
+    return SizedArtifact(name=point.name, bytes=point.nbytes, predicted_kl=point.kl)

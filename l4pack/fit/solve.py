@@ -35,7 +35,7 @@ _TIMED_OUT = 1  # scipy's status
 
 
 @dataclass(frozen=True)
-class Limit:
+class CostLimit:
     """Costs of every choice of every unit, and the most that a solution's may add up to."""
 
     costs: Sequence[Sequence[int]]
@@ -43,7 +43,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Solution:
+class Selection:
     """A choice for every unit; `gap` bounds its distance from the optimum as a share of its loss."""
 
     picks: Picks
@@ -66,9 +66,9 @@ def smallest(costs: Sequence[Sequence[Any]]) -> Picks:
     return tuple(min(range(len(row)), key=row.__getitem__) for row in costs)
 
 
-def solve(
-    losses: Sequence[Sequence[float]], nbytes: Sequence[Sequence[int]], limits: Sequence[Limit]
-) -> Solution | None:
+def select(
+    losses: Sequence[Sequence[float]], nbytes: Sequence[Sequence[int]], limits: Sequence[CostLimit]
+) -> Selection | None:
     """The choices that lose least within all limits, fewer bytes where losses are the same; None when nothing fits."""
     if any(sum(map(min, limit.costs)) > limit.bound for limit in limits):
         return None
@@ -81,7 +81,7 @@ def solve(
         if all(total(limit.costs, picks) <= limit.bound for limit in limits):
             value = program.value(picks)
             gap = 0.0 if value - proven <= ABSOLUTE_GAP else (value - proven) / value
-            return Solution(picks, float(total(losses, picks)), gap)
+            return Selection(picks, float(total(losses, picks)), gap)
         program.exclude(picks)
     raise L4packError(
         "the solver's answers keep exceeding the budget by a rounding error", hint="ask for a little less"
@@ -93,7 +93,7 @@ class _Program:
     a limit."""
 
     def __init__(
-        self, losses: Sequence[Sequence[float]], nbytes: Sequence[Sequence[int]], limits: Sequence[Limit]
+        self, losses: Sequence[Sequence[float]], nbytes: Sequence[Sequence[int]], limits: Sequence[CostLimit]
     ) -> None:
         sizes = [len(row) for row in losses]
         self._starts = np.cumsum([0, *sizes[:-1]])
@@ -106,7 +106,7 @@ class _Program:
         self._rows = [self._row(limit) for limit in limits]
         self._excluded: list[NDArray[np.float64]] = []
 
-    def _row(self, limit: Limit) -> tuple[NDArray[np.float64], float]:
+    def _row(self, limit: CostLimit) -> tuple[NDArray[np.float64], float]:
         room = limit.bound - sum(map(min, limit.costs))
         above = _flat([[cost - min(row) for cost in row] for row in limit.costs])
         self._allowed[above > room] = 0

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from l4pack.checkpoint.header import DTYPE_BITS
 from l4pack.errors import L4packError, RecipeError
 from l4pack.formats.configuration import Activations, input_arguments, weight_arguments
-from l4pack.formats.readers import Reader, read_readers
+from l4pack.formats.readers import FormatReader, read_readers
 from l4pack.quant.dtypes import NAMES
 from l4pack.quant.grid import NumberType
 from l4pack.quant.scheme import Scheme, Strategy
@@ -103,7 +103,7 @@ class Format:
     pieces: tuple[Piece, ...]
 
     @cached_property
-    def readers(self) -> tuple[Reader, ...]:
+    def readers(self) -> tuple[FormatReader, ...]:
         """The runtimes that read it, and what each can't."""
         return read_readers(self.name)
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from l4pack.formats.format import Format, matrix_sizes
-from l4pack.formats.readers import Condition, Reader, Severity, ShapeLimit
+from l4pack.formats.readers import Condition, FormatReader, Severity, ShapeLimit
 from l4pack.model.parts import DOWN, KEY, OUTPUT, VALUE
 from l4pack.model.tensors import Linear, Role
 from l4pack.quant.scheme import Scheme, Strategy
@@ -68,7 +68,7 @@ def _conditions(scheme: Scheme, roles: Collection[Role], *, weight_only: bool, m
 
 
 def _shape_hindrances(
-    reader: Reader,
+    reader: FormatReader,
     scheme: Scheme,
     role: Role,
     matrices: Collection[LocalMatrix],

@@ -52,7 +52,7 @@ class ShapeLimit(_Data):
     says: str
 
 
-class Reader(_Data):
+class FormatReader(_Data):
     """A runtime that reads the format, and what it can't."""
 
     runtime: str
@@ -65,10 +65,10 @@ class Reader(_Data):
 class ReadersFile(_Data):
     """The file of one format."""
 
-    readers: list[Reader]
+    readers: list[FormatReader]
 
 
-def read_readers(name: str) -> tuple[Reader, ...]:
+def read_readers(name: str) -> tuple[FormatReader, ...]:
     """Who reads a shipped format."""
     path = data_folder("formats") / f"{name}.yaml"
     return tuple(validate(ReadersFile, read_yaml(path), path.name).readers)

@@ -58,7 +58,7 @@ def web_address(text: str) -> str:
 
 Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 Commit = Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")]
-Size = Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
+FileSize = Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
 FileName = Annotated[str, AfterValidator(file_name)]
 PlainText = Annotated[str, AfterValidator(plain_text)]
 Address = Annotated[str, StringConstraints(max_length=8192), AfterValidator(web_address)]
@@ -72,15 +72,15 @@ class SiblingLfs(_Answer):
     """A large file of a repository."""
 
     sha256: Digest
-    size: Size
-    pointerSize: Size = 0  # noqa: N815 - the Hub's word
+    size: FileSize
+    pointerSize: FileSize = 0  # noqa: N815 - the Hub's word
 
 
 class Sibling(_Answer):
     """A file of a repository, as the model's information lists it."""
 
     rfilename: FileName
-    size: Size | None = None
+    size: FileSize | None = None
     blobId: Commit | None = None  # noqa: N815
     lfs: SiblingLfs | None = None
 
@@ -105,16 +105,16 @@ class EntryLfs(_Answer):
     """A large file of a tree."""
 
     oid: Digest
-    size: Size
-    pointerSize: Size = 0  # noqa: N815
+    size: FileSize
+    pointerSize: FileSize = 0  # noqa: N815
 
 
-class Entry(_Answer):
+class TreeEntry(_Answer):
     """A file or folder of a tree."""
 
     type: Literal["file", "directory"]
     path: FileName
-    size: Size = 0
+    size: FileSize = 0
     oid: Commit
     lfs: EntryLfs | None = None
 
@@ -158,7 +158,7 @@ class Uploads(_Answer):
     files: list[Upload]
 
 
-class Action(_Answer):
+class LfsAction(_Answer):
     """Where something is sent, and with what."""
 
     href: Address
@@ -178,8 +178,8 @@ class Action(_Answer):
 class Actions(_Answer):
     """What is to be done for one large file."""
 
-    upload: Action
-    verify: Action | None = None
+    upload: LfsAction
+    verify: LfsAction | None = None
 
 
 class BatchError(_Answer):
@@ -193,7 +193,7 @@ class BatchObject(_Answer):
     """One large file that the storage has, wants, or refuses."""
 
     oid: Digest
-    size: Size
+    size: FileSize
     actions: Actions | None = None
     error: BatchError | None = None
 
@@ -254,7 +254,7 @@ Settle = Callable[[Any, Asked], Any]
 
 
 @dataclass(frozen=True)
-class Kind:
+class AnswerKind:
     """One kind of answer: its schema, and what of it and of the request must agree."""
 
     title: str
@@ -304,7 +304,7 @@ def _info(info: Info, asked: Asked) -> Info:
     return info
 
 
-def _tree(page: list[Entry], _: Asked) -> list[Entry]:
+def _tree(page: list[TreeEntry], _: Asked) -> list[TreeEntry]:
     _different(entry.path for entry in page)
     if any(entry.lfs is not None and entry.lfs.size != entry.size for entry in page):
         raise ValueError("two sizes for one file")
@@ -364,9 +364,11 @@ def _nothing(*_: Any) -> dict[str, Any]:
     return {}
 
 
-def _kind(title: str, request: str, schema: Any, settle: Settle = lambda value, _: value, pages: bool = False) -> Kind:
+def _kind(
+    title: str, request: str, schema: Any, settle: Settle = lambda value, _: value, pages: bool = False
+) -> AnswerKind:
     method, _, path = request.partition(" ")
-    return Kind(title, method, re.compile(f"(.*){path}"), TypeAdapter(schema), settle, pages)
+    return AnswerKind(title, method, re.compile(f"(.*){path}"), TypeAdapter(schema), settle, pages)
 
 
 _ID = "([^/]+/[^/]+)"
@@ -374,7 +376,7 @@ _MODEL = f"/api/models/{_ID}"
 CREATE = _kind("a new repository", "POST /api/repos/create()", Created, _created)
 KINDS = (
     _kind("a model's information", f"GET {_MODEL}(?:/revision/.+)?", Info, _info),
-    _kind("a list of files", f"GET {_MODEL}/tree/.+", list[Entry], _tree, pages=True),
+    _kind("a list of files", f"GET {_MODEL}/tree/.+", list[TreeEntry], _tree, pages=True),
     _kind("a list of commits", f"GET {_MODEL}/commits/.+", list[LogEntry], _log, pages=True),
     _kind("branches and tags", f"GET {_MODEL}/refs", Refs),
     _kind("leave to read storage", f"GET {_MODEL}/xet-read-token/.+", dict[str, Any], _nothing),
@@ -388,7 +390,7 @@ KINDS = (
 )
 
 
-def find_kind(method: str, path: str) -> tuple[Kind, str, str] | None:
+def find_kind(method: str, path: str) -> tuple[AnswerKind, str, str] | None:
     """The kind of answer that a request wants, what precedes the path (an endpoint's own), and the repository."""
     for kind in KINDS:
         found = kind.path.fullmatch(path) if kind.method == method else None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub.errors import HfHubHTTPError
 
 from l4pack.errors import HubError
-from l4pack.hub.answers import Asked, Kind
+from l4pack.hub.answers import AnswerKind, Asked
 
 if TYPE_CHECKING:
     import httpx2 as http
@@ -97,7 +97,7 @@ class Exchange:
 
     asked: Asked
     host: str
-    kind: Kind | None = None
+    kind: AnswerKind | None = None
     transfer: Transfer | None = None
     changes: bool = False
     seconds: float = 0.0

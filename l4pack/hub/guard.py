@@ -22,7 +22,7 @@ from huggingface_hub.utils._http import hf_raise_for_status, hf_request_event_ho
 
 from l4pack.errors import HubError
 from l4pack.hub import exchange as exchanges
-from l4pack.hub.answers import CREATE, Asked, Kind, find_kind
+from l4pack.hub.answers import CREATE, AnswerKind, Asked, find_kind
 from l4pack.hub.exchange import (
     ASTRAY,
     CALL,
@@ -210,7 +210,7 @@ def _keeps_method(response: http.Response, exchange: Exchange, target: http.URL)
     return within and response.status_code in (307, 308)
 
 
-def _answer(response: http.Response, exchange: Exchange, kind: Kind) -> None:
+def _answer(response: http.Response, exchange: Exchange, kind: AnswerKind) -> None:
     if response.status_code not in (200, 201):
         raise exchange.bad(f"status {response.status_code} for {kind.title}")
     content = _whole(response, exchange, exchanges.BOUNDS.answer_bytes)

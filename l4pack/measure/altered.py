@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from l4pack.calibration.mlp import Inputs, Matrices, solve_mlp, weights_of
+from l4pack.calibration.mlp import Inputs, Matrices, solve_mlp, solved_weights
 from l4pack.calibration.rows import Block, UnitRows, blocks, expert_rows
 from l4pack.errors import SourceError
 from l4pack.formats.configuration import Activations
@@ -92,7 +92,7 @@ def _solved(
     matrices = {name: linear.weight.float() for name, linear in original.linears.items()}
     function: Any = ACT2FN[activation]
     solutions = solve_mlp(Matrices(matrices, function, model_dtype), inputs, scheme, dtypes)
-    return {name: weights_of(solution) for name, solution in solutions.items()}
+    return {name: solved_weights(solution) for name, solution in solutions.items()}
 
 
 def _rounding(scheme: RecipeScheme) -> RoundedInputs | None:

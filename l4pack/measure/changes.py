@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from l4pack.measure.options import Options, bits, family
+from l4pack.measure.options import MeasureOptions, bits, family
 from l4pack.model.config import Llama4Config
 from l4pack.model.tensors import Role
 
@@ -71,7 +71,7 @@ def roles_of(config: Llama4Config, layer: int) -> tuple[Role, ...]:
     return (Role.ATTENTION, Role.DENSE_MLP)
 
 
-def singles_of(config: Llama4Config, options: Options) -> list[Single]:
+def singles_of(config: Llama4Config, options: MeasureOptions) -> list[Single]:
     """Every unit with every option it can be given, by layer."""
     return [
         Single(layer, role, option)
@@ -81,7 +81,7 @@ def singles_of(config: Llama4Config, options: Options) -> list[Single]:
     ]
 
 
-def anchors(options: Options, role: Role) -> tuple[str, ...]:
+def anchors(options: MeasureOptions, role: Role) -> tuple[str, ...]:
     """The coarsest and the finest integer option of a role (or FP8, where there is nothing else)."""
     names = options.by_role[role]
     integers = [name for name in names if family(name) != "fp8"] or list(names)
@@ -89,7 +89,7 @@ def anchors(options: Options, role: Role) -> tuple[str, ...]:
     return tuple(dict.fromkeys((ordered[0], ordered[-1])))
 
 
-def mixtures_of(config: Llama4Config, options: Options) -> list[Mixture]:
+def mixtures_of(config: Llama4Config, options: MeasureOptions) -> list[Mixture]:
     """A handful of joint changes: a role everywhere, everything alike, and two that mix."""
     coarse: dict[Role, str] = {role: anchors(options, role)[0] for role in options.by_role}
     fine: dict[Role, str] = {role: anchors(options, role)[-1] for role in options.by_role}

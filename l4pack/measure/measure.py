@@ -29,7 +29,7 @@ from l4pack.measure.costs import (
     streams_at_once,
 )
 from l4pack.measure.identity import model_fingerprint
-from l4pack.measure.options import Options, family, options_for
+from l4pack.measure.options import MeasureOptions, family, options_for
 from l4pack.measure.predict import Clusters, Estimate, Predictor, added
 from l4pack.measure.record import ChangeRecord, Joint, ModelId, Sensitivity, Total, combined
 from l4pack.measure.state import State
@@ -62,7 +62,7 @@ class Direct(StrEnum):
 
 
 @dataclass(frozen=True)
-class Settings:
+class MeasureSettings:
     """What to measure, on what, and where."""
 
     out: Path
@@ -84,12 +84,12 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedMeasurement:
     """A measurement that can begin: everything read but the weights."""
 
     checkpoint: Checkpoint
-    settings: Settings
-    options: Options
+    settings: MeasureSettings
+    options: MeasureOptions
     texts: Texts
     compute: Compute
     direct: Direct
@@ -119,7 +119,7 @@ class Prepared:
         return Identity(parts)
 
 
-def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
+def prepare_measurement(checkpoint: Checkpoint, settings: MeasureSettings) -> PreparedMeasurement:
     """Check and plan everything that can be without reading a weight.
 
     Raises SourceError (quantized already, no weights, no tokenizer), UsageError (options, text), BudgetError.
@@ -154,13 +154,18 @@ def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
         disk_bytes=stream_bytes(text, (streams + 2) * rows[0] + rows[1], compute.dtype) + kept,
         peak_ram_bytes=needed.ram,
     )
-    return Prepared(
+    return PreparedMeasurement(
         checkpoint, settings, options, texts, compute, direct, tuple(singles), tuple(mixtures), costs, ahead
     )
 
 
 def _memory(
-    checkpoint: Checkpoint, settings: Settings, compute: Compute, texts: Texts, options: Options, streams: int
+    checkpoint: Checkpoint,
+    settings: MeasureSettings,
+    compute: Compute,
+    texts: Texts,
+    options: MeasureOptions,
+    streams: int,
 ) -> tuple[Memory, bool]:
     """Of altered streams beside the original's own, over both texts, and whether units are loaded ahead. Raises
     BudgetError."""
@@ -170,7 +175,7 @@ def _memory(
     return walk_within(computing, partial(measuring, solved=options.calibrated), ram, device)
 
 
-def measure(prepared: Prepared, progress: Progress | None = None) -> Sensitivity:
+def measure(prepared: PreparedMeasurement, progress: Progress | None = None) -> Sensitivity:
     """Run a measurement and write its file. Raises StoppedError; an interrupted one goes on when called again."""
     settings, work = prepared.settings, prepared.settings.work
     refuse_overlap([prepared.checkpoint], work, settings.out)
@@ -194,7 +199,7 @@ def measure(prepared: Prepared, progress: Progress | None = None) -> Sensitivity
 class _Runner:
     """Runs changes in waves."""
 
-    def __init__(self, shared: Shared, prepared: Prepared, state: State) -> None:
+    def __init__(self, shared: Shared, prepared: PreparedMeasurement, state: State) -> None:
         self._shared, self._prepared, self._state = shared, prepared, state
         lengths = [len(item.tokens) - item.score_from for item in shared.measured.sequences]
         self.clusters = Clusters(clusters(lengths))
@@ -240,7 +245,7 @@ def _flop(checkpoint: Checkpoint, changes: Iterable[Change], tokens: int) -> flo
     return flop_of(text, sum(text.num_hidden_layers - change.layer for change in changes), tokens)
 
 
-def _direct(checkpoint: Checkpoint, options: Options, singles: Iterable[Single], direct: Direct) -> list[Single]:
+def _direct(checkpoint: Checkpoint, options: MeasureOptions, singles: Iterable[Single], direct: Direct) -> list[Single]:
     """Single changes to measure at first: of anchors, all in the first, middle and last layer, to test predictions."""
     if direct is Direct.ALL:
         return list(singles)
@@ -254,7 +259,7 @@ def _tokens(texts: Texts) -> tuple[int, int]:
     return texts.measured.record["tokens"], 0 if calibration is None else calibration.record["tokens"]
 
 
-def _shared(prepared: Prepared, job: Identity, stack: ExitStack, progress: Progress) -> Shared:
+def _shared(prepared: PreparedMeasurement, job: Identity, stack: ExitStack, progress: Progress) -> Shared:
     checkpoint, compute, texts = prepared.checkpoint, prepared.compute, prepared.texts
     weights = stack.enter_context(Weights(checkpoint, compute.device, compute.dtype))
     return Shared(
@@ -271,7 +276,7 @@ def _shared(prepared: Prepared, job: Identity, stack: ExitStack, progress: Progr
     )
 
 
-def _record(prepared: Prepared, state: State, cluster: Clusters) -> Sensitivity:
+def _record(prepared: PreparedMeasurement, state: State, cluster: Clusters) -> Sensitivity:
     checkpoint, options = prepared.checkpoint, prepared.options
     predictor = Predictor(prepared.singles, options, state, cluster)
     known = {single: predictor.estimate(single) for single in prepared.singles}
@@ -309,7 +314,7 @@ def _change(single: Single, state: State, cluster: Clusters, estimate: Estimate)
     )
 
 
-def _totals(options: Options, cluster: Clusters, known: dict[Single, Estimate]) -> list[Total]:
+def _totals(options: MeasureOptions, cluster: Clusters, known: dict[Single, Estimate]) -> list[Total]:
     totals = []
     for role, names in options.by_role.items():
         for option in names:
@@ -328,7 +333,7 @@ def _sum(cluster: Clusters, found: Sequence[Estimate]) -> tuple[float, float]:
 
 def _joint(
     mixture: Mixture,
-    prepared: Prepared,
+    prepared: PreparedMeasurement,
     state: State,
     cluster: Clusters,
     known: dict[Single, Estimate],

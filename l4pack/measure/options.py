@@ -63,7 +63,7 @@ OPTIONS: dict[str, RecipeScheme] = {
 
 
 @dataclass(frozen=True)
-class Options:
+class MeasureOptions:
     """The options of one measurement: schemes by name, and the names each role is given."""
 
     schemes: Mapping[str, RecipeScheme]
@@ -75,7 +75,7 @@ class Options:
         return any(scheme.calibrated for scheme in self.schemes.values())
 
 
-def options_for(config: Llama4Config, wanted: Sequence[str] = ()) -> Options:
+def options_for(config: Llama4Config, wanted: Sequence[str] = ()) -> MeasureOptions:
     """The options that the matrices of a model can be given; `wanted` names some of them, none means all.
 
     `int4-g128` means both the calibrated option of MLPs and the rounded one of attention. Raises UsageError.
@@ -95,7 +95,7 @@ def options_for(config: Llama4Config, wanted: Sequence[str] = ()) -> Options:
         raise UsageError(
             f"no matrix of this model can be given {', '.join(chosen)}", hint="its shapes don't divide into the groups"
         )
-    return Options({name: scheme for name, scheme in chosen.items() if name in used}, by_role)
+    return MeasureOptions({name: scheme for name, scheme in chosen.items() if name in used}, by_role)
 
 
 def family(option: str) -> str:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from l4pack.measure.changes import Single, anchors
-from l4pack.measure.options import Options, family
-from l4pack.measure.record import Fit, Linearity
+from l4pack.measure.options import MeasureOptions, family
+from l4pack.measure.record import Linearity, PredictionFit
 from l4pack.measure.state import State
 
 TOLERANCE = 0.2
@@ -74,7 +74,7 @@ class Law:
     rerouting: float
 
     @classmethod
-    def of(cls, points: Sequence[Point]) -> Law:
+    def of(cls, points: Sequence[MeasuredPoint]) -> Law:
         """Least squares of points weighted by their standard errors, no coefficient below 0."""
         from scipy.optimize import nnls
 
@@ -94,7 +94,7 @@ class Law:
 
 
 @dataclass(frozen=True)
-class Point:
+class MeasuredPoint:
     """One measured change of a unit."""
 
     error: float
@@ -116,7 +116,7 @@ class _Check:
 class Predictor:
     """Measured changes, and predictions of the others."""
 
-    def __init__(self, singles: Sequence[Single], options: Options, state: State, clusters: Clusters) -> None:
+    def __init__(self, singles: Sequence[Single], options: MeasureOptions, state: State, clusters: Clusters) -> None:
         self._state, self._options, self._clusters = state, options, clusters
         self._singles = list(singles)
         self._by_unit: dict[object, list[Single]] = {}
@@ -158,9 +158,9 @@ class Predictor:
     def _of(self, name: str) -> list[_Check]:
         return [check for check in self._checks if check.family == name]
 
-    def _point(self, single: Single) -> Point:
+    def _point(self, single: Single) -> MeasuredPoint:
         mean, error = self._clusters.mean_and_error(self._state.kl[single.key])
-        return Point(self._state.errors[single.key], mean, error, single.option)
+        return MeasuredPoint(self._state.errors[single.key], mean, error, single.option)
 
     def _law(self, measured: Sequence[Single]) -> Law:
         points = [point for point in map(self._point, measured) if point.error > 0]
@@ -196,11 +196,11 @@ class Predictor:
         return math.sqrt(sum(ratio**2 for ratio in ratios) / len(ratios)) if ratios else 1.0
 
 
-def _fit(ratios: Sequence[float]) -> Fit:
+def _fit(ratios: Sequence[float]) -> PredictionFit:
     ordered = sorted(map(abs, ratios))
     if not ordered:
-        return Fit(count=0, median=0, p90=0)
-    return Fit(count=len(ordered), median=_rank(ordered, 0.5), p90=_rank(ordered, 0.9))
+        return PredictionFit(count=0, median=0, p90=0)
+    return PredictionFit(count=len(ordered), median=_rank(ordered, 0.5), p90=_rank(ordered, 0.9))
 
 
 def _rank(ordered: Sequence[float], share: float) -> float:

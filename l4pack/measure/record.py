@@ -71,7 +71,7 @@ class Joint(_Data):
     combined: float | None = None
 
 
-class Fit(_Data):
+class PredictionFit(_Data):
     """Of `count` changes that were both predicted and measured, the median and the 90th percentile of
     |ln(predicted / measured)|."""
 
@@ -80,12 +80,12 @@ class Fit(_Data):
     p90: NonNegative
 
 
-class Linearity(Fit):
+class Linearity(PredictionFit):
     """How well errors predict KL within a unit, from its coarsest and its finest integer option; also by `families` of
     options (int4, int8, fp8), and for predictions in proportion to the error alone."""
 
-    families: dict[str, Fit] = {}
-    proportional: Fit | None = None
+    families: dict[str, PredictionFit] = {}
+    proportional: PredictionFit | None = None
 
 
 class Total(_Data):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field
-
+from l4pack.datafile import Finite
 from l4pack.measure.record import NonNegative
 from l4pack.work.identity import Identity
 from l4pack.work.state import Found, StateFile
 
 STATE_NAME = "measured.json"  # beside the state of the wave under way
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Measured(Found):

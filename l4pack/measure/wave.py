@@ -24,7 +24,7 @@ from l4pack.evaluate.answers import StreamAnswers
 from l4pack.evaluate.scoring import divergences
 from l4pack.measure.altered import altered, calibration_inputs
 from l4pack.measure.changes import Change, Mixture, Single
-from l4pack.measure.options import Options
+from l4pack.measure.options import MeasureOptions
 from l4pack.model.tensors import Role
 from l4pack.stream.hidden import Packed, Rows
 from l4pack.stream.lanes import NEVER, Lane, Model
@@ -47,7 +47,7 @@ class Shared:
     model: Model
     measured: Packed
     calibration: Packed | None
-    options: Options
+    options: MeasureOptions
     blocks: Blocks
     work: Path
     job: Identity

@@ -29,8 +29,8 @@ SectionT = TypeVar("SectionT", bound=BaseModel)
 _NULLABLE = ("attention_chunk_size",)
 
 # Bounds that any real model keeps, so that a hostile config can't ask for a billion names.
-Count = Annotated[int, Field(gt=0, le=65536)]
-Size = Annotated[int, Field(gt=0, le=16_777_216)]
+SmallCount = Annotated[int, Field(gt=0, le=65536)]
+Width = Annotated[int, Field(gt=0, le=16_777_216)]
 
 
 class _Section(BaseModel):
@@ -40,21 +40,21 @@ class _Section(BaseModel):
 class TextConfig(_Section):
     """The language model's numbers."""
 
-    vocab_size: Size = 202048
-    hidden_size: Size = 5120
-    intermediate_size: Size = 8192
-    intermediate_size_mlp: Size = 16384
+    vocab_size: Width = 202048
+    hidden_size: Width = 5120
+    intermediate_size: Width = 8192
+    intermediate_size_mlp: Width = 16384
     num_hidden_layers: Annotated[int, Field(gt=0, le=1024)] = 48
-    num_attention_heads: Count = 40
-    num_key_value_heads: Count = 8
-    head_dim: Count = 128
+    num_attention_heads: SmallCount = 40
+    num_key_value_heads: SmallCount = 8
+    head_dim: SmallCount = 128
     num_local_experts: Annotated[int, Field(gt=0, le=4096)] = 16
-    num_experts_per_tok: Count = 1
+    num_experts_per_tok: SmallCount = 1
     moe_layers_listed: list[int] | None = Field(default=None, validation_alias=AliasChoices("moe_layers"))
-    interleave_moe_layer_step: Count = 1
+    interleave_moe_layer_step: SmallCount = 1
     no_rope_layers_listed: list[int] | None = Field(default=None, validation_alias=AliasChoices("no_rope_layers"))
-    no_rope_layer_interval: Count = 4
-    attention_chunk_size: Size | None = 8192
+    no_rope_layer_interval: SmallCount = 4
+    attention_chunk_size: Width | None = 8192
     max_position_embeddings: int = Field(default=131072, gt=0)
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -85,17 +85,17 @@ class TextConfig(_Section):
 class VisionConfig(_Section):
     """The vision tower's numbers. transformers' defaults are not Scout's values: real configs list all of them."""
 
-    hidden_size: Size = 768
+    hidden_size: Width = 768
     num_hidden_layers: Annotated[int, Field(gt=0, le=1024)] = 34
-    num_attention_heads: Count = 16
-    num_channels: Count = 3
-    intermediate_size: Size = 5632
-    vision_output_dim: Size = 7680
-    image_size: Count = 448
-    patch_size: Count = 14
+    num_attention_heads: SmallCount = 16
+    num_channels: SmallCount = 3
+    intermediate_size: Width = 5632
+    vision_output_dim: Width = 7680
+    image_size: SmallCount = 448
+    patch_size: SmallCount = 14
     pixel_shuffle_ratio: float = 0.5
-    projector_input_dim: Size = 4096
-    projector_output_dim: Size = 4096
+    projector_input_dim: Width = 4096
+    projector_output_dim: Width = 4096
 
     @property
     def patches(self) -> int:

@@ -12,21 +12,21 @@ from l4pack.recipe import CALIBRATION_OPTIONS, Recipe, load_recipe, recipe_names
 from l4pack.work.identity import flat
 
 _RECIPE = "recipe: "
-Options = dict[str, str | int | list[str]]  # a list is an option given several times, true one without a value
+JobOptions = dict[str, str | int | list[str]]  # a list is an option given several times, true one without a value
 
 
-def plan_options(recipe: Recipe, shard_bytes: int, included: Sequence[str]) -> Options:
+def plan_options(recipe: Recipe, shard_bytes: int, included: Sequence[str]) -> JobOptions:
     """Options of `l4pack quantize` that are known before the text is; those that don't decide bytes are left out.
 
     A recipe that is not shipped is named as the file that holds what the manifest says of it.
     """
     size = {} if shard_bytes == DEFAULT_SHARD_BYTES else {"--shard-size": f"{shard_bytes}B"}
-    files: Options = {"--include": list(included)} if included else {}
-    flags: Options = {"--keep-float32": True} if recipe.keep_float32 else {}
+    files: JobOptions = {"--include": list(included)} if included else {}
+    flags: JobOptions = {"--keep-float32": True} if recipe.keep_float32 else {}
     return {"--recipe": recipe.name if _shipped(recipe) else f"{recipe.name}.yaml", **size, **files, **flags}
 
 
-def text_options(recipe: Recipe, record: Mapping[str, Any]) -> Options:
+def text_options(recipe: Recipe, record: Mapping[str, Any]) -> JobOptions:
     """Options of the text to calibrate with, from its record."""
     assert recipe.calibration is not None
     return {

@@ -25,7 +25,7 @@ from l4pack.artifact.manifest import (
 from l4pack.artifact.stanza import quantization_config
 from l4pack.checkpoint.matrices import matrices_of
 from l4pack.checkpoint.parts import source_parts
-from l4pack.checkpoint.shards import Place, Shard
+from l4pack.checkpoint.shards import FilePlace, Shard
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.containers.safetensors_folder import CONTAINER, DEFAULT_SHARD_BYTES
 from l4pack.errors import RecipeError, SourceError
@@ -66,7 +66,7 @@ USUAL_RAM = 700 * MIB
 
 
 @dataclass(frozen=True)
-class Limits:
+class RunLimits:
     """What a run may take. Without `max_ram` it takes little, however much the machine has."""
 
     max_ram: int | None = None
@@ -96,7 +96,7 @@ class Plan:
     recipe: Recipe
     tensors: tuple[PlannedTensor, ...]
     shards: tuple[Shard, ...]
-    places: Mapping[str, Place]
+    places: Mapping[str, FilePlace]
     tasks: tuple[Task, ...]
     stanza: Mapping[str, Any]
     assigned: tuple[tuple[Linear, str | None], ...]
@@ -330,13 +330,13 @@ class Plan:
             )
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = None) -> Plan:
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: RunLimits | None = None) -> Plan:
     """Plan the artifact of `checkpoint` under `recipe`; reads no weights.
 
     Raises SourceError (damaged or already quantized source), RecipeError (a rule that matches nothing, a group that
     does not divide), BudgetError (`max_ram` too small for the smallest unit of work).
     """
-    limits = limits or Limits()
+    limits = limits or RunLimits()
     if checkpoint.config.quantized:
         raise SourceError(f"{checkpoint.name} is quantized already", hint="start from the original BF16 checkpoint")
     assignment = assign(checkpoint, recipe)
@@ -377,7 +377,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: Limits | None = No
 
 
 def _fit(
-    checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, limits: Limits
+    checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, limits: RunLimits
 ) -> tuple[int, tuple[Task, ...]]:
     """As many workers as there are cores and one to wait for the disk, with the largest slabs that memory takes.
 

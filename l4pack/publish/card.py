@@ -34,7 +34,7 @@ _TASK_KEYS = ("accuracy_reference", "accuracy")
 
 
 @dataclass(frozen=True)
-class Fit:
+class DeviceFit:
     """The largest context that fits on a device; 0 when the weights don't, or its GPUs can't share them evenly."""
 
     device: str
@@ -58,7 +58,7 @@ class CardFacts:
     claim: str = ""  # how sure the base model is, in words; nothing to say where the source was read from there
     weight_bytes: int | None = None  # of all tensors
     calibration: Mapping[str, Any] | None = None
-    fits: Sequence[Fit] = field(default_factory=list)
+    fits: Sequence[DeviceFit] = field(default_factory=list)
     gated: bool = False
 
     @property

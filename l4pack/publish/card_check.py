@@ -23,7 +23,7 @@ def mark(values: Mapping[str, Any]) -> str:
     return f"<!-- l4pack card {hashlib.sha256(text.encode()).hexdigest()} -->"
 
 
-def is_marked(card: str) -> bool:
+def carries_mark(card: str) -> bool:
     """Whether a card was made from a template of its owner's."""
     return _MARK.search(card) is not None
 

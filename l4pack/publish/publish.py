@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from l4pack.artifact.calibration_record import read_calibration
-from l4pack.artifact.manifest_schema import ManifestFile, artifact_bytes, read_manifest, written_files
+from l4pack.artifact.manifest_schema import ManifestFile, artifact_bytes, quantized_files, read_manifest
 from l4pack.artifact.policy import Duty, Policy
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
@@ -23,8 +23,8 @@ from l4pack.evaluate.record import check_current, read_evaluations
 from l4pack.hub.client import hub_api, hub_errors
 from l4pack.model.config import parse_config
 from l4pack.publish.base_model import base_claim
-from l4pack.publish.card import CardFacts, Fit, card_values, render_card
-from l4pack.publish.card_check import first_difference, is_marked, same_mark
+from l4pack.publish.card import CardFacts, DeviceFit, card_values, render_card
+from l4pack.publish.card_check import carries_mark, first_difference, same_mark
 from l4pack.publish.licence import (
     CARD_NAME,
     Audit,
@@ -35,7 +35,7 @@ from l4pack.publish.licence import (
     governing_policy,
 )
 from l4pack.publish.names import check_name, derive_name
-from l4pack.publish.upload import Target, Uploaded, UploadPlan, left_here, local_files, plan_upload, upload
+from l4pack.publish.upload import Destination, Uploaded, UploadPlan, left_here, local_files, plan_upload, upload
 from l4pack.recipe import Gates, Promise
 from l4pack.units import human_bytes, human_gib
 from l4pack.verify.verify import verify_artifact
@@ -120,7 +120,7 @@ def check_ready(
     return [*done, f"verify: {verification.checked.tally.matrices} quantized matrices and every other tensor in order"]
 
 
-def plan_push(folder: Path, target: Target) -> UploadPlan:
+def plan_push(folder: Path, target: Destination) -> UploadPlan:
     """What a push would do; changes nothing. Raises HubError."""
     local = local_files(folder, read_manifest(folder).files)
     return replace(plan_upload(hub_api(None, None), target, local), left_behind=left_here(folder, local))
@@ -184,7 +184,7 @@ def _check_card(folder: Path, policy: Policy) -> str:
         base_claim(base, manifest.source, folder_materials(folder).config)
     name = (card.title or folder.resolve().name).rpartition("/")[2]
     facts = _facts(folder, name, policy, manifest, None, named[0] if named else None, Wishes())
-    if is_marked(text):
+    if carries_mark(text):
         wrong = None if same_mark(text, card_values(facts)) else "its text"
     else:
         wrong = first_difference(text, render_card(facts))
@@ -299,7 +299,7 @@ def _facts(
         policy=policy,
         manifest=manifest.model_dump(mode="json", exclude={"files", "shards", "tensors"}),
         config=config,
-        files=written_files(folder, manifest),
+        files=quantized_files(folder, manifest),
         base_model=base,
         languages=_languages(source),
         accuracy=records[0] if records else None,
@@ -319,7 +319,7 @@ def _languages(source: Checkpoint | None) -> list[str]:
     return [language for language in listed if isinstance(language, str)]
 
 
-def _fits(folder: Path, manifest: ManifestFile) -> list[Fit]:
+def _fits(folder: Path, manifest: ManifestFile) -> list[DeviceFit]:
     """The largest context of one sequence by device, for devices from small to large."""
     promise = manifest.made_with().promise
     devices = load_devices()
@@ -328,7 +328,7 @@ def _fits(folder: Path, manifest: ManifestFile) -> list[Fit]:
     (row,) = matrix([open_subject(str(folder))], hosts, load, "vllm")
     titles = {host.name: f"{host.count} x {host.device.title}" for host in hosts}
     counts = {host.name: host.count for host in hosts}
-    return [Fit(titles[cell.host], counts[cell.host], cell.max_context) for cell in row.cells]
+    return [DeviceFit(titles[cell.host], counts[cell.host], cell.max_context) for cell in row.cells]
 
 
 def _write(folder: Path, name: str, text: str) -> list[str]:

@@ -36,7 +36,7 @@ _RECORD = re.compile(r"^- (\S+) sha256:([0-9a-f]{64}) git:([0-9a-f]{40})$", re.M
 Advance = Callable[[int], None]
 
 
-class Action(StrEnum):
+class FileChange(StrEnum):
     """What happens to a file of the repository."""
 
     ADD = "add"
@@ -47,7 +47,7 @@ class Action(StrEnum):
 
 
 @dataclass(frozen=True)
-class Target:
+class Destination:
     """Where an artifact goes, and how."""
 
     repo_id: str
@@ -84,21 +84,21 @@ class LocalFile:
 
 
 @dataclass(frozen=True)
-class Step:
+class FileStep:
     """One file of the repository and what is to happen to it."""
 
     name: str
     size: int
-    action: Action
+    action: FileChange
 
 
 @dataclass(frozen=True)
 class UploadPlan:
     """What an upload will do."""
 
-    target: Target
+    target: Destination
     local: Mapping[str, LocalFile]
-    steps: tuple[Step, ...]
+    steps: tuple[FileStep, ...]
     exists: bool
     branch_exists: bool
     private: bool
@@ -108,9 +108,9 @@ class UploadPlan:
     @property
     def send_bytes(self) -> int:
         """Bytes of the files to be added or replaced."""
-        return sum(step.size for step in self.steps if step.action in (Action.ADD, Action.REPLACE))
+        return sum(step.size for step in self.steps if step.action in (FileChange.ADD, FileChange.REPLACE))
 
-    def names(self, *actions: Action) -> list[str]:
+    def names(self, *actions: FileChange) -> list[str]:
         """Files with one of the actions."""
         return [step.name for step in self.steps if step.action in actions]
 
@@ -150,7 +150,7 @@ def _within(folder: str, sent: Collection[str]) -> bool:
     return folder.endswith("/") and any(name.startswith(folder) for name in sent)
 
 
-def plan_upload(api: HfApi, target: Target, local: Mapping[str, LocalFile]) -> UploadPlan:
+def plan_upload(api: HfApi, target: Destination, local: Mapping[str, LocalFile]) -> UploadPlan:
     """Compare a folder's files with the repository's. Changes nothing. Raises HubError."""
     with hub_errors(api, target.repo_id, target.revision):
         info = _repository(api, target.repo_id)
@@ -171,13 +171,13 @@ def upload(api: HfApi, plan: UploadPlan, message: str, advance: Advance = lambda
     target = plan.target
     with hub_errors(api, target.repo_id, target.revision):
         _prepare(api, plan)
-        additions = [_addition(plan.local[name]) for name in plan.names(Action.ADD, Action.REPLACE)]
+        additions = [_addition(plan.local[name]) for name in plan.names(FileChange.ADD, FileChange.REPLACE)]
         for group in _groups(additions):
             _send(api, target, group)
             advance(sum(addition.upload_info.size for addition in group))
         commit, pull_request = _commit(api, plan, additions, message)
         revision = pull_request or commit
-        compare(plan.local, listing(api, target.repo_id, revision), target.repo_id)
+        compare_digests(plan.local, listing(api, target.repo_id, revision), target.repo_id)
         _label(api, target, commit)
     url = f"{api.endpoint}/{target.repo_id}"
     number = pull_request.rpartition("/")[2] if pull_request else None
@@ -198,7 +198,7 @@ def listing(api: HfApi, repo_id: str, revision: str) -> dict[str, RemoteFile]:
     return found
 
 
-def compare(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile], repo_id: str) -> None:
+def compare_digests(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile], repo_id: str) -> None:
     """Raise HubError unless the repository holds every local file with the same digest."""
     for name, file in local.items():
         if name not in remote:
@@ -217,7 +217,7 @@ def _repository(api: HfApi, repo_id: str) -> Any:
         return None
 
 
-def _remote_state(api: HfApi, target: Target, *, exists: bool) -> tuple[dict[str, RemoteFile], str | None, bool]:
+def _remote_state(api: HfApi, target: Destination, *, exists: bool) -> tuple[dict[str, RemoteFile], str | None, bool]:
     """The files a commit will stand on, its head, and whether the branch is there already."""
     if not exists:
         if target.pull_request:
@@ -235,7 +235,7 @@ def _remote_state(api: HfApi, target: Target, *, exists: bool) -> tuple[dict[str
 
 
 def _own_digests(
-    api: HfApi, target: Target, remote: Mapping[str, RemoteFile], local: Mapping[str, LocalFile]
+    api: HfApi, target: Destination, remote: Mapping[str, RemoteFile], local: Mapping[str, LocalFile]
 ) -> dict[str, set[str]]:
     """Digests by name of all that earlier pushes say they put there; asked for only when it matters."""
     foreign = [name for name, file in remote.items() if name not in local or not local[name].is_same(file)]
@@ -253,7 +253,7 @@ def _own_digests(
     return own
 
 
-def _check_visibility(target: Target, *, exists: bool, private: bool) -> None:
+def _check_visibility(target: Destination, *, exists: bool, private: bool) -> None:
     if exists and not private and not target.public and not target.pull_request:
         raise HubError(f"{target.repo_id} exists and is public", hint="say --public if that is meant")
     if exists and private and target.public:
@@ -263,22 +263,22 @@ def _check_visibility(target: Target, *, exists: bool, private: bool) -> None:
         )
 
 
-def _step(file: LocalFile, there: RemoteFile | None, own: Mapping[str, set[str]], target: Target) -> Step:
+def _step(file: LocalFile, there: RemoteFile | None, own: Mapping[str, set[str]], target: Destination) -> FileStep:
     if there is None:
-        return Step(file.name, file.size, Action.ADD)
+        return FileStep(file.name, file.size, FileChange.ADD)
     if file.is_same(there):
-        return Step(file.name, file.size, Action.KEEP)
+        return FileStep(file.name, file.size, FileChange.KEEP)
     if there.identity not in own.get(file.name, ()) and not target.overwrite:
         raise HubError(
             f"{target.repo_id} holds another {file.name}, which l4pack did not put there",
             hint="say --overwrite to replace it, or choose another repository or --revision",
         )
-    return Step(file.name, file.size, Action.REPLACE)
+    return FileStep(file.name, file.size, FileChange.REPLACE)
 
 
-def _extra(there: RemoteFile, own: Mapping[str, set[str]]) -> Step:
+def _extra(there: RemoteFile, own: Mapping[str, set[str]]) -> FileStep:
     mine = there.identity in own.get(there.name, ())
-    return Step(there.name, there.size, Action.DELETE if mine else Action.LEAVE)
+    return FileStep(there.name, there.size, FileChange.DELETE if mine else FileChange.LEAVE)
 
 
 def _prepare(api: HfApi, plan: UploadPlan) -> None:
@@ -306,7 +306,7 @@ def _groups(additions: list[CommitOperationAdd]) -> list[list[CommitOperationAdd
     return [small, *large] if small else large
 
 
-def _send(api: HfApi, target: Target, additions: list[CommitOperationAdd]) -> None:
+def _send(api: HfApi, target: Destination, additions: list[CommitOperationAdd]) -> None:
     """Send files to storage, except those that storage has or that the commit itself will carry."""
 
     def send() -> None:
@@ -325,7 +325,7 @@ def _send(api: HfApi, target: Target, additions: list[CommitOperationAdd]) -> No
 def _commit(api: HfApi, plan: UploadPlan, additions: list[CommitOperationAdd], message: str) -> tuple[str, str | None]:
     """One commit of everything; its hash, and the pull request's revision if one was opened."""
     target = plan.target
-    deletions = [CommitOperationDelete(path_in_repo=name) for name in plan.names(Action.DELETE)]
+    deletions = [CommitOperationDelete(path_in_repo=name) for name in plan.names(FileChange.DELETE)]
     if not additions and not deletions:
         return str(plan.head), None
 
@@ -357,7 +357,7 @@ def _already_committed(api: HfApi, plan: UploadPlan) -> str | None:
     info = patiently(lambda: api.model_info(plan.target.repo_id, revision=plan.target.revision))
     there = listing(api, plan.target.repo_id, str(info.sha))
     same = all(name in there and file.is_same(there[name]) for name, file in plan.local.items())
-    return str(info.sha) if same and not set(plan.names(Action.DELETE)) & set(there) else None
+    return str(info.sha) if same and not set(plan.names(FileChange.DELETE)) & set(there) else None
 
 
 def _description(files: Iterable[LocalFile]) -> str:
@@ -365,7 +365,7 @@ def _description(files: Iterable[LocalFile]) -> str:
     return "\n".join(["Put here by l4pack:", "", *records])
 
 
-def _label(api: HfApi, target: Target, commit: str) -> None:
+def _label(api: HfApi, target: Destination, commit: str) -> None:
     """Tag the commit and add the repository to a collection, unless that is done already."""
     if target.tag is not None:
         if target.tag not in _tags(api, target):
@@ -386,6 +386,6 @@ def _label(api: HfApi, target: Target, commit: str) -> None:
             )
 
 
-def _tags(api: HfApi, target: Target) -> dict[str, str]:
+def _tags(api: HfApi, target: Destination) -> dict[str, str]:
     tags = patiently(lambda: api.list_repo_refs(target.repo_id)).tags
     return {tag.name: tag.target_commit for tag in tags}

@@ -49,7 +49,7 @@ SWEEP_BLOCK = 256  # columns that take their turn in a sweep before the others l
 ROWS_AT_ONCE = 2048  # output rows solved together: bounds the memory beside the factor
 
 
-class Method(StrEnum):
+class SolvedBy(StrEnum):
     """How a matrix was rounded."""
 
     GPTQ = "gptq"
@@ -73,7 +73,7 @@ class Solution:
     error: float
     rtn_error: float
     dampening: float
-    method: Method
+    method: SolvedBy
     reason: str
     rtn_rows: int
     dead_columns: int
@@ -144,11 +144,11 @@ def solve(
     a higher loss than rounding to nearest gives it. Raises ValueError for an FP8 scheme or shapes that don't match,
     NonFiniteError for a weight that is not finite.
     """
-    problem = prepare(hessian, cross=cross, act_order=act_order, dampening=dampening)
+    problem = prepare_problem(hessian, cross=cross, act_order=act_order, dampening=dampening)
     return solve_problem(problem, weight, scheme, block_size=block_size, sweeps=sweeps, source_dtype=source_dtype)
 
 
-def prepare(
+def prepare_problem(
     hessian: Tensor,
     *,
     cross: Tensor | None = None,
@@ -253,7 +253,7 @@ def _joined(pieces: list[Solution]) -> Solution:
     if len(pieces) == 1:
         return pieces[0]
     zero_points = [piece.zero_point for piece in pieces if piece.zero_point is not None]
-    rounded = all(piece.method is Method.RTN for piece in pieces)
+    rounded = all(piece.method is SolvedBy.RTN for piece in pieces)
     return replace(
         pieces[0],
         levels=torch.cat([piece.levels for piece in pieces]),
@@ -261,7 +261,7 @@ def _joined(pieces: list[Solution]) -> Solution:
         zero_point=torch.cat(zero_points) if zero_points else None,
         error=sum(piece.error for piece in pieces),
         rtn_error=sum(piece.rtn_error for piece in pieces),
-        method=Method.RTN if rounded else Method.GPTQ,
+        method=SolvedBy.RTN if rounded else SolvedBy.GPTQ,
         reason=pieces[0].reason if rounded else "",
         rtn_rows=sum(piece.rtn_rows for piece in pieces),
     )
@@ -422,7 +422,7 @@ def _better_rows(
         error,
         rtn_error,
         factor.dampening,
-        Method.GPTQ,
+        SolvedBy.GPTQ,
         "",
         kept,
         dead,
@@ -440,4 +440,6 @@ def _stored_zero_point(rounded: Rounded, scheme: Scheme) -> Tensor | None:
 def _rtn(nearest: Rounded, scheme: Scheme, error: float, reason: str, dead: int, dampening: float = 0.0) -> Solution:
     zero_point = _stored_zero_point(nearest, scheme)
     rows = len(nearest.levels)
-    return Solution(nearest.levels, nearest.scale, zero_point, error, error, dampening, Method.RTN, reason, rows, dead)
+    return Solution(
+        nearest.levels, nearest.scale, zero_point, error, error, dampening, SolvedBy.RTN, reason, rows, dead
+    )

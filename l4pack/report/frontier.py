@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 
 from l4pack.errors import UsageError
-from l4pack.fit.record import FitRecord, Size
+from l4pack.fit.record import FitRecord, SizedArtifact
 from l4pack.units import GIB, MIB
 
 SUFFIXES = (".png", ".svg")
@@ -50,7 +50,7 @@ def draw_chart(record: FitRecord, path: Path) -> bytes:
     return stream.getvalue()
 
 
-def _points(sizes: list[Size], unit: int) -> tuple[list[float], list[float]]:
+def _points(sizes: list[SizedArtifact], unit: int) -> tuple[list[float], list[float]]:
     """Places on a logarithmic axis, where nothing lost has none."""
     shown = [size for size in sizes if size.predicted_kl > 0]
     return [size.bytes / unit for size in shown], [size.predicted_kl for size in shown]

@@ -46,7 +46,7 @@ _MEMORY_STYLES = {"weights": "c1", "kv_cache": "c2", "activations": "c3"}
 
 
 @dataclass(frozen=True)
-class Bar:
+class StackedBar:
     """One stacked bar: its parts as (name, class, bytes)."""
 
     label: str
@@ -135,7 +135,7 @@ def _recipe_name(folder: Path) -> str | None:
     return str(read_manifest(folder).recipe.get("name")) if (folder / MANIFEST_NAME).exists() else None
 
 
-def _size_bars(artifact: Checkpoint) -> list[Bar]:
+def _size_bars(artifact: Checkpoint) -> list[StackedBar]:
     """Bytes by role: what the original's configuration implies, and what the artifact's headers say."""
     before: dict[Role, int] = defaultdict(int)
     after: dict[Role, int] = defaultdict(int)
@@ -145,7 +145,7 @@ def _size_bars(artifact: Checkpoint) -> list[Bar]:
     for name, entry in artifact.entries.items():
         after[classify(name).role] += entry.nbytes
     scale = max(sum(before.values()), sum(after.values()))
-    return [Bar("original", _parts(before), scale), Bar("artifact", _parts(after), scale)]
+    return [StackedBar("original", _parts(before), scale), StackedBar("artifact", _parts(after), scale)]
 
 
 def _parts(sizes: dict[Role, int]) -> list[tuple[str, str, int]]:
@@ -155,7 +155,7 @@ def _parts(sizes: dict[Role, int]) -> list[tuple[str, str, int]]:
     return [(label, style, size) for (label, style), size in merged.items() if size]
 
 
-def _legend(bars: Sequence[Bar]) -> list[tuple[str, str]]:
+def _legend(bars: Sequence[StackedBar]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((label, style) for bar in bars for label, style, _ in bar.parts))
 
 
@@ -168,7 +168,7 @@ def _memory(subject: Subject, device: str) -> tuple[dict[str, Any] | None, str]:
         return None, error.message
 
 
-def _memory_bar(memory: dict[str, Any]) -> Bar:
+def _memory_bar(memory: dict[str, Any]) -> StackedBar:
     groups: dict[str, int] = defaultdict(int)
     for line in memory["lines"]:
         groups[line["group"]] += line["high_bytes"]
@@ -177,7 +177,7 @@ def _memory_bar(memory: dict[str, Any]) -> Bar:
         for group, size in groups.items()
         if size > 0
     ]
-    return Bar(memory["device"], parts, max(memory["device_bytes"], sum(size for _, _, size in parts)))
+    return StackedBar(memory["device"], parts, max(memory["device_bytes"], sum(size for _, _, size in parts)))
 
 
 def _known(layers: Sequence[dict[str, Any]], key: str) -> bool:

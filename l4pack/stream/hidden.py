@@ -31,7 +31,7 @@ class TokenSequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class AttendedRows:
     """Consecutive rows that attend to one another only, and the position of the first in its sequence."""
 
     start: int
@@ -51,13 +51,13 @@ class Packed:
         """Rows of all sequences."""
         return self.starts[-1]
 
-    def pieces(self, chunk: int | None) -> list[Piece]:
+    def pieces(self, chunk: int | None) -> list[AttendedRows]:
         """Whole sequences, or with `chunk` their non-overlapping chunks of that many tokens."""
         pieces = []
         for start, item in zip(self.starts, self.sequences, strict=False):
             step = chunk or len(item.tokens)
             firsts = range(0, len(item.tokens), step)
-            pieces += [Piece(start + first, min(step, len(item.tokens) - first), first) for first in firsts]
+            pieces += [AttendedRows(start + first, min(step, len(item.tokens) - first), first) for first in firsts]
         return pieces
 
     def scored_rows(self) -> Tensor:
@@ -74,9 +74,9 @@ class Packed:
         return torch.cat(spans)
 
 
-def batches(pieces: Sequence[Piece], most: int) -> Iterator[list[Piece]]:
+def batches(pieces: Sequence[AttendedRows], most: int) -> Iterator[list[AttendedRows]]:
     """Neighbouring pieces that, padded to the longest, hold at most `most` tokens (a longer piece comes alone)."""
-    waiting: list[Piece] = []
+    waiting: list[AttendedRows] = []
     for piece in pieces:
         longest = max([piece.length, *(other.length for other in waiting)])
         if waiting and longest * (len(waiting) + 1) > most:

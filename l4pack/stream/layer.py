@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from l4pack.errors import L4packError
-from l4pack.stream.hidden import Packed, Piece, batches
+from l4pack.stream.hidden import AttendedRows, Packed, batches
 from l4pack.stream.kv import BlockCache, CacheEntry, PassingCache, causal_mask, unchanged
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.rows import rows_at_once
@@ -191,7 +191,7 @@ class LayerPass:
         for rows in self._row_blocks(None):
             self._stream.following.data[rows] += self._stream.middle.data[rows]
 
-    def _attend(self, batch: list[Piece]) -> None:
+    def _attend(self, batch: list[AttendedRows]) -> None:
         source, target = self._stream.current.data, self._stream.middle.data
         inputs = [source[piece.start : piece.start + piece.length] for piece in batch]
         padded = self._to_device(pad_sequence(inputs, batch_first=True))
@@ -201,7 +201,7 @@ class LayerPass:
         for piece, output in zip(batch, outputs, strict=True):
             self._store_attention(piece.start, output[: piece.length], target)
 
-    def _attend_in_blocks(self, piece: Piece) -> None:
+    def _attend_in_blocks(self, piece: AttendedRows) -> None:
         """A piece too long to attend at once: queries by blocks, keys and values of the whole piece kept."""
         source, target = self._stream.current.data, self._stream.middle.data
         cache = BlockCache(piece.length, self._entry)

@@ -52,7 +52,7 @@ _MARKUP = re.compile(r"\s*<(!doctype|!--|\?xml|html|head|body|svg|rss|feed|media
 _DATA_LIKE = re.compile(r"""\s*(\{\s*["'}]|\[\s*(["'{\]]|\[\s*["'{\[\d-]))""")
 
 
-class Kind(Enum):
+class FileKind(Enum):
     """What a file holds."""
 
     PLAIN = "plain text"
@@ -162,11 +162,15 @@ def readable(path: Path) -> Iterator[None]:
         raise UsageError(f"{path}: {error.strerror or error}", hint="check the file's name") from error
 
 
-def kind_of(path: Path) -> Kind:
+def kind_of(path: Path) -> FileKind:
     """What a file holds, by its content first. Raises UsageError for what is neither text nor rows."""
     with readable(path):
         raw = _head(path)
-        for magic, kind in ((b"PAR1", Kind.PARQUET), (b"ARROW1", Kind.ARROW), (b"\xff\xff\xff\xff", Kind.ARROW)):
+        for magic, kind in (
+            (b"PAR1", FileKind.PARQUET),
+            (b"ARROW1", FileKind.ARROW),
+            (b"\xff\xff\xff\xff", FileKind.ARROW),
+        ):
             if raw.startswith(magic):
                 return kind
         for magic, what, hint in _MAGIC:
@@ -186,7 +190,7 @@ def _decoded(raw: bytes, encoding: str) -> str:
     return codecs.getincrementaldecoder(encoding)().decode(raw)
 
 
-def _text_kind(path: Path, head: str) -> Kind:
+def _text_kind(path: Path, head: str) -> FileKind:
     suffix = _suffix(path)
     if _MARKUP.match(head) or suffix in _OTHER_DATA:
         raise UsageError(
@@ -195,11 +199,11 @@ def _text_kind(path: Path, head: str) -> Kind:
     if suffix in COLUMN_SUFFIXES:
         raise UsageError(f"{path} is no {suffix[1:]} file", hint="download it again")
     if suffix in JSON_SUFFIXES or _DATA_LIKE.match(head):
-        return Kind.JSON
+        return FileKind.JSON
     if suffix in TABLE_SUFFIXES or header_delimiter(head.partition("\n")[0]):
-        return Kind.TABLE
+        return FileKind.TABLE
     _refuse_hidden_data(path, head)
-    return Kind.PLAIN
+    return FileKind.PLAIN
 
 
 def _refuse_hidden_data(path: Path, head: str) -> None:

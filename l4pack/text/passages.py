@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from l4pack.errors import UsageError
-from l4pack.text.files import Kind, Meter, digest_file, kind_of, opened
+from l4pack.text.files import FileKind, Meter, digest_file, kind_of, opened
 from l4pack.text.json_rows import json_rows
 from l4pack.text.layouts import IMAGE_TOKENS, Chat, Left, read_row
 from l4pack.text.tables import column_rows, table_rows
@@ -30,21 +30,21 @@ class Passage:
 def rows_of(path: Path, meter: Meter) -> Iterator[tuple[str, object]]:
     """The rows of a file that is no plain text, with where they lie. Raises UsageError."""
     kind = kind_of(path)
-    if kind in (Kind.PARQUET, Kind.ARROW):
+    if kind in (FileKind.PARQUET, FileKind.ARROW):
         digest_file(path, meter)
-        yield from column_rows(path, parquet=kind is Kind.PARQUET)
+        yield from column_rows(path, parquet=kind is FileKind.PARQUET)
         return
     with opened(path, meter) as stream:
-        if kind is Kind.PLAIN:
+        if kind is FileKind.PLAIN:
             raise UsageError(f"{path} holds words, not rows", hint="write JSONL, one object a line")
-        yield from (json_rows if kind is Kind.JSON else table_rows)(stream, path)
+        yield from (json_rows if kind is FileKind.JSON else table_rows)(stream, path)
 
 
 def passages(files: Sequence[Path], template: Template, meter: Meter) -> Iterator[Passage]:
     """All passages of all files, rows numbered from 0. Raises UsageError."""
     row = -1
     for path in files:
-        if kind_of(path) is Kind.PLAIN:
+        if kind_of(path) is FileKind.PLAIN:
             row += 1
             with opened(path, meter) as stream:
                 yield from _plain(stream, path, row)

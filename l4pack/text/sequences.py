@@ -35,7 +35,7 @@ _SHOWN_FILES, _SHOWN_NAME = 8, 24
 
 
 @dataclass(frozen=True)
-class Origin:
+class RowOrigin:
     """Where sequences come from: the row of each, how many sequences each row gives, and all that was read."""
 
     rows: tuple[int, ...] = ()
@@ -50,13 +50,13 @@ class TokenText:
 
     sequences: tuple[TokenSequence, ...]
     record: dict[str, Any]
-    origin: Origin | None = field(default=None, repr=False, compare=False)
+    origin: RowOrigin | None = field(default=None, repr=False, compare=False)
 
     def only(self, numbers: Sequence[int]) -> TokenText:
         """Some of the sequences, with the record of those."""
         rows = self.origin.rows if self.origin else ()
         chosen = tuple(self.sequences[number] for number in numbers)
-        origin = self.origin and Origin(
+        origin = self.origin and RowOrigin(
             tuple(rows[number] for number in numbers), self.origin.of_row, self.origin.read, self.origin.tokens
         )
         ids = [sequence.tokens for sequence in chosen]
@@ -160,7 +160,7 @@ def load_text(choice: TextChoice, tokenizer: PreTrainedTokenizerBase, max_positi
     taken = _draw(pool.lengths(), np.array(pool.tails, bool), choice, length)
     rows = tuple(pool.rows[number] for number in taken)
     given = Counter(pool.rows)
-    origin = Origin(rows, {row: given[row] for row in rows}, dict(pool.read), pool.tokens)
+    origin = RowOrigin(rows, {row: given[row] for row in rows}, dict(pool.read), pool.tokens)
     sequences = [pool.sequence(number) for number in taken]
     record = {
         **_record(choice, length, sequences, meter.digest.hexdigest(), origin),
@@ -243,7 +243,7 @@ def _draw(
 
 
 def _record(
-    choice: TextChoice, length: int, chosen: Sequence[Sequence[int]], digest: str, origin: Origin | None
+    choice: TextChoice, length: int, chosen: Sequence[Sequence[int]], digest: str, origin: RowOrigin | None
 ) -> dict[str, Any]:
     return {
         "source": Path(choice.source).name,
@@ -254,7 +254,7 @@ def _record(
     }
 
 
-def _counts(chosen: Sequence[Sequence[int]], origin: Origin | None) -> dict[str, Any]:
+def _counts(chosen: Sequence[Sequence[int]], origin: RowOrigin | None) -> dict[str, Any]:
     """What is taken, and of what."""
     tokens = sum(map(len, chosen))
     counts = {"sequences": len(chosen), "tokens": tokens, "tokens_sha256": token_digest(chosen)}

@@ -15,8 +15,8 @@ from l4pack.model.config import MULTIMODAL, STANZA_KEYS, Llama4Config
 from l4pack.recipe import KVStrategy
 from l4pack.verify.declared import Declared
 from l4pack.verify.findings import Findings
-from l4pack.verify.opened import Artifact
-from l4pack.verify.own_stanza import is_own
+from l4pack.verify.opened import OpenedArtifact
+from l4pack.verify.own_stanza import is_own_stanza
 
 _STANZA = STANZA_KEYS[0]
 # transformers fills these in by the class that reads the section, whatever stands there.
@@ -31,7 +31,7 @@ _ABSENT = object()
 _THETA = {"text_config": 500000.0, "vision_config": 10000.0}  # transformers' defaults
 
 
-def check_stanza(artifact: Artifact, declared: Declared, found: Findings) -> None:
+def check_stanza(artifact: OpenedArtifact, declared: Declared, found: Findings) -> None:
     """The quantization_config as compressed-tensors, transformers and vLLM read it."""
     stanza = artifact.stanza
     if not stanza:
@@ -40,7 +40,7 @@ def check_stanza(artifact: Artifact, declared: Declared, found: Findings) -> Non
     if stanza.get("quant_method") != METHOD:
         found.error("stanza", f"{_STANZA}.quant_method", f"is {stanza.get('quant_method')!r}, not '{METHOD}'")
         return
-    if not is_own(stanza, declared):
+    if not is_own_stanza(stanza, declared):
         _check_schema(stanza, found)
     if stanza.get("quantization_status") != "compressed":
         message = f"is {stanza.get('quantization_status')!r}: transformers then runs on random weights without an error"
@@ -123,7 +123,7 @@ def _check_kv_cache(stanza: Mapping[str, Any], found: Findings) -> None:
             found.error("stanza", where, f"is {scheme.get(key)!r}, vLLM takes {' or '.join(taken)} only")
 
 
-def check_config(artifact: Artifact, found: Findings) -> None:
+def check_config(artifact: OpenedArtifact, found: Findings) -> None:
     """What config.json must have whatever it was made from."""
     raw = artifact.config.raw
     architectures = raw.get("architectures") or []
@@ -135,7 +135,7 @@ def check_config(artifact: Artifact, found: Findings) -> None:
         found.error("config", "architectures", f"is {architectures}, model_type {raw.get('model_type')} needs {wanted}")
 
 
-def check_config_kept(artifact: Artifact, source: Checkpoint, found: Findings) -> None:
+def check_config_kept(artifact: OpenedArtifact, source: Checkpoint, found: Findings) -> None:
     """All of config.json but the stanza is the source's, as written or as transformers reads it."""
     mine, theirs = artifact.config, source.config
     if mine.raw.get("model_type") != theirs.raw.get("model_type"):

@@ -21,7 +21,7 @@ from l4pack.checkpoint.companions import (
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.datafile import json_or_none
 from l4pack.verify.findings import Findings
-from l4pack.verify.opened import Artifact
+from l4pack.verify.opened import OpenedArtifact
 
 # What runs, or is unpickled, when a runtime is told to trust a repository, or makes it read the artifact as another.
 _DANGEROUS = re.compile(
@@ -34,7 +34,7 @@ _MEANINGLESS = ("transformers_version", "_from_model_config", "name_or_path")
 _SMALL = 64 * 1024**2
 
 
-def check_files(artifact: Artifact, source: Checkpoint | None, covered: Collection[str], found: Findings) -> None:
+def check_files(artifact: OpenedArtifact, source: Checkpoint | None, covered: Collection[str], found: Findings) -> None:
     """The files every runtime needs, and none besides; with a source, that every file of it is here and says the same.
 
     `covered` are the files of the manifest, which holds them by their digests.
@@ -58,7 +58,7 @@ def check_files(artifact: Artifact, source: Checkpoint | None, covered: Collecti
         _check_kept(artifact, source, found)
 
 
-def _check_kept(artifact: Artifact, source: Checkpoint, found: Findings) -> None:
+def _check_kept(artifact: OpenedArtifact, source: Checkpoint, found: Findings) -> None:
     for name in source.companions:
         if name not in artifact.files:
             matters = is_companion(name)
@@ -67,7 +67,9 @@ def _check_kept(artifact: Artifact, source: Checkpoint, found: Findings) -> None
             _compare(artifact.folder / name, source.store.path(name), name, found)
 
 
-def _check_strange(artifact: Artifact, source: Checkpoint | None, covered: Collection[str], found: Findings) -> None:
+def _check_strange(
+    artifact: OpenedArtifact, source: Checkpoint | None, covered: Collection[str], found: Findings
+) -> None:
     """Files that neither the manifest nor the source has; `covered` are those of the manifest.
 
     Beside the source, the manifest's word is good for what `--include` added, and not for what runtimes look for.
@@ -107,7 +109,7 @@ def _differ(new: Any, old: Any) -> bool:
     return json.dumps(new, sort_keys=True) != json.dumps(old, sort_keys=True)
 
 
-def _has_template(artifact: Artifact) -> bool:
+def _has_template(artifact: OpenedArtifact) -> bool:
     if any(name in artifact.files for name in TEMPLATES):
         return True
     settings = _loaded(artifact.folder / TOKENIZER_CONFIG) if TOKENIZER_CONFIG in artifact.files else None

@@ -24,12 +24,12 @@ from l4pack.datafile import first_fault, parse_json
 from l4pack.errors import UsageError
 from l4pack.recipe import KEEP, Recipe
 from l4pack.verify.findings import Findings
-from l4pack.verify.opened import Artifact
+from l4pack.verify.opened import OpenedArtifact
 
 _CHUNK = 8 * 1024**2
 
 
-def read_manifest_of(artifact: Artifact, found: Findings) -> ManifestFile | None:
+def read_manifest_of(artifact: OpenedArtifact, found: Findings) -> ManifestFile | None:
     """The manifest, None when there is none or it can't be believed, which is a finding."""
     if MANIFEST_NAME not in artifact.files:
         return None
@@ -54,7 +54,7 @@ def read_manifest_of(artifact: Artifact, found: Findings) -> ManifestFile | None
     return None
 
 
-def check_manifest(artifact: Artifact, manifest: ManifestFile, found: Findings) -> None:
+def check_manifest(artifact: OpenedArtifact, manifest: ManifestFile, found: Findings) -> None:
     """Files, headers, names, dtypes and shapes are those of the manifest, and config.json is what its recipe makes."""
     for name, record in manifest.files.items():
         if name not in written_files():
@@ -70,7 +70,7 @@ def check_manifest(artifact: Artifact, manifest: ManifestFile, found: Findings) 
     _check_stanza(artifact, manifest, found)
 
 
-def _check_file(artifact: Artifact, name: str, record: FileRecord, found: Findings) -> None:
+def _check_file(artifact: OpenedArtifact, name: str, record: FileRecord, found: Findings) -> None:
     if name not in artifact.files:
         found.error("digest", name, "is in the manifest and not here")
     elif artifact.files[name] != record.bytes:
@@ -79,7 +79,7 @@ def _check_file(artifact: Artifact, name: str, record: FileRecord, found: Findin
         found.error("digest", name, "its SHA-256 is not the manifest's")
 
 
-def _check_shard(artifact: Artifact, name: str, record: ShardRecord, found: Findings) -> None:
+def _check_shard(artifact: OpenedArtifact, name: str, record: ShardRecord, found: Findings) -> None:
     if name not in artifact.files:
         found.error("digest", name, "is in the manifest and not here")
     elif artifact.files[name] != record.bytes:
@@ -101,7 +101,7 @@ def _sha256(path: Path, size: int) -> str:
     return digest.hexdigest()
 
 
-def _check_tensors(artifact: Artifact, manifest: ManifestFile, found: Findings) -> None:
+def _check_tensors(artifact: OpenedArtifact, manifest: ManifestFile, found: Findings) -> None:
     for name in sorted(manifest.tensors.keys() - artifact.entries.keys()):
         found.error("digest", name, "is in the manifest and not in the files")
     for name in sorted(artifact.entries.keys() - manifest.tensors.keys()):
@@ -113,7 +113,7 @@ def _check_tensors(artifact: Artifact, manifest: ManifestFile, found: Findings) 
             found.error("digest", name, message)
 
 
-def _check_stanza(artifact: Artifact, manifest: ManifestFile, found: Findings) -> None:
+def _check_stanza(artifact: OpenedArtifact, manifest: ManifestFile, found: Findings) -> None:
     """Another version may have had other words for the same recipe."""
     if manifest.l4pack_version != __version__ or not artifact.stanza:
         return
@@ -129,7 +129,7 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def stanza_of(recipe: Recipe, artifact: Artifact) -> Mapping[str, Any]:
+def stanza_of(recipe: Recipe, artifact: OpenedArtifact) -> Mapping[str, Any]:
     """The quantization_config that a recipe makes of the artifact's model."""
     layers = artifact.config.text.num_hidden_layers
     assigned = []

@@ -39,7 +39,7 @@ from l4pack.verify.checks_kernels import STATISTICS, compare, group_ranges, wide
 from l4pack.verify.checks_tensors import Matrix
 from l4pack.verify.checks_values import fingerprint, is_dead
 from l4pack.verify.origin import Made
-from l4pack.verify.tally import Result
+from l4pack.verify.tally import UnitResult
 
 MAX_RATIO = 3.0
 MAX_MOVE = 0.3
@@ -82,7 +82,9 @@ def kept_as(dtype: str) -> tuple[str, ...]:
     return ("F32", "BF16", "F16") if dtype == "F32" else (dtype,)
 
 
-def as_kept(reader: Reader, source: TensorEntry, dtype: str, result: Result) -> Callable[[int, int], NDArray[np.uint8]]:
+def as_kept(
+    reader: Reader, source: TensorEntry, dtype: str, result: UnitResult
+) -> Callable[[int, int], NDArray[np.uint8]]:
     """A source tensor's bytes as an artifact keeps them in `dtype`, by the place of the artifact's."""
     if source.dtype == dtype:
         return lambda start, nbytes: reader.span(source.name, start, nbytes)
@@ -94,7 +96,7 @@ def as_kept(reader: Reader, source: TensorEntry, dtype: str, result: Result) -> 
     return rounded
 
 
-def _narrowed(values: NDArray[Any], dtype: str, result: Result) -> NDArray[Any]:
+def _narrowed(values: NDArray[Any], dtype: str, result: UnitResult) -> NDArray[Any]:
     rounded = narrowed(values, "F16" if dtype == "F16" else "BF16")
     result.tally.kept_rounded += int((widen(rounded) != values).sum())
     return rounded
@@ -107,7 +109,7 @@ class SourceChecks:
         """`made_by` says how a matrix was made, None where that is not known."""
         self._made_by = made_by
 
-    def plain(self, name: str, mine: NDArray[Any], dtype: str, source: MatrixBlock, result: Result) -> None:
+    def plain(self, name: str, mine: NDArray[Any], dtype: str, source: MatrixBlock, result: UnitResult) -> None:
         """An expert that was taken out of a fused tensor and not quantized: the same numbers, turned."""
         result.tally.kept_compared += 1
         theirs = source.out_in
@@ -118,7 +120,7 @@ class SourceChecks:
         elif not np.array_equal(mine.view(np.uint8), np.ascontiguousarray(theirs).view(np.uint8)):
             result.found.error("kept", name, "its values differ from the source's")
 
-    def matrix(self, matrix: Matrix, stored: Quantized, source: MatrixBlock, result: Result) -> bool:
+    def matrix(self, matrix: Matrix, stored: Quantized, source: MatrixBlock, result: UnitResult) -> bool:
         """Hold a quantized matrix against its source; returns whether that explains every byte of it."""
         module, tally = matrix.linear.module, result.tally
         tally.matrices_compared += 1
@@ -151,7 +153,7 @@ class SourceChecks:
         source: MatrixBlock,
         wrong: NDArray[np.bool_] | None,
         method: Method | None,
-        result: Result,
+        result: UnitResult,
     ) -> None:
         """Hold a matrix against what its scheme allows; `wrong` are rows that are not what rounding makes, if known."""
         with np.errstate(all="ignore"):

@@ -25,9 +25,9 @@ from l4pack.quant.dtypes import NAMES
 from l4pack.quant.scheme import Scheme
 from l4pack.quant.suffixes import Suffix
 from l4pack.recipe import KVStrategy
-from l4pack.verify.declared import Declared, Group, Runtime
+from l4pack.verify.declared import ConfigGroup, Declared, StanzaReader
 from l4pack.verify.findings import Findings
-from l4pack.verify.opened import Artifact
+from l4pack.verify.opened import OpenedArtifact
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 PLAIN = "plain"
 _TOGETHER = {name: fused for fused, names in FUSED_MODULES.items() for name in names}
 
-Parts = Mapping[str, TensorEntry]  # suffix -> tensor
+ModuleTensors = Mapping[str, TensorEntry]  # suffix -> tensor
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Matrix:
     linear: Linear
     form: Format
     scheme: Scheme
-    parts: Parts
+    parts: ModuleTensors
 
     @property
     def values(self) -> str:
@@ -61,7 +61,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Contents:
+class FoundTensors:
     """What there is to read: quantized matrices, plain matrices, and all other tensors by name."""
 
     matrices: tuple[Matrix, ...]
@@ -72,7 +72,7 @@ class Contents:
 
 
 class _Examiner:
-    def __init__(self, artifact: Artifact, declared: Declared, found: Findings) -> None:
+    def __init__(self, artifact: OpenedArtifact, declared: Declared, found: Findings) -> None:
         self.artifact, self.declared, self.found = artifact, declared, found
         self.left: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
         for entry in artifact.entries.values():
@@ -98,20 +98,20 @@ class _Examiner:
         else:
             self._quantized(linear, kind, parts)
 
-    def _plain(self, linear: Linear, parts: Parts) -> None:
+    def _plain(self, linear: Linear, parts: ModuleTensors) -> None:
         self.shown[linear.module] = (linear, PLAIN)
         self.unexpected(entry.name for suffix, entry in parts.items() if suffix != Suffix.WEIGHT)
         if self.right(parts[Suffix.WEIGHT], WEIGHT_DTYPES, (linear.out_features, linear.in_features)):
             self.plain.append(linear)
 
-    def _absent(self, linear: Linear, parts: Parts) -> None:
+    def _absent(self, linear: Linear, parts: ModuleTensors) -> None:
         if not self.artifact.unreadable and _experts(linear) not in self.fused:
-            group = self.declared.group(Runtime.TRANSFORMERS, linear.module)
+            group = self.declared.group(StanzaReader.TRANSFORMERS, linear.module)
             suffix = group.kind if group else Suffix.WEIGHT
             self.found.error("missing", f"{linear.module}.{suffix}", "the matrix is not in the artifact")
         self.unexpected(entry.name for entry in parts.values())
 
-    def _quantized(self, linear: Linear, kind: str, parts: Parts) -> None:
+    def _quantized(self, linear: Linear, kind: str, parts: ModuleTensors) -> None:
         group = self._group(linear.module, kind)
         self.shown[linear.module] = (linear, group.name if group else kind)
         if group is None or group.format is None or group.scheme is None:
@@ -131,7 +131,7 @@ class _Examiner:
             self.matrices.append(Matrix(linear, group.format, scheme, parts))
 
     def _stored(
-        self, name: str, entry: TensorEntry | None, dtypes: tuple[str, ...], shape: tuple[int, ...], group: Group
+        self, name: str, entry: TensorEntry | None, dtypes: tuple[str, ...], shape: tuple[int, ...], group: ConfigGroup
     ) -> bool:
         """Whether a tensor of a quantized matrix is there and right."""
         if entry is not None:
@@ -140,9 +140,9 @@ class _Examiner:
             self.found.error("missing", name, f"config_groups.{group.name} needs it")
         return False
 
-    def _group(self, module: str, kind: str) -> Group | None:
+    def _group(self, module: str, kind: str) -> ConfigGroup | None:
         """The group to check a quantized module by: what its runtimes take, else any that writes such tensors."""
-        for runtime in Runtime:
+        for runtime in StanzaReader:
             group = self.declared.group(runtime, module)
             if group is not None:
                 if group.format is not None and group.format.name != kind:
@@ -156,7 +156,7 @@ class _Examiner:
         if kind is None or not self.declared.groups:
             return
         quantized = kind != PLAIN
-        wrong = [runtime for runtime in Runtime if (self.declared.group(runtime, module) is not None) != quantized]
+        wrong = [runtime for runtime in StanzaReader if (self.declared.group(runtime, module) is not None) != quantized]
         if not wrong:
             return
         if not quantized:
@@ -180,14 +180,14 @@ class _Examiner:
             return False
         return self.right(entry, WEIGHT_DTYPES, spec.shape)
 
-    def _never_quantized(self, spec: TensorSpec, module: str, entry: TensorEntry | None, parts: Parts) -> None:
+    def _never_quantized(self, spec: TensorSpec, module: str, entry: TensorEntry | None, parts: ModuleTensors) -> None:
         held = {**parts, Suffix.WEIGHT: entry} if entry else parts
         if Suffix.SCALE in parts or _format_of(held) is not None:
             self.found.error("ignore", module, f"is quantized, no runtime reads a quantized {spec.role.value}")
         classes = ("Llama4Router", "Linear") if spec.role is Role.ROUTER else ("Linear",)
-        readers = [(Runtime.TRANSFORMERS, classes)]
+        readers = [(StanzaReader.TRANSFORMERS, classes)]
         if spec.role is Role.VISION and ".mlp." in module:
-            readers.append((Runtime.SGLANG, ("Linear",)))
+            readers.append((StanzaReader.SGLANG, ("Linear",)))
         wrong = [runtime for runtime, names in readers if self.declared.group(runtime, module, names) is not None]
         if wrong:
             self.found.error("ignore", module, f"is not quantized, but no ignore entry names it ({_runtimes(wrong)})")
@@ -209,7 +209,7 @@ class _Examiner:
         return found
 
 
-def examine(artifact: Artifact, declared: Declared, found: Findings) -> Contents:
+def examine(artifact: OpenedArtifact, declared: Declared, found: Findings) -> FoundTensors:
     """Check every name, dtype and shape, and list what can be read for a closer look."""
     layout = artifact.layout
     if layout.naming != artifact.canonical:
@@ -229,10 +229,10 @@ def examine(artifact: Artifact, declared: Declared, found: Findings) -> Contents
     _check_readers(examiner, declared, found)
     _check_sizes(examiner, declared, found)
     _check_dtypes(artifact, examiner.plain, others, found)
-    return Contents(tuple(examiner.matrices), tuple(examiner.plain), others, kv_scales, len(layout.linears))
+    return FoundTensors(tuple(examiner.matrices), tuple(examiner.plain), others, kv_scales, len(layout.linears))
 
 
-def _kind(parts: Parts) -> str | None:
+def _kind(parts: ModuleTensors) -> str | None:
     """What the file shows a module to be: a format's name, `plain`, or None when its weights are not there."""
     form = _format_of(parts)
     if form is not None:
@@ -240,7 +240,7 @@ def _kind(parts: Parts) -> str | None:
     return PLAIN if Suffix.WEIGHT in parts else None
 
 
-def _format_of(parts: Parts) -> Format | None:
+def _format_of(parts: ModuleTensors) -> Format | None:
     return format_of({suffix: entry.dtype for suffix, entry in parts.items()})
 
 
@@ -337,7 +337,9 @@ def _check_sizes(examiner: _Examiner, declared: Declared, found: Findings) -> No
         tell("runtime", "config_groups", text)
 
 
-def _check_dtypes(artifact: Artifact, plain: list[Linear], others: tuple[TensorSpec, ...], found: Findings) -> None:
+def _check_dtypes(
+    artifact: OpenedArtifact, plain: list[Linear], others: tuple[TensorSpec, ...], found: Findings
+) -> None:
     wanted = NAMES.get(artifact.config.dtype or "")
     names = [linear.tensor for linear in plain] + [spec.name for spec in others]
     for name in names:
@@ -346,7 +348,7 @@ def _check_dtypes(artifact: Artifact, plain: list[Linear], others: tuple[TensorS
             found.warning("dtype", name, f"is {dtype}, config.json says {artifact.config.dtype}: runtimes convert it")
 
 
-def _told(group: Group) -> str:
+def _told(group: ConfigGroup) -> str:
     """The numbers of a group that decide shapes."""
     scheme = group.scheme
     assert scheme is not None
@@ -354,5 +356,5 @@ def _told(group: Group) -> str:
     return f"{group.name}: {scheme.num_bits} bits, {scheme.strategy.value} {size}".rstrip()
 
 
-def _runtimes(runtimes: Iterable[Runtime]) -> str:
+def _runtimes(runtimes: Iterable[StanzaReader]) -> str:
     return ", ".join(runtime.value for runtime in runtimes)

@@ -7,7 +7,7 @@ from typing import Any
 
 from l4pack.datafile import json_or_none
 from l4pack.verify.findings import Findings
-from l4pack.verify.opened import Artifact
+from l4pack.verify.opened import OpenedArtifact
 
 MAX_BYTES = 64 * 1024**2
 _SPECIAL = (
@@ -18,7 +18,7 @@ _SPECIAL = (
 Ids = Iterator[tuple[str, Any]]  # what it is, and its id
 
 
-def check_tokenizer(artifact: Artifact, found: Findings) -> None:
+def check_tokenizer(artifact: OpenedArtifact, found: Findings) -> None:
     """The ids of the tokenizer's vocabulary and of special tokens, wherever they are written."""
     size = artifact.config.text.vocab_size
     raw = artifact.config.raw
@@ -53,7 +53,7 @@ def _is_id(number: Any, size: int) -> bool:
     return type(number) is int and 0 <= number < size
 
 
-def _loaded(artifact: Artifact, name: str) -> Any:
+def _loaded(artifact: OpenedArtifact, name: str) -> Any:
     """A JSON file; None when it is absent, too large, or no JSON, which is a finding elsewhere."""
     if artifact.files.get(name, MAX_BYTES + 1) > MAX_BYTES:
         return None

@@ -23,7 +23,7 @@ from l4pack.quant.suffixes import Suffix
 from l4pack.verify.checks_kernels import scan
 from l4pack.verify.checks_tensors import Matrix
 from l4pack.verify.findings import Findings, Level
-from l4pack.verify.tally import Result
+from l4pack.verify.tally import UnitResult
 
 CHUNK = 16 * 1024**2
 _FINGERPRINT_BYTES = 1 << 20
@@ -47,11 +47,11 @@ class ValueChecks:
     ) -> None:
         self._entries, self._reader, self._digests, self._advance = entries, reader, digests, advance
 
-    def read(self, matrix: Matrix, result: Result) -> Arrays:
+    def read(self, matrix: Matrix, result: UnitResult) -> Arrays:
         """The arrays of a quantized matrix, held against the manifest's digests."""
         return {suffix: self._whole(entry, result) for suffix, entry in matrix.parts.items() if suffix != "bias"}
 
-    def matrix(self, matrix: Matrix, arrays: Arrays, result: Result, *, explained: bool = False) -> None:
+    def matrix(self, matrix: Matrix, arrays: Arrays, result: UnitResult, *, explained: bool = False) -> None:
         """Check what a quantized matrix holds; `explained` means that the source says that it must be just this."""
         result.tally.matrices += 1
         module, stored = matrix.linear.module, matrix.decode(arrays)
@@ -71,7 +71,7 @@ class ValueChecks:
         if matrix.linear.role is Role.ROUTED_EXPERT and not dead:
             result.fingerprints[module] = fingerprint(stored.values, stored.scale)
 
-    def kept(self, name: str, result: Result, other: Callable[[int, int], NDArray[np.uint8]] | None) -> None:
+    def kept(self, name: str, result: UnitResult, other: Callable[[int, int], NDArray[np.uint8]] | None) -> None:
         """Check an unquantized tensor chunk by chunk; `other(start, nbytes)` gives the source's bytes."""
         entry = self._entries[name]
         digest, bad, alive, differs = hashlib.sha256(), 0, False, False
@@ -96,20 +96,20 @@ class ValueChecks:
             if differs and alive:
                 result.found.error("kept", name, "its bytes differ from the source's")
 
-    def kv_scale(self, name: str, result: Result) -> list[float]:
+    def kv_scale(self, name: str, result: UnitResult) -> list[float]:
         """Check one KV-cache scale of a layer or of its heads; returns its numbers."""
         value = widen(self._whole(self._entries[name], result))
         _check_positive(name, value, result, rule="kv-scale")
         return [float(number) for number in value.reshape(-1)]
 
-    def _whole(self, entry: TensorEntry, result: Result) -> NDArray[Any]:
+    def _whole(self, entry: TensorEntry, result: UnitResult) -> NDArray[Any]:
         array = self._reader.tensor(entry.name)
         digest = hashlib.sha256(_bytes(array)).hexdigest() if entry.name in self._digests else ""
         self._count(entry, result, digest)
         self._advance(entry.nbytes)
         return array
 
-    def _count(self, entry: TensorEntry, result: Result, digest: str) -> None:
+    def _count(self, entry: TensorEntry, result: UnitResult, digest: str) -> None:
         result.tally.tensors += 1
         result.tally.bytes += entry.nbytes
         if entry.name in self._digests:
@@ -129,7 +129,7 @@ def is_dead(values: NDArray[Any], scheme: Scheme) -> bool:
     return codes == same and not bool((flat != flat[0]).any())
 
 
-def _check_positive(name: str, scale: NDArray[np.float32], result: Result, rule: str = "scale") -> bool:
+def _check_positive(name: str, scale: NDArray[np.float32], result: UnitResult, rule: str = "scale") -> bool:
     for wrong, what in ((~np.isfinite(scale), "NaN or infinite"), (scale <= 0, "not above zero")):
         count = int(wrong.sum())
         if count:
@@ -138,7 +138,7 @@ def _check_positive(name: str, scale: NDArray[np.float32], result: Result, rule:
     return True
 
 
-def _check_scales(matrix: Matrix, stored: NDArray[Any], dead: bool, result: Result) -> None:
+def _check_scales(matrix: Matrix, stored: NDArray[Any], dead: bool, result: UnitResult) -> None:
     name, scale = matrix.parts[Suffix.SCALE].name, widen(stored)
     if not _check_positive(name, scale, result) or dead:
         return
@@ -152,7 +152,7 @@ def _check_scales(matrix: Matrix, stored: NDArray[Any], dead: bool, result: Resu
         result.found.error("scale", name, f"all {scale.size:,} scales are {largest:g}: they were never computed")
 
 
-def _check_packing(matrix: Matrix, stored: Quantized, shape: NDArray[Any] | None, result: Result) -> None:
+def _check_packing(matrix: Matrix, stored: Quantized, shape: NDArray[Any] | None, result: UnitResult) -> None:
     size = (matrix.linear.out_features, matrix.linear.in_features)
     if shape is not None and shape.tolist() != list(size):
         name = matrix.parts[Suffix.SHAPE].name
@@ -164,7 +164,7 @@ def _check_packing(matrix: Matrix, stored: Quantized, shape: NDArray[Any] | None
         _check_padding(matrix.parts[Suffix.ZERO_POINT].name, stored.zero_point[-1], used, result)
 
 
-def _check_padding(name: str, last_words: NDArray[np.int32], used_bits: int, result: Result) -> None:
+def _check_padding(name: str, last_words: NDArray[np.int32], used_bits: int, result: UnitResult) -> None:
     """Words at the end of a row are filled up with zero bits; 0 used bits mean that none are left over."""
     if used_bits and bool((last_words.view(np.uint32) >> np.uint32(used_bits)).any()):
         result.found.error("packing", name, f"bits above the first {used_bits} of its last words are set")

@@ -39,7 +39,7 @@ CLASSES = frozenset((
 """Classes of modules in transformers, which an entry may name too."""
 
 
-class Runtime(StrEnum):
+class StanzaReader(StrEnum):
     """Who reads the stanza."""
 
     TRANSFORMERS = "transformers"
@@ -48,7 +48,7 @@ class Runtime(StrEnum):
 
 
 @dataclass(frozen=True)
-class Group:
+class ConfigGroup:
     """One config group: the modules it targets, and the scheme and format it gives them (None: not verifiable)."""
 
     name: str
@@ -68,12 +68,12 @@ class Group:
 class Declared:
     """The parts of a stanza that say what is quantized, and how."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[ConfigGroup, ...]
     ignore: tuple[str, ...]
     kv_cache: bool
     kv_strategy: KVStrategy | None  # None where there is no KV cache scheme, or none that runtimes take
 
-    def group(self, runtime: Runtime, module: str, classes: tuple[str, ...] = ("Linear",)) -> Group | None:
+    def group(self, runtime: StanzaReader, module: str, classes: tuple[str, ...] = ("Linear",)) -> ConfigGroup | None:
         """The group whose scheme a runtime gives a module, or None where it takes the module as it is."""
         if self.ignored(runtime, module, classes):
             return None
@@ -84,19 +84,19 @@ class Declared:
             return exact_first or by_pattern
         wanted: Callable[[str], bool] = (
             classes.__contains__
-            if runtime is Runtime.TRANSFORMERS
+            if runtime is StanzaReader.TRANSFORMERS
             else lambda target: target.lower() in "parallellinear"
         )
         return next((group for target, group in by_class if wanted(target)), None)
 
-    def ignored(self, runtime: Runtime, module: str, classes: tuple[str, ...] = ("Linear",)) -> bool:
+    def ignored(self, runtime: StanzaReader, module: str, classes: tuple[str, ...] = ("Linear",)) -> bool:
         """Whether an ignore entry names the module."""
         names = self._ignored
         if module in names.exact or any(regex.match(module) for regex, _ in names.patterns):
             return True
-        if runtime is Runtime.TRANSFORMERS:
+        if runtime is StanzaReader.TRANSFORMERS:
             return any(name in names.exact for name in classes)
-        if runtime is Runtime.SGLANG:
+        if runtime is StanzaReader.SGLANG:
             parts = module.split(".")
             return any(".".join(parts[start:]) in names.exact for start in range(1, len(parts)))
         return False
@@ -120,7 +120,7 @@ class Declared:
         return [(where, entry) for where, entries in lists for entry in entries if not names_something(entry)]
 
     @cached_property
-    def _targets(self) -> tuple[_Names, list[tuple[str, Group]]]:
+    def _targets(self) -> tuple[_Names, list[tuple[str, ConfigGroup]]]:
         pairs = [(target, group) for group in self.groups for target in group.targets]
         return _Names(pairs), [(target, group) for target, group in pairs if "." not in target and ":" not in target]
 
@@ -151,7 +151,7 @@ def read_declared(stanza: Stanza, modules: Collection[str], found: Findings) -> 
     return Declared(groups, ignore, bool(stanza.kv_cache), declared_strategy(stanza.kv_cache))
 
 
-def _group(group: StanzaGroup, entries: _Entries, found: Findings) -> Group:
+def _group(group: StanzaGroup, entries: _Entries, found: Findings) -> ConfigGroup:
     where = f"config_groups.{group.name}"
     targets = entries.read(group.targets, f"{where}.targets")
     given = group.format
@@ -163,7 +163,7 @@ def _group(group: StanzaGroup, entries: _Entries, found: Findings) -> Group:
     static = activations is not None and activations.get("dynamic") in (False, None)
     if form is not None and scheme is not None and not _accepted(form, scheme, activations, where, found):
         scheme = None
-    return Group(group.name, targets, scheme, form, static, weight_only=activations is None)
+    return ConfigGroup(group.name, targets, scheme, form, static, weight_only=activations is None)
 
 
 def _scheme(weights: Mapping[str, Any] | None, where: str, found: Findings) -> Scheme | None:

@@ -21,7 +21,7 @@ from l4pack.verify.findings import Findings
 
 
 @dataclass(frozen=True)
-class Artifact:
+class OpenedArtifact:
     """An artifact's configuration, every tensor that can be found, and the names of all its files."""
 
     folder: Path
@@ -68,7 +68,7 @@ class Artifact:
         return tuple(sorted(names))
 
 
-def open_artifact(folder: Path, found: Findings, *, ask_library: bool = True) -> Artifact:
+def open_artifact(folder: Path, found: Findings, *, ask_library: bool = True) -> OpenedArtifact:
     """Read config.json, the index and every header, and ask the safetensors library to open the files too.
 
     Raises SourceError when there is no folder, no Llama 4 config.json or no weight file at all; damage within becomes
@@ -98,7 +98,7 @@ def open_artifact(folder: Path, found: Findings, *, ask_library: bool = True) ->
             found.error("shard", file, error.message)
     entries = _merge(headers, found)
     _check_index(folder, shards, headers, found)
-    return Artifact(folder, config, entries, files, frozenset(shards) - frozenset(headers))
+    return OpenedArtifact(folder, config, entries, files, frozenset(shards) - frozenset(headers))
 
 
 def _hidden(path: Path) -> bool:

@@ -14,7 +14,7 @@ from l4pack.model.config import Llama4Config
 from l4pack.model.tensors import Linear
 from l4pack.recipe import RecipeScheme
 from l4pack.verify.findings import Findings
-from l4pack.verify.opened import Artifact
+from l4pack.verify.opened import OpenedArtifact
 from l4pack.verify.tally import Tally
 
 _SIZES = {
@@ -27,10 +27,10 @@ _MATRICES, _KEPT = 0.5, 0.25
 _OF_SOURCE = ("weights", "kept", "dead", "config", "companion", "strange", "duplicate")
 
 
-class Origin:
+class OriginCheck:
     """Tells, first and once, that the source is another model; the hundred differences are then only a consequence."""
 
-    def __init__(self, artifact: Artifact, manifest: ManifestFile | None, source: Checkpoint) -> None:
+    def __init__(self, artifact: OpenedArtifact, manifest: ManifestFile | None, source: Checkpoint) -> None:
         self._artifact, self._manifest, self._source = artifact, manifest, source
         self._same_tensors = (
             manifest is None or manifest.source.headers_sha256 == source_record(source)["headers_sha256"]

@@ -13,7 +13,7 @@ from l4pack.artifact.kv_cache import cache_arguments
 from l4pack.artifact.stanza import METHOD
 from l4pack.formats.configuration import Activations, arguments, input_arguments, weight_arguments
 from l4pack.recipe import KVStrategy
-from l4pack.verify.declared import Declared, Group
+from l4pack.verify.declared import ConfigGroup, Declared
 
 _KEYS = {
     "quant_method", "format", "quantization_status", "global_compression_ratio", "kv_cache_scheme", "ignore",
@@ -22,7 +22,7 @@ _KEYS = {
 _GROUP_KEYS = {"targets", "format", "weights", "input_activations", "output_activations"}
 
 
-def is_own(stanza: Mapping[str, Any], declared: Declared) -> bool:
+def is_own_stanza(stanza: Mapping[str, Any], declared: Declared) -> bool:
     """Whether every key and value of a quantization_config, of which `declared` was read, is one l4pack writes."""
     groups = stanza.get("config_groups")
     return (
@@ -39,7 +39,7 @@ def is_own(stanza: Mapping[str, Any], declared: Declared) -> bool:
     )
 
 
-def _own_group(group: Mapping[str, Any], read: Group) -> bool:
+def _own_group(group: Mapping[str, Any], read: ConfigGroup) -> bool:
     return (
         set(group) == _GROUP_KEYS
         and read.scheme is not None

@@ -18,15 +18,15 @@ from l4pack.errors import UsageError
 from l4pack.quant.floats import widen
 from l4pack.quant.grid import E4M3
 from l4pack.quant.suffixes import Suffix
-from l4pack.verify.checks_tensors import Contents
+from l4pack.verify.checks_tensors import FoundTensors
 from l4pack.verify.findings import Findings
-from l4pack.verify.opened import Artifact
+from l4pack.verify.opened import OpenedArtifact
 
 _DIGITS = {"BF16": 2.0**-8, "F16": 2.0**-10, "F32": 1e-5}  # more than rounding can move a scale
 _CACHE = ("key_amax", "value_amax")
 
 
-def check_recorded(artifact: Artifact, contents: Contents, reader: Reader, found: Findings) -> None:
+def check_recorded(artifact: OpenedArtifact, contents: FoundTensors, reader: Reader, found: Findings) -> None:
     """Input scales and KV-cache scales are those of the calibration record, where the artifact has one."""
     if RECORD_NAME not in artifact.files:
         return
@@ -51,7 +51,7 @@ def check_recorded(artifact: Artifact, contents: Contents, reader: Reader, found
             found.error(rule, name, message)
 
 
-def _inputs(contents: Contents, record: Any) -> Iterator[tuple[str, str, Any]]:
+def _inputs(contents: FoundTensors, record: Any) -> Iterator[tuple[str, str, Any]]:
     matrices = record["matrices"]
     for matrix in contents.matrices:
         if Suffix.INPUT_SCALE in matrix.parts:
@@ -63,7 +63,7 @@ def _inputs(contents: Contents, record: Any) -> Iterator[tuple[str, str, Any]]:
             )
 
 
-def _cache(artifact: Artifact, contents: Contents, record: Any) -> Iterator[tuple[str, str, Any]]:
+def _cache(artifact: OpenedArtifact, contents: FoundTensors, record: Any) -> Iterator[tuple[str, str, Any]]:
     layers = record.get("kv_cache")
     for layer in range(artifact.config.text.num_hidden_layers):
         seen = layers.get(str(layer)) if isinstance(layers, dict) else None

@@ -33,7 +33,7 @@ class Tally:
 
 
 @dataclass
-class Result:
+class UnitResult:
     """What one unit of work found."""
 
     found: Findings = field(default_factory=Findings)

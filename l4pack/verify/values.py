@@ -17,13 +17,13 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.model.tensors import Linear, rename
 from l4pack.quant.layout import Layout
 from l4pack.verify.checks_source import SourceChecks, as_kept, kept_as
-from l4pack.verify.checks_tensors import Contents, Matrix
+from l4pack.verify.checks_tensors import FoundTensors, Matrix
 from l4pack.verify.checks_values import ValueChecks, duplicates
 from l4pack.verify.findings import Findings
-from l4pack.verify.opened import Artifact
+from l4pack.verify.opened import OpenedArtifact
 from l4pack.verify.origin import made_by, source_linears
 from l4pack.verify.recorded import check_recorded
-from l4pack.verify.tally import SAMPLE_SEED, Result, Tally
+from l4pack.verify.tally import SAMPLE_SEED, Tally, UnitResult
 from l4pack.work import machine
 
 MAX_WORKERS = 8
@@ -34,7 +34,7 @@ class _Unit:
     """A piece of work: where its bytes begin, what it does, and the source file it uses up."""
 
     place: tuple[str, int]
-    run: Callable[[Result], None]
+    run: Callable[[UnitResult], None]
     source_file: str | None = None
 
 
@@ -42,8 +42,8 @@ _Pair = tuple[Matrix | Linear, Linear]  # the artifact's matrix, quantized or pl
 
 
 def check_values(
-    artifact: Artifact,
-    contents: Contents,
+    artifact: OpenedArtifact,
+    contents: FoundTensors,
     manifest: ManifestFile | None,
     against: Checkpoint | None,
     sample: int | None,
@@ -86,7 +86,7 @@ def check_values(
 class _Work:
     """Cuts an artifact into units."""
 
-    def __init__(self, artifact: Artifact, contents: Contents, values: ValueChecks, reader: Reader) -> None:
+    def __init__(self, artifact: OpenedArtifact, contents: FoundTensors, values: ValueChecks, reader: Reader) -> None:
         self._artifact, self._contents, self._values, self._reader = artifact, contents, values, reader
 
     def alone(self) -> list[_Unit]:
@@ -108,9 +108,9 @@ class _Work:
         sampled_of = len(self._contents.matrices) if len(chosen) < len(self._contents.matrices) else None
         return sorted(units, key=lambda unit: unit.place), sampled_of
 
-    def kv_scales(self) -> Result:
+    def kv_scales(self) -> UnitResult:
         """All KV-cache scales at once: each positive, and not all of them 1."""
-        result = Result()
+        result = UnitResult()
         values = {number for name in self._contents.kv_scales for number in self._values.kv_scale(name, result)}
         if values == {1.0}:
             message = f"all {len(self._contents.kv_scales)} scales are 1: they were never computed"
@@ -121,7 +121,7 @@ class _Work:
         return [linear.tensor for linear in self._contents.plain] + [spec.name for spec in self._contents.others]
 
     def _checked(self, matrix: Matrix) -> _Unit:
-        def run(result: Result) -> None:
+        def run(result: UnitResult) -> None:
             self._values.matrix(matrix, self._values.read(matrix, result), result)
 
         return _Unit(_place(self._artifact.entries[matrix.values]), run)
@@ -133,7 +133,7 @@ class _Work:
         reader, old = source
         if old.shape != entry.shape or entry.dtype not in kept_as(old.dtype):
 
-            def differ(result: Result) -> None:
+            def differ(result: UnitResult) -> None:
                 self._values.kept(name, result, None)
                 message = f"is {entry.dtype} {list(entry.shape)}, the source is {old.dtype} {list(old.shape)}"
                 result.found.error("kept", name, message)
@@ -174,8 +174,10 @@ class _Work:
             units.append(_Unit((file, start), self._compare(items, source, checks), file))
         return units
 
-    def _compare(self, items: Sequence[_Pair], source: MatrixSource, checks: SourceChecks) -> Callable[[Result], None]:
-        def run(result: Result) -> None:
+    def _compare(
+        self, items: Sequence[_Pair], source: MatrixSource, checks: SourceChecks
+    ) -> Callable[[UnitResult], None]:
+        def run(result: UnitResult) -> None:
             blocks = source.slab([old for _, old in items]).blocks()
             for (item, _), block in zip(items, blocks, strict=True):
                 if isinstance(item, Linear):
@@ -190,13 +192,13 @@ class _Work:
         return run
 
 
-def _run(units: list[_Unit], source: Checkpoint | None, reader: Reader | None) -> list[Result]:
+def _run(units: list[_Unit], source: Checkpoint | None, reader: Reader | None) -> list[UnitResult]:
     """Do all units on a few threads; results come in the order of the units."""
     left = Counter(unit.source_file for unit in units if unit.source_file)
     lock = threading.Lock()
 
-    def do(unit: _Unit) -> Result:
-        result = Result()
+    def do(unit: _Unit) -> UnitResult:
+        result = UnitResult()
         unit.run(result)
         if unit.source_file and source is not None and source.store is not None and reader is not None:
             with lock:

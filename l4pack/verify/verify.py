@@ -22,7 +22,7 @@ from l4pack.verify.checks_tokenizer import check_tokenizer
 from l4pack.verify.declared import read_declared
 from l4pack.verify.findings import Finding, Findings
 from l4pack.verify.opened import open_artifact
-from l4pack.verify.origin import Origin
+from l4pack.verify.origin import OriginCheck
 from l4pack.verify.tally import Tally
 
 
@@ -89,7 +89,7 @@ def verify_artifact(
     manifest = read_manifest_of(artifact, found)
     if manifest is not None:
         check_manifest(artifact, manifest, found)
-    origin = None if against is None else Origin(artifact, manifest, against)
+    origin = None if against is None else OriginCheck(artifact, manifest, against)
     comparable = against if origin is not None and origin.comparable else None
     check_files(artifact, comparable, manifest.files if manifest else (), found)
     contents = examine(artifact, declared, found)

@@ -17,7 +17,7 @@ import yaml
 from l4pack.budget.checks import Check, run_checks
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
-from l4pack.budget.measure import Measured, measure
+from l4pack.budget.measure import Measured, measure_device
 from l4pack.budget.model import budget
 from l4pack.budget.named import open_subject
 from l4pack.budget.view import measured_view
@@ -306,7 +306,7 @@ class FakeGpu:
 def test_measuring_reads_the_device_line_by_line() -> None:
     host = find_host("h100", load_devices())
     found = budget(open_subject("llama-4-scout", "int4"), host, Load(16_384))
-    lines = {line.name: line for line in measure(found, FakeGpu(host.device.memory_bytes))}
+    lines = {line.name: line for line in measure_device(found, FakeGpu(host.device.memory_bytes))}
     for line in found.lines:
         measured = lines[line.name].measured
         if line.name == "CUDA graphs":
@@ -318,7 +318,7 @@ def test_measuring_reads_the_device_line_by_line() -> None:
     assert lines["device context"].measured == 700_000_000
     assert lines["activations"].measured == 1024 * 202_048 * 14
     with pytest.raises(L4packError, match="has no room for routed experts"):
-        measure(found, FakeGpu(10_000_000_000))
+        measure_device(found, FakeGpu(10_000_000_000))
     shown = measured_view([Measured("a", 1, 2, None)], "a fake")
     assert shown.row_count == 1
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from l4pack.budget.devices import Host, find_host, load_devices
 from l4pack.budget.load import MAX_SEQUENCES, Load
-from l4pack.budget.model import Budget, Verdict, budget, evaluate
+from l4pack.budget.model import Budget, Verdict, assess, budget
 from l4pack.budget.named import alternatives, open_subject
 from l4pack.budget.runtimes import DATA
 from l4pack.budget.solve import changes, limits, max_context, max_sequences
@@ -123,7 +123,7 @@ def test_the_most_sequences_fit_and_one_more_does_not(load: Load, recipe: str, r
 
 
 def at(found: Budget, **values: int) -> Budget:
-    return evaluate(found.subject, found.host, found.runtime, replace(found.setting, **values))
+    return assess(found.subject, found.host, found.runtime, replace(found.setting, **values))
 
 
 @EASY

@@ -21,7 +21,7 @@ from l4pack.calibration.rows import BORROWED_WEIGHT, expert_rows
 from l4pack.calibration.text import with_text
 from l4pack.checkpoint.open import open_source
 from l4pack.errors import BudgetError, QualityError, RecipeError, SourceError, UsageError
-from l4pack.plan.plan import Limits, make_plan
+from l4pack.plan.plan import RunLimits, make_plan
 from l4pack.quant import gptq
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, load_recipe
@@ -110,13 +110,13 @@ def test_hessians_are_those_of_the_inputs_that_transformers_gives_each_matrix(
 ):
     """The first MoE layer and the dense one before it, against hooks on the whole model with every expert run."""
     seen: list[torch.Tensor] = []
-    solve = gptq.prepare
+    solve = gptq.prepare_problem
 
     def spy(hessian: torch.Tensor, **options: object):
         seen.append(hessian.clone())
         return solve(hessian, **options)
 
-    monkeypatch.setattr("l4pack.calibration.mlp.gptq.prepare", spy)
+    monkeypatch.setattr("l4pack.calibration.mlp.gptq.prepare_problem", spy)
     # Nothing is quantized visibly below, so that the second layer sees what the original model gives it.
     monkeypatch.setattr(run.CalibrationRun, "_as_written", lambda self, unit, weights: weights)
     plan = planned(source, text, calibration={"min_tokens": 1}, asymmetric=asymmetric)
@@ -334,7 +334,7 @@ def test_the_memory_that_calibration_takes_is_planned_and_refused_when_it_is_not
     assert plan.peak_ram_bytes == plan.needs.ram_bytes > 3 * 10**9
     assert plan.disk_bytes > plan.artifact_bytes + 2 * 3 * plan.needs.tokens * 5120 * 4 - 1
     with pytest.raises(BudgetError, match=r"the job needs .* of memory"):
-        make_plan(checkpoint, recipe, Limits(max_ram=2**30))
+        make_plan(checkpoint, recipe, RunLimits(max_ram=2**30))
 
 
 @pytest.mark.parametrize(

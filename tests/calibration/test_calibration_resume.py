@@ -74,8 +74,10 @@ def test_killed_at_a_layer_or_expert_it_ends_in_the_same_bytes(
         with pytest.raises(Killed):
             run_plan(plan, out)
     assert not out.exists()
-    solved, solve = [], gptq.prepare
-    monkeypatch.setattr("l4pack.calibration.mlp.gptq.prepare", lambda *a, **k: solved.append(None) or solve(*a, **k))
+    solved, solve = [], gptq.prepare_problem
+    monkeypatch.setattr(
+        "l4pack.calibration.mlp.gptq.prepare_problem", lambda *a, **k: solved.append(None) or solve(*a, **k)
+    )
     assert file_digests(run_plan(plan, out).out) == undisturbed
     assert len(solved) // 2 < UNITS if records > 3 else len(solved) // 2 <= UNITS
 
@@ -103,10 +105,12 @@ LEFT = {
 def test_whatever_became_of_its_hidden_states_it_ends_in_the_same_bytes(
     source, text, undisturbed, half_done, tmp_path, monkeypatch, file, kind
 ):
-    out, solved, solve = tmp_path / "out", [], gptq.prepare
+    out, solved, solve = tmp_path / "out", [], gptq.prepare_problem
     shutil.copytree(half_done, work_folder(out))
     SPOILS[kind](work_folder(out) / "hidden" / file)
-    monkeypatch.setattr("l4pack.calibration.mlp.gptq.prepare", lambda *a, **k: solved.append(None) or solve(*a, **k))
+    monkeypatch.setattr(
+        "l4pack.calibration.mlp.gptq.prepare_problem", lambda *a, **k: solved.append(None) or solve(*a, **k)
+    )
     assert file_digests(run_plan(planned(source, text), out).out) == undisturbed
     assert len(solved) // 2 < UNITS  # what was solved is read back
 

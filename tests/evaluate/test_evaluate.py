@@ -25,7 +25,7 @@ from whole_model import one_thread  # noqa: F401
 from l4pack.errors import UsageError
 from l4pack.evaluate.scoring import PairedScores, Scores
 from l4pack.evaluate.statistics import HISTOGRAM_EDGES, clusters, mean_and_error, percentile, summarize
-from l4pack.evaluate.tasks import Question, Task, choices_made, continuation, task_record
+from l4pack.evaluate.tasks import EvaluationTask, Question, choices_made, continuation, task_record
 from l4pack.stream.walk import Walk
 from l4pack.text.choice import TextChoice
 from l4pack.text.sequences import load_text
@@ -577,7 +577,7 @@ def _byte_token(byte):
 
 
 def test_choices_by_sum_and_by_byte():
-    task = Task("t", (Question("c", ("long choice", "x"), 0), Question("c", ("a", "b"), 1)))
+    task = EvaluationTask("t", (Question("c", ("long choice", "x"), 0), Question("c", ("a", "b"), 1)))
     chosen = choices_made(task, [-5.0, -1.0, -2.0, -1.0])
     assert chosen["accuracy"].tolist() == [1, 1]
     assert chosen["accuracy_per_byte"].tolist() == [0, 1]

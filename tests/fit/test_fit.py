@@ -24,7 +24,7 @@ from l4pack.fit.fit import fit
 from l4pack.fit.losses import _spread, losses_for
 from l4pack.fit.recipe import recipe_name
 from l4pack.fit.record import fit_record
-from l4pack.fit.solve import Limit, solve, total
+from l4pack.fit.solve import CostLimit, select, total
 from l4pack.formats.known import load_format
 from l4pack.formats.limits import LocalMatrix, hindrances
 from l4pack.measure.record import ChangeRecord, ModelId
@@ -145,7 +145,7 @@ def test_the_frontier_beats_every_uniform_recipe_at_its_size(scout):
         fixed = fitted.weight_bytes - total(sizes, fitted.solution.picks)
         assert {point.name for point in fitted.uniform} >= {"int4", "fp8", "int8", KEEP}
         for point in fitted.uniform:
-            best = solve(losses, sizes, [Limit(sizes, point.nbytes - fixed)])
+            best = select(losses, sizes, [CostLimit(sizes, point.nbytes - fixed)])
             assert best.loss <= point.kl + 1e-6 * sum(map(max, losses))
             drawn = min(one.kl for one in fitted.frontier if one.nbytes <= point.nbytes)
             assert drawn <= point.kl

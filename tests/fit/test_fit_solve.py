@@ -12,7 +12,7 @@ from oracle_fit import best_of_all
 
 from l4pack.errors import L4packError
 from l4pack.fit import solve as module
-from l4pack.fit.solve import Limit, Solution, hull, smallest, solve, total
+from l4pack.fit.solve import CostLimit, Selection, hull, select, smallest, total
 
 LOSS = st.one_of(st.just(0.0), st.floats(1e-7, 1.0))
 COST = st.one_of(st.integers(0, 20), st.integers(10**9, 10**11))
@@ -27,7 +27,7 @@ def problems(draw, limits=1):
     for table in costs:
         low, high = sum(map(min, table)), sum(map(max, table))
         bounds.append(draw(st.integers(low - 1 if low else 0, high + 1)))
-    return losses, [Limit(table, bound) for table, bound in zip(costs, bounds, strict=True)]
+    return losses, [CostLimit(table, bound) for table, bound in zip(costs, bounds, strict=True)]
 
 
 def worth(losses):
@@ -48,7 +48,7 @@ def test_two_limits_equal_trying_everything(problem):
 
 
 def check_against_everything(losses, limits):
-    found = solve(losses, limits[0].costs, limits)
+    found = select(losses, limits[0].costs, limits)
     best = best_of_all(losses, [(limit.costs, limit.bound) for limit in limits])
     assert (found is None) == (best is None)
     if found is not None:
@@ -64,20 +64,20 @@ def test_more_bytes_never_lose_more(problem, shares):
     losses, (limit,) = problem
     low, high = sum(map(min, limit.costs)), sum(map(max, limit.costs))
     bounds = sorted(low + int(share * (high - low)) for share in shares)
-    found = [solve(losses, limit.costs, [Limit(limit.costs, bound)]) for bound in bounds]
+    found = [select(losses, limit.costs, [CostLimit(limit.costs, bound)]) for bound in bounds]
     for smaller, larger in pairwise(found):
         assert larger.loss <= smaller.loss + worth(losses)
 
 
 def test_of_equal_losses_the_fewest_bytes_are_taken():
     losses, costs = [[0.5, 0.5, 0.5], [0.0, 0.0, 1.0]], [[30, 10, 20], [7, 5, 1]]
-    assert solve(losses, costs, [Limit(costs, 1000)]).picks == (1, 1)
+    assert select(losses, costs, [CostLimit(costs, 1000)]).picks == (1, 1)
     assert smallest(costs) == (1, 2)
 
 
 def test_nothing_lost_anywhere_is_solved():
     costs = [[3, 1], [2, 2]]
-    assert solve([[0.0, 0.0], [0.0, 0.0]], costs, [Limit(costs, 5)]).picks == (1, 0)
+    assert select([[0.0, 0.0], [0.0, 0.0]], costs, [CostLimit(costs, 5)]).picks == (1, 0)
 
 
 def test_sums_are_exact_at_the_last_byte():
@@ -86,10 +86,10 @@ def test_sums_are_exact_at_the_last_byte():
     costs = [[large + 1, large], [large + 1, large], [large + 1, large]]
     losses = [[0.0, 1.0], [0.0, 1.1], [0.0, 1.2]]
     for extra, loss in ((3, 0.0), (2, 1.0), (1, 2.1), (0, 3.3)):
-        found = solve(losses, costs, [Limit(costs, 3 * large + extra)])
+        found = select(losses, costs, [CostLimit(costs, 3 * large + extra)])
         assert total(costs, found.picks) <= 3 * large + extra
         assert found.loss >= loss - 1e-9
-    assert solve(losses, costs, [Limit(costs, 3 * large - 1)]) is None
+    assert select(losses, costs, [CostLimit(costs, 3 * large - 1)]) is None
 
 
 def test_the_gap_is_stated_where_the_solver_stopped_early(monkeypatch):
@@ -100,18 +100,18 @@ def test_the_gap_is_stated_where_the_solver_stopped_early(monkeypatch):
         return (0,), program.value((1,))
 
     monkeypatch.setattr(module._Program, "run", early)
-    found = solve(losses, costs, [Limit(costs, 5)])
+    found = select(losses, costs, [CostLimit(costs, 5)])
     assert found.picks == (0,)
     assert found.gap == pytest.approx(0.5, abs=1e-3)
     assert not found.optimal
-    assert Solution((0,), 1.0, 1e-9).optimal
+    assert Selection((0,), 1.0, 1e-9).optimal
 
 
 def test_a_solver_that_never_adds_up_is_an_error(monkeypatch):
     costs = [[0, 9]]
     monkeypatch.setattr(module._Program, "run", lambda program: ((1,), 0.0))
     with pytest.raises(L4packError, match="rounding"):
-        solve([[2.0, 1.0]], costs, [Limit(costs, 5)])
+        select([[2.0, 1.0]], costs, [CostLimit(costs, 5)])
 
 
 def test_a_solver_out_of_time_is_an_error(monkeypatch):
@@ -120,7 +120,7 @@ def test_a_solver_out_of_time_is_an_error(monkeypatch):
     losses = rng.random((60, 8)).tolist()
     costs = rng.integers(1, 10**9, (60, 8)).tolist()
     with pytest.raises(L4packError, match="found nothing in 0 s"):
-        solve(losses, costs, [Limit(costs, sum(map(min, costs)) + 10**9)])
+        select(losses, costs, [CostLimit(costs, sum(map(min, costs)) + 10**9)])
 
 
 @settings(max_examples=50, deadline=None)
@@ -144,5 +144,5 @@ def test_the_solver_writes_nothing_of_its_own(capfd):
         rng = np.random.default_rng(seed)
         losses = (rng.random((100, 7)) * 4.0 ** -np.arange(7)).tolist()
         costs = (rng.integers(10**6, 10**7, (100, 1)) * np.arange(1, 8)).tolist()
-        solve(losses, costs, [Limit(costs, int(1.4 * sum(map(min, costs))))])
+        select(losses, costs, [CostLimit(costs, int(1.4 * sum(map(min, costs))))])
     assert capfd.readouterr() == ("", "")

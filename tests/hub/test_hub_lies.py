@@ -21,7 +21,7 @@ from l4pack.hub import exchange
 from l4pack.hub.client import hub_api
 from l4pack.hub.exchange import Bounds, Transfer, transferring
 from l4pack.publish.licence import audit
-from l4pack.publish.upload import Target, local_files, plan_upload, upload
+from l4pack.publish.upload import Destination, local_files, plan_upload, upload
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
@@ -131,7 +131,7 @@ def opens(hub: HubServer, folder: Path) -> None:
 def sends(**options: Any) -> Callable[[HubServer, Path], None]:
     def send(hub: HubServer, folder: Path) -> None:
         api = hub_api(hub.endpoint, None)
-        upload(api, plan_upload(api, Target(REPO, **options), local_files(folder, SENT)), "Upload")
+        upload(api, plan_upload(api, Destination(REPO, **options), local_files(folder, SENT)), "Upload")
         revision = options.get("revision", "main")
         there = hub.repos[REPO].files("refs/pr/1" if options.get("pull_request") else revision)
         assert {name: there[name].content for name in SENT} == SENT

@@ -23,13 +23,13 @@ from torch import Tensor
 from whole_model import one_thread  # noqa: F401
 
 from l4pack.artifact.original import weights_digest
-from l4pack.calibration.mlp import weights_of
+from l4pack.calibration.mlp import solved_weights
 from l4pack.checkpoint.open import open_source
 from l4pack.errors import UsageError
 from l4pack.evaluate.statistics import clusters, mean_and_error
 from l4pack.measure.changes import Single
 from l4pack.measure.identity import model_fingerprint
-from l4pack.measure.measure import Direct, Settings, measure, prepare
+from l4pack.measure.measure import Direct, MeasureSettings, measure, prepare_measurement
 from l4pack.measure.options import OPTIONS, options_for
 from l4pack.measure.predict import Clusters, Predictor
 from l4pack.measure.record import ChangeRecord, combined, read_sensitivity
@@ -72,7 +72,9 @@ def measured(checkpoint, text_file, tmp_path_factory):
         key = repr((kind, layers, sorted(changes.items())))
         if key not in made:
             settings = settings_for(text_file, tmp_path_factory.mktemp("out") / "sensitivity.json", **changes)
-            prepared = prepare(open_source(str(checkpoint(kind, **(SMALL if layers == 2 else {})))), settings)
+            prepared = prepare_measurement(
+                open_source(str(checkpoint(kind, **(SMALL if layers == 2 else {})))), settings
+            )
             made[key] = prepared, measure(prepared)
         return made[key]
 
@@ -81,7 +83,7 @@ def measured(checkpoint, text_file, tmp_path_factory):
 
 def settings_for(text_file, out, **changes):
     usual = {"text": TextChoice(str(text_file), SAMPLES, LENGTH), "calibration_samples": 4, "compute": "cpu"}
-    return Settings(out=out, **{**usual, **changes})
+    return MeasureSettings(out=out, **{**usual, **changes})
 
 
 def change_of(record, layer, role, option):
@@ -206,7 +208,7 @@ def solved_by_hand(mlp, inputs, scheme):
     def solve(weight, seen, original=None):
         cross = None if original is None else (original - seen).T @ seen / len(seen)
         solution = gptq.solve(weight, seen.T @ seen / len(seen), scheme, sweeps=4, cross=cross)
-        return weights_of(solution).bfloat16().float()
+        return solved_weights(solution).bfloat16().float()
 
     before = mlp.activation_fn(mlp.gate_proj(inputs)) * mlp.up_proj(inputs)
     for one in (mlp.gate_proj, mlp.up_proj):
@@ -487,7 +489,7 @@ def test_whatever_it_dies_beside_it_ends_in_the_same_numbers(checkpoint, text_fi
     """Every time a state is written, in four waves of which later ones begin at kept inputs of layer 1."""
     source = open_source(str(checkpoint("scout", **SMALL)))
     settings = settings_for(text_file, tmp_path / "s.json", options=("int8-g64", "fp8"), streams=6)
-    whole = measure(prepare(source, replace(settings, out=tmp_path / "whole.json")))
+    whole = measure(prepare_measurement(source, replace(settings, out=tmp_path / "whole.json")))
     write, restored, count = StateFile.write, Lanes.restore, {"writes": 0, "restored": 0}
 
     def die(self, *found):
@@ -509,7 +511,7 @@ def test_whatever_it_dies_beside_it_ends_in_the_same_numbers(checkpoint, text_fi
     for alive in range(2, 9):
         count |= {"writes": 0, "alive": alive}
         with contextlib.suppress(DeathError):
-            found = measure(prepare(source, settings))
+            found = measure(prepare_measurement(source, settings))
             break
     assert found == whole
     assert alive > 3
@@ -533,8 +535,8 @@ def half_done(checkpoint, text_file, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WalkState, "keep", die)
         with pytest.raises(DeathError):
-            measure(prepare(source, settings))
-    return source, settings, measure(prepare(source, replace(settings, out=folder / "whole.json")))
+            measure(prepare_measurement(source, settings))
+    return source, settings, measure(prepare_measurement(source, replace(settings, out=folder / "whole.json")))
 
 
 LEFT = {
@@ -553,7 +555,7 @@ def test_whatever_became_of_its_files_it_ends_in_the_same_numbers(half_done, tmp
     settings = replace(settings, out=tmp_path / "s.json")
     shutil.copytree(half_done[1].work, settings.work)
     SPOILS[kind](settings.work / file)
-    assert measure(prepare(source, settings)) == whole
+    assert measure(prepare_measurement(source, settings)) == whole
     assert not settings.work.exists()
 
 
@@ -570,9 +572,9 @@ def test_killed_while_clearing_up_it_ends_in_the_same_bytes(half_done, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(WorkFolder, "remove", die)
         with pytest.raises(DeathError):
-            measure(prepare(source, settings))
+            measure(prepare_measurement(source, settings))
     settings.out.unlink()
-    assert measure(prepare(source, settings)) == whole
+    assert measure(prepare_measurement(source, settings)) == whole
 
 
 def test_the_work_folder_is_its_own(half_done, tmp_path):
@@ -582,10 +584,10 @@ def test_the_work_folder_is_its_own(half_done, tmp_path):
     (settings.work / "state.json").write_text("a diary")
     for restart in (False, True):
         with pytest.raises(UsageError, match="is not l4pack's"):
-            measure(prepare(source, replace(settings, restart=restart)))
+            measure(prepare_measurement(source, replace(settings, restart=restart)))
     assert (settings.work / "state.json").read_text() == "a diary"
     with pytest.raises(UsageError, match="which is read"):
-        measure(prepare(source, replace(settings, out=Path(source.name) / "s.json")))
+        measure(prepare_measurement(source, replace(settings, out=Path(source.name) / "s.json")))
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from l4pack.plan.memory import (
     solving,
     walk_within,
 )
-from l4pack.plan.plan import Limits, make_plan
+from l4pack.plan.plan import RunLimits, make_plan
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import load_recipe
 from l4pack.stream.compute import Compute
@@ -36,7 +36,7 @@ def computing(model="llama-4-scout", device="cpu", itemsize=4, **others):
 
 
 def calibrated(model, **limits):
-    return make_plan(open_source(model), load_recipe("int4"), Limits(**limits))
+    return make_plan(open_source(model), load_recipe("int4"), RunLimits(**limits))
 
 
 def test_sizes_of_scout_by_hand():
@@ -77,7 +77,7 @@ def test_a_limit_on_the_device_is_kept_before_anything_is_read():
 
 def test_a_full_device_is_told_before_the_job_begins(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(Compute, "device_room", lambda *_: Room(1000, DEVICE))
-    plan = make_plan(open_source(str(checkpoint("text"))), load_recipe("int4-rtn"), Limits(accelerated=True))
+    plan = make_plan(open_source(str(checkpoint("text"))), load_recipe("int4-rtn"), RunLimits(accelerated=True))
     with pytest.raises(BudgetError, match=f"of device memory, the limit is .*{DEVICE}"):
         run_plan(plan, tmp_path / "out", device="cuda")
     assert not list(tmp_path.iterdir())

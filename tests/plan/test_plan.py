@@ -12,7 +12,7 @@ from l4pack.checkpoint.open import open_source
 from l4pack.errors import BudgetError, SourceError
 from l4pack.plan.assign import ROW_STEP, Action
 from l4pack.plan.memory import KERNELS_LOADED
-from l4pack.plan.plan import Limits, make_plan
+from l4pack.plan.plan import RunLimits, make_plan
 from l4pack.plan.summary import plan_classes, plan_record
 from l4pack.quant.scheme import Strategy
 from l4pack.recipe import Recipe, load_recipe, recipe_names
@@ -22,7 +22,7 @@ GB = 10**9
 
 
 def planned(source, recipe="int4-rtn", **limits):
-    return make_plan(open_source(str(source)), load_recipe(recipe), Limits(**limits))
+    return make_plan(open_source(str(source)), load_recipe(recipe), RunLimits(**limits))
 
 
 @pytest.mark.parametrize(

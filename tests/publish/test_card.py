@@ -14,7 +14,7 @@ from licence_texts import scout_files
 from publishing import policy_named
 
 from l4pack.errors import UsageError
-from l4pack.publish.card import Fit, _typed, render_card, with_error
+from l4pack.publish.card import DeviceFit, _typed, render_card, with_error
 from l4pack.publish.licence import Card, audit
 from l4pack.publish.markdown import safe
 
@@ -129,7 +129,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def test_commands_fit_the_artifact():
-    rows = [Fit("1 x RTX 5090", 1, 0), Fit("H100", 1, 131072), Fit("8 x H100", 8, 1000000)]
+    rows = [DeviceFit("1 x RTX 5090", 1, 0), DeviceFit("H100", 1, 131072), DeviceFit("8 x H100", 8, 1000000)]
     text = render_card(facts(fits=rows))
     vllm, make = commands(text)
     assert vllm[:3] == ["vllm", "serve", f"ORG/{NAME}"]
@@ -153,7 +153,7 @@ def test_the_command_has_the_options_of_the_manifest():
 
 
 def test_sglang_gets_a_command_when_it_reads_the_artifact():
-    text = render_card(facts("maverick-int4-4xh100", fits=[Fit("4 x H100", 4, 131072)]))
+    text = render_card(facts("maverick-int4-4xh100", fits=[DeviceFit("4 x H100", 4, 131072)]))
     assert "does not read" not in text
     _, sglang, _ = commands(text)
     assert sglang[3:] == ["--model-path", f"ORG/{NAME}", "--tp", "4", "--context-length", "131072"]

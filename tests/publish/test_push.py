@@ -16,7 +16,7 @@ from publishing import BASE, NAME, REPO, SECRET
 
 from l4pack.errors import HubError, UsageError
 from l4pack.publish.publish import Wishes, check_ready, package_artifact, plan_push, push_artifact
-from l4pack.publish.upload import Action, Target
+from l4pack.publish.upload import Destination, FileChange
 
 pytest_plugins = ["publishing_fixtures"]
 # huggingface_hub hands file objects to httpx in a way that httpx no longer likes.
@@ -27,7 +27,7 @@ pytestmark = [
 
 
 def send(folder: Path, **options: Any):
-    return push_artifact(plan_push(folder, Target(REPO, **options)))
+    return push_artifact(plan_push(folder, Destination(REPO, **options)))
 
 
 def remote(hub: HubServer, revision: str = "main") -> dict[str, bytes]:
@@ -67,8 +67,8 @@ def test_a_snapshot_of_it_is_read_back_verified_and_loaded(hub, packaged, tmp_pa
 def test_a_second_push_sends_nothing(hub, packaged):
     first = send(packaged)
     before = len(hub.seen)
-    plan = plan_push(packaged, Target(REPO))
-    assert {step.action for step in plan.steps if step.name != ".gitattributes"} == {Action.KEEP}
+    plan = plan_push(packaged, Destination(REPO))
+    assert {step.action for step in plan.steps if step.name != ".gitattributes"} == {FileChange.KEEP}
     assert plan.send_bytes == 0
     assert push_artifact(plan).commit == first.commit
     assert not [seen for seen in hub.seen[before:] if seen.method in ("PUT", "POST")]
@@ -79,9 +79,9 @@ def test_own_files_are_replaced_and_deleted_unasked(hub, packaged):
     send(packaged)
     (packaged / "tokenizer.model").unlink()
     (packaged / "README.md").write_text((packaged / "README.md").read_text() + "\nMore.\n")
-    plan = plan_push(packaged, Target(REPO))
-    assert plan.names(Action.REPLACE) == ["README.md"]
-    assert plan.names(Action.DELETE) == ["tokenizer.model"]
+    plan = plan_push(packaged, Destination(REPO))
+    assert plan.names(FileChange.REPLACE) == ["README.md"]
+    assert plan.names(FileChange.DELETE) == ["tokenizer.model"]
     push_artifact(plan)
     assert remote(hub) == local(packaged)
 
@@ -91,31 +91,31 @@ def test_what_others_put_there_is_left_alone(hub, packaged):
     files = {name: blob.content for name, blob in hub.repos[REPO].files().items()}
     hub.add(REPO, {**files, "README.md": b"by hand", "pictures/a.png": b"png", "notes.txt": b"notes"})
     with pytest.raises(HubError, match=r"holds another README\.md, which l4pack did not put there"):
-        plan_push(packaged, Target(REPO))
+        plan_push(packaged, Destination(REPO))
     assert remote(hub)["README.md"] == b"by hand"
-    push_artifact(plan_push(packaged, Target(REPO, overwrite=True)))
+    push_artifact(plan_push(packaged, Destination(REPO, overwrite=True)))
     after = remote(hub)
     assert (after.pop("pictures/a.png"), after.pop("notes.txt")) == (b"png", b"notes")
     assert after == local(packaged)
 
 
 def test_a_dry_look_changes_nothing(hub, packaged):
-    plan = plan_push(packaged, Target(REPO))
-    assert {step.action for step in plan.steps} == {Action.ADD}
+    plan = plan_push(packaged, Destination(REPO))
+    assert {step.action for step in plan.steps} == {FileChange.ADD}
     assert (plan.exists, plan.private) == (False, True)
     assert REPO not in hub.repos
     assert {seen.method for seen in hub.seen} == {"GET"}
 
 
 def test_visibility_is_never_a_surprise(hub, packaged):
-    assert not plan_push(packaged, Target(REPO, public=True)).private
+    assert not plan_push(packaged, Destination(REPO, public=True)).private
     send(packaged, public=True)
     assert not hub.repos[REPO].private
     with pytest.raises(HubError, match="exists and is public"):
-        plan_push(packaged, Target(REPO))
+        plan_push(packaged, Destination(REPO))
     hub.repos[REPO].private = True
     with pytest.raises(HubError, match="exists and is private"):
-        plan_push(packaged, Target(REPO, public=True))
+        plan_push(packaged, Destination(REPO, public=True))
 
 
 def test_branches_tags_and_collections(hub, packaged):
@@ -157,7 +157,7 @@ def test_a_link_that_leaves_the_folder_is_not_published(packaged, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (packaged / "added_tokens.json").symlink_to(tmp_path / "secret")
     with pytest.raises(HubError, match="is a link that leaves"):
-        plan_push(packaged, Target(REPO, overwrite=True))
+        plan_push(packaged, Destination(REPO, overwrite=True))
 
 
 def test_hidden_files_and_folders_stay_here(hub, packaged):
@@ -183,7 +183,7 @@ def test_what_was_not_meant_to_go_stays_here(hub, licensed_source, tmp_path, l4p
     for name in ("id_ed25519", "run.sh", "trainer_state.json", "wandb/log", "adapter_config.json"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("secret")
-    plan = plan_push(out, Target(REPO))
+    plan = plan_push(out, Destination(REPO))
     assert plan.left_behind == ("adapter_config.json", "id_ed25519", "run.sh", "trainer_state.json", "wandb/")
     push_artifact(plan)
     assert set(remote(hub)) - {".gitattributes"} == went

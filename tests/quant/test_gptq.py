@@ -95,7 +95,7 @@ def test_loss_is_what_it_says_and_no_row_is_worse_than_rounding(name, act_order)
     assert solution.rtn_error == pytest.approx(rtn.sum(), rel=1e-4)
     assert (losses <= rtn * (1 + 1e-4)).all()
     assert solution.error < 0.7 * solution.rtn_error
-    assert (solution.method, solution.reason, solution.dampening) == (gptq.Method.GPTQ, "", 0.01)
+    assert (solution.method, solution.reason, solution.dampening) == (gptq.SolvedBy.GPTQ, "", 0.01)
 
 
 def test_float32_loses_next_to_nothing():
@@ -159,7 +159,7 @@ def test_all_columns_dead_is_rounding():
 
 def test_fewer_tokens_than_inputs_still_solve():
     solution = gptq.solve(weight(), hessian(inputs(20)), SCHEMES["int4-g32"])
-    assert solution.method is gptq.Method.GPTQ
+    assert solution.method is gptq.SolvedBy.GPTQ
     assert solution.error < 0.5 * solution.rtn_error
 
 
@@ -182,11 +182,11 @@ def test_rounding_is_the_recorded_fallback():
     broken[3, 3] = torch.inf
     for h, reason in ((indefinite, "positive definite"), (broken, "not finite")):
         solution = gptq.solve(weight(), h, scheme)
-        assert solution.method is gptq.Method.RTN
+        assert solution.method is gptq.SolvedBy.RTN
         assert reason in solution.reason
         assert solution.rtn_rows == OUT
         assert torch.equal(solution.levels, nearest)
-    assert gptq.solve(weight(), hessian(), scheme, cross=broken).method is gptq.Method.RTN
+    assert gptq.solve(weight(), hessian(), scheme, cross=broken).method is gptq.SolvedBy.RTN
 
 
 def test_asymmetric_calibration_meets_the_original_outputs_better():
@@ -292,17 +292,17 @@ def test_a_shift_found_first_is_the_one_found_for_each_matrix():
     x = inputs()
     cross = 0.1 * (x.roll(1, 1) - x).T @ x / len(x)
     h, scheme = hessian(x).double(), SCHEMES["int4-g32"]
-    shared = gptq.prepare(h, cross=cross.double(), outputs=IN + 1)
+    shared = gptq.prepare_problem(h, cross=cross.double(), outputs=IN + 1)
     assert shared.shifting
     ours = gptq.solve_problem(shared, weight().double(), scheme, sweeps=2)
-    plain = gptq.solve_problem(gptq.prepare(h, cross=cross.double()), weight().double(), scheme, sweeps=2)
+    plain = gptq.solve_problem(gptq.prepare_problem(h, cross=cross.double()), weight().double(), scheme, sweeps=2)
     assert torch.equal(ours.levels, plain.levels)
     assert ours.error == pytest.approx(plain.error, rel=1e-6)
 
 
 def test_rows_in_pieces_are_rows_at_once():
     h, scheme = hessian().double(), SCHEMES["int4-g64-asym-mse"]
-    problem = gptq.prepare(h, cross=0.01 * h)
+    problem = gptq.prepare_problem(h, cross=0.01 * h)
     whole = gptq.solve_problem(problem, weight().double(), scheme, sweeps=2)
     pieces = gptq.solve_problem(problem, weight().double(), scheme, sweeps=2, rows_at_once=13)
     for field in ("levels", "scale", "zero_point"):

@@ -17,7 +17,7 @@ from l4pack.artifact.manifest import MANIFEST_NAME
 from l4pack.checkpoint.header import read_header
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.writer import ShardWriter
-from l4pack.plan.plan import Limits, make_plan
+from l4pack.plan.plan import RunLimits, make_plan
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import quantize_block
 from l4pack.quantize.run import run_plan
@@ -34,7 +34,7 @@ def weights(folder):
 
 
 def run(source, recipe, out, **limits):
-    plan = quick_plan(source, recipe, Limits(**limits))
+    plan = quick_plan(source, recipe, RunLimits(**limits))
     return plan, run_plan(plan, out)
 
 

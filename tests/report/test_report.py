@@ -18,7 +18,7 @@ from l4pack.report.charts import HEIGHT, Series, heat_map, histogram, line_chart
 def evaluated_once(artifact, checkpoint, tmp_path_factory):
     """A Maverick-like artifact with an `accuracy.json` made by a real evaluation."""
     from l4pack.checkpoint.source import open_folder
-    from l4pack.evaluate.evaluate import Settings, evaluate
+    from l4pack.evaluate.evaluate import EvaluationSettings, evaluate
     from l4pack.evaluate.record import write_accuracy
     from l4pack.recipe import Gates
     from l4pack.text.choice import TextChoice
@@ -28,7 +28,9 @@ def evaluated_once(artifact, checkpoint, tmp_path_factory):
     shutil.copytree(artifact("int4-rtn", "maverick"), made)
     (folder / "text.txt").write_text("some words of text, again and again " * 30)
     choice = TextChoice(str(folder / "text.txt"), 4, 64)
-    record = evaluate(open_folder(made), open_folder(checkpoint("maverick")), Settings(folder / "work", choice))
+    record = evaluate(
+        open_folder(made), open_folder(checkpoint("maverick")), EvaluationSettings(folder / "work", choice)
+    )
     write_accuracy(made, record, Gates(max_kl=1e-9, min_agreement=0.01), {})
     return made
 

@@ -22,7 +22,7 @@ from l4pack.evaluate.answers import StreamAnswers
 from l4pack.model.config import known_config, parse_config
 from l4pack.plan.memory import Computing, computing_on, walk_within
 from l4pack.stream.compute import Compute
-from l4pack.stream.hidden import Packed, Piece, TokenSequence, batches
+from l4pack.stream.hidden import AttendedRows, Packed, TokenSequence, batches
 from l4pack.stream.layer import Blocks
 from l4pack.stream.modules import upstream_config
 from l4pack.stream.prefetch import Prefetch
@@ -223,7 +223,7 @@ def test_pieces_cover_every_row_once():
     for chunk in (None, 32, 1):
         pieces = packed.pieces(chunk)
         assert [row for piece in pieces for row in range(piece.start, piece.start + piece.length)] == list(range(202))
-    assert packed.pieces(32)[:3] == [Piece(0, 32, 0), Piece(32, 32, 32), Piece(64, 16, 64)]
+    assert packed.pieces(32)[:3] == [AttendedRows(0, 32, 0), AttendedRows(32, 32, 32), AttendedRows(64, 16, 64)]
 
 
 def test_scored_rows_see_the_token_before():
@@ -233,7 +233,7 @@ def test_scored_rows_see_the_token_before():
 
 
 def test_batches_keep_to_the_limit():
-    pieces = [Piece(0, length, 0) for length in (5, 5, 40, 3, 3, 3, 3)]
+    pieces = [AttendedRows(0, length, 0) for length in (5, 5, 40, 3, 3, 3, 3)]
     sizes = [[piece.length for piece in batch] for batch in batches(pieces, 12)]
     assert sizes == [[5, 5], [40], [3, 3, 3, 3]]
 

@@ -19,7 +19,7 @@ from l4pack.quantize.run import run_plan
 from l4pack.recipe import load_recipe, recipe_names
 from l4pack.verify.declared import read_declared
 from l4pack.verify.findings import Findings
-from l4pack.verify.own_stanza import is_own
+from l4pack.verify.own_stanza import is_own_stanza
 
 OTHERS = [
     None,
@@ -53,7 +53,7 @@ def stanza_of(recipe):
 
 
 def own(stanza):
-    return is_own(stanza, read_declared(read_stanza(stanza), (), Findings()))
+    return is_own_stanza(stanza, read_declared(read_stanza(stanza), (), Findings()))
 
 
 def accepted(stanza):

@@ -16,7 +16,7 @@ import vllm_artifacts as foreign
 from l4pack.artifact.manifest import MANIFEST_NAME
 from l4pack.checkpoint.source import open_folder
 from l4pack.errors import SourceError
-from l4pack.plan.plan import Limits, make_plan
+from l4pack.plan.plan import RunLimits, make_plan
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import load_recipe, recipe_names
 from l4pack.verify.verify import Verification, verify_artifact
@@ -88,7 +88,9 @@ def artifact(source: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
             if recipe in OWN_RECIPES:
                 (folder / f"{recipe}.yaml").write_text(OWN_RECIPES[recipe])
                 name = str(folder / f"{recipe}.yaml")
-            plan = make_plan(open_folder(source(kind, **options)), load_recipe(name), Limits(shard_bytes=shard_bytes))
+            plan = make_plan(
+                open_folder(source(kind, **options)), load_recipe(name), RunLimits(shard_bytes=shard_bytes)
+            )
             run_plan(plan, folder / "artifact")
             made[key] = folder / "artifact"
         return made[key]

@@ -25,7 +25,7 @@ from l4pack.verify.checks_kernels import SLACK, STATISTICS, scan, widen_transpos
 from l4pack.verify.checks_source import SourceChecks
 from l4pack.verify.checks_tensors import Matrix
 from l4pack.verify.origin import Made
-from l4pack.verify.tally import Result
+from l4pack.verify.tally import UnitResult
 
 OUT, IN = 136, 256
 SCHEMES = {
@@ -64,18 +64,18 @@ def verdict(
     *,
     method: Method | None = None,
     turned: bool = False,
-) -> Result:
+) -> UnitResult:
     linear = Linear("layers.0.m", Role.ROUTED_EXPERT, 0, 0, "gate_proj", OUT, IN, "t", Layout.OUT_IN)
     block = np.ascontiguousarray(bits(values).T) if turned else bits(values)
     made = None if method is None else Made(SimpleNamespace(method=method), exact=False)  # type: ignore[arg-type]
     checks = SourceChecks(lambda _: made)  # type: ignore[arg-type]
-    result = Result()
+    result = UnitResult()
     source = MatrixBlock(block, Layout.IN_OUT if turned else Layout.OUT_IN, "BF16")
     checks.matrix(Matrix(linear, FLOAT_QUANTIZED, scheme, {}), stored, source, result)
     return result
 
 
-def messages(result: Result) -> list[str]:
+def messages(result: UnitResult) -> list[str]:
     return [finding.message for finding in result.found]
 
 

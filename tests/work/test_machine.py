@@ -13,7 +13,7 @@ from conftest import Ended
 
 from l4pack.checkpoint.open import open_source
 from l4pack.errors import BudgetError
-from l4pack.plan.plan import Limits, Plan, make_plan
+from l4pack.plan.plan import Plan, RunLimits, make_plan
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import load_recipe
 from l4pack.work import machine
@@ -148,7 +148,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def planned(recipe: str, model: str, **limits: int) -> Plan:
-    return make_plan(open_source(model), load_recipe(recipe), Limits(**limits))
+    return make_plan(open_source(model), load_recipe(recipe), RunLimits(**limits))
 
 
 @pytest.mark.parametrize("recipe", ["int4-rtn", "fp8", "fp8-block"])
