@@ -21,7 +21,8 @@ import torch
 from l4pack.calibration.text import with_text
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.source import open_folder
-from l4pack.evaluate.evaluate import EvaluationSettings, evaluate
+from l4pack.evaluate.evaluate import evaluate
+from l4pack.evaluate.inputs import EvaluationSettings
 from l4pack.plan.plan import make_plan
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, load_recipe

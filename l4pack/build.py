@@ -292,7 +292,8 @@ class _Chain:
 
     def _prepared(self, text: TextChoice, progress: Progress) -> PreparedEvaluation:
         """The evaluation this order asks for; the step before has held the weights against the manifest."""
-        from l4pack.evaluate.evaluate import EvaluationSettings, prepare_evaluation
+        from l4pack.evaluate.evaluate import prepare_evaluation
+        from l4pack.evaluate.inputs import EvaluationSettings
 
         out = self._order.out
         settings = EvaluationSettings(

@@ -24,7 +24,7 @@ from l4pack.cli.options import (
     FetchAsYouGoOption,
     FitRecipeOption,
     IncludeOption,
-    KeepFloat32,
+    KeepFloat32Option,
     KVDtypeOption,
     MaxBytesOption,
     MaxKlOption,
@@ -60,8 +60,9 @@ if TYPE_CHECKING:
     from l4pack.checkpoint.source import Checkpoint
     from l4pack.fit.budgets import Wish
     from l4pack.measure.record import Sensitivity
-    from l4pack.plan.plan import Plan
+    from l4pack.plan.plan import Plan, RunLimits
     from l4pack.publish.upload import Destination
+    from l4pack.recipe import Recipe
 
 DEFAULT_RECIPE = "int4"
 _COLOURS = {"done": "green", "kept": "green", "not asked": "dim", "failed": "red"}
@@ -100,7 +101,7 @@ def build(
     shard_size: ShardSizeOption = None,
     compute: ComputeOption = AUTO,
     include: IncludeOption = None,
-    keep_float32: KeepFloat32 = False,
+    keep_float32: KeepFloat32Option = False,
     fetch_as_you_go: FetchAsYouGoOption = False,
     restart: RestartOption = False,
     dry_run: DryRunOption = False,
@@ -114,11 +115,8 @@ def build(
     """
     from l4pack.build import Order, fetch_folder, fit_recipe
     from l4pack.build import build as run
-    from l4pack.calibration.text import with_text
     from l4pack.checkpoint.open import open_source
-    from l4pack.plan.plan import make_plan
     from l4pack.publish.publish import Wishes
-    from l4pack.recipe import load_recipe
     from l4pack.text.choice import TextChoice
 
     chosen_device = chosen(compute)
@@ -132,33 +130,47 @@ def build(
     elif max_bytes or bits or sensitivity:
         raise UsageError("--max-bytes, --bits and --sensitivity go with --fit", hint="add --fit, or leave them out")
     allowed = run_limits(max_ram, max_vram, shard_size, chosen_device)
-    wanted = load_recipe(recipe or DEFAULT_RECIPE).keeping(float32=keep_float32)
-    shared = {} if wanted.calibration is None else {"sequence_length": sequence_length, "seed": seed}
-    wanted = wanted.calibrating(calibration is not None, samples=calibration_samples, **shared)
-    plan = make_plan(checkpoint, wanted, allowed)
+    wanted = _recipe(recipe, calibration, calibration_samples, sequence_length, seed, keep_float32=keep_float32)
+    plan = _planned(checkpoint, wanted, allowed, calibration)
+    order = Order(
+        out=out, compute=chosen_device, device=device, context=context, sequences=sequences, kv_dtype=kv_dtype,
+        text=None if skip_evaluate else TextChoice(text, samples, sequence_length, seed or 0),
+        gates=asked_gates(max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio),
+        wishes=Wishes(name=name, base_model=base_model), push=target,
+        max_ram=allowed.max_ram, max_vram=allowed.max_vram, restart=restart, dry_run=dry_run,
+    )  # fmt: skip
+    _show(plan, order, run(plan, order, console.progress, before), as_json=as_json)
+
+
+def _recipe(
+    name: str | None, calibration: str | None, samples: int | None, length: int | None, seed: int | None,
+    *, keep_float32: bool
+) -> Recipe:  # fmt: skip
+    """The recipe with what the options change in it."""
+    from l4pack.recipe import load_recipe
+
+    wanted = load_recipe(name or DEFAULT_RECIPE).keeping(float32=keep_float32)
+    shared = {} if wanted.calibration is None else {"sequence_length": length, "seed": seed}
+    return wanted.calibrating(calibration is not None, samples=samples, **shared)
+
+
+def _planned(checkpoint: Checkpoint, recipe: Recipe, allowed: RunLimits, calibration: str | None) -> Plan:
+    """The plan, with a calibration text of the user's own read already. Raises what `make_plan` does."""
+    from l4pack.calibration.text import with_text
+    from l4pack.plan.plan import make_plan
+
+    plan = make_plan(checkpoint, recipe, allowed)
     if calibration is not None and plan.needs is not None:
         plan = with_text(plan, calibration)
     plan.check_servable()
-    order = Order(
-        out=out,
-        compute=chosen_device,
-        text=None if skip_evaluate else TextChoice(text, samples, sequence_length, seed or 0),
-        device=device,
-        context=context,
-        sequences=sequences,
-        kv_dtype=kv_dtype,
-        gates=asked_gates(max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio),
-        wishes=Wishes(name=name, base_model=base_model),
-        push=target,
-        max_ram=allowed.max_ram,
-        max_vram=allowed.max_vram,
-        restart=restart,
-        dry_run=dry_run,
-    )
-    built = run(plan, order, console.progress, before)
+    return plan
+
+
+def _show(plan: Plan, order: Order, built: Built, *, as_json: bool) -> None:
+    """Print what came of it, and end with the exit code of what failed."""
     if as_json:
         console.show_json(built.record())
-    elif dry_run and built.error is None:
+    elif order.dry_run and built.error is None:
         console.show(*plan_view(plan))
     else:
         console.show(*build_view(plan, order, built))

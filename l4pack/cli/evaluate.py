@@ -69,8 +69,8 @@ def evaluate(
 
     Example: `l4pack evaluate demo-int4 --against demo --max-kl 0.05`
     """
-    from l4pack.evaluate.evaluate import EvaluationSettings
     from l4pack.evaluate.gates import judge, limits_of, parse_recovery, require
+    from l4pack.evaluate.inputs import EvaluationSettings
     from l4pack.evaluate.record import read_evaluations, write_accuracy
     from l4pack.text.choice import TextChoice
 

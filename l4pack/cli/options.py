@@ -68,7 +68,7 @@ RecipeOption = Annotated[
     T,
     typer.Option("--recipe", "-r", metavar="NAME|FILE", help="A shipped recipe or a YAML file; see `l4pack recipes`."),
 ]
-KeepFloat32 = Annotated[
+KeepFloat32Option = Annotated[
     bool,
     typer.Option("--keep-float32", help="Leave kept float32 tensors so; rounded to the model's dtype unless said."),
 ]

@@ -14,7 +14,7 @@ from l4pack.cli.options import (
     CalibrationSamplesOption,
     ComputeOption,
     IncludeOption,
-    KeepFloat32,
+    KeepFloat32Option,
     MaxRamOption,
     MaxVramOption,
     RecipeOption,
@@ -43,7 +43,7 @@ def plan(
     shard_size: ShardSizeOption = None,
     compute: ComputeOption = AUTO,
     include: IncludeOption = None,
-    keep_float32: KeepFloat32 = False,
+    keep_float32: KeepFloat32Option = False,
     as_json: AsJsonOption = False,
 ) -> None:
     """Say what an artifact will weigh and what making it will take, from headers or a bare config.json.

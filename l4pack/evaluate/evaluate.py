@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 from l4pack import __version__
 from l4pack.artifact.contents import measured_digest
 from l4pack.artifact.original import ORIGINAL_KEYS, check_original, original_record
-from l4pack.artifact.stanza import read_stanza
 from l4pack.checkpoint.apart import refuse_overlap
 from l4pack.checkpoint.parts import weight_parts
 from l4pack.checkpoint.source import Checkpoint
@@ -35,29 +26,26 @@ from l4pack.evaluate.harness import (
     streamed_lm,
     task_manager,
 )
+from l4pack.evaluate.inputs import EvaluationInputs, EvaluationSettings
 from l4pack.evaluate.layer_errors import SAMPLED_ROWS, LayerErrors, worst_units
-from l4pack.evaluate.needle import Needle, needle_record, needles
+from l4pack.evaluate.needle import Needle, needles
 from l4pack.evaluate.needle import needle_sequences as needle_sequences
+from l4pack.evaluate.outcome import ARTIFACT, ORIGINAL, run_record, score_models, scores_record, task_digest
 from l4pack.evaluate.reference import StoredReference, claim_reference, load_reference, save_reference
 from l4pack.evaluate.same_model import check_not_dequantized, check_reference, check_same_model, check_same_tokens
-from l4pack.evaluate.schema import SCHEMA_VERSION
-from l4pack.evaluate.scoring import PairedScores, Scores, score, score_pair
-from l4pack.evaluate.statistics import clusters, mean_and_error, perplexity, summarize
-from l4pack.evaluate.tasks import EvaluationTask, load_task, sequences_of, task_record
+from l4pack.evaluate.tasks import EvaluationTask, load_task, sequences_of
 from l4pack.model.names import classify
 from l4pack.model.tensors import QUANTIZABLE
 from l4pack.plan.memory import computing_on, walk_within
 from l4pack.stream.compute import Compute
-from l4pack.stream.hidden import Packed, TokenSequence
+from l4pack.stream.hidden import Packed
 from l4pack.stream.identity import text_parts
 from l4pack.stream.lanes import Lane, Model
-from l4pack.stream.layer import Blocks
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.visitor import Progress
 from l4pack.stream.walk import Walk
 from l4pack.stream.weights import Weights
-from l4pack.text.choice import TextChoice
-from l4pack.text.sequences import TokenText, load_text, token_digest
+from l4pack.text.sequences import load_text, token_digest
 from l4pack.text.tokenizer import load_tokenizer
 from l4pack.work import machine
 from l4pack.work.folder import owned
@@ -68,48 +56,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WORK_KIND = "evaluate"
-ORIGINAL, ARTIFACT = "original", "artifact"
-ROUNDED_CACHE = "FP8, keys and values rounded as vLLM stores them; queries are not"
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """What to evaluate and where."""
-
-    work: Path
-    text: TextChoice = field(default_factory=TextChoice)
-    tasks: tuple[Path, ...] = ()  # files of questions
-    harness: tuple[str, ...] = ()  # tasks of lm-evaluation-harness
-    backend: str = STREAMED
-    limit: int | None = None
-    needle: int | None = None
-    compute: str = "auto"
-    max_ram: int | None = None
-    max_vram: int | None = None
-    weights_only: bool = False
-    restart: bool = False
-    save_reference: Path | None = None
-    reference: Path | None = None
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """All sequences of one pass, and which of them belong to what."""
-
-    sequences: tuple[TokenSequence, ...]
-    text: TokenText
-    tasks: tuple[EvaluationTask, ...]
-    needles: tuple[Needle, ...]
-    spans: dict[str, slice] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """Both models' scores on every scored token; without an original, the artifact's alone."""
-
-    artifact: Scores
-    reference: Scores | None
-    paired: PairedScores | None
 
 
 def evaluate(
@@ -164,7 +110,11 @@ def prepare_evaluation(
 
 
 def _loads_ahead(
-    artifact: Checkpoint, original: Checkpoint | None, settings: EvaluationSettings, inputs: _Inputs, compute: Compute
+    artifact: Checkpoint,
+    original: Checkpoint | None,
+    settings: EvaluationSettings,
+    inputs: EvaluationInputs,
+    compute: Compute,
 ) -> bool:
     """Whether memory takes a unit that is loaded while another computes. Raises BudgetError where the walk needs more
     than there is without."""
@@ -184,13 +134,13 @@ def _original_parts(original: Checkpoint | None, stored: StoredReference | None)
     return {"original": None if original is None else original_record(original), "--reference": None}
 
 
-def _parts(inputs: _Inputs, settings: EvaluationSettings, compute: Compute) -> dict[str, Any]:
+def _parts(inputs: EvaluationInputs, settings: EvaluationSettings, compute: Compute) -> dict[str, Any]:
     """What decides the figures beside the two models."""
     harness = {"--task": list(settings.harness), "--limit": settings.limit, "--backend": settings.backend}
     return {
         "l4pack version": __version__,
         **text_parts(inputs.text.record),
-        **{f"--task {task.name}": _task_digest(task) for task in inputs.tasks},
+        **{f"--task {task.name}": task_digest(task) for task in inputs.tasks},
         "lm-eval": harness if settings.harness else None,
         "--needle": settings.needle,
         "--weights-only": settings.weights_only,
@@ -207,7 +157,7 @@ class PreparedEvaluation:
     original: Checkpoint | None
     settings: EvaluationSettings
     progress: Progress
-    inputs: _Inputs
+    inputs: EvaluationInputs
     compute: Compute
     ahead: bool
     stored: StoredReference | None
@@ -227,7 +177,7 @@ class PreparedEvaluation:
                 record["tasks"] |= harness.record(self.artifact, self.original)
             folder.remove()
         record["worst"] = worst_units(record["layers"])
-        record["run"] = _run_record(self.artifact, self.compute, settings, self.started)
+        record["run"] = run_record(self.artifact, self.compute, settings, self.started)
         record["identity"] = dict(self.identity.parts)
         return record
 
@@ -255,7 +205,7 @@ class PreparedEvaluation:
             self.progress.label("scoring")
             answers = [StreamAnswers(model, walk.streams[model.name].current) for model in models]
             kept = _save_reference(settings, answers[0], packed, inputs, original)
-            record = _record(artifact, original, inputs, packed, _score(answers, stored, packed))
+            record = scores_record(artifact, original, inputs, packed, score_models(answers, stored, packed))
             record["layers"], record["resumed_layers"] = walk.records, walk.resumed_layers
         if stored is not None or kept is not None:
             record["reference"] = _reference_record(stored.record if stored else kept or {})
@@ -279,7 +229,7 @@ def _tokenizer(artifact: Checkpoint, original: Checkpoint | None) -> PreTrainedT
 
 def _inputs(
     artifact: Checkpoint, original: Checkpoint | None, settings: EvaluationSettings, tokenizer: PreTrainedTokenizerBase
-) -> _Inputs:
+) -> EvaluationInputs:
     longest = artifact.config.text.max_position_embeddings
     text = load_text(settings.text, tokenizer, longest)
     if original is not None:
@@ -298,7 +248,7 @@ def _inputs(
         more = needle_sequences(list(found))
         spans["needle"] = slice(len(sequences), len(sequences) + len(more))
         sequences += more
-    return _Inputs(tuple(sequences), text, tasks, found, spans)
+    return EvaluationInputs(tuple(sequences), text, tasks, found, spans)
 
 
 def _check_names(tasks: Sequence[EvaluationTask]) -> None:
@@ -307,7 +257,7 @@ def _check_names(tasks: Sequence[EvaluationTask]) -> None:
         raise UsageError("two task files have one name", hint="rename one: a task is called by its file's name")
 
 
-def _reference_identity(inputs: _Inputs, original: Checkpoint | None) -> dict[str, Any]:
+def _reference_identity(inputs: EvaluationInputs, original: Checkpoint | None) -> dict[str, Any]:
     """What kept answers are of: the tokens, and which original."""
     return {
         "tokens_sha256": token_digest([sequence.tokens for sequence in inputs.sequences]),
@@ -333,104 +283,16 @@ def _job(models: Sequence[Model], parts: Mapping[str, Any]) -> Identity:
 
 
 def _save_reference(
-    settings: EvaluationSettings, answers: Answers, packed: Packed, inputs: _Inputs, original: Checkpoint | None
+    settings: EvaluationSettings,
+    answers: Answers,
+    packed: Packed,
+    inputs: EvaluationInputs,
+    original: Checkpoint | None,
 ) -> dict[str, Any] | None:
     if settings.save_reference is None:
         return None
     rows, targets = packed.scored_rows(), packed.targets()
     return save_reference(settings.save_reference, answers, rows, targets, _reference_identity(inputs, original))
-
-
-def _score(answers: Sequence[Answers], stored: StoredReference | None, packed: Packed) -> _Scored:
-    rows, targets = packed.scored_rows(), packed.targets()
-    if stored is not None:
-        paired = score_pair(stored, answers[-1], (torch.arange(len(rows)), rows), targets)
-    elif len(answers) == 2:
-        paired = score_pair(answers[0], answers[1], (rows, rows), targets)
-    else:
-        return _Scored(score(answers[-1], rows, targets, ARTIFACT), None, None)
-    return _Scored(paired.artifact, paired.reference, paired)
-
-
-def _record(
-    artifact: Checkpoint, original: Checkpoint | None, inputs: _Inputs, packed: Packed, scored: _Scored
-) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "artifact": Path(artifact.name).name,
-        "against": None if original is None else Path(original.name).name,
-        "artifact_weight_bytes": artifact.weight_bytes,
-        "against_weight_bytes": None if original is None else original.weight_bytes,
-    }
-    lengths = [len(item.tokens) - item.score_from for item in packed.sequences]
-    record |= _text_record(inputs.spans["text"], lengths, scored)
-    record["text"] = inputs.text.record
-    record["tasks"] = {
-        task.name: _task(task, inputs.spans[f"task {task.name}"], lengths, scored) for task in inputs.tasks
-    }
-    if inputs.needles:
-        record["needle"] = _needles(inputs, packed, lengths, scored)
-    return record
-
-
-def _rows(lengths: Sequence[int], sequences: slice) -> slice:
-    """Scored tokens of some sequences."""
-    return slice(sum(lengths[: sequences.start]), sum(lengths[: sequences.stop]))
-
-
-def _text_record(sequences: slice, lengths: Sequence[int], scored: _Scored) -> dict[str, Any]:
-    rows, lengths = _rows(lengths, sequences), lengths[sequences]
-    if scored.paired is not None:
-        part = PairedScores(_cut(scored.paired.reference, rows), _cut(scored.artifact, rows), scored.paired.kl[rows])
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        return summarize(part, lengths, positions)
-    cluster = clusters(lengths)
-    value, error = perplexity(scored.artifact.log_probability[rows], cluster)
-    return {
-        "perplexity_artifact": value,
-        "perplexity_artifact_standard_error": error,
-        "negative_log_likelihood": mean_and_error(-scored.artifact.log_probability[rows], cluster)[0],
-        "tokens": sum(lengths),
-    }
-
-
-def _cut(scores: Scores, rows: slice) -> Scores:
-    return Scores(scores.log_probability[rows], scores.likeliest[rows])
-
-
-def _sums(scores: Scores | None, sequences: slice, lengths: Sequence[int]) -> list[float] | None:
-    """The log-likelihood of every sequence's scored tokens."""
-    if scores is None:
-        return None
-    parts = torch.split(scores.log_probability[_rows(lengths, sequences)], list(lengths[sequences]))
-    return [float(part.sum()) for part in parts]
-
-
-def _task(task: EvaluationTask, sequences: slice, lengths: Sequence[int], scored: _Scored) -> dict[str, Any]:
-    artifact = _sums(scored.artifact, sequences, lengths)
-    assert artifact is not None
-    record = task_record(task, artifact, _sums(scored.reference, sequences, lengths))
-    return {**record, "sha256": _task_digest(task)}
-
-
-def _task_digest(task: EvaluationTask) -> str:
-    questions = json.dumps([[item.context, item.choices, item.answer] for item in task.questions])
-    return hashlib.sha256(questions.encode()).hexdigest()
-
-
-def _needles(inputs: _Inputs, packed: Packed, lengths: Sequence[int], scored: _Scored) -> dict[str, Any]:
-    sequences = inputs.spans["needle"]
-    rows, targets = _rows(lengths, sequences), packed.targets()
-    parts = list(lengths[sequences])
-    length = len(packed.sequences[sequences.start].tokens)
-
-    def of(scores: Scores) -> dict[str, Any]:
-        greedy: Tensor = scores.likeliest[rows] == targets[rows]
-        probabilities = torch.split(scores.log_probability[rows], parts)
-        return needle_record(length, list(inputs.needles), list(probabilities), list(torch.split(greedy, parts)))
-
-    record = {ARTIFACT: of(scored.artifact)}
-    return {**record, ORIGINAL: of(scored.reference)} if scored.reference is not None else record
 
 
 @dataclass(frozen=True)
@@ -467,28 +329,3 @@ class _Harness:
 
 def _reference_record(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key.startswith("storage")}
-
-
-def _run_record(artifact: Checkpoint, compute: Compute, settings: EvaluationSettings, started: float) -> dict[str, Any]:
-    rounded_cache = bool(read_stanza(artifact.config.stanza).kv_cache) and not settings.weights_only
-    return {
-        "device": compute.describe(),
-        "dtype": str(compute.dtype).removeprefix("torch."),
-        "activations": "not rounded" if settings.weights_only else "rounded as the runtime does",
-        "kv_cache": ROUNDED_CACHE if rounded_cache else "as computed",
-        "blocks": vars(Blocks.on(compute.device, artifact.config.text.hidden_size)),
-        "seed": settings.text.seed,
-        "versions": {"l4pack": __version__, "python": platform.python_version(), **_versions()},
-        "seconds": time.monotonic() - started,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-
-
-def _versions() -> dict[str, str]:
-    result = {}
-    for name in ("torch", "transformers", "compressed-tensors", "tokenizers"):
-        try:
-            result[name] = version(name)
-        except PackageNotFoundError:
-            result[name] = "none"
-    return result

@@ -18,7 +18,8 @@ from l4pack.report.charts import HEIGHT, Series, heat_map, histogram, line_chart
 def evaluated_once(artifact, checkpoint, tmp_path_factory):
     """A Maverick-like artifact with an `accuracy.json` made by a real evaluation."""
     from l4pack.checkpoint.source import open_folder
-    from l4pack.evaluate.evaluate import EvaluationSettings, evaluate
+    from l4pack.evaluate.evaluate import evaluate
+    from l4pack.evaluate.inputs import EvaluationSettings
     from l4pack.evaluate.record import write_accuracy
     from l4pack.recipe import Gates
     from l4pack.text.choice import TextChoice

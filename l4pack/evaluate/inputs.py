@@ -1,0 +1,47 @@
+"""What is evaluated, and everything that runs through the models for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from l4pack.evaluate.harness import (
+    STREAMED,
+)
+from l4pack.evaluate.needle import Needle
+from l4pack.evaluate.needle import needle_sequences as needle_sequences
+from l4pack.evaluate.tasks import EvaluationTask
+from l4pack.stream.hidden import TokenSequence
+from l4pack.text.choice import TextChoice
+from l4pack.text.sequences import TokenText
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What to evaluate and where."""
+
+    work: Path
+    text: TextChoice = field(default_factory=TextChoice)
+    tasks: tuple[Path, ...] = ()  # files of questions
+    harness: tuple[str, ...] = ()  # tasks of lm-evaluation-harness
+    backend: str = STREAMED
+    limit: int | None = None
+    needle: int | None = None
+    compute: str = "auto"
+    max_ram: int | None = None
+    max_vram: int | None = None
+    weights_only: bool = False
+    restart: bool = False
+    save_reference: Path | None = None
+    reference: Path | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """All sequences of one pass, and which of them belong to what."""
+
+    sequences: tuple[TokenSequence, ...]
+    text: TokenText
+    tasks: tuple[EvaluationTask, ...]
+    needles: tuple[Needle, ...]
+    spans: dict[str, slice] = field(default_factory=dict)

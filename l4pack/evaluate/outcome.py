@@ -1,0 +1,166 @@
+"""From the scores of one pass to the numbers of its record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l4pack import __version__
+from l4pack.artifact.stanza import read_stanza
+from l4pack.checkpoint.source import Checkpoint
+from l4pack.evaluate.answers import Answers
+from l4pack.evaluate.inputs import EvaluationInputs, EvaluationSettings
+from l4pack.evaluate.needle import needle_record
+from l4pack.evaluate.needle import needle_sequences as needle_sequences
+from l4pack.evaluate.reference import StoredReference
+from l4pack.evaluate.schema import SCHEMA_VERSION
+from l4pack.evaluate.scoring import PairedScores, Scores, score, score_pair
+from l4pack.evaluate.statistics import clusters, mean_and_error, perplexity, summarize
+from l4pack.evaluate.tasks import EvaluationTask, task_record
+from l4pack.stream.compute import Compute
+from l4pack.stream.hidden import Packed
+from l4pack.stream.layer import Blocks
+
+ORIGINAL, ARTIFACT = "original", "artifact"
+ROUNDED_CACHE = "FP8, keys and values rounded as vLLM stores them; queries are not"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Both models' scores on every scored token; without an original, the artifact's alone."""
+
+    artifact: Scores
+    reference: Scores | None
+    paired: PairedScores | None
+
+
+def score_models(answers: Sequence[Answers], stored: StoredReference | None, packed: Packed) -> Scored:
+    """Score every scored token by both models, one of which may be kept answers. Raises L4packError."""
+    rows, targets = packed.scored_rows(), packed.targets()
+    if stored is not None:
+        paired = score_pair(stored, answers[-1], (torch.arange(len(rows)), rows), targets)
+    elif len(answers) == 2:
+        paired = score_pair(answers[0], answers[1], (rows, rows), targets)
+    else:
+        return Scored(score(answers[-1], rows, targets, ARTIFACT), None, None)
+    return Scored(paired.artifact, paired.reference, paired)
+
+
+def scores_record(
+    artifact: Checkpoint, original: Checkpoint | None, inputs: EvaluationInputs, packed: Packed, scored: Scored
+) -> dict[str, Any]:
+    """The record's numbers of a text, of questions and of needles."""
+    record: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "artifact": Path(artifact.name).name,
+        "against": None if original is None else Path(original.name).name,
+        "artifact_weight_bytes": artifact.weight_bytes,
+        "against_weight_bytes": None if original is None else original.weight_bytes,
+    }
+    lengths = [len(item.tokens) - item.score_from for item in packed.sequences]
+    record |= _text_record(inputs.spans["text"], lengths, scored)
+    record["text"] = inputs.text.record
+    record["tasks"] = {
+        task.name: _task(task, inputs.spans[f"task {task.name}"], lengths, scored) for task in inputs.tasks
+    }
+    if inputs.needles:
+        record["needle"] = _needles(inputs, packed, lengths, scored)
+    return record
+
+
+def rows_of(lengths: Sequence[int], sequences: slice) -> slice:
+    """Scored tokens of some sequences."""
+    return slice(sum(lengths[: sequences.start]), sum(lengths[: sequences.stop]))
+
+
+def _text_record(sequences: slice, lengths: Sequence[int], scored: Scored) -> dict[str, Any]:
+    rows, lengths = rows_of(lengths, sequences), lengths[sequences]
+    if scored.paired is not None:
+        part = PairedScores(_cut(scored.paired.reference, rows), _cut(scored.artifact, rows), scored.paired.kl[rows])
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        return summarize(part, lengths, positions)
+    cluster = clusters(lengths)
+    value, error = perplexity(scored.artifact.log_probability[rows], cluster)
+    return {
+        "perplexity_artifact": value,
+        "perplexity_artifact_standard_error": error,
+        "negative_log_likelihood": mean_and_error(-scored.artifact.log_probability[rows], cluster)[0],
+        "tokens": sum(lengths),
+    }
+
+
+def _cut(scores: Scores, rows: slice) -> Scores:
+    return Scores(scores.log_probability[rows], scores.likeliest[rows])
+
+
+def _sums(scores: Scores | None, sequences: slice, lengths: Sequence[int]) -> list[float] | None:
+    """The log-likelihood of every sequence's scored tokens."""
+    if scores is None:
+        return None
+    parts = torch.split(scores.log_probability[rows_of(lengths, sequences)], list(lengths[sequences]))
+    return [float(part.sum()) for part in parts]
+
+
+def _task(task: EvaluationTask, sequences: slice, lengths: Sequence[int], scored: Scored) -> dict[str, Any]:
+    artifact = _sums(scored.artifact, sequences, lengths)
+    assert artifact is not None
+    record = task_record(task, artifact, _sums(scored.reference, sequences, lengths))
+    return {**record, "sha256": task_digest(task)}
+
+
+def task_digest(task: EvaluationTask) -> str:
+    """Hex SHA-256 of a task's questions."""
+    questions = json.dumps([[item.context, item.choices, item.answer] for item in task.questions])
+    return hashlib.sha256(questions.encode()).hexdigest()
+
+
+def _needles(inputs: EvaluationInputs, packed: Packed, lengths: Sequence[int], scored: Scored) -> dict[str, Any]:
+    sequences = inputs.spans["needle"]
+    rows, targets = rows_of(lengths, sequences), packed.targets()
+    parts = list(lengths[sequences])
+    length = len(packed.sequences[sequences.start].tokens)
+
+    def of(scores: Scores) -> dict[str, Any]:
+        greedy: Tensor = scores.likeliest[rows] == targets[rows]
+        probabilities = torch.split(scores.log_probability[rows], parts)
+        return needle_record(length, list(inputs.needles), list(probabilities), list(torch.split(greedy, parts)))
+
+    record = {ARTIFACT: of(scored.artifact)}
+    return {**record, ORIGINAL: of(scored.reference)} if scored.reference is not None else record
+
+
+def run_record(artifact: Checkpoint, compute: Compute, settings: EvaluationSettings, started: float) -> dict[str, Any]:
+    """How the numbers came about: device, dtype, versions, seconds and bytes of memory."""
+    rounded_cache = bool(read_stanza(artifact.config.stanza).kv_cache) and not settings.weights_only
+    return {
+        "device": compute.describe(),
+        "dtype": str(compute.dtype).removeprefix("torch."),
+        "activations": "not rounded" if settings.weights_only else "rounded as the runtime does",
+        "kv_cache": ROUNDED_CACHE if rounded_cache else "as computed",
+        "blocks": vars(Blocks.on(compute.device, artifact.config.text.hidden_size)),
+        "seed": settings.text.seed,
+        "versions": {"l4pack": __version__, "python": platform.python_version(), **_versions()},
+        "seconds": time.monotonic() - started,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _versions() -> dict[str, str]:
+    result = {}
+    for name in ("torch", "transformers", "compressed-tensors", "tokenizers"):
+        try:
+            result[name] = version(name)
+        except PackageNotFoundError:
+            result[name] = "none"
+    return result
