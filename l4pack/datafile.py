@@ -138,7 +138,7 @@ def read_json(path: Path, most: int, hint: str) -> dict[str, Any]:
 
 
 def _refuse_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not JSON")
+    raise ValueError(f"{word} is not a JSON number")
 
 
 def validate(
