@@ -15,7 +15,7 @@ from l4pack.stream.hidden import Packed, Rows, TokenSequence
 from l4pack.stream.modules import Skeleton, upstream_config
 from l4pack.stream.weights import Weights
 
-ROWS_AT_ONCE = 8192
+ROWS_AT_ONCE = 4096  # 84 MB at a width of 5,120: less than any unit that is loaded later
 
 
 @torch.inference_mode()
@@ -30,11 +30,13 @@ def embed(weights: Weights, skeleton: Skeleton, packed: Packed, target: Rows) ->
             f"the text has token {int(distinct[-1])}, the model's vocabulary has {size}",
             hint="the tokenizer belongs to another model",
         )
-    table = torch.cat([weights.rows(name, slice(start, stop)).cpu() for start, stop in _runs(distinct)])
-    for first in range(0, len(place), ROWS_AT_ONCE):
-        rows = slice(first, first + ROWS_AT_ONCE)
-        target.data[rows] = table[place[rows]]
-        target.release()
+    for first in range(0, len(distinct), ROWS_AT_ONCE):
+        some = distinct[first : first + ROWS_AT_ONCE]
+        table = torch.cat([weights.rows(name, slice(start, stop)).cpu() for start, stop in _runs(some)])
+        rows = ((place >= first) & (place < first + len(some))).nonzero().reshape(-1)
+        for at in rows.split(ROWS_AT_ONCE):
+            target.data[at] = table[place[at] - first]
+            target.release()
     for start, item in zip(packed.starts, packed.sequences, strict=False):
         if item.pixel_values is not None:
             _embed_images(weights, skeleton, item, target.data[start : start + len(item.tokens)])

@@ -62,6 +62,14 @@ def test_streamed_demo_model_is_transformers(tmp_path):
     assert_close(streamed_logits(model_path(), texts, tmp_path / "image", images=pixels), wanted, 1e-4)
 
 
+@pytest.mark.parametrize("at_once", [1, 7])
+def test_embeddings_come_a_few_tokens_at_a_time(checkpoint, tmp_path, monkeypatch, at_once):
+    whole = streamed_logits(checkpoint("scout"), token_rows(), tmp_path / "whole")
+    monkeypatch.setattr("l4pack.stream.embed.ROWS_AT_ONCE", at_once)
+    parts = streamed_logits(checkpoint("scout"), token_rows(), tmp_path / "parts")
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
+
+
 def test_two_experts_a_token(checkpoint, tmp_path):
     source, sequences = checkpoint("scout", num_experts_per_tok=2), token_rows()
     wanted = whole_model.logits(whole_model.load(source), sequences)
