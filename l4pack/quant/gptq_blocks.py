@@ -14,6 +14,8 @@ from torch import Tensor
 
 from l4pack.quant.cpu import kernel
 
+TRIED_AT_ONCE = 32  # columns of a sweep: two vectors of AVX-512, and few enough that mostly none would move
+
 
 def solve_block(
     block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
@@ -157,57 +159,88 @@ def _descend_block(
 
 
 @kernel
-def _catch_up(own: NDArray[Any], first: int, moves: NDArray[Any], scale: NDArray[Any], panel: NDArray[Any]) -> None:
+def _wanted(old: Any, pull: Any, curvature: Any, s: Any, z: Any, num_bits: int) -> Any:
+    """The best level of one weight, given all others."""
+    number = type(pull)
+    lowest, highest = number(-(1 << (num_bits - 1))), number((1 << (num_bits - 1)) - 1)
+    return min(max(np.rint(((old - z) * s + pull / curvature) / s) + z, lowest), highest)
+
+
+@kernel
+def _catch_up(
+    own: NDArray[Any],
+    block: int,
+    moved: NDArray[np.int32],
+    by: NDArray[Any],
+    counts: NDArray[np.int32],
+    hessian: NDArray[Any],
+    block_size: int,
+) -> None:
     """Take what the columns outside a block moved by since its last turn off `own`, the block's part of a row's
     pull."""
-    group = panel.shape[0] // scale.size
-    fours = moves.view(np.int64)  # nearly all zero: four columns are passed over at a time
-    for four in range(fours.size):
-        if fours[four] == 0:
+    first = block * block_size
+    for other in range(counts.size):
+        if other == block:
             continue
-        for j in range(4 * four, min(4 * four + 4, panel.shape[0])):
-            if moves[j] != 0 and not first <= j < first + own.size:
-                moved = own.dtype.type(moves[j]) * scale[j // group]
-                factors = panel[j]
-                for k in range(own.size):
-                    own[k] -= moved * factors[k]
+        for k in range(other * block_size, other * block_size + counts[other]):
+            change = by[k]
+            factors = hessian[moved[k]][first : first + own.size]
+            for i in range(own.size):
+                own[i] -= change * factors[i]
+
+
+@kernel
+def _any_moves(
+    levels: NDArray[np.int8], own: NDArray[Any], curvature: NDArray[Any], s: Any, z: Any, num_bits: int
+) -> bool:
+    """Whether any of some columns would leave its level, if it were its turn now."""
+    moving = 0
+    for i in range(own.size):
+        old = own.dtype.type(levels[i])
+        moving += _wanted(old, own[i], curvature[i], s, z, num_bits) != old
+    return moving > 0
 
 
 @kernel
 def _take_turn(
     levels: NDArray[np.int8],
     own: NDArray[Any],
-    panel: NDArray[Any],
+    part: NDArray[Any],
     added: NDArray[Any],
-    scale: NDArray[Any],
-    zero_point: NDArray[Any],
+    curvature: NDArray[Any],
+    s: Any,
+    z: Any,
     num_bits: int,
-    moves: NDArray[np.int16],
     columns: tuple[int, int],
-) -> float:
-    """Let a block's columns, from the first and as many to a group as given, move in one row; what its loss falls
-    by."""
-    number = own.dtype.type
-    lowest, highest = number(-(1 << (num_bits - 1))), number((1 << (num_bits - 1)) - 1)
-    first, group = columns
-    gain = 0.0
-    for i in range(own.size):
-        s = scale[(first + i) // group]
-        z = zero_point[(first + i) // group]
-        old = number(levels[i])
-        factors = panel[first + i]
-        curvature = factors[i] + added[i]
-        wanted = (old - z) * s + own[i] / curvature
-        level = min(max(np.rint(wanted / s) + z, lowest), highest)
-        moves[i] = np.int16(level - old)
-        if level != old:
-            levels[i] = np.int8(level)
-            moved = (level - old) * s
-            gain += np.float64(moved) * (2 * np.float64(own[i]) - np.float64(moved) * np.float64(curvature))
-            for k in range(own.size):
-                own[k] -= moved * factors[k]
-            own[i] -= moved * added[i]
-    return gain
+    moved: NDArray[np.int32],
+    by: NDArray[Any],
+    gain: NDArray[np.float64],
+) -> int:
+    """Let some columns of a block, all of one group, move in one row; how many did.
+
+    `own`, `part` and `curvature` are the whole block's; `moved` and `by` take which columns of the block moved, and by
+    how much. Few do: columns are tried many at a time, and in turn only where one of them would move.
+    """
+    count = 0
+    for start in range(columns[0], columns[1], TRIED_AT_ONCE):
+        stop = min(start + TRIED_AT_ONCE, columns[1])
+        if not _any_moves(levels[start:stop], own[start:stop], curvature[start:stop], s, z, num_bits):
+            continue
+        for i in range(start, stop):
+            old = own.dtype.type(levels[i])
+            level = _wanted(old, own[i], curvature[i], s, z, num_bits)
+            if level != old:
+                levels[i] = np.int8(level)
+                change = (level - old) * s
+                gain[0] += np.float64(change) * (2 * np.float64(own[i]) - np.float64(change) * np.float64(curvature[i]))
+                factors = part[i]
+                for k in range(own.size):
+                    own[k] -= change * factors[k]
+                own[i] -= change * added[i]
+                moved[count] = i
+                by[count] = change
+                count += 1
+    return count
 
 
 @kernel
@@ -230,27 +263,44 @@ def _descend_rows(
     """
     rows, columns = pull.shape
     group = columns // scale.shape[1]
-    moves = np.zeros((rows, (columns + 3) // 4 * 4), np.int16)
-    panel = np.empty((columns, block_size), pull.dtype)
+    counts = np.zeros((rows, (columns + block_size - 1) // block_size), np.int32)
+    moved = np.empty((rows, columns), np.int32)
+    by = np.empty((rows, columns), pull.dtype)
+    curvature = np.empty(block_size, pull.dtype)
+    part = np.empty((block_size, block_size), pull.dtype)
     for _ in range(sweeps):
         for first in range(0, columns, block_size):
             last = min(first + block_size, columns)
-            for j in range(columns):
-                panel[j, : last - first] = hessian[j, first:last]
+            block = first // block_size
+            for i in range(last - first):
+                part[i, : last - first] = hessian[first + i, first:last]
+                curvature[i] = part[i, i] + added[first + i]
             for o in range(rows):
                 own = pull[o][first:last]
-                _catch_up(own, first, moves[o], scale[o], panel)
-                gain[o] += _take_turn(
-                    levels[o][first:last],
-                    own,
-                    panel,
-                    added[first:last],
-                    scale[o],
-                    zero_point[o],
-                    num_bits,
-                    moves[o][first:last],
-                    (first, group),
-                )
+                _catch_up(own, block, moved[o], by[o], counts[o], hessian, block_size)
+                count = 0
+                start = first
+                while start < last:
+                    g = start // group
+                    stop = min((g + 1) * group, last)
+                    count += _take_turn(
+                        levels[o][first:last],
+                        own,
+                        part[:, : last - first],
+                        added[first:last],
+                        curvature,
+                        scale[o, g],
+                        zero_point[o, g],
+                        num_bits,
+                        (start - first, stop - first),
+                        moved[o][first + count : last],
+                        by[o][first + count : last],
+                        gain[o : o + 1],
+                    )
+                    start = stop
+                for k in range(first, first + count):
+                    moved[o, k] += first
+                counts[o, block] = count
 
 
 def _descend_cpu(
