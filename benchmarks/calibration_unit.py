@@ -26,7 +26,7 @@ from transformers.activations import ACT2FN
 from l4pack.calibration.mlp import Matrices, solve_mlp
 from l4pack.calibration.rows import Block
 from l4pack.model.parts import DOWN, GATE, UP
-from l4pack.recipe import load_recipe
+from l4pack.recipe import RecipeScheme, load_recipe
 
 ROWS_AT_ONCE = 256
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,11 +47,25 @@ def made_up(options: argparse.Namespace) -> tuple[dict[str, torch.Tensor], torch
     return weights, inputs, inputs + 0.05 * normal(options.rows, hidden)
 
 
+def warm_up(options: argparse.Namespace) -> None:
+    """Solve a small unit, so that compiling kernels is no part of what is measured."""
+    small = argparse.Namespace(hidden=256, inner=256, rows=64)
+    weights, inputs, original = made_up(small)
+    scheme = gptq_scheme(options.recipe)
+    matrices = Matrices(weights, ACT2FN["silu"], torch.bfloat16)
+    solve_mlp(matrices, lambda: [Block(inputs, original, None, None)], scheme, dict.fromkeys(weights, "BF16"))
+
+
+def gptq_scheme(recipe: str) -> RecipeScheme:
+    """The first scheme of a recipe that is solved."""
+    return next(one for one in load_recipe(recipe).schemes.values() if one.gptq is not None)
+
+
 def solve(options: argparse.Namespace) -> dict[str, Any]:
     """What this process' version of the code takes."""
     torch.set_num_threads(options.threads)
     weights, inputs, original = made_up(options)
-    scheme = next(one for one in load_recipe(options.recipe).schemes.values() if one.gptq is not None)
+    scheme = gptq_scheme(options.recipe)
 
     def blocks() -> Iterator[Block]:
         for part in zip(inputs.split(ROWS_AT_ONCE), original.split(ROWS_AT_ONCE), strict=True):
@@ -59,7 +73,7 @@ def solve(options: argparse.Namespace) -> dict[str, Any]:
 
     matrices = Matrices(weights, ACT2FN["silu"], torch.bfloat16)
     with torch.inference_mode():
-        torch.linalg.cholesky_ex(torch.eye(256))  # LAPACK's own start is no part of it
+        warm_up(options)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started = time.process_time()
         solved = solve_mlp(matrices, blocks, scheme, dict.fromkeys(weights, "BF16"))

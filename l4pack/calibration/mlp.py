@@ -52,13 +52,16 @@ def solve_mlp(
     options = scheme.gptq
     assert options is not None
     inner, hidden = matrices.weights[GATE].shape
-    first = _problem(_moments(inputs(), hidden, options), options, outputs=2 * inner)
+    moments = _moments(inputs(), hidden, options)
+    tokens = moments.tokens
+    first = _problem(moments, options, outputs=2 * inner)
+    del moments
     solve = partial(_solve, matrices=matrices, scheme=scheme, dtypes=dtypes)
     solutions = {name: solve(first, name) for name in (GATE, UP)}
     del first
     solved = {name: solved_weights(solution, matrices.model_dtype) for name, solution in solutions.items()}
     after = Matrices(solved, matrices.activation, matrices.model_dtype)
-    moments = _moments((_inner(block, matrices, after) for block in inputs()), inner, options)
+    moments = _moments((_inner(block, matrices, after) for block in inputs()), inner, options, tokens)
     del solved, after
     second = _problem(moments, options, outputs=hidden)
     del moments
@@ -73,23 +76,31 @@ def _inner(block: Block, before: Matrices, after: Matrices) -> Block:
     return Block(inputs, original, block.weights, block.kept)
 
 
-def _moments(blocks: Iterable[Block], width: int, options: GptqOptions) -> Moments:
+def _moments(blocks: Iterable[Block], width: int, options: GptqOptions, tokens: int = 0) -> Moments:
+    """Those of inputs [tokens, width]; how many come, 0 if that is not known, spares keeping any that will be too many."""
     moments: Moments | None = None
     for block in blocks:
         if moments is None:
             cross = block.original is not None and options.asymmetric > 0
-            moments = Moments(width, cross=cross, device=block.inputs.device)
+            moments = Moments(width, cross=cross, device=block.inputs.device, expected=tokens)
         moments.add(block.inputs, block.original, block.weights)
     assert moments is not None
     return moments
 
 
 def _problem(moments: Moments, options: GptqOptions, outputs: int) -> gptq.Problem:
-    hessian, cross = moments.finish()
-    if cross is not None:
-        cross *= options.asymmetric
+    gathered = moments.finish()
+    for aim in (gathered.cross, gathered.difference):
+        if aim is not None:
+            aim *= options.asymmetric
     return gptq.prepare_problem(
-        hessian, cross=cross, act_order=options.act_order, dampening=options.dampening, outputs=outputs
+        gathered.hessian,
+        cross=gathered.cross,
+        inputs=gathered.inputs,
+        difference=gathered.difference,
+        act_order=options.act_order,
+        dampening=options.dampening,
+        outputs=outputs,
     )
 
 

@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 
 from l4pack.quant import gptq_blocks, torch_ops
+from l4pack.quant.dampening import added_to, fractions, visits
 from l4pack.quant.dtypes import FLOATS, FloatName
+from l4pack.quant.gptq_thin import (
+    ThinFactor,
+    asymmetric_target,
+    factorize_thin,
+    solve_thin_columns,
+    thin_loss,
+    thin_pull,
+)
 from l4pack.quant.grid import ScaleDtype
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, quantize_block
@@ -39,9 +48,6 @@ from l4pack.quant.triangular import (
     times_upper,
     times_upper_transposed,
 )
-
-DAMPENING_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0)
-"""Fractions of the mean diagonal tried in turn, from the one asked for, until H can be factored."""
 
 NOT_FINITE = "the Hessian is not finite"
 NOT_DEFINITE = "no dampening up to 1.0 made the Hessian positive definite"
@@ -108,13 +114,13 @@ class Factor:
 class Problem:
     """What all matrices with the same inputs share: moments, and the factor of the Hessian (None: none was found).
 
-    `cross` is C, or C H^-1 if it is `shifting`.
+    `cross` is C, or C H^-1 if it is `shifting`; with a ThinFactor the original inputs less the inputs, [n, in].
     """
 
     hessian: Tensor
     cross: Tensor | None
     diagonal: Tensor
-    factor: Factor | None
+    factor: Factor | ThinFactor | None
     reason: str
     shifting: bool = False
 
@@ -152,6 +158,8 @@ def prepare_problem(
     hessian: Tensor,
     *,
     cross: Tensor | None = None,
+    inputs: Tensor | None = None,
+    difference: Tensor | None = None,
     act_order: bool = True,
     dampening: float = 0.01,
     outputs: int = 0,
@@ -160,19 +168,27 @@ def prepare_problem(
     too.
 
     `outputs` is how many rows they have together: for more than there are inputs, it is less work to find C H^-1 first,
-    which takes the place of `cross`.
+    which takes the place of `cross`. Few inputs are given themselves, `inputs` X [n, in] whose product X^T X `hessian`
+    is, and instead of `cross` by how much the original's are larger, `difference` [n, in]; their columns are reordered in
+    place.
     """
     diagonal = hessian.diagonal().clamp(min=0)
-    if not all(all_finite(matrix) for matrix in (hessian, cross) if matrix is not None):
-        return Problem(hessian, cross, diagonal, None, NOT_FINITE)
-    factor = factorize(hessian, act_order=act_order, dampening=dampening)
+    aim = cross if inputs is None else difference
+    if not all(all_finite(matrix) for matrix in (hessian, aim) if matrix is not None):
+        return Problem(hessian, aim, diagonal, None, NOT_FINITE)
+    factor: Factor | ThinFactor | None
+    if inputs is None:
+        factor = factorize(hessian, act_order=act_order, dampening=dampening)
+    else:
+        invert = aim is not None
+        factor = factorize_thin(inputs, diagonal, act_order=act_order, dampening=dampening, invert=invert)
     if factor is None:
-        return Problem(hessian, cross, diagonal, None, NOT_DEFINITE)
-    shifting = cross is not None and outputs > len(hessian)
-    if cross is not None and shifting:
+        return Problem(hessian, aim, diagonal, None, NOT_DEFINITE)
+    shifting = cross is not None and isinstance(factor, Factor) and outputs > len(hessian)
+    if cross is not None and isinstance(factor, Factor) and shifting:
         for rows in row_parts(cross):
             _times_inverse(rows, factor)
-    return Problem(hessian, cross, diagonal, factor, "", shifting)
+    return Problem(hessian, aim, diagonal, factor, "", shifting)
 
 
 def solve_problem(
@@ -232,20 +248,31 @@ def _solve_piece(problem: Problem, weight: Tensor, settings: _Settings, first: i
 
 
 def _solved(
-    target: Tensor, hessian: Tensor, factor: Factor, start: Rounded, settings: _Settings
+    target: Tensor, hessian: Tensor, factor: Factor | ThinFactor, start: Rounded, settings: _Settings
 ) -> tuple[Rounded, Tensor]:
     """GPTQ and its sweeps; also each row's undamped loss, float64 [out]."""
     scheme, sweeps = settings.scheme, settings.sweeps
-    solved, errors = solve_columns(target, factor, start, scheme, settings.block_size)
-    loss = (errors * errors).sum(1, dtype=torch.float64)
-    if sweeps:
-        pull = pull_of(errors, factor)
-        del errors
+    solved, loss, pull = _columns(target, factor, start, settings)
+    if pull is not None:
         solved, gain = descend(target, hessian, factor.added, solved, scheme, SWEEP_BLOCK, sweeps=sweeps, pull=pull)
         loss -= gain
     residual = (target - solved.values()).square_()
     loss -= residual.mul_(factor.added).sum(1, dtype=torch.float64)
     return solved, loss.clamp_(min=0)
+
+
+def _columns(
+    target: Tensor, factor: Factor | ThinFactor, start: Rounded, settings: _Settings
+) -> tuple[Rounded, Tensor, Tensor | None]:
+    """GPTQ; each row's damped loss, float64 [out]; and if sweeps follow, where they start from."""
+    scheme = settings.scheme
+    if isinstance(factor, ThinFactor):
+        levels, left, loss = solve_thin_columns(target, factor, start.scale, start.zero_point, scheme.num_bits)
+        solved = Rounded(levels, start.scale, start.zero_point)
+        return solved, loss, thin_pull(left, target - solved.values(), factor) if settings.sweeps else None
+    solved, errors = solve_columns(target, factor, start, scheme, settings.block_size)
+    loss = (errors * errors).sum(1, dtype=torch.float64)
+    return solved, loss, pull_of(errors, factor) if settings.sweeps else None
 
 
 def _joined(pieces: list[Solution]) -> Solution:
@@ -268,22 +295,14 @@ def _joined(pieces: list[Solution]) -> Solution:
 
 
 def factorize(hessian: Tensor, *, act_order: bool, dampening: float) -> Factor | None:
-    """The upper factor of the inverse of the damped Hessian [in, in], or None if no dampening of the ladder is enough.
-
-    A dead column (zero diagonal: its input was never seen) gets the mean diagonal, which rounds it to nearest and
-    touches no other column.
-    """
+    """The upper factor of the inverse of the damped Hessian [in, in], or None if no dampening of the ladder is enough."""
     diagonal = hessian.diagonal()
-    alive = diagonal > 0
-    mean = diagonal[alive].mean() if bool(alive.any()) else diagonal.new_tensor(1.0)
-    order = torch.arange(len(diagonal), device=hessian.device)
-    if act_order:
-        order = torch.argsort(diagonal, descending=True, stable=True)
+    order = visits(diagonal, act_order)
     backwards = order.flip(0)
     damped = torch.empty_like(hessian, memory_format=torch.contiguous_format)
     failed = torch.empty((), dtype=torch.int32, device=hessian.device)
-    for fraction in (dampening, *(step for step in DAMPENING_LADDER if step > dampening)):
-        added = torch.where(alive, fraction * mean, mean - diagonal)
+    for fraction in fractions(dampening):
+        added = added_to(diagonal, fraction)
         permute(hessian, backwards, damped)
         damped.diagonal().add_(added[backwards])
         lower = damped.T  # the same numbers in the order of memory that LAPACK works in without a copy
@@ -308,6 +327,8 @@ def _asymmetric_target(weight: Tensor, problem: Problem) -> Tensor:
     """W + W C H^-1."""
     assert problem.cross is not None
     assert problem.factor is not None
+    if isinstance(problem.factor, ThinFactor):
+        return asymmetric_target(weight, problem.cross, problem.factor)
     shift = weight @ problem.cross
     if not problem.shifting:
         _times_inverse(shift, problem.factor)
@@ -342,29 +363,25 @@ def solve_columns(
     With R the target less what was rounded, R = E U, and the sum of a row's squares is its loss under the damped Hessian.
     """
     order, upper = factor.order, factor.upper
-    remaining = target[:, order].to(upper.dtype)
+    remaining = target.index_select(1, order).to(upper.dtype)
     levels = torch.empty(target.shape, dtype=torch.int8, device=target.device)
-    columns = target.shape[1] // start.scale.shape[1]
+    group = order // (target.shape[1] // start.scale.shape[1])
     for first in range(0, target.shape[1], block_size):
         last = min(first + block_size, target.shape[1])
-        group = order[first:last] // columns
-        scale, zero_point = (values[:, group].to(upper.dtype) for values in (start.scale, start.zero_point))
         block = remaining[:, first:last].contiguous()
         part = upper[first:last, first:last].contiguous()
-        block_levels, errors = gptq_blocks.solve_block(block, part, scale, zero_point, scheme.num_bits)
-        levels[:, order[first:last]] = block_levels
-        remaining[:, first:last] = errors
-        remaining[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
-    return Rounded(levels, start.scale, start.zero_point), remaining
+        solved = gptq_blocks.solve_block(block, part, start.scale, start.zero_point, group[first:last], scheme.num_bits)
+        levels[:, first:last] = solved.levels
+        remaining[:, first:last] = solved.errors
+        remaining[:, last:].addmm_(solved.errors, upper[first:last, last:], alpha=-1)
+    return Rounded(levels.index_select(1, torch.argsort(order)), start.scale, start.zero_point), remaining
 
 
 def pull_of(errors: Tensor, factor: Factor) -> Tensor:
     """R H of the damped Hessian, [out, in] in the original column order, from the errors of `solve_columns`, used up
     here."""
     divide_by_upper_transposed(errors, factor.upper)
-    pull = torch.empty_like(errors)
-    pull[:, factor.order] = errors
-    return pull
+    return errors.index_select(1, torch.argsort(factor.order))
 
 
 def descend(
@@ -398,7 +415,7 @@ def descend(
 def _better_rows(
     target: Tensor,
     hessian: Tensor,
-    factor: Factor,
+    factor: Factor | ThinFactor,
     solved: Rounded,
     loss: Tensor,
     nearest: Rounded,
@@ -406,7 +423,8 @@ def _better_rows(
     dead: int,
 ) -> Solution:
     """Keep, row by row, whichever of the solved levels, of known loss, and the nearest has the lower undamped loss."""
-    rtn_loss = quadratic_form((target - nearest.values()).to(hessian.dtype), hessian)
+    rounding = (target - nearest.values()).to(hessian.dtype)
+    rtn_loss = thin_loss(rounding, factor) if isinstance(factor, ThinFactor) else quadratic_form(rounding, hessian)
     keep = rtn_loss < loss
     kept = int(keep.sum())
     rtn_error = float(rtn_loss.sum())

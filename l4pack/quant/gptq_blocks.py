@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,35 +15,48 @@ from torch import Tensor
 
 from l4pack.quant.cpu import kernel
 
+LANES = 64  # rows that go through a block together, as vectors; with fewer the compiler makes none
 TRIED_AT_ONCE = 32  # columns of a sweep: two vectors of AVX-512, and few enough that mostly none would move
 
 
-def solve_block(
-    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
-) -> tuple[Tensor, Tensor]:
-    """Round the columns of a block [out, n] in turn: int8 levels, and errors divided by the factor's diagonal.
+@dataclass(frozen=True)
+class SolvedBlock:
+    """The columns of a block [out, n] once rounded: int8 `levels`, the `values` they mean, and `errors`, what the values
+    miss by when it is their turn, divided by the factor's diagonal."""
 
-    `upper` [n, n] is the block's part of U; `scale` and `zero_point` are given for every weight [out, n].
+    levels: Tensor
+    values: Tensor
+    errors: Tensor
+
+
+def solve_block(
+    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, num_bits: int
+) -> SolvedBlock:
+    """Round the columns of a block [out, n] in turn.
+
+    `upper` [n, n] is the block's part of U; `scale` and `zero_point` are [out, groups], and `group` int64 [n] says which
+    is each column's.
     """
-    if block.device.type == "cpu":
-        return _solve_block_cpu(block, upper, scale, zero_point, num_bits)
-    return solve_block_torch(block, upper, scale, zero_point, num_bits)
+    solve = _solve_block_cpu if block.device.type == "cpu" else solve_block_torch
+    return solve(block, upper, scale, zero_point, group, num_bits)
 
 
 def solve_block_torch(
-    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
-) -> tuple[Tensor, Tensor]:
+    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, num_bits: int
+) -> SolvedBlock:
     """`solve_block` in torch operations, for any device: a block [out, columns], its factor [columns, columns]."""
     lowest, highest = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
     block = block.clone()
-    levels, errors = torch.empty_like(block), torch.empty_like(block)
+    scale, zero_point = (part.to(block.dtype)[:, group] for part in (scale, zero_point))
+    levels, values, errors = (torch.empty_like(block) for _ in range(3))
     for i in range(block.shape[1]):
         w, s, z = block[:, i], scale[:, i], zero_point[:, i]
         level = ((w / s).round() + z).clamp(lowest, highest)
-        error = (w - (level - z) * s) / upper[i, i]
+        values[:, i] = (level - z) * s
+        error = (w - values[:, i]) / upper[i, i]
         levels[:, i], errors[:, i] = level, error
         block[:, i + 1 :].addr_(error, upper[i, i + 1 :], alpha=-1)
-    return levels.to(torch.int8), errors
+    return SolvedBlock(levels.to(torch.int8), values, errors)
 
 
 @kernel
@@ -51,44 +65,57 @@ def _solve_rows(
     upper: NDArray[Any],
     scale: NDArray[Any],
     zero_point: NDArray[Any],
+    group: NDArray[np.int64],
     num_bits: int,
     levels: NDArray[np.int8],
+    values: NDArray[Any],
     errors: NDArray[Any],
 ) -> None:
-    """`solve_block` for some rows, in the dtype of `block`, which is overwritten; the factor stays in cache."""
+    """`solve_block` for some rows, in the dtype of `block`: a tile of rows at a time, turned so that what one column
+    does is the same for all lanes of a vector."""
     lowest = block.dtype.type(-(1 << (num_bits - 1)))
     highest = block.dtype.type((1 << (num_bits - 1)) - 1)
-    columns = block.shape[1]
-    for o in range(block.shape[0]):
-        row = block[o]
+    rows, columns = block.shape
+    tile = np.zeros((columns, LANES), block.dtype)
+    error, s, z = np.zeros(LANES, block.dtype), np.ones(LANES, block.dtype), np.zeros(LANES, block.dtype)
+    level, value = np.zeros(LANES, block.dtype), np.zeros(LANES, block.dtype)
+    for first in range(0, rows, LANES):
+        width = min(LANES, rows - first)
+        for r in range(width):
+            for i in range(columns):
+                tile[i, r] = block[first + r, i]
         for i in range(columns):
-            w = row[i]
-            s = scale[o, i]
-            z = zero_point[o, i]
-            level = min(max(np.rint(w / s) + z, lowest), highest)
-            error = (w - (level - z) * s) / upper[i, i]
-            levels[o, i] = np.int8(level)
-            errors[o, i] = error
-            rest = row[i + 1 :]
-            factors = upper[i, i + 1 :]
-            for k in range(rest.size):
-                rest[k] -= error * factors[k]
+            for r in range(width):
+                s[r] = scale[first + r, group[i]]
+                z[r] = zero_point[first + r, group[i]]
+            for r in range(LANES):
+                level[r] = min(max(np.rint(tile[i, r] / s[r]) + z[r], lowest), highest)
+                value[r] = (level[r] - z[r]) * s[r]
+                error[r] = (tile[i, r] - value[r]) / upper[i, i]
+            for k in range(i + 1, columns):
+                factor = upper[i, k]
+                for r in range(LANES):
+                    tile[k, r] -= error[r] * factor
+            for r in range(width):
+                levels[first + r, i] = np.int8(level[r])
+                values[first + r, i] = value[r]
+                errors[first + r, i] = error[r]
 
 
 def _solve_block_cpu(
-    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
-) -> tuple[Tensor, Tensor]:
+    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, num_bits: int
+) -> SolvedBlock:
     """`solve_block` by the Numba kernel, rows shared between as many threads as torch uses."""
-    arrays = [tensor.contiguous().numpy() for tensor in (block, scale, zero_point)]
-    factor = upper.numpy()
-    levels, errors = np.empty(block.shape, np.int8), np.empty_like(arrays[0])
+    arrays = [part.to(block.dtype).contiguous().numpy() for part in (block, scale, zero_point)]
+    factor, groups = upper.contiguous().numpy(), group.numpy()
+    made = [np.empty(block.shape, np.int8), *(np.empty_like(arrays[0]) for _ in range(2))]
 
     def rows(part: slice) -> None:
         weights, scales, zeros = (array[part] for array in arrays)
-        _solve_rows(weights, factor, scales, zeros, num_bits, levels[part], errors[part])
+        _solve_rows(weights, factor, scales, zeros, groups, num_bits, *(array[part] for array in made))
 
     _share_rows(rows, len(block))
-    return torch.from_numpy(levels), torch.from_numpy(errors)
+    return SolvedBlock(*map(torch.from_numpy, made))
 
 
 def descend(

@@ -97,11 +97,31 @@ def test_moments_are_weighted_means_of_outer_products(monkeypatch):
     moments = Moments(100, cross=True, device=torch.device("cpu"))
     for part in (slice(0, 17), slice(17, 200), slice(200, 300)):
         moments.add(x[part], original[part], weight[part])
-    hessian, cross = moments.finish()
+    gathered = moments.finish()
+    hessian, cross = gathered.hessian, gathered.cross
     exact, w = x.double(), weight.double() / weight.double().sum()
     torch.testing.assert_close(hessian.double(), (exact * w[:, None]).T @ exact, rtol=1e-5, atol=1e-6)
     difference = original.double() - exact
     torch.testing.assert_close(cross.double(), (difference * w[:, None]).T @ exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_few_tokens_are_kept_so_that_their_products_are_the_moments(cross):
+    x, original, weight = random(40, 100), random(40, 100, seed=1), random(40, seed=2).abs()
+    few, summed = (Moments(100, cross=cross, device=torch.device("cpu")) for _ in range(2))
+    for part in (slice(0, 17), slice(17, 40)):
+        few.add(x[part], original[part] if cross else None, weight[part])
+    for _ in range(2):
+        summed.add(x, original if cross else None, weight)
+    kept, sums = few.finish(), summed.finish()
+    torch.testing.assert_close(kept.hessian, sums.hessian, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(kept.inputs.T @ kept.inputs, sums.hessian, rtol=1e-4, atol=1e-6)
+    assert kept.cross is None
+    assert sums.inputs is None
+    if cross:
+        torch.testing.assert_close(kept.difference.T @ kept.inputs, sums.cross, rtol=1e-4, atol=1e-6)
+    else:
+        assert kept.difference is sums.cross is None
 
 
 @pytest.mark.parametrize("asymmetric", [0.0, 1.0])
