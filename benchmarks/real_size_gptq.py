@@ -94,10 +94,10 @@ def product(rows: int, columns: int, inner: int) -> float:
     return 2.0 * rows * columns * inner
 
 
-def of_moments(self: Any, inputs: Any, original: Any = None, *_: Any) -> float:
+def of_moments(_: Any, inputs: Any, difference: Any = None) -> float:
     tokens, width = inputs.shape
     triangle = product(width, min(width, (width + moments.COLUMNS) // 2), tokens)
-    return triangle + (0 if self._cross is None or original is None else product(width, width, tokens))
+    return triangle + (0 if difference is None else product(width, width, tokens))
 
 
 def of_unit(self: Any, unit: Any, module: Any) -> float:
@@ -116,6 +116,14 @@ def of_rows(rows: Any, *_: Any) -> float:
     return float(len(rows)) * rows.shape[1] ** 2
 
 
+def of_target(rows: Any, problem: Any) -> float:
+    return 0 if isinstance(problem.factor, gptq.ThinFactor) else 2 * of_rows(rows)
+
+
+def of_inputs(rows: Any, inputs: Any, times: int) -> float:
+    return float(times) * len(rows) * inputs.shape[0] * inputs.shape[1]
+
+
 def name_of_unit(_: Any, unit: Any, *__: Any) -> str:
     return f"outputs of both streams, {'experts' if unit.part is Part.EXPERT else 'shared expert'}"
 
@@ -127,15 +135,21 @@ def watch() -> None:
     timed(LayerPass, "normed", "norms and gathering rows", TOKENS)
     timed(LayerPass, "feed_forward", name_of_unit, TOKENS, of_unit)
     timed(LayerPass, "finish", "adding up", TOKENS)
-    timed(moments.Moments, "add", "moments", TOKENS, of_moments)
+    timed(moments.Moments, "_sum", "moments", TOKENS, of_moments)
+    timed(moments.Moments, "add", "moments: keeping tokens", TOKENS)
     timed(moments.Moments, "finish", "moments: other half", MATRICES)
     timed(mlp.Matrices, "inner", "gate and up of both streams, for down's moments", TOKENS,
           lambda self, x: 2 * product(*x.shape, len(self.weights[mlp.UP])))  # fmt: skip
     timed(gptq, "factorize", "Cholesky and inverse", MATRICES, lambda h, **_: 2 / 3 * len(h) ** 3)
-    timed(gptq, "_asymmetric_target", "asymmetric target: W C", MATRICES, lambda w, _: 2 * of_rows(w))
+    timed(gptq, "_asymmetric_target", "asymmetric target: W C", MATRICES, of_target)
     timed(gptq, "_times_inverse", "asymmetric target: times H^-1", MATRICES, lambda rows, _: 2 * of_rows(rows))
     timed(gptq, "round_to_nearest", "scales and nearest levels", MATRICES)
     timed(gptq, "solve_columns", "GPTQ: trailing columns", MATRICES, of_rows)
+    timed(gptq, "factorize_thin", "few inputs: factors", MATRICES)
+    timed(gptq, "asymmetric_target", "few inputs: asymmetric target", MATRICES, lambda w, x, _: of_inputs(w, x, 4))
+    timed(gptq, "solve_thin_columns", "few inputs: GPTQ", MATRICES, lambda w, f, *_: of_inputs(w, f.inputs, 4))
+    timed(gptq, "thin_pull", "few inputs: start of sweeps", MATRICES, lambda _, w, f: of_inputs(w, f.inputs, 2))
+    timed(gptq, "thin_loss", "few inputs: loss of rounding", MATRICES, lambda w, f: of_inputs(w, f.inputs, 2))
     timed(gptq_blocks, "solve_block", "GPTQ: columns of a block", MATRICES, of_rows)
     timed(gptq, "pull_of", "sweeps: start from the errors", MATRICES, of_rows)
     timed(gptq_blocks, "descend", "sweeps: descent", MATRICES)
