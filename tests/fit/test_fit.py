@@ -179,7 +179,7 @@ def test_real_shapes_take_seconds(name, wish, tmp_path):
     sensitivity = synthetic(source)
     started = time.process_time()
     fitted = fit(source, sensitivity, wish)
-    assert time.process_time() - started < 10  # seconds of the processor: about 4 where nothing else runs
+    assert time.process_time() - started < 30  # seconds of the processor: about 4 on a quiet machine
     assert fitted.solution.optimal
     plan = plan_of(fitted, source, tmp_path)
     assert plan.weight_bytes == fitted.weight_bytes
