@@ -13,6 +13,7 @@ from l4pack.errors import BudgetError
 from l4pack.model.config import known_config
 from l4pack.plan.memory import (
     CUDA_LOADED,
+    FOLIO,
     KERNELS_LOADED,
     MODEL_LOADED,
     Computing,
@@ -105,3 +106,12 @@ def test_what_is_loaded_is_less_than_planned(loaded, modules):
     code = f"import {modules}; print(open('/proc/self/status').read())"
     status = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
     assert int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 < 0.9 * loaded
+
+
+def test_narrow_rows_are_planned_with_the_pages_they_map():
+    text = known_config("llama-4-scout").text
+    few, many = (Computing(text, "cpu", 4, 2048, tokens).memory().ram for tokens in (2048, 2_000_000))
+    routed = 3 * 4 * text.num_local_experts * (2_000_000 - 2048)
+    computing = Computing(text, "cpu", 4, 2048, 2_000_000)
+    mapped = 2 * computing.rows * (computing.row + FOLIO) - 2 * 2048 * computing.row
+    assert many - few == routed + min(mapped, many)

@@ -6,6 +6,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -119,7 +120,10 @@ class Watch:
 
         def look(store: HubStore) -> None:
             with lock:
-                sizes = [path.stat().st_size for path in store.folder.glob("*.safetensors")]
+                sizes = []
+                for path in store.folder.glob("*.safetensors"):
+                    with suppress(FileNotFoundError):  # another thread dropped it meanwhile
+                        sizes.append(path.stat().st_size)
                 self.peak, self.files = max(self.peak, sum(sizes)), max(self.files, len(sizes))
 
         def watched(store, file):
