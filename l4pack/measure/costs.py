@@ -72,7 +72,7 @@ def streams_at_once(text: TextConfig, rows: tuple[int, int], dtype: torch.dtype,
         raise BudgetError(
             f"{work.parent} has {human_bytes(free)} free; hidden states of one altered stream take "
             f"{human_bytes(fixed + one)}, at most half of it is used",
-            hint="free some space, take fewer --samples, or put --out elsewhere",
+            hint="free some space, take fewer samples, or put --out elsewhere",
         )
     return found
 

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 # Resident before the first buffer, by what a command loads. Measured with a model of a few megabytes on a machine of two
 # cores, Numba's cache empty so that it compiles; a tenth more, up to the next 32 MiB, for machines with more threads.
 KERNELS_LOADED = 288 * MIB  # NumPy, Numba and the kernels: 237 MiB (174 when they are compiled already)
-MODEL_LOADED = (
-    672 * MIB
-)  # torch, transformers' Llama 4 and a tokenizer beside them: 604 MiB (529 when compiled already)
+# torch, transformers' Llama 4 and a tokenizer beside them: calibrating the demo on 512 tokens took 666 MiB (561 when they
+# are compiled already), its own buffers of about 30 included.
+MODEL_LOADED = 704 * MIB
 CUDA_LOADED = 2048 * MIB  # torch's CUDA libraries and a context, beside either; not measured here on a device
 
 FLOAT, DOUBLE = 4, 8  # bytes of a float32, and of a float64

@@ -136,7 +136,7 @@ class Audit:
         }
 
 
-def audit(target: str, *, name: str | None = None, endpoint: str | None = None, token: str | None = None) -> Audit:
+def audit(target: str, *, name: str | None = None, endpoint: str | None = None) -> Audit:
     """Audit a folder, or `ORG/NAME[@REVISION]` on the Hub.
 
     Raises SourceError when there is nothing to audit, LicenceError when no policy knows the licence, HubError.
@@ -146,7 +146,7 @@ def audit(target: str, *, name: str | None = None, endpoint: str | None = None, 
     repo_id, revision = hub_repository(target)
     from l4pack.hub.client import hub_api, hub_errors
 
-    api = hub_api(endpoint, token)
+    api = hub_api(endpoint, None)
     with hub_errors(api, repo_id, revision):
         return audit_materials(hub_materials(api, repo_id, revision, name))
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from l4pack.quant import gptq_blocks, torch_ops
-from l4pack.quant.dampening import added_to, fractions, visits
 from l4pack.quant.dtypes import FLOATS, FloatName
+from l4pack.quant.factor import Factor, factorize, pull_of, times_inverse
 from l4pack.quant.gptq_thin import (
     ThinFactor,
     asymmetric_target,
@@ -39,14 +39,8 @@ from l4pack.quant.quantize import NonFiniteError, quantize_block
 from l4pack.quant.scheme import Scheme
 from l4pack.quant.triangular import (
     all_finite,
-    divide_by_upper_transposed,
-    invert_lower,
-    permute,
     quadratic_form,
-    reverse,
     row_parts,
-    times_upper,
-    times_upper_transposed,
 )
 
 NOT_FINITE = "the Hessian is not finite"
@@ -98,16 +92,6 @@ class Rounded:
         values = self.levels.float().reshape(*self.scale.shape, -1)
         values.sub_(self.zero_point[..., None]).mul_(self.scale.float()[..., None])
         return values.reshape(self.levels.shape)
-
-
-@dataclass(frozen=True)
-class Factor:
-    """U of the damped Hessian, visiting columns in `order`; `added` [in] is what dampening added to its diagonal."""
-
-    upper: Tensor
-    order: Tensor
-    added: Tensor
-    dampening: float
 
 
 @dataclass(frozen=True)
@@ -187,7 +171,7 @@ def prepare_problem(
     shifting = cross is not None and isinstance(factor, Factor) and outputs > len(hessian)
     if cross is not None and isinstance(factor, Factor) and shifting:
         for rows in row_parts(cross):
-            _times_inverse(rows, factor)
+            times_inverse(rows, factor)
     return Problem(hessian, aim, diagonal, factor, "", shifting)
 
 
@@ -294,35 +278,6 @@ def _joined(pieces: list[Solution]) -> Solution:
     )
 
 
-def factorize(hessian: Tensor, *, act_order: bool, dampening: float) -> Factor | None:
-    """The upper factor of the inverse of the damped Hessian [in, in], or None if no dampening of the ladder is enough."""
-    diagonal = hessian.diagonal()
-    order = visits(diagonal, act_order)
-    backwards = order.flip(0)
-    damped = torch.empty_like(hessian, memory_format=torch.contiguous_format)
-    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
-    for fraction in fractions(dampening):
-        added = added_to(diagonal, fraction)
-        permute(hessian, backwards, damped)
-        damped.diagonal().add_(added[backwards])
-        lower = damped.T  # the same numbers in the order of memory that LAPACK works in without a copy
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
-        if int(failed) == 0:
-            invert_lower(lower)
-            if all_finite(lower):
-                reverse(lower)
-                return Factor(lower, order, added, fraction)
-    return None
-
-
-def _times_inverse(rows: Tensor, factor: Factor) -> None:
-    """rows <- rows H^-1 of the damped Hessian, in the original column order."""
-    permuted = rows[:, factor.order]
-    times_upper_transposed(permuted, factor.upper)
-    times_upper(permuted, factor.upper)
-    rows[:, factor.order] = permuted
-
-
 def _asymmetric_target(weight: Tensor, problem: Problem) -> Tensor:
     """W + W C H^-1."""
     assert problem.cross is not None
@@ -331,7 +286,7 @@ def _asymmetric_target(weight: Tensor, problem: Problem) -> Tensor:
         return asymmetric_target(weight, problem.cross, problem.factor)
     shift = weight @ problem.cross
     if not problem.shifting:
-        _times_inverse(shift, problem.factor)
+        times_inverse(shift, problem.factor)
     return shift.add_(weight)
 
 
@@ -375,13 +330,6 @@ def solve_columns(
         remaining[:, first:last] = solved.errors
         remaining[:, last:].addmm_(solved.errors, upper[first:last, last:], alpha=-1)
     return Rounded(levels.index_select(1, torch.argsort(order)), start.scale, start.zero_point), remaining
-
-
-def pull_of(errors: Tensor, factor: Factor) -> Tensor:
-    """R H of the damped Hessian, [out, in] in the original column order, from the errors of `solve_columns`, used up
-    here."""
-    divide_by_upper_transposed(errors, factor.upper)
-    return errors.index_select(1, torch.argsort(factor.order))
 
 
 def descend(

@@ -108,7 +108,7 @@ class Buffer:
                 path.unlink()  # what it did take must not stay on a full disk
             raise BudgetError(
                 f"{path.parent} has no room for {human_bytes(nbytes)} of hidden states",
-                hint="free some space, take fewer --samples, or choose another --work",
+                hint="free some space, take fewer samples, or keep the work on another disk",
             ) from error
         self._map = mmap.mmap(self._file, nbytes)
         self.data: Tensor = torch.frombuffer(self._map, dtype=dtype, count=rows * width).view(rows, width)
