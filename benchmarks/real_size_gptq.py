@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from l4pack.calibration import mlp, moments, run
+from l4pack.calibration import mlp, moments, solver, written_units
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.model.config import known_config, parse_config
@@ -154,9 +154,9 @@ def watch() -> None:
     timed(gptq, "pull_of", "sweeps: start from the errors", MATRICES, of_rows)
     timed(gptq_blocks, "descend", "sweeps: descent", MATRICES)
     timed(gptq, "quadratic_form", "loss of rounding to nearest", MATRICES, of_rows)
-    timed(run, "solve_mlp", "the rest of solving", MATRICES)
-    timed(run, "stored", "packing", MATRICES)
-    timed(run.CalibrationRun, "_read_back", "reading back", MATRICES)
+    timed(solver, "solve_mlp", "the rest of solving", MATRICES)
+    timed(solver, "stored", "packing", MATRICES)
+    timed(written_units.WrittenUnits, "_read_back", "reading back", MATRICES)
     timed(ShardWriter, "write", "writing", MATRICES)
     timed(ShardWriter, "sync", "waiting for the disk", MATRICES)
     timed(Prefetch, "take", "waiting for weights", MATRICES)

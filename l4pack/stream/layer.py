@@ -83,6 +83,11 @@ class LayerPass:
         self.routing: Routing | None = None
         self._entry: CacheEntry = unchanged
 
+    @property
+    def tokens(self) -> int:
+        """Rows of the stream."""
+        return self._packed.rows
+
     def run(self, unit: Unit, weights: UnitWeights) -> Forward:
         """Run a unit, attention first; returns what it makes of other inputs, for attention from a sequence's start."""
         if unit.part is Part.ATTENTION:

@@ -52,6 +52,14 @@ class UnitWeights:
     kv_cache: RoundedCache | None = None
 
 
+@dataclass(frozen=True)
+class LoadedUnit:
+    """A unit with its weights, ready to run."""
+
+    unit: Unit
+    weights: UnitWeights
+
+
 def feed_forward_unit(config: Llama4Config, layer: int) -> Unit:
     """The MLP every token of a layer goes through: the dense one, or the shared expert."""
     return Unit(layer, Part.SHARED if layer in config.text.moe_layers else Part.DENSE)

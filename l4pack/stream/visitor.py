@@ -10,7 +10,7 @@ from typing import Any
 from l4pack.stream.lanes import Model
 from l4pack.stream.layer import LayerPass
 from l4pack.stream.sides import Stream
-from l4pack.stream.units import Unit, UnitWeights, unit_bytes
+from l4pack.stream.units import LoadedUnit, Unit, UnitWeights, unit_bytes
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Visitor:
     """Called by a walk: `resume` once, the others in this order in every layer. As it is, a plain forward pass.
 
     Every pass of a visit must be run through every unit that it has rows for: the walk adds up what they give.
+    Experts come `together` in neighbours, as many at once in every layer, whatever is done of them already.
     """
+
+    together = 1
 
     def resume(self, records: Sequence[Mapping[str, Any]]) -> bool:
         """What `leave` gave in the layers done before; returns whether all else that they gave is there too."""
@@ -48,6 +51,11 @@ class Visitor:
         """Run a unit, attention first, then the MLP of all tokens, then experts."""
         for one in visit.passes.values():
             one.run(unit, weights)
+
+    def visit_together(self, visit: Visit, loaded: Sequence[LoadedUnit]) -> None:
+        """Run what came together: `together` experts or fewer at a layer's end, or one unit of another part."""
+        for one in loaded:
+            self.visit(visit, one.unit, one.weights)
 
     def routed(self, visit: Visit) -> None:
         """The routers of all lanes have been asked."""

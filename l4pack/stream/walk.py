@@ -20,12 +20,13 @@ from l4pack.stream.layer import Blocks, LayerPass
 from l4pack.stream.prefetch import Prefetch
 from l4pack.stream.sides import Stream
 from l4pack.stream.supply import Supply
-from l4pack.stream.units import Unit, UnitWeights, expert_unit, layer_units, load_unit
+from l4pack.stream.units import LoadedUnit, Unit, expert_unit, layer_units, load_unit
 from l4pack.stream.visitor import Progress, Visit, Visitor
 from l4pack.work.identity import Identity
 from l4pack.work.signals import check_stop
 
-_Ready = Prefetch[tuple[int, Unit], UnitWeights]
+_Together = tuple[Unit, ...]
+_Ready = Prefetch[tuple[int, _Together], list[LoadedUnit]]
 
 
 class Walk:
@@ -126,8 +127,9 @@ class Walk:
             model.weights.close_files()
         self._supply.leave(step)
 
-    def _load(self, key: tuple[int, Unit]) -> UnitWeights:
-        return load_unit(self.models[key[0]].weights, key[1])
+    def _load(self, key: tuple[int, _Together]) -> list[LoadedUnit]:
+        number, units = key
+        return [LoadedUnit(unit, load_unit(self.models[number].weights, unit)) for unit in units]
 
     def _layer(self, step: int, ready: _Ready) -> None:
         started, layer = time.monotonic(), self.order[step]
@@ -156,14 +158,15 @@ class Walk:
     def _visit(self, visit: Visit, used: set[int], ready: _Ready) -> None:
         units = layer_units(self.models[visit.model].skeleton.config, visit.layer)
         attention, everyones, *experts = units
-        ready.plan((visit.model, unit) for unit in (attention, everyones))
-        self._run(visit, attention, ready)
+        ready.plan((visit.model, (unit,)) for unit in (attention, everyones))
+        self._run(visit, (attention,), ready)
         if experts:
             experts = self._routed(visit, used)
-        ready.plan((visit.model, unit) for unit in experts)
+        together = self._together(experts)
+        ready.plan((visit.model, some) for some in together)
         self._settle()  # from here on the side is written that a killed run would go on from
-        for unit in (everyones, *experts):
-            self._run(visit, unit, ready)
+        for some in ((everyones,), *together):
+            self._run(visit, some, ready)
         read = {attention, everyones, *experts}
         self._count(visit.model, [unit for unit in units if unit not in read])
         for one in visit.passes.values():
@@ -178,10 +181,15 @@ class Walk:
         self._visitor.routed(visit)
         return [expert_unit(visit.layer, expert) for expert in self._visitor.experts(visit, used)]
 
-    def _run(self, visit: Visit, unit: Unit, ready: _Ready) -> None:
+    def _together(self, experts: Sequence[Unit]) -> list[_Together]:
+        """Experts as they are visited."""
+        step = self._visitor.together
+        return [tuple(experts[first : first + step]) for first in range(0, len(experts), step)]
+
+    def _run(self, visit: Visit, together: _Together, ready: _Ready) -> None:
         check_stop(self._progress.stop)
-        self._visitor.visit(visit, unit, ready.take((visit.model, unit)))
-        self._count(visit.model, [unit])
+        self._visitor.visit_together(visit, ready.take((visit.model, together)))
+        self._count(visit.model, together)
 
     def _count(self, number: int, units: Sequence[Unit]) -> None:
         """Tell progress of units that have run, or need not: experts without tokens, layers done before."""

@@ -14,18 +14,18 @@ from spoil import SPOILS
 from transformers import AutoModelForImageTextToText
 
 from l4pack.artifact.calibration_record import RECORD_NAME
-from l4pack.calibration import run
 from l4pack.calibration.coverage import Coverage
 from l4pack.calibration.moments import Moments
 from l4pack.calibration.rows import BORROWED_WEIGHT, expert_rows
 from l4pack.calibration.text import with_text
+from l4pack.calibration.written_units import WrittenUnits
 from l4pack.checkpoint.open import open_source
 from l4pack.errors import BudgetError, QualityError, RecipeError, SourceError, UsageError
 from l4pack.plan.plan import RunLimits, make_plan
 from l4pack.quant import gptq
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, load_recipe
-from l4pack.stream.layer import Routing
+from l4pack.stream.layer import LayerPass, Routing
 from l4pack.stream.walk import Walk
 
 SAMPLES, LENGTH = 6, 96
@@ -138,7 +138,7 @@ def test_hessians_are_those_of_the_inputs_that_transformers_gives_each_matrix(
 
     monkeypatch.setattr("l4pack.calibration.mlp.gptq.prepare_problem", spy)
     # Nothing is quantized visibly below, so that the second layer sees what the original model gives it.
-    monkeypatch.setattr(run.CalibrationRun, "_as_written", lambda self, unit, weights: weights)
+    monkeypatch.setattr(WrittenUnits, "as_written", lambda self, loaded: loaded.weights)
     plan = planned(source, text, calibration={"min_tokens": 1}, asymmetric=asymmetric)
     run_plan(plan, tmp_path / "out")
     tokens = torch.tensor([item.tokens for item in plan.text.sequences])
@@ -274,7 +274,7 @@ def test_a_record_never_outgrows_its_room(made):
 
 
 def test_cold_experts_over_the_gate_stop_the_run(source, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(run.LayerPass, "route", no_token_for_expert_0(run.LayerPass.route))
+    monkeypatch.setattr(LayerPass, "route", no_token_for_expert_0(LayerPass.route))
     plan = planned(source, text, calibration={"max_cold_experts": 0.05})
     with pytest.raises(QualityError, match=r"1 of 16 experts saw no token \(the first: layer 1, expert 0\)") as caught:
         run_plan(plan, tmp_path / "out")
@@ -294,7 +294,7 @@ def no_token_for_expert_0(route):
 
 
 def test_a_cold_expert_is_solved_with_borrowed_tokens(source, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(run.LayerPass, "route", no_token_for_expert_0(run.LayerPass.route))
+    monkeypatch.setattr(LayerPass, "route", no_token_for_expert_0(LayerPass.route))
     plan = planned(source, text, calibration={"max_cold_experts": 1.0, "min_tokens": 300})
     record = record_of(run_plan(plan, tmp_path / "out").out)
     cold = [found for name, found in record["matrices"].items() if ".experts.0." in name]
