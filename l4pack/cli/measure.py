@@ -93,19 +93,18 @@ def measure(
 
 
 def _run(prepared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    import resource
     import time
 
     from l4pack.measure.measure import measure as run
     from l4pack.stream.visitor import Progress
+    from l4pack.work import machine
     from l4pack.work.signals import stop_signals
 
     started = time.monotonic()
     with console.progress("measuring", prepared.costs.read_bytes) as bar, stop_signals() as stop:
         record = run(prepared, Progress(bar.advance, bar.label, stop)).model_dump(mode="json")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return record, {
-        "device": prepared.compute.describe(), "seconds": time.monotonic() - started, "peak_rss_bytes": peak,
+        "device": prepared.compute.describe(), "seconds": time.monotonic() - started, "peak_rss_bytes": machine.peak_rss(),
     }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from l4pack.evaluate.same_model import check_not_dequantized, check_reference, c
 from l4pack.evaluate.tasks import EvaluationTask, load_task, sequences_of
 from l4pack.model.names import classify
 from l4pack.model.tensors import QUANTIZABLE
-from l4pack.plan.memory import computing_on, walk_within
+from l4pack.plan.memory import Memory, computing_on, walk_within
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed
 from l4pack.stream.identity import text_parts
@@ -93,7 +93,7 @@ def prepare_evaluation(
     tokenizer = _tokenizer(artifact, original)
     inputs = _inputs(artifact, original, settings, tokenizer)
     compute = Compute.of(settings.compute)
-    ahead = _loads_ahead(artifact, original, settings, inputs, compute)
+    planned, ahead = _walk_memory(artifact, original, settings, inputs, compute)
     stored = None
     if settings.reference is not None:
         stored = load_reference(settings.reference, _reference_identity(inputs, original), compute.device)
@@ -105,25 +105,24 @@ def prepare_evaluation(
     of = _original_parts(original, stored)
     identity = Identity({"artifact": measured, **of, **_parts(inputs, settings, compute)})
     return PreparedEvaluation(
-        artifact, original, settings, progress, inputs, compute, ahead, stored, manager, identity, started
+        artifact, original, settings, progress, inputs, compute, planned, ahead, stored, manager, identity, started
     )
 
 
-def _loads_ahead(
+def _walk_memory(
     artifact: Checkpoint,
     original: Checkpoint | None,
     settings: EvaluationSettings,
     inputs: EvaluationInputs,
     compute: Compute,
-) -> bool:
-    """Whether memory takes a unit that is loaded while another computes. Raises BudgetError where the walk needs more
-    than there is without."""
+) -> tuple[Memory, bool]:
+    """What the walk takes, and whether a unit is loaded while another computes. Raises BudgetError where there is not
+    even what it takes without."""
     models = 1 if original is None or settings.reference is not None else 2
     computing = computing_on(compute, artifact.config.text, inputs.sequences, models=models, streams=models)
     sampled = 2 * SAMPLED_ROWS * computing.row  # inputs and outputs
     ram, device = machine.memory(settings.max_ram), compute.device_room(settings.max_vram)
-    _, ahead = walk_within(computing, lambda one: one.memory(held=sampled, scored=True), ram, device)
-    return ahead
+    return walk_within(computing, lambda one: one.memory(held=sampled, scored=True), ram, device)
 
 
 def _original_parts(original: Checkpoint | None, stored: StoredReference | None) -> dict[str, Any]:
@@ -159,6 +158,7 @@ class PreparedEvaluation:
     progress: Progress
     inputs: EvaluationInputs
     compute: Compute
+    planned: Memory
     ahead: bool
     stored: StoredReference | None
     manager: Any
@@ -177,7 +177,7 @@ class PreparedEvaluation:
                 record["tasks"] |= harness.record(self.artifact, self.original)
             folder.remove()
         record["worst"] = worst_units(record["layers"])
-        record["run"] = run_record(self.artifact, self.compute, settings, self.started)
+        record["run"] = run_record(self.artifact, self.compute, settings, self.started, self.planned)
         record["identity"] = dict(self.identity.parts)
         return record
 

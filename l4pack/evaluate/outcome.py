@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,9 +27,11 @@ from l4pack.evaluate.schema import SCHEMA_VERSION
 from l4pack.evaluate.scoring import PairedScores, Scores, score, score_pair
 from l4pack.evaluate.statistics import clusters, mean_and_error, perplexity, summarize
 from l4pack.evaluate.tasks import EvaluationTask, task_record
+from l4pack.plan.memory import Memory
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed
 from l4pack.stream.layer import Blocks
+from l4pack.work import machine
 
 ORIGINAL, ARTIFACT = "original", "artifact"
 ROUNDED_CACHE = "FP8, keys and values rounded as vLLM stores them; queries are not"
@@ -140,8 +141,10 @@ def _needles(inputs: EvaluationInputs, packed: Packed, lengths: Sequence[int], s
     return {**record, ORIGINAL: of(scored.reference)} if scored.reference is not None else record
 
 
-def run_record(artifact: Checkpoint, compute: Compute, settings: EvaluationSettings, started: float) -> dict[str, Any]:
-    """How the numbers came about: device, dtype, versions, seconds and bytes of memory."""
+def run_record(
+    artifact: Checkpoint, compute: Compute, settings: EvaluationSettings, started: float, planned: Memory
+) -> dict[str, Any]:
+    """How the numbers came about: device, dtype, versions, seconds and bytes of memory, `planned` and taken."""
     rounded_cache = bool(read_stanza(artifact.config.stanza).kv_cache) and not settings.weights_only
     return {
         "device": compute.describe(),
@@ -152,7 +155,8 @@ def run_record(artifact: Checkpoint, compute: Compute, settings: EvaluationSetti
         "seed": settings.text.seed,
         "versions": {"l4pack": __version__, "python": platform.python_version(), **_versions()},
         "seconds": time.monotonic() - started,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_ram_bytes": planned.ram,
+        "peak_rss_bytes": machine.peak_rss(),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import resource
 import shutil
 import threading
 import time
@@ -90,7 +89,7 @@ def run_plan(
         raise SourceError(
             f"{plan.checkpoint.name} is a configuration without weights", hint="give the checkpoint itself"
         )
-    started, done = time.monotonic(), RunResult(out, 0.0, 0, plan.read_bytes, _peak_rss(), already_done=True)
+    started, done = time.monotonic(), RunResult(out, 0.0, 0, plan.read_bytes, machine.peak_rss(), already_done=True)
     work = work_folder(out)
     refuse_overlap([plan.checkpoint], out, work)
     check_room(plan.peak_ram_bytes, machine.memory())
@@ -109,7 +108,7 @@ def run_plan(
         (work / _ARTIFACT).replace(out)
         sync_folder(out.parent)
         folder.remove()
-    return RunResult(out, time.monotonic() - started, plan.read_bytes - resumed, resumed, _peak_rss())
+    return RunResult(out, time.monotonic() - started, plan.read_bytes - resumed, resumed, machine.peak_rss())
 
 
 def work_folder(out: Path) -> Path:
@@ -281,7 +280,3 @@ def _changed(plan: Plan, change: str = "") -> SourceError:
         f"{plan.checkpoint.name} was changed while the job ran{change and f': {change}'}",
         hint="begin again with --restart once it stays as it is",
     )
-
-
-def _peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

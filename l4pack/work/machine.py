@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +92,16 @@ def cores(root: Path = ROOT) -> int:
     """Processors that this process may use, by its affinity and its containers' shares of time; at least 1."""
     quotas = [quota for group in _groups(root) if (quota := group.cores()) is not None]
     return max(1, min([len(os.sched_getaffinity(0)), *(math.ceil(quota) for quota in quotas)]))
+
+
+def peak_rss(root: Path = ROOT) -> int:
+    """The most bytes that this process had resident so far.
+
+    `getrusage` counts what the process that started this one held then (Linux: `setmax_mm_hiwater_rss` in exec), so it is
+    asked only where the kernel doesn't say.
+    """
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", _text(root / "proc/self/status"), re.MULTILINE)
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def _own_bytes() -> int:

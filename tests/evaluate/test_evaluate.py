@@ -26,6 +26,7 @@ from l4pack.errors import UsageError
 from l4pack.evaluate.scoring import PairedScores, Scores
 from l4pack.evaluate.statistics import HISTOGRAM_EDGES, clusters, mean_and_error, percentile, summarize
 from l4pack.evaluate.tasks import EvaluationTask, Question, choices_made, continuation, task_record
+from l4pack.plan.memory import MODEL_LOADED
 from l4pack.stream.walk import Walk
 from l4pack.text.choice import TextChoice
 from l4pack.text.sequences import load_text
@@ -461,6 +462,7 @@ def test_record_says_what_it_ran_on(evaluated, checkpoint, made, text_file):
     assert record["text"]["sequence_length"] == 96
     assert record["text"]["seed"] == 7
     assert record["run"]["dtype"] == "float32"
+    assert record["run"]["peak_ram_bytes"] > MODEL_LOADED
     assert set(record["run"]["versions"]) >= {"torch", "transformers", "l4pack", "compressed-tensors"}
     assert "CPU" in record["run"]["device"]
 

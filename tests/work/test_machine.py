@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -208,3 +210,10 @@ def test_a_run_that_does_not_fit_any_more_does_not_begin(
     with pytest.raises(BudgetError, match="container") as refused:
         run_plan(plan, tmp_path / "out")
     assert refused.value.hint == "give the container more memory"
+
+
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
+    held = b"x" * (GB // 4)
+    command = [sys.executable, "-c", "from l4pack.work.machine import peak_rss; print(peak_rss())"]
+    ended = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert 1_000_000 < int(ended.stdout) < len(held)
