@@ -26,9 +26,13 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What fits in ten minutes of two cores and 5 GB of disk; benchmarks/README.md has the rest.
 bench: venv
 	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/real_size.py scout
+	$(BIN)/python benchmarks/real_size.py scout --runs 1
+	$(BIN)/python benchmarks/moe_layer.py --tokens 512 --against
+	$(BIN)/python benchmarks/full_size.py scout .bench/headers --headers-only
+	$(BIN)/python benchmarks/full_size.py maverick .bench/headers --headers-only
 
 format: venv
 	$(BIN)/ruff check --fix .
