@@ -21,6 +21,8 @@ _SUFFIXES = {
     "TIB": 1024**4,
 }
 
+_THOUSANDS = {"": 1, "k": KIB, "m": MIB}
+
 
 def parse_size(text: str) -> int:
     """Bytes meant by `1500000`, `4GB` or `3.5GiB`. Raises UsageError."""
@@ -29,6 +31,14 @@ def parse_size(text: str) -> int:
     if match is None or factor is None:
         raise UsageError(f"'{text}' is not a size", hint="write a number and a unit, for example 4GB or 1.5GiB")
     return int(Decimal(match[1]) * factor)
+
+
+def parse_tokens(text: str) -> int:
+    """Tokens meant by `131072`, `128k` or `1M`: k is 1,024 as in the names of contexts, M its square. Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d{1,18})\s*([kKmM]?)\s*", text)
+    if match is None:
+        raise UsageError(f"'{text}' is not a number of tokens", hint="write 131072, or 128k for the same")
+    return int(match[1]) * _THOUSANDS[match[2].lower()]
 
 
 def human_bytes(count: float) -> str:

@@ -41,6 +41,7 @@ class DeviceData(BaseModel):
     source: str
     aliases: list[str] = []
     small_batches: bool = False
+    unified: bool = False
 
 
 class DeviceFile(BaseModel):
@@ -61,6 +62,7 @@ class Device:
     source: str
     aliases: tuple[str, ...] = ()
     small_batches: bool = False
+    unified: bool = False  # shared with the system, which takes its part of it
 
 
 @dataclass(frozen=True)
@@ -106,4 +108,5 @@ def _read(path: Path) -> dict[str, Device]:
 
 
 def _device(name: str, entry: DeviceData) -> Device:
-    return Device(name, entry.title, entry.memory, entry.source, tuple(entry.aliases), entry.small_batches)
+    values = entry.model_dump(exclude={"memory", "aliases"})
+    return Device(name, memory_bytes=entry.memory, aliases=tuple(entry.aliases), **values)

@@ -53,6 +53,7 @@ class Setting:
     images: int | None
     utilization: float
     sequence_limit: int
+    idle_gpus: int = 0
 
     @property
     def gpus(self) -> int:
@@ -96,6 +97,7 @@ def resolve(subject: Subject, host: Host, runtime: Runtime, load: Load) -> Setti
         images=load.images,
         utilization=_utilization(subject, host, runtime, load, tp * pp),
         sequence_limit=load.max_num_seqs or MAX_SEQUENCES,
+        idle_gpus=host.count - tp * pp,
     )
     _check_limits(setting, load)
     return setting
@@ -122,16 +124,15 @@ def _parallel(text: TextConfig, host: Host, runtime: Runtime, load: Load) -> tup
         tp, pp = 1, load.pp or host.count
     else:
         pp = load.pp or 1
-        tp = load.tp or max(host.count // pp, 1)
+        tp = load.tp or degrees(text, max(host.count // pp, 1))[-1]
     if tp * pp > host.count:
         raise UsageError(f"tp {tp} x pp {pp} needs {tp * pp} GPUs, {host.name} has {host.count}", hint="lower one")
     if pp > text.num_hidden_layers:
         raise UsageError(f"pp {pp} is more than the model's {text.num_hidden_layers} layers", hint="lower --pp")
     if not divides(text, tp):
-        allowed = [size for size in range(1, host.count + 1) if divides(text, size)]
         raise UsageError(
             f"tp {tp} does not divide {text.num_attention_heads} attention heads and {text.num_key_value_heads} KV heads",
-            hint=f"tp may be {', '.join(map(str, allowed))}",
+            hint=f"tp may be {', '.join(map(str, degrees(text, host.count)))}",
         )
     return tp, pp
 
@@ -140,6 +141,11 @@ def divides(text: TextConfig, tp: int) -> bool:
     """Whether attention can be split `tp` ways: whole query heads, and KV heads split or repeated (vLLM `llama4.py`)."""
     heads, keys = text.num_attention_heads, text.num_key_value_heads
     return heads % tp == 0 and (keys % tp == 0 or tp % keys == 0)
+
+
+def degrees(text: TextConfig, most: int) -> list[int]:
+    """The tensor parallel degrees up to `most` that attention can be split into, least first."""
+    return [tp for tp in range(1, most + 1) if divides(text, tp)]
 
 
 def _context(text: TextConfig, load: Load) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from l4pack.budget.devices import Host
-from l4pack.budget.load import Load, divides, longest_context
+from l4pack.budget.load import Load, longest_context
 from l4pack.budget.model import Budget, budget
 from l4pack.budget.solve import max_context
 from l4pack.budget.subject import Subject
@@ -49,7 +49,7 @@ class Row:
 
 
 def matrix(subjects: Iterable[Subject], hosts: Sequence[Host], load: Load, runtime: str) -> list[Row]:
-    """The largest context of each subject on each host; hosts whose size can't split the model get 0."""
+    """The largest context of each subject on each host; 0 where the runtime would refuse it."""
     return [_row(subject, hosts, load, runtime) for subject in subjects]
 
 
@@ -67,8 +67,6 @@ def _cell(subject: Subject, host: Host, load: Load, runtime: str) -> Cell:
 
 
 def _try(subject: Subject, host: Host, load: Load, runtime: str) -> Budget | None:
-    if load.tp is None and load.pp is None and not divides(subject.config.text, host.count):
-        return None
     try:
         return budget(subject, host, replace(load, context=1), runtime)
     except UsageError:

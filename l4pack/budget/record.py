@@ -28,6 +28,7 @@ def budget_record(found: Budget, limits: LargestLoads, changes: Sequence[Suggest
         "kv_dtype": setting.kv_dtype,
         "tp": setting.tp,
         "pp": setting.pp,
+        "idle_gpus": setting.idle_gpus,
         "expert_parallel": setting.expert_parallel,
         "hybrid_kv": setting.hybrid,
         "batched_tokens": setting.batched_tokens,

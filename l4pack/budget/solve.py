@@ -141,7 +141,7 @@ class _Trial:
     def _shortened(self, subject: Subject) -> Iterator[Suggestion]:
         found = assess(subject, self.found.host, self.found.runtime, self.found.setting)
         context = max_context(found)
-        if context > 0:
+        if context > max_context(self.found):
             what, option = (
                 f"recipe {subject.recipe}, {context:,} tokens",
                 f"--recipe {subject.recipe} --context {context}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 from rich.console import RenderableType
 from rich.markup import escape
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from l4pack.budget.devices import Device
-from l4pack.budget.load import Load, longest_context
+from l4pack.budget.load import Load, degrees, longest_context
 from l4pack.budget.matrix import Row
 from l4pack.budget.measure import Measured
 from l4pack.budget.model import Budget, Line, LineGroup, Verdict
@@ -40,10 +41,13 @@ VERDICTS = {
 SPARE, MAYBE = "·", "?"
 
 
-def budget_view(found: Budget, limits: LargestLoads, changes: Sequence[Suggestion] = ()) -> list[RenderableType]:
+def budget_view(
+    found: Budget, limits: LargestLoads, changes: Sequence[Suggestion] = (), promised_by: str | None = None
+) -> list[RenderableType]:
     """All that `l4pack budget` shows."""
-    asked = Text(question(found), "dim")
-    shown: list[RenderableType] = [verdict_line(found, limits), asked, "", _table(found), "", *_bar(found), ""]
+    promise = [f"what recipe {promised_by} promises, but for what was said"] if promised_by else []
+    asked = [Text(line, "dim") for line in (question(found), *promise, *_idle(found))]
+    shown: list[RenderableType] = [verdict_line(found, limits), *asked, "", _table(found), "", *_bar(found), ""]
     shown.append(_limits(found, limits))
     if changes:
         shown += ["", "[bold]nearest changes that fit[/bold]", _changes(changes)]
@@ -69,6 +73,15 @@ def question(found: Budget) -> str:
         f"{subject.name}{recipe}, {_sequences(setting.sequences)} of {setting.context:,} tokens, "
         f"{'FP8' if setting.kv_dtype == 'fp8' else 'BF16'} KV, {found.runtime.title}"
     )
+
+
+def _idle(found: Budget) -> list[str]:
+    """That not all GPUs are used, and which numbers could be."""
+    setting, count = found.setting, found.host.count
+    if not setting.idle_gpus:
+        return []
+    possible = ", ".join(map(str, degrees(found.subject.config.text, count)))
+    return [f"one copy takes {setting.gpus} of the {count} GPUs, the rest idle; tp may be {possible}"]
 
 
 def _sequences(count: int) -> str:
@@ -97,9 +110,9 @@ def _table(found: Budget) -> Table:
     parts = " x ".join(
         f"{name} {size}" for name, size in (("tp", found.setting.tp), ("pp", found.setting.pp)) if size > 1
     )
-    table.add_column(f"Per GPU{f' ({parts})' if parts else ''}")
-    table.add_column("GiB", justify="right")
-    table.add_column("How")
+    table.add_column(f"Per GPU{f' ({parts})' if parts else ''}", no_wrap=True)
+    table.add_column("GiB", justify="right", no_wrap=True)
+    table.add_column("How", overflow="fold")
     for line in found.lines:
         table.add_row(Text(line.name, STYLES[line.group]), _amount(line), Text(line.formula, "dim"))
     table.add_section()
@@ -168,24 +181,35 @@ def _changes(changes: Sequence[Suggestion]) -> Table:
 
 
 def matrix_view(rows: Sequence[Row], load: Load, runtime: str) -> list[RenderableType]:
-    """Largest contexts in a table: one row a model and recipe, one column a host."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("Model", no_wrap=True)
-    table.add_column("Recipe", no_wrap=True)
-    table.add_column("GB", justify="right")
-    for cell in rows[0].cells:
-        table.add_column(cell.host, justify="right", no_wrap=True)
-    for row in rows:
-        cells = [_cell(cell.max_context, cell.max_context_high, row.longest) for cell in row.cells]
-        table.add_row(escape(row.model), row.recipe or "BF16", f"{row.weight_bytes / 1e9:.1f}", *cells)
+    """Largest contexts, a table a model: one row a host, one column a recipe."""
     sequences = "one sequence" if load.sequences == 1 else f"{load.sequences} sequences"
     kv = "FP8" if load.kv_dtype == "fp8" else "BF16"
     head = Text.assemble(("largest context", "bold"), f" of {sequences}, {kv} KV, {load_runtime(runtime).title}")
-    foot = Text(
-        "K is 1024 tokens; all: the model's whole context; a: at best; -: weights don't fit",
-        "dim",
-    )
-    return [head, "", table, "", foot]
+    models = [list(group) for _, group in groupby(rows, key=lambda row: row.model)]
+    return [head, *(part for group in models for part in ("", _contexts(group))), *_legend(rows)]
+
+
+def _contexts(rows: Sequence[Row]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column(f"{escape(rows[0].model)}\nin all", no_wrap=True)
+    for row in rows:
+        table.add_column(f"{row.recipe or 'BF16'}\n{row.weight_bytes / 1e9:.1f} GB", justify="right", no_wrap=True)
+    for number, cell in enumerate(rows[0].cells):
+        found = [(row.cells[number], row.longest) for row in rows]
+        table.add_row(cell.host, *(_cell(one.max_context, one.max_context_high, longest) for one, longest in found))
+    return table
+
+
+def _legend(rows: Sequence[Row]) -> list[RenderableType]:
+    """What the marks in the table mean, those that are there."""
+    cells = [(cell, row) for row in rows for cell in row.cells]
+    marks = {
+        "K: 1,024 tokens": any(0 < cell.max_context < row.longest for cell, row in cells),
+        "all: the model's whole context": any(cell.max_context == row.longest for cell, row in cells),
+        "a: at best, may not fit": any(cell.max_context == 0 < cell.max_context_high for cell, _ in cells),
+        "-: weights don't fit": any(cell.max_context_high == 0 for cell, _ in cells),
+    }
+    return ["", Text("; ".join(mark for mark, there in marks.items() if there), "dim")]
 
 
 def _cell(low: int, high: int, longest: int) -> Text:
@@ -216,10 +240,9 @@ def devices_view(devices: Iterable[Device]) -> Table:
     """All devices by memory."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("Name", no_wrap=True)
-    table.add_column("GiB", justify="right")
-    table.add_column("Device", no_wrap=True)
-    table.add_column("Figure from")
+    table.add_column("GiB", justify="right", no_wrap=True)
+    table.add_column("Device, and where its figure is from", overflow="fold")
     for device in sorted(devices, key=lambda device: (device.memory_bytes, device.name)):
-        source = Text(device.source, "dim")
-        table.add_row(device.name, f"{device.memory_bytes / GIB:.2f}", escape(device.title), source)
+        what = Text.assemble(device.title, "\n", (device.source, "dim"))
+        table.add_row(device.name, f"{device.memory_bytes / GIB:.2f}", what)
     return table

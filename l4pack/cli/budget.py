@@ -26,9 +26,12 @@ from l4pack.cli.options import (
     MaxNumSeqsOption,
     MaxPositionsOption,
     MeasureGpuOption,
+    OutOption,
     OutputFormatOption,
     PPOption,
     RecipeOption,
+    ReportOption,
+    RequiredSubjectOption,
     RuntimeOption,
     SequencesOption,
     SubjectOption,
@@ -39,9 +42,9 @@ from l4pack.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
     from l4pack.budget.load import Load
+    from l4pack.budget.named import Asked
 
 SHOW = "show"
-DEFAULT_DEVICE = "h100"
 
 
 class _ShowByDefault(TyperGroup):
@@ -68,8 +71,8 @@ def show(
     recipe: RecipeOption[str | None] = None,
     device: DeviceOption[str | None] = None,
     context: ContextOption = None,
-    sequences: SequencesOption[int] = 1,
-    kv_dtype: KVDtypeOption[str] = "auto",
+    sequences: SequencesOption[int | None] = None,
+    kv_dtype: KVDtypeOption[str | None] = None,
     runtime: RuntimeOption = "vllm",
     tp: TPOption = None,
     pp: PPOption = None,
@@ -87,15 +90,17 @@ def show(
 ) -> None:
     """Say whether a model fits, before it is made or after.
 
-    The device is h100 unless `--device` names another.
+    A recipe made for a model and a device, or an artifact of it, is asked what it promises, but for what is said here:
+    `l4pack budget scout-int4-1xh100`. Else the device is h100.
 
-    Example: `l4pack budget llama-4-scout --recipe int4 --device h100 --context 32768 --kv-dtype fp8`
+    Example: `l4pack budget llama-4-scout --recipe int4 --device h100 --context 32k --kv-dtype fp8`
     """
     from l4pack.budget.load import Load
+    from l4pack.budget.named import Asked
 
     load = Load(
-        context, sequences, kv_dtype, tp, pp, expert_parallel, hybrid, batched_tokens, max_num_seqs, max_positions,
-        images, utilization,
+        context, sequences or 1, kv_dtype or "auto", tp, pp, expert_parallel, hybrid, batched_tokens, max_num_seqs,
+        max_positions, images, utilization,
     )  # fmt: skip
     if matrix:
         _matrix(subject, recipe, device, load, runtime, devices, as_json)
@@ -103,31 +108,29 @@ def show(
         raise UsageError(
             "no artifact or source is named", hint="for example: l4pack budget llama-4-scout --recipe int4"
         )
-    elif measure:
-        _measure(subject, recipe, device or DEFAULT_DEVICE, load, runtime, devices, as_json)
     else:
-        _show(subject, recipe, device or DEFAULT_DEVICE, load, runtime, devices, as_json)
+        answer = _measure if measure else _show
+        answer(Asked(subject, recipe, device, load, sequences, kv_dtype), runtime, devices, as_json)
 
 
-def _show(
-    source: str, recipe: str | None, device: str, load: Load, runtime: str, devices: Path | None, as_json: bool
-) -> None:
+def _show(asked: Asked, runtime: str, devices: Path | None, as_json: bool) -> None:
     from l4pack.budget.devices import find_host, load_devices
     from l4pack.budget.model import budget
-    from l4pack.budget.named import alternatives, open_subject
+    from l4pack.budget.named import alternatives, question_of
     from l4pack.budget.record import budget_record
     from l4pack.budget.solve import changes, limits
     from l4pack.budget.view import budget_view
 
     known = load_devices(devices)
-    host = find_host(device, known)
-    found = budget(open_subject(source, recipe), host, load, runtime)
+    question = question_of(asked)
+    found = budget(question.subject, find_host(question.device, known), question.load, runtime)
     largest = limits(found)
-    tried = [] if found.fits else changes(found, load, runtime, known, alternatives(source, found.subject))
+    others = alternatives(question.source, question.subject)
+    tried = [] if found.fits else changes(found, question.load, runtime, known, others)
     if as_json:
-        console.show_json(budget_record(found, largest, tried))
+        console.show_json({"promised_by": question.promised_by, **budget_record(found, largest, tried)})
     else:
-        console.show(*budget_view(found, largest, tried))
+        console.show(*budget_view(found, largest, tried, question.promised_by))
     if not found.fits:
         raise typer.Exit(BudgetError.exit_code)
 
@@ -158,17 +161,16 @@ def _matrix(
         console.show(*matrix_view(rows, load, runtime))
 
 
-def _measure(
-    source: str, recipe: str | None, device: str, load: Load, runtime: str, devices: Path | None, as_json: bool
-) -> None:
+def _measure(asked: Asked, runtime: str, devices: Path | None, as_json: bool) -> None:
     from l4pack.budget.devices import find_host, load_devices
     from l4pack.budget.measure import measure_device as measure_lines
     from l4pack.budget.model import budget
-    from l4pack.budget.named import open_subject
+    from l4pack.budget.named import question_of
     from l4pack.budget.solve import limits
     from l4pack.budget.view import measured_view, verdict_line
 
-    found = budget(open_subject(source, recipe), find_host(device, load_devices(devices)), load, runtime)
+    question = question_of(asked)
+    found = budget(question.subject, find_host(question.device, load_devices(devices)), question.load, runtime)
     from l4pack.budget.torch_reader import TorchReader  # torch takes seconds: not before the rest is known to be right
 
     reader = TorchReader()
@@ -184,20 +186,57 @@ def check(
     files: ChecksOption = None,
     format: OutputFormatOption = ReportFormat.TEXT,
     baseline: BaselineOption = None,
+    reports: ReportOption = None,
     as_json: AsJsonOption = False,
 ) -> None:
-    """Run all checks of a file; exit 3 when one does not fit.
+    """Run all checks of a file; exit 3 when one does not fit, 6 or 7 when only its quality or licence is at fault.
 
-    Example: `l4pack budget check --format markdown --baseline budget-main.json`
+    Example: `l4pack budget check --format markdown --baseline budget-main.json --report json=budget-main.json`
     """
-    from l4pack.budget.checks import DEFAULT_FILE, exit_code, run_checks
-    from l4pack.budget.named import open_subject
-    from l4pack.budget.report import load_baseline, render
+    from l4pack.budget.checks import DEFAULT_FILE, Means, exit_code, run_checks
+    from l4pack.budget.named import alternatives, open_subject
+    from l4pack.budget.report import load_baseline, parse_reports, render
+    from l4pack.publish.gates import broken
+    from l4pack.work.files import write_atomic
 
+    wanted = parse_reports(reports or [])
+    if baseline is not None and not baseline.exists():
+        console.warning(f"there is no baseline {baseline} yet: nothing is compared")
     before = load_baseline(baseline)
-    results = [result for file in files or [Path(DEFAULT_FILE)] for result in run_checks(file, open_subject)]
+    means = Means(open_subject, alternatives, broken)
+    results = [result for file in files or [Path(DEFAULT_FILE)] for result in run_checks(file, means)]
     console.show_text(render(results, ReportFormat.JSON if as_json else format, before))
+    for path, written in wanted.items():
+        write_atomic(path, render(results, written, before).encode())
     raise typer.Exit(exit_code(results))
+
+
+@budget_app.command()
+def init(
+    subject: RequiredSubjectOption,
+    recipe: RecipeOption[str | None] = None,
+    device: DeviceOption[str | None] = None,
+    context: ContextOption = None,
+    sequences: SequencesOption[int | None] = None,
+    kv_dtype: KVDtypeOption[str | None] = None,
+    out: OutOption[Path] = Path("l4pack-budget.yaml"),
+    as_json: AsJsonOption = False,
+) -> None:
+    """Write a checks file with one check of an artifact, or of a recipe's to come; refused unless it holds now.
+
+    Example: `l4pack budget init scout-int4-1xh100`
+    """
+    from l4pack.budget.init import write_checks
+    from l4pack.budget.load import Load
+    from l4pack.budget.named import Asked
+
+    load = Load(context, sequences or 1, kv_dtype or "auto")
+    check = write_checks(Asked(subject, recipe, device, load, sequences, kv_dtype), out)
+    if as_json:
+        console.show_json({"file": str(out), "check": check})
+    else:
+        console.show(f"[bold]{console.plain(out)}[/bold] with one check, {console.plain(check['name'])}")
+        console.talk(f"next: l4pack budget check {console.plain(out)}")
 
 
 def devices(

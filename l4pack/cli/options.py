@@ -13,6 +13,7 @@ import typer
 from l4pack.budget.report_format import ReportFormat
 from l4pack.cli import console
 from l4pack.errors import UsageError
+from l4pack.units import parse_tokens
 
 T = TypeVar("T")
 
@@ -32,7 +33,16 @@ ArtifactOption = Annotated[Path, typer.Argument(metavar="DIR", help="Artifact fo
 SubjectOption = Annotated[
     str | None,
     typer.Argument(
-        metavar="ARTIFACT|SOURCE", help="Artifact or checkpoint folder, Hub id, config.json or known model."
+        metavar="ARTIFACT|SOURCE|RECIPE",
+        help="Artifact or checkpoint folder, Hub id, config.json, known model, or a shipped recipe that promises one.",
+    ),
+]
+RequiredSubjectOption = Annotated[
+    str,
+    typer.Argument(
+        metavar="ARTIFACT|SOURCE|RECIPE",
+        help="Artifact or checkpoint folder, Hub id, known model, or a shipped recipe that promises one.",
+        show_default=False,
     ),
 ]
 ChecksOption = Annotated[
@@ -144,6 +154,7 @@ SequenceLengthOption = Annotated[
     typer.Option(
         "--sequence-length",
         metavar="TOKENS",
+        parser=parse_tokens,
         help="Most tokens a sequence of either text; 2048 or the model's context unless given.",
         rich_help_panel=_TEXT,
     ),
@@ -185,8 +196,9 @@ ContextOption = Annotated[
     int | None,
     typer.Option(
         "--context",
+        parser=parse_tokens,
         metavar="TOKENS",
-        help="Tokens that each sequence must hold; the recipe's promise, else 131072, unless given.",
+        help="Tokens that each sequence must hold, as 131072 or 128k; the recipe's promise, else 131072, unless given.",
         rich_help_panel=_BUDGET,
     ),
 ]
@@ -234,7 +246,9 @@ HybridKVOption = Annotated[
 ]
 BatchedTokensOption = Annotated[
     int | None,
-    typer.Option("--batched-tokens", metavar="N", help="Most tokens of one step; the runtime's own."),
+    typer.Option(
+        "--batched-tokens", metavar="TOKENS", parser=parse_tokens, help="Most tokens of one step; the runtime's own."
+    ),
 ]
 MaxNumSeqsOption = Annotated[
     int | None,
@@ -244,7 +258,8 @@ MaxPositionsOption = Annotated[
     int | None,
     typer.Option(
         "--max-positions",
-        metavar="N",
+        metavar="TOKENS",
+        parser=parse_tokens,
         help="Length of the position table (max_position_embeddings) when config.json is overridden.",
     ),
 ]
@@ -260,6 +275,15 @@ MeasureGpuOption = Annotated[bool, typer.Option("--measure", help="Hold the pred
 OutputFormatOption = Annotated[ReportFormat, typer.Option("--format", help="How results are written.")]
 BaselineOption = Annotated[
     Path | None, typer.Option("--baseline", metavar="FILE", help="An earlier --format json to compare with.")
+]
+
+ReportOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--report",
+        metavar="FORMAT=FILE",
+        help="Write the results to a file too, once they are compared with the baseline; may be repeated.",
+    ),
 ]
 
 # What is checked and measured
@@ -288,7 +312,8 @@ BackendOption = Annotated[
     str, typer.Option("--backend", metavar="ENGINE", help="What runs lm-eval tasks: streamed, vllm or transformers.")
 ]
 NeedleOption = Annotated[
-    int | None, typer.Option("--needle", metavar="TOKENS", help="Retrieve numbers hidden in so many tokens.")
+    int | None,
+    typer.Option("--needle", metavar="TOKENS", parser=parse_tokens, help="Retrieve numbers hidden in so many tokens."),
 ]
 MaxKlOption = Annotated[
     float | None, typer.Option("--max-kl", metavar="NATS", help="Most mean KL.", rich_help_panel=_GATES)

@@ -17,14 +17,15 @@ from l4pack.budget.model import budget
 from l4pack.budget.named import open_subject
 from l4pack.checkpoint.hub import open_remote
 from l4pack.checkpoint.source import HUB_ID, Checkpoint
-from l4pack.errors import BudgetError, L4packError, LicenceError, QualityError, SourceError, UsageError
-from l4pack.evaluate.gates import judge, limits_of, recorded, require
+from l4pack.errors import BudgetError, L4packError, LicenceError, SourceError, UsageError
+from l4pack.evaluate.gates import limits_of, recorded, require
 from l4pack.evaluate.record import check_current, read_evaluations
 from l4pack.hub.client import hub_api, hub_errors
 from l4pack.model.config import parse_config
 from l4pack.publish.base_model import base_claim
 from l4pack.publish.card import CardFacts, DeviceFit, card_values, render_card
 from l4pack.publish.card_check import carries_mark, first_difference, same_mark
+from l4pack.publish.gates import check_quality, licence_error
 from l4pack.publish.licence import (
     CARD_NAME,
     Audit,
@@ -84,7 +85,7 @@ def package_artifact(folder: Path, source: Checkpoint | None = None, wishes: Wis
     written += _write(folder, CARD_NAME, card)
     result = audit_materials(folder_materials(folder, name))
     if not result.ok:
-        raise _licence_error(result)
+        raise licence_error(result)
     return Packaged(name, tuple(written), result, tuple(gate["gate"] for gate in judged if not gate["ok"]))
 
 
@@ -98,7 +99,7 @@ def check_ready(
     """
     result = audit_materials(folder_materials(folder, name))
     if not result.ok:
-        raise _licence_error(result)
+        raise licence_error(result)
     nbytes = artifact_bytes(folder)
     done = [
         f"artifact: {nbytes:,} bytes ({human_bytes(nbytes)})",
@@ -130,14 +131,6 @@ def push_artifact(plan: UploadPlan, *, advance: Callable[[int], None] = lambda _
     """Upload as planned and compare digests. Raises HubError."""
     name = plan.target.repo_id.rpartition("/")[2]
     return upload(hub_api(None, None), plan, f"Upload {name} with l4pack", advance)
-
-
-def _licence_error(result: Audit) -> LicenceError:
-    first = result.findings[0]
-    more = f", and {len(result.findings) - 1} more" if len(result.findings) > 1 else ""
-    return LicenceError(
-        f"{first.where}: {first.message}{more}", hint=f"l4pack licence {result.where} --name {result.name} lists all"
-    )
 
 
 def _check_gating(folder: Path, *, gated: bool) -> None:
@@ -200,10 +193,7 @@ def _check_gates(folder: Path, gates: Gates) -> str:
     asked = limits_of(gates, {})
     if not asked:
         return "gates: the recipe has none"
-    measured = read_evaluations(folder)
-    if not measured:
-        raise QualityError("the recipe has gates, and accuracy was not measured", hint="run l4pack evaluate first")
-    require(judge(measured[0], asked))
+    check_quality(folder, gates)
     return f"gates: {', '.join(sorted(asked))} met"
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,17 +14,21 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
-from l4pack.budget.checks import Check, run_checks
+from l4pack.budget.checks import Check, Means, run_checks
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
+from l4pack.budget.matrix import matrix
 from l4pack.budget.measure import Measured, measure_device
 from l4pack.budget.model import budget
-from l4pack.budget.named import open_subject
-from l4pack.budget.view import measured_view
+from l4pack.budget.named import alternatives, candidate_subjects, open_subject
+from l4pack.budget.solve import limits
+from l4pack.budget.view import budget_view, devices_view, matrix_view, measured_view
 from l4pack.checkpoint.source import open_folder
 from l4pack.errors import L4packError
 from l4pack.plan.plan import make_plan
+from l4pack.publish.gates import broken
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import load_recipe
 
@@ -59,6 +64,66 @@ def test_what_holds_at_one_end_only_is_said_and_fails(l4pack: Run) -> None:
     assert ended.code == 3
     assert ended.out.startswith("may not fit on h100: ")
     assert "--max-num-seqs 16" in ended.out
+
+
+def test_a_recipe_with_a_promise_is_asked_what_it_promises(l4pack: Run) -> None:
+    promised = json.loads(l4pack("budget", "scout-int4-1xh100", "--json").out)
+    wanted = ("llama-4-scout", "h100", 65_536, "fp8", "scout-int4-1xh100")
+    assert tuple(promised[key] for key in ("model", "device", "context", "kv_dtype", "promised_by")) == wanted
+    assert promised["fits"] is True
+    said = l4pack("budget", "llama-4-scout", "--recipe", "scout-int4-1xh100", "--context", "1k")
+    assert "what recipe scout-int4-1xh100 promises, but for what was said" in said.out.splitlines()
+    assert "1 sequence of 1,024 tokens, FP8 KV" in said.out
+    other = l4pack("budget", "llama-4-maverick", "--recipe", "scout-int4-1xh100", "--device", "8xh100")
+    assert "promises" not in other.out
+    none = l4pack("budget", "int4")
+    assert (none.code, "made for no model in particular" in none.err) == (2, True)
+
+
+def test_an_artifact_is_asked_what_its_recipe_promised(l4pack: Run, tmp_path: Path) -> None:
+    """Here one of another model than the promise's, which says nothing of it."""
+    out = tmp_path / "demo-fp8"
+    assert l4pack("quantize", "demo", "--recipe", "scout-fp8-2xh100", "--out", out).code == 0
+    found = json.loads(l4pack("budget", out, "--json").out)
+    assert (found["promised_by"], found["device"]) == (None, "h100")
+
+
+def test_a_number_of_gpus_that_cannot_split_the_model(l4pack: Run) -> None:
+    """As many as can are used, and the rest is said to idle."""
+    three = l4pack("budget", "llama-4-scout", "--recipe", "int4", "--device", "3xh100", "--context", "128k")
+    assert three.code == 0
+    assert "one copy takes 2 of the 3 GPUs, the rest idle; tp may be 1, 2" in three.out.splitlines()
+    found = json.loads(l4pack("budget", "llama-4-scout", "--recipe", "int4", "--device", "3xh100", "--json").out)
+    assert (found["tp"], found["idle_gpus"]) == (2, 1)
+
+
+def test_no_suggestion_leaves_less_than_there_is(l4pack: Run) -> None:
+    """Another recipe is no way out when it holds less context than this one."""
+    record = json.loads(l4pack("budget", *SCOUT, "--context", "10M", "--json").out)
+    other = [change for change in record["changes"] if change["option"].startswith("--recipe")]
+    assert all(change["max_context"] > record["max_context"] for change in other)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_tables_cut_no_name_and_no_number(width: int) -> None:
+    known = load_devices()
+    names = [f"{len(known)}xh100", *known]
+    found = budget(open_subject("llama-4-scout", "int4"), find_host("3xh100", known), Load(8192))
+    rows = matrix(
+        candidate_subjects(["llama-4-scout", "llama-4-maverick"], None), [find_host("8xh100", known)], Load(), "vllm"
+    )
+    for shown, wanted in (
+        ([devices_view(known.values())], names[1:]),
+        (budget_view(found, limits(found)), [line.name for line in found.lines]),
+        (matrix_view(rows, Load(), "vllm"), ["llama-4-maverick", "803.2 GB", "220.5 GB", "8xh100"]),
+    ):
+        console = Console(width=width, file=StringIO(), highlight=False)
+        for part in shown:
+            console.print(part)
+        text = console.file.getvalue()
+        assert "…" not in text
+        assert all(name in text for name in wanted)
+        assert max(map(len, text.splitlines())) <= width
 
 
 def test_json_has_its_stable_keys_and_nothing_else_on_stdout(l4pack: Run) -> None:
@@ -104,7 +169,10 @@ def test_matrix_says_what_runs_where(l4pack: Run) -> None:
     assert cells["llama-4-maverick", "fp8"]["8xh100"] == 1_048_576
     shown = l4pack("budget", "llama-4-scout", "--matrix", "--recipe", "int4").out
     assert max(map(len, shown.splitlines())) <= 120
-    assert "llama-4-scout  int4" in shown
+    assert [line.split() for line in shown.splitlines()[2:4]] == [
+        ["llama-4-scout", "int4"],
+        ["in", "all", "67.9", "GB"],
+    ]
 
 
 def test_devices_are_listed_with_their_sources(l4pack: Run) -> None:
@@ -222,18 +290,24 @@ def test_checks_as_markdown(l4pack: Run, checks: Path, tmp_path: Path) -> None:
     saved.write_text(l4pack("budget", "check", checks, "--format", "json").out)
     lines = l4pack("budget", "check", checks, "--format", "markdown").out.splitlines()
     assert lines[0] == "### Memory budget: 1 of 3 checks hold"
-    table = lines[2:]
+    table = lines[2:7]
     assert {line.replace("\\|", "").count("|") for line in table} == {7}
     assert "❌ a\\|b" in table[-1]
-    compared = l4pack("budget", "check", checks, "--format", "markdown", "--baseline", saved).out.splitlines()[2:]
+    assert "**a|b**: does not fit: " in "\n".join(lines[7:])
+    assert any(line.startswith("- context ") for line in lines[7:])
+    compared = l4pack("budget", "check", checks, "--format", "markdown", "--baseline", saved).out.splitlines()[2:7]
     assert {line.replace("\\|", "").count("|") for line in compared} == {8}
+    assert "as before" in compared[-1]
 
 
 def test_checks_as_github_annotations(l4pack: Run, checks: Path) -> None:
+    """Where the check is written, what is wrong and what would do; nothing of a check that holds."""
     lines = l4pack("budget", "check", checks, "--format", "github").out.splitlines()
-    assert [line.split(" ")[0] for line in lines] == ["::notice", "::error", "::error"]
+    assert [line.split(" ")[0] for line in lines] == ["::error", "::error"]
     assert all(line.count("::") == 2 for line in lines)
-    assert f"file={checks}" in lines[0]
+    number = 1 + next(at for at, line in enumerate(checks.read_text().splitlines()) if line.startswith("- ") and at > 1)
+    assert f"file={checks},line={number}," in lines[0]
+    assert "%0Acontext " in lines[1]
 
 
 def test_several_files_are_checked_together(l4pack: Run, checks: Path, tmp_path: Path) -> None:
@@ -241,7 +315,10 @@ def test_several_files_are_checked_together(l4pack: Run, checks: Path, tmp_path:
     other = tmp_path / "other.yaml"
     other.write_text("checks:\n  - {name: other, source: llama-4-scout, device: 8xh100, context: 8192}\n")
     lines = l4pack("budget", "check", other, checks, "--format", "github").out.splitlines()
-    assert [f"file={other}" in lines[0], f"file={checks}" in lines[1], len(lines)] == [True, True, 4]
+    assert [f"file={other}" in lines[0], f"file={checks}" in lines[1], len(lines)] == [False, True, 2]
+    other.write_text(other.read_text().replace("8192", "10M"))
+    lines = l4pack("budget", "check", other, checks, "--format", "github").out.splitlines()
+    assert [f"file={other}" in lines[0], f"file={checks}" in lines[1], len(lines)] == [True, True, 3]
 
 
 def test_checks_as_junit(l4pack: Run, checks: Path) -> None:
@@ -249,6 +326,9 @@ def test_checks_as_junit(l4pack: Run, checks: Path) -> None:
     suite = root[0]
     assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("3", "2", "0")
     assert [len(case) for case in suite] == [0, 1, 1]
+    assert "context " in (suite[2][0].text or "")
+    assert float(suite.get("time", "0")) == pytest.approx(sum(float(case.get("time", "0")) for case in suite), abs=1e-9)
+    assert float(suite[2].get("time", "0")) > 0
     broken = BAD / "budget-tp" / "l4pack-budget.yaml"
     root = ElementTree.fromstring(l4pack("budget", "check", broken, "--format", "junit").out)
     assert root[0][0][0].tag == "error"
@@ -262,7 +342,7 @@ def test_paths_in_a_checks_file_are_from_its_folder(checkpoint: Callable[..., Pa
     file.write_text(
         "devices: mine.yaml\nchecks:\n  - {name: tiny, source: models/tiny, recipe: fp8, device: toy, context: 512}\n"
     )
-    (result,) = run_checks(file, open_subject)
+    (result,) = run_checks(file, Means(open_subject, alternatives, broken))
     assert result.error is None
     assert result.passed
 
@@ -355,7 +435,7 @@ def test_the_matrix_of_one_artifact_on_ones_own_device(
     record = json.loads(l4pack("budget", out, "--matrix", "--devices", tmp_path / "mine.yaml", "--json").out)
     (row,) = record["rows"]
     assert row["cells"][-1] == {"device": "toy", "max_context": 1024, "max_context_high": 1024}
-    assert next(cell for cell in row["cells"] if cell["device"] == "8xh100")["max_context"] == 0  # 4 heads, 8 GPUs
+    assert next(cell for cell in row["cells"] if cell["device"] == "8xh100")["max_context"] == 1024  # on 4 of the 8
 
 
 def test_a_budget_does_not_wait_for_torch(tmp_path: Path) -> None:

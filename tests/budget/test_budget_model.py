@@ -239,7 +239,7 @@ def test_ten_million_tokens_on_one_h100() -> None:
 @pytest.mark.parametrize(
     ("device", "load", "message"),
     [
-        ("3xh100", Load(), "tp 3 does not divide 40 attention heads and 8 KV heads"),
+        ("3xh100", Load(tp=3), "tp 3 does not divide 40 attention heads and 8 KV heads"),
         ("8xh100", Load(tp=16), "needs 16 GPUs, 8xh100 has 8"),
         ("h100", Load(context=10_485_761), "beyond the model's 10,485,760"),
         ("h100", Load(context=0), "context 0 is not positive"),
@@ -270,7 +270,8 @@ def test_devices_by_name_alias_and_number() -> None:
 
 def test_every_device_asked_for_is_known_with_a_source() -> None:
     wanted = (
-        "h100 h100-pcie h100-nvl h200 b200 b300 a100-40 a100-80 l40s rtx4090 rtx5090 rtx6000-pro mi300x mi325x gaudi3"
+        "h100 h100-pcie h100-nvl h200 b200 b300 a100-40 a100-80 l40s rtx4090 rtx5090 rtx6000-pro mi300x mi325x gaudi3 "
+        "h20 gh200 gb200 gb300 gb10 l4 a10g mi355x m4-max-128 m2-ultra-192 m3-ultra-256 m3-ultra-512"
     )
     assert set(wanted.split()) == set(DEVICES)
     assert all(device.source and device.memory_bytes > 20 * GIB for device in DEVICES.values())

@@ -8,12 +8,17 @@ import shutil
 import pytest
 
 from l4pack.artifact.manifest import source_record
-from l4pack.budget.checks import run_checks
+from l4pack.budget.checks import Means, run_checks
 from l4pack.checkpoint import hub
 from l4pack.checkpoint.open import hub_repository, open_source
 from l4pack.errors import SourceError
 
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
+
+
+def means(opening):
+    """Checks of memory alone."""
+    return Means(opening, lambda *_: {}, lambda *_: ())
 
 
 @pytest.fixture
@@ -111,7 +116,7 @@ CHECK = {"name": "one", "device": "h100", "context": 1024}
 )  # fmt: skip
 def test_a_check_never_takes_a_strangers_repository(tmp_path, asked, subject, error):
     (tmp_path / "l4pack-budget.yaml").write_text(json.dumps({"checks": [{**CHECK, **subject}]}))
-    (result,) = run_checks(tmp_path / "l4pack-budget.yaml", lambda source, _: open_source(source))
+    (result,) = run_checks(tmp_path / "l4pack-budget.yaml", means(lambda source, _: open_source(source)))
     assert not result.passed
     assert result.error is not None
     assert result.error.exit_code == 4
@@ -137,7 +142,7 @@ def test_what_a_check_opens(tmp_path, asked, monkeypatch, subject, opened):
         seen.append(source)
         raise SourceError("no")
 
-    run_checks(tmp_path / "deploy" / "l4pack-budget.yaml", opening)
+    run_checks(tmp_path / "deploy" / "l4pack-budget.yaml", means(opening))
     assert seen == [opened]
 
 
