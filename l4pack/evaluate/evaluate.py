@@ -197,7 +197,7 @@ class PreparedEvaluation:
             walk = stack.enter_context(
                 Walk(
                     [Lane(model.name, model, packed) for model in models], settings.work, job,
-                    LayerErrors(artifact.config), progress=self.progress, release=settings.max_ram is not None,
+                    LayerErrors(artifact.config, paired=len(models) > 1), progress=self.progress, release=settings.max_ram is not None,
                     ahead=self.ahead,
                 )
             )  # fmt: skip

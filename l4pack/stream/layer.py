@@ -27,6 +27,7 @@ from l4pack.stream.sides import Stream
 from l4pack.stream.units import Part, Unit, UnitWeights, place
 
 Forward = Callable[[Tensor], Tensor]
+Watch = Callable[[Tensor, Tensor], None]  # inputs and outputs of a block of rows, both [rows, hidden]
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,16 @@ class LayerPass:
         """Rows of the stream."""
         return self._packed.rows
 
-    def run(self, unit: Unit, weights: UnitWeights) -> Forward:
-        """Run a unit, attention first; returns what it makes of other inputs, for attention from a sequence's start."""
+    def run(self, unit: Unit, weights: UnitWeights, watch: Watch | None = None) -> Forward:
+        """Run a unit, attention first; returns what it makes of other inputs, for attention from a sequence's start.
+
+        An MLP's rows are shown to `watch` as they go through.
+        """
         if unit.part is Part.ATTENTION:
             self.attention(weights)
             return lambda inputs: self.attention_of(inputs, torch.arange(inputs.shape[1])[None])
         module = self.mlp(unit, weights)
-        self.feed_forward(unit, module)
+        self.feed_forward(unit, module, watch)
         return module
 
     @torch.inference_mode()
@@ -168,10 +172,15 @@ class LayerPass:
         assert self.routing is not None
         return self.routing.of(unit.expert)
 
-    def inputs(self, unit: Unit, most: int | None = None) -> Iterator[tuple[Tensor | slice, Tensor]]:
-        """Blocks of rows that go through a unit and its inputs for them, scaled by the router; `most` rows at most."""
+    def count(self, unit: Unit) -> int:
+        """How many rows go through a unit."""
+        rows, _ = self.rows_of(unit)
+        return self.tokens if rows is None else len(rows)
+
+    def inputs(self, unit: Unit) -> Iterator[tuple[Tensor | slice, Tensor]]:
+        """Blocks of rows that go through a unit and its inputs for them, scaled by the router."""
         rows, scores = self.rows_of(unit)
-        for block in self._row_blocks(rows, most):
+        for block in self._row_blocks(rows):
             if rows is None or scores is None:
                 yield block, self.normed(block)
             else:
@@ -179,11 +188,14 @@ class LayerPass:
                 yield chosen, self.normed(chosen) * self._to_device(scores[block])
 
     @torch.inference_mode()
-    def feed_forward(self, unit: Unit, module: Forward) -> None:
+    def feed_forward(self, unit: Unit, module: Forward, watch: Watch | None = None) -> None:
         """Add a unit's outputs to what the block gives. Raises L4packError when they are not finite."""
         target = self._stream.following.data
         for rows, inputs in self.inputs(unit):
-            outputs = module(inputs).cpu()
+            computed = module(inputs)
+            if watch is not None:
+                watch(inputs, computed)
+            outputs = computed.cpu()
             _check_finite(outputs, f"{self._stream.name}: {unit}")
             if unit.part is Part.EXPERT:
                 target[rows] += outputs
@@ -226,9 +238,8 @@ class LayerPass:
         _check_finite(output, f"{self._stream.name}: {Unit(self.index, Part.ATTENTION)}")
         target[start : start + len(output)] = output
 
-    def _row_blocks(self, rows: Tensor | None, most: int | None = None) -> Iterator[slice]:
+    def _row_blocks(self, rows: Tensor | None) -> Iterator[slice]:
         count = self._packed.rows if rows is None else len(rows)
-        count = count if most is None else min(count, most)
         for start in range(0, count, self.blocks.rows):
             yield slice(start, min(start + self.blocks.rows, count))
             self.let_go()
