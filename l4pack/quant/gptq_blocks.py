@@ -16,7 +16,7 @@ from torch import Tensor
 from l4pack.quant.cpu import kernel
 
 LANES = 64  # rows that go through a block together, as vectors; with fewer the compiler makes none
-TRIED_AT_ONCE = 32  # columns of a sweep: two vectors of AVX-512, and few enough that mostly none would move
+NEARLY_HALF = 0.499  # of a level: a weight pulled by less stays, whatever the last bits
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,24 @@ def _wanted(old: Any, pull: Any, curvature: Any, s: Any, z: Any, num_bits: int) 
 
 
 @kernel
+def _take_off(own: NDArray[Any], lines: NDArray[Any], moved: NDArray[np.int32], by: NDArray[Any], first: int) -> None:
+    """Take moves `by` of the columns `moved` off `own`, a row's pull from column `first` on; four at a time, so that `own` is
+    read and written once for them while their lines of the Hessian come from memory."""
+    count = moved.size // 4 * 4
+    last = first + own.size
+    for k in range(0, count, 4):
+        a, b, c, d = by[k], by[k + 1], by[k + 2], by[k + 3]
+        of_a, of_b = lines[moved[k]][first:last], lines[moved[k + 1]][first:last]
+        of_c, of_d = lines[moved[k + 2]][first:last], lines[moved[k + 3]][first:last]
+        for i in range(own.size):
+            own[i] = own[i] - a * of_a[i] - b * of_b[i] - c * of_c[i] - d * of_d[i]
+    for k in range(count, moved.size):
+        a, of_a = by[k], lines[moved[k]][first:last]
+        for i in range(own.size):
+            own[i] -= a * of_a[i]
+
+
+@kernel
 def _catch_up(
     own: NDArray[Any],
     block: int,
@@ -202,71 +220,73 @@ def _catch_up(
     counts: NDArray[np.int32],
     hessian: NDArray[Any],
     block_size: int,
+    columns: NDArray[np.int32],
+    changes: NDArray[Any],
 ) -> None:
-    """Take what the columns outside a block moved by since its last turn off `own`, the block's part of a row's
-    pull."""
-    first = block * block_size
+    """Take what the columns outside a block moved by since its last turn off `own`, the block's part of a row's pull.
+
+    `columns` and `changes`, as long as a row, take those moves in one list.
+    """
+    count = 0
     for other in range(counts.size):
-        if other == block:
-            continue
-        for k in range(other * block_size, other * block_size + counts[other]):
-            change = by[k]
-            factors = hessian[moved[k]][first : first + own.size]
-            for i in range(own.size):
-                own[i] -= change * factors[i]
+        if other != block:
+            for k in range(other * block_size, other * block_size + counts[other]):
+                columns[count] = moved[k]
+                changes[count] = by[k]
+                count += 1
+    _take_off(own, hessian, columns[:count], changes[:count], block * block_size)
 
 
 @kernel
-def _any_moves(
-    levels: NDArray[np.int8], own: NDArray[Any], curvature: NDArray[Any], s: Any, z: Any, num_bits: int
-) -> bool:
-    """Whether any of some columns would leave its level, if it were its turn now."""
-    moving = 0
+def _any_pulled(own: NDArray[Any], curvature: NDArray[Any], least: Any) -> bool:
+    """Whether any of some columns is pulled by more than `least`, so that it may leave its level."""
+    found = np.int32(0)
     for i in range(own.size):
-        old = own.dtype.type(levels[i])
-        moving += _wanted(old, own[i], curvature[i], s, z, num_bits) != old
-    return moving > 0
+        found = np.int32(found | np.int32(abs(own[i]) > least * curvature[i]))
+    return found > 0
 
 
 @kernel
 def _take_turn(
     levels: NDArray[np.int8],
     own: NDArray[Any],
-    part: NDArray[Any],
+    hessian: NDArray[Any],
     added: NDArray[Any],
     curvature: NDArray[Any],
     s: Any,
     z: Any,
     num_bits: int,
+    first: int,
     columns: tuple[int, int],
     moved: NDArray[np.int32],
     by: NDArray[Any],
     gain: NDArray[np.float64],
 ) -> int:
-    """Let some columns of a block, all of one group, move in one row; how many did.
+    """Let some columns of the block that starts at `first`, all of one group, move in one row; how many did.
 
-    `own`, `part` and `curvature` are the whole block's; `moved` and `by` take which columns of the block moved, and by
-    how much. Few do: columns are tried many at a time, and in turn only where one of them would move.
+    `levels`, `own`, `added` and `curvature` are the whole block's; `moved` and `by` take which columns of the row moved,
+    and by how much. Few do: only those are looked at that are pulled by nearly half a level.
     """
     count = 0
-    for start in range(columns[0], columns[1], TRIED_AT_ONCE):
-        stop = min(start + TRIED_AT_ONCE, columns[1])
-        if not _any_moves(levels[start:stop], own[start:stop], curvature[start:stop], s, z, num_bits):
+    least = s * own.dtype.type(NEARLY_HALF)
+    if not _any_pulled(own[columns[0] : columns[1]], curvature[columns[0] : columns[1]], least):
+        return count
+    for i in range(columns[0], columns[1]):
+        if abs(own[i]) <= least * curvature[i]:
             continue
-        for i in range(start, stop):
-            old = own.dtype.type(levels[i])
-            level = _wanted(old, own[i], curvature[i], s, z, num_bits)
-            if level != old:
-                levels[i] = np.int8(level)
-                change = (level - old) * s
-                gain[0] += np.float64(change) * (2 * np.float64(own[i]) - np.float64(change) * np.float64(curvature[i]))
-                factors = part[i]
-                for k in range(own.size):
-                    own[k] -= change * factors[k]
-                own[i] -= change * added[i]
-                moved[count] = i
-                by[count] = change
-                count += 1
+        old = own.dtype.type(levels[i])
+        level = _wanted(old, own[i], curvature[i], s, z, num_bits)
+        if level != old:
+            levels[i] = np.int8(level)
+            change = (level - old) * s
+            gain[0] += np.float64(change) * (2 * np.float64(own[i]) - np.float64(change) * np.float64(curvature[i]))
+            factors = hessian[first + i][first : first + own.size]
+            for k in range(own.size):
+                own[k] -= change * factors[k]
+            own[i] -= change * added[i]
+            moved[count] = first + i
+            by[count] = change
+            count += 1
     return count
 
 
@@ -276,6 +296,7 @@ def _descend_rows(
     pull: NDArray[Any],
     hessian: NDArray[Any],
     added: NDArray[Any],
+    curvature: NDArray[Any],
     scale: NDArray[Any],
     zero_point: NDArray[Any],
     num_bits: int,
@@ -283,7 +304,7 @@ def _descend_rows(
     sweeps: int,
     gain: NDArray[np.float64],
 ) -> None:
-    """`descend` for some rows, in the dtype of `pull`.
+    """`descend` for some rows, in the dtype of `pull`; `curvature` [in] is the damped Hessian's diagonal.
 
     Few levels move, so moves are not multiplied into all of `pull`: at its turn, a block looks up which columns moved
     since its last one. What that reads of the Hessian, the columns of the block, stays in cache for all rows.
@@ -293,18 +314,16 @@ def _descend_rows(
     counts = np.zeros((rows, (columns + block_size - 1) // block_size), np.int32)
     moved = np.empty((rows, columns), np.int32)
     by = np.empty((rows, columns), pull.dtype)
-    curvature = np.empty(block_size, pull.dtype)
-    part = np.empty((block_size, block_size), pull.dtype)
-    for _ in range(sweeps):
+    others, changes = np.empty(columns, np.int32), np.empty(columns, pull.dtype)
+    for sweep in range(sweeps):
         for first in range(0, columns, block_size):
             last = min(first + block_size, columns)
             block = first // block_size
-            for i in range(last - first):
-                part[i, : last - first] = hessian[first + i, first:last]
-                curvature[i] = part[i, i] + added[first + i]
             for o in range(rows):
+                if sweep > 0 and not counts[o].any():  # no block moved in its last turn: none ever will
+                    continue
                 own = pull[o][first:last]
-                _catch_up(own, block, moved[o], by[o], counts[o], hessian, block_size)
+                _catch_up(own, block, moved[o], by[o], counts[o], hessian, block_size, others, changes)
                 count = 0
                 start = first
                 while start < last:
@@ -313,20 +332,19 @@ def _descend_rows(
                     count += _take_turn(
                         levels[o][first:last],
                         own,
-                        part[:, : last - first],
+                        hessian,
                         added[first:last],
-                        curvature,
+                        curvature[first:last],
                         scale[o, g],
                         zero_point[o, g],
                         num_bits,
+                        first,
                         (start - first, stop - first),
                         moved[o][first + count : last],
                         by[o][first + count : last],
                         gain[o : o + 1],
                     )
                     start = stop
-                for k in range(first, first + count):
-                    moved[o, k] += first
                 counts[o, block] = count
 
 
@@ -343,12 +361,14 @@ def _descend_cpu(
 ) -> Tensor:
     """`descend` by the Numba kernel, rows shared between threads."""
     arrays = [tensor.numpy() for tensor in (levels, pull, scale, zero_point)]
-    curvature, damping = hessian.contiguous().numpy(), added.numpy()
+    products, damping, curvature = hessian.contiguous().numpy(), added.numpy(), (hessian.diagonal() + added).numpy()
     gain = np.zeros(len(pull))
 
     def rows(part: slice) -> None:
         moved, pulls, scales, zeros = (array[part] for array in arrays)
-        _descend_rows(moved, pulls, curvature, damping, scales, zeros, num_bits, block_size, sweeps, gain[part])
+        _descend_rows(
+            moved, pulls, products, damping, curvature, scales, zeros, num_bits, block_size, sweeps, gain[part]
+        )
 
     _share_rows(rows, len(pull))
     return torch.from_numpy(gain)
