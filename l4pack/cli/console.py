@@ -1,12 +1,14 @@
 """The one place that talks to the terminal: results on stdout, talk and progress on stderr, JSON on request.
 
-Talk and progress appear only when stderr is a terminal, so a pipe or a CI log holds results and errors alone.
+Talk and progress bars appear only when stderr is a terminal, so a pipe or a CI log holds results and errors, and of a
+long job a line now and then.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,10 +17,13 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from l4pack.units import human_bytes, human_seconds
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 PIPED_WIDTH = 120
+LOG_SECONDS = 300.0  # between two lines of a log: a job takes minutes or days
 LINE_LIMIT = 1000  # characters of an error: names and values in it come from files
 
 
@@ -86,29 +91,50 @@ def plain(text: object) -> str:
     return escape(_one_line(str(text)))
 
 
+class Log:
+    """Progress counted in bytes as a line now and then, for who reads a log."""
+
+    def __init__(self, total: int, label: str) -> None:
+        self._total, self._label, self._done = total, label, 0
+        self._started = self._written = time.monotonic()
+
+    def advance(self, nbytes: int) -> None:
+        """Count `nbytes` more as done, and say so when it is time."""
+        self._done += nbytes
+        now = time.monotonic()
+        if now - self._written >= LOG_SECONDS:
+            self._written = now
+            amount = f"{human_bytes(self._done)} of {human_bytes(self._total)}"
+            took = human_seconds(now - self._started)
+            sys.stderr.write(f"{_one_line(self._label)}: {amount}, {self._done / max(1, self._total):.0%}, {took}\n")
+            sys.stderr.flush()
+
+    def label(self, text: str) -> None:
+        """Change what the lines say is done."""
+        self._label = text
+
+
 class Bar:
     """A progress bar counted in bytes."""
 
-    def __init__(self, progress: Progress | None, total: int, label: str) -> None:
+    def __init__(self, progress: Progress, total: int, label: str) -> None:
         self._progress = progress
-        self._task = progress.add_task(label, total=total) if progress else None
+        self._task = progress.add_task(label, total=total)
 
     def advance(self, nbytes: int) -> None:
         """Count `nbytes` more as done."""
-        if self._progress is not None and self._task is not None:
-            self._progress.advance(self._task, nbytes)
+        self._progress.advance(self._task, nbytes)
 
     def label(self, text: str) -> None:
         """Change what the bar says it is doing."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, description=text)
+        self._progress.update(self._task, description=text)
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Bar]:
-    """A bar with throughput and time left, on stderr when a person watches."""
+def progress(label: str, total: int) -> Iterator[Bar | Log]:
+    """A bar with throughput and time left on stderr when a person watches, and lines for a log else."""
     if not sys.stderr.isatty():
-        yield Bar(None, total, label)
+        yield Log(total, label)
         return
     from l4pack.cli.bar import progress_of_bytes
 
