@@ -40,6 +40,7 @@ from l4pack.publish.upload import Destination
 from l4pack.quantize.accelerator import quantizer
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Gates
+from l4pack.timing.speeds import Prediction, joined
 from l4pack.units import human_bytes, human_gib, human_seconds
 from l4pack.verify.verify import verify_artifact
 from l4pack.work.files import write_atomic
@@ -91,6 +92,7 @@ class Order:
     max_vram: int | None = None
     restart: bool = False
     dry_run: bool = False  # stop after the plan
+    predicted: Mapping[str, Prediction] = field(default_factory=dict)  # of the steps that take long
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ def build(plan: Plan, order: Order, watch: Watch, before: Sequence[Step] = ()) -
             built.steps.append(Step(name, Outcome.FAILED, seconds, error.message, {"error": error.message}))
             built.error = error
             break
+        if name in order.predicted:
+            record = {**record, "predicted_seconds": order.predicted[name].seconds}
         built.steps.append(Step(name, outcome, time.monotonic() - started, summary, record))
     else:
         _drop_fetched(order.out)
@@ -208,7 +212,8 @@ class _Chain:
         if self._order.text is not None and not plan.checkpoint.bare:
             _check_text(plan.checkpoint, self._order.text)
         summary = f"{plan.artifact_bytes:,} bytes to come, {human_bytes(plan.peak_ram_bytes)} of memory needed"
-        return Outcome.DONE, summary, plan_record(plan)
+        predicted = joined(list(self._order.predicted.values())).record() if self._order.predicted else None
+        return Outcome.DONE, summary, {**plan_record(plan), "predicted": predicted}
 
     def _quantize(self) -> StepResult:
         plan, order = self._plan, self._order

@@ -41,6 +41,21 @@ def parse_tokens(text: str) -> int:
     return int(match[1]) * _THOUSANDS[match[2].lower()]
 
 
+_SECONDS = {"s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
+_LONGEST = 366 * 86400
+
+
+def parse_duration(text: str) -> float:
+    """Seconds meant by `8h`, `90min`, `1h30min`, `2d` or `45s`: more than none, a year at most. Raises UsageError."""
+    parts = re.findall(r"(\d{1,9}(?:\.\d{1,9})?)(min|[smhd])", text.strip().lower())
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    if "".join(map("".join, parts)) != text.strip().lower() or not 0 < seconds <= _LONGEST:
+        raise UsageError(
+            f"'{text}' is not a time", hint="write numbers and units up to a year, for example 8h, 90min or 2d"
+        )
+    return seconds
+
+
 def human_bytes(count: float) -> str:
     """Decimal bytes for people: `64.87 GB`, `512 B`."""
     for unit in ("B", "kB", "MB", "GB"):

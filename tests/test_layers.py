@@ -21,6 +21,7 @@ LAYERS = [
     ["publish", "report"],
     ["fit"],
     ["measure", "quantize"],
+    ["timing"],
     ["budget", "calibration", "evaluate", "verify"],
     ["plan"],
     ["text"],

@@ -31,6 +31,22 @@ def _size(value: object) -> int:
 WrittenSize = Annotated[int, BeforeValidator(_size)]  # as a file writes it: `80GiB`, or plain bytes
 
 
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class SpeedData(BaseModel):
+    """What a device does at best, by its data sheet: operations a second of dense products by dtype, no sparsity counted,
+    and bytes a second of its memory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    float32: Rate
+    float64: Rate
+    bfloat16: Rate
+    memory: Rate
+    source: str
+
+
 class DeviceData(BaseModel):
     """One device as a file describes it."""
 
@@ -42,6 +58,7 @@ class DeviceData(BaseModel):
     aliases: list[str] = []
     small_batches: bool = False
     unified: bool = False
+    speed: SpeedData | None = None
 
 
 class DeviceFile(BaseModel):
@@ -63,6 +80,7 @@ class Device:
     aliases: tuple[str, ...] = ()
     small_batches: bool = False
     unified: bool = False  # shared with the system, which takes its part of it
+    speed: SpeedData | None = None
 
 
 @dataclass(frozen=True)
@@ -108,5 +126,5 @@ def _read(path: Path) -> dict[str, Device]:
 
 
 def _device(name: str, entry: DeviceData) -> Device:
-    values = entry.model_dump(exclude={"memory", "aliases"})
-    return Device(name, memory_bytes=entry.memory, aliases=tuple(entry.aliases), **values)
+    values = entry.model_dump(exclude={"memory", "aliases", "speed"})
+    return Device(name, memory_bytes=entry.memory, aliases=tuple(entry.aliases), speed=entry.speed, **values)

@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from l4pack.cli import console
 from l4pack.cli.evaluate import asked_gates
 from l4pack.cli.fit import warn_of_stand_in
+from l4pack.cli.hours import Hours, hours_view, within_record, within_time, within_view
 from l4pack.cli.options import (
     AsJsonOption,
     BaseModelOption,
@@ -20,6 +21,7 @@ from l4pack.cli.options import (
     ComputeOption,
     ContextOption,
     DeviceOption,
+    DevicesFileOption,
     DryRunOption,
     FetchAsYouGoOption,
     FitRecipeOption,
@@ -33,7 +35,9 @@ from l4pack.cli.options import (
     MaxVramOption,
     MinAgreementOption,
     NameOption,
+    OnOption,
     OutOption,
+    PriceOption,
     PublicOption,
     PushOption,
     RecipeOption,
@@ -49,6 +53,7 @@ from l4pack.cli.options import (
     SourceOption,
     TagOption,
     TextOption,
+    WithinOption,
 )
 from l4pack.cli.plan import plan_view, run_limits, size_of
 from l4pack.errors import UsageError
@@ -60,9 +65,11 @@ if TYPE_CHECKING:
     from l4pack.checkpoint.source import Checkpoint
     from l4pack.fit.budgets import Wish
     from l4pack.measure.record import Sensitivity
-    from l4pack.plan.plan import Plan, RunLimits
+    from l4pack.plan.plan import Plan
     from l4pack.publish.upload import Destination
     from l4pack.recipe import Recipe
+    from l4pack.timing.speeds import Prediction
+    from l4pack.timing.within import Chosen
 
 DEFAULT_RECIPE = "int4"
 _COLOURS = {"done": "green", "kept": "green", "not asked": "dim", "failed": "red"}
@@ -104,6 +111,10 @@ def build(
     keep_float32: KeepFloat32Option = False,
     fetch_as_you_go: FetchAsYouGoOption = False,
     restart: RestartOption = False,
+    on: OnOption = None,
+    devices: DevicesFileOption = None,
+    price: PriceOption = None,
+    within: WithinOption = None,
     dry_run: DryRunOption = False,
     as_json: AsJsonOption = False,
 ) -> None:
@@ -116,6 +127,7 @@ def build(
     from l4pack.build import Order, fetch_folder, fit_recipe
     from l4pack.build import build as run
     from l4pack.checkpoint.open import open_source
+    from l4pack.plan.plan import make_plan
     from l4pack.publish.publish import Wishes
     from l4pack.text.choice import TextChoice
 
@@ -129,17 +141,21 @@ def build(
         before, recipe = [step], str(path)
     elif max_bytes or bits or sensitivity:
         raise UsageError("--max-bytes, --bits and --sensitivity go with --fit", hint="add --fit, or leave them out")
-    allowed = run_limits(max_ram, max_vram, shard_size, chosen_device)
+    hours = Hours(on, devices, price, chosen_device, out.parent, planned=dry_run)
+    allowed = run_limits(max_ram, max_vram, shard_size, hours.kind)
     wanted = _recipe(recipe, calibration, calibration_samples, sequence_length, seed, keep_float32=keep_float32)
-    plan = _planned(checkpoint, wanted, allowed, calibration)
+    made, fitted = within_time(make_plan(checkpoint, wanted, allowed), allowed, hours, within, calibration_samples)
+    plan = _with_text(made, calibration)
+    predicted = _predicted(plan, hours, None if skip_evaluate else (samples, sequence_length))
     order = Order(
         out=out, compute=chosen_device, device=device, context=context, sequences=sequences, kv_dtype=kv_dtype,
         text=None if skip_evaluate else TextChoice(text, samples, sequence_length, seed or 0),
         gates=asked_gates(max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio),
         wishes=Wishes(name=name, base_model=base_model), push=target,
         max_ram=allowed.max_ram, max_vram=allowed.max_vram, restart=restart, dry_run=dry_run,
+        predicted=predicted,
     )  # fmt: skip
-    _show(plan, order, run(plan, order, console.progress, before), as_json=as_json)
+    _show(plan, order, run(plan, order, console.progress, before), fitted, as_json=as_json)
 
 
 def _recipe(
@@ -154,26 +170,40 @@ def _recipe(
     return wanted.calibrating(calibration is not None, samples=samples, **shared)
 
 
-def _planned(checkpoint: Checkpoint, recipe: Recipe, allowed: RunLimits, calibration: str | None) -> Plan:
-    """The plan, with a calibration text of the user's own read already. Raises what `make_plan` does."""
+def _with_text(plan: Plan, calibration: str | None) -> Plan:
+    """The plan, with a calibration text of the user's own read already. Raises what reading it does, and RecipeError."""
     from l4pack.calibration.text import with_text
-    from l4pack.plan.plan import make_plan
 
-    plan = make_plan(checkpoint, recipe, allowed)
     if calibration is not None and plan.needs is not None:
         plan = with_text(plan, calibration)
     plan.check_servable()
     return plan
 
 
-def _show(plan: Plan, order: Order, built: Built, *, as_json: bool) -> None:
+def _predicted(plan: Plan, hours: Hours, evaluated: tuple[int, int | None] | None) -> dict[str, Prediction]:
+    """The time of each step that takes long, accuracy measured on so many samples of that length."""
+    from l4pack.timing.jobs import building, tokens_at_most
+
+    tokens = None if evaluated is None else tokens_at_most(plan.checkpoint.config.text, *evaluated)
+    found = {}
+    for name, stages in building(plan, hours.kind, tokens).items():
+        prediction = hours.predict(stages, plan.read_bytes)
+        if prediction is not None:
+            found[name] = prediction
+    return found
+
+
+def _show(plan: Plan, order: Order, built: Built, fitted: Chosen | None, *, as_json: bool) -> None:
     """Print what came of it, and end with the exit code of what failed."""
     if as_json:
-        console.show_json(built.record())
+        console.show_json({**built.record(), **within_record(fitted)})
     elif order.dry_run and built.error is None:
-        console.show(*plan_view(plan))
+        from l4pack.timing.speeds import joined
+
+        whole = joined(list(order.predicted.values())) if order.predicted else None
+        console.show(*plan_view(plan), *hours_view(whole), *within_view(fitted))
     else:
-        console.show(*build_view(plan, order, built))
+        console.show(*build_view(plan, order, built), *within_view(fitted))
     if built.error is not None:
         console.error(built.error.message, built.error.hint)
         sys.exit(built.error.exit_code)
@@ -225,10 +255,11 @@ def _sensitivity(checkpoint: Checkpoint, path: Path | None) -> Sensitivity:
 
 def build_view(plan: Plan, order: Order, built: Built) -> list[RenderableType]:
     """The summary: what each step said, what it all weighs, and what to type next."""
-    table = console.table("Step", "Outcome", ">Time", "What it says")
+    table = console.table("Step", "Outcome", ">Time", ">Predicted", "What it says")
     for step in built.steps:
         outcome = f"[{_COLOURS[step.outcome]}]{step.outcome.value}[/]"
-        table.add_row(step.name, outcome, human_seconds(step.seconds), console.plain(step.summary))
+        predicted = human_seconds(order.predicted[step.name].seconds) if step.name in order.predicted else ""
+        table.add_row(step.name, outcome, human_seconds(step.seconds), predicted, console.plain(step.summary))
     sizes = [
         "",
         f"before   {human_bytes(plan.source_weight_bytes)} of weights",

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 
 from l4pack.cli import console
+from l4pack.cli.hours import Hours, hours_view, predicted_record, predicted_seconds
 from l4pack.cli.options import (
     AgainstOption,
     ArtifactOption,
     AsJsonOption,
     BackendOption,
     ComputeOption,
+    DevicesFileOption,
+    DryRunOption,
     LimitOption,
     MaxKlOption,
     MaxPerplexityRatioOption,
@@ -22,6 +25,8 @@ from l4pack.cli.options import (
     MinAgreementOption,
     MinRecoveryOption,
     NeedleOption,
+    OnOption,
+    PriceOption,
     ReferenceOption,
     RestartOption,
     SamplesOption,
@@ -35,9 +40,13 @@ from l4pack.cli.options import (
 )
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds, parse_size
+from l4pack.work.device import chosen
 
 if TYPE_CHECKING:
+    from l4pack.evaluate.evaluate import PreparedEvaluation
+    from l4pack.evaluate.inputs import EvaluationSettings
     from l4pack.recipe import Gates
+    from l4pack.timing.speeds import Prediction
 
 
 def evaluate(
@@ -63,6 +72,10 @@ def evaluate(
     max_vram: MaxVramOption = None,
     work: WorkOption = None,
     restart: RestartOption = False,
+    on: OnOption = None,
+    devices: DevicesFileOption = None,
+    price: PriceOption = None,
+    dry_run: DryRunOption = False,
     as_json: AsJsonOption = False,
 ) -> None:
     """Compare an artifact with its original, layer by layer: perplexity, KL divergence, agreement, tasks.
@@ -74,6 +87,7 @@ def evaluate(
     from l4pack.evaluate.record import read_evaluations, write_accuracy
     from l4pack.text.choice import TextChoice
 
+    hours = Hours(on, devices, price, chosen(compute), beside(artifact, "").parent, planned=dry_run)
     settings = EvaluationSettings(
         work=work or beside(artifact, ".evaluate.partial"),
         text=TextChoice(text, samples, sequence_length, seed),
@@ -93,7 +107,10 @@ def evaluate(
     gates = asked_gates(max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio)
     recovery = parse_recovery(min_recovery or [])
     read_evaluations(artifact)  # what can't be added to is said before the work, not after it
-    record = _run(artifact, against, settings)
+    if dry_run:
+        _show_plan(*_planned(artifact, against, settings, hours), as_json=as_json)
+        return
+    record = _run(artifact, against, settings, hours)
     write_accuracy(artifact, record, gates, recovery)
     console.show_json(record) if as_json else console.show(*accuracy_view(record))
     require(judge(record, limits_of(gates, recovery)))
@@ -130,18 +147,63 @@ def asked_gates(**values: float | None) -> Gates:
         ) from error
 
 
-def _run(artifact: Path, against: str | None, settings: Any) -> dict[str, Any]:
+def _run(artifact: Path, against: str | None, settings: EvaluationSettings, hours: Hours) -> dict[str, Any]:
     from l4pack.checkpoint.open import open_source
     from l4pack.checkpoint.source import open_folder
-    from l4pack.evaluate.evaluate import evaluate as run
-    from l4pack.evaluate.evaluate import total_bytes
+    from l4pack.evaluate.evaluate import prepare_evaluation, total_bytes
     from l4pack.stream.visitor import Progress
     from l4pack.work.signals import stop_signals
 
     checkpoint, original = open_folder(artifact), None if against is None else open_source(against)
     total = total_bytes(checkpoint, None if settings.reference else original)
     with console.progress("evaluating", total) as bar, stop_signals() as stop:
-        return run(checkpoint, original, settings, Progress(bar.advance, bar.label, stop))
+        prepared = prepare_evaluation(checkpoint, original, settings, Progress(bar.advance, bar.label, stop))
+        prediction = _prediction(prepared, hours)
+        record = prepared.run()
+    record["run"]["predicted_seconds"] = predicted_seconds(prediction)
+    return record
+
+
+def _prediction(prepared: PreparedEvaluation, hours: Hours) -> Prediction | None:
+    """The time of an evaluation; lm-eval's tasks are not in it."""
+    from l4pack.timing.jobs import evaluating, layer_weights
+
+    original = None if prepared.settings.reference else prepared.original
+    models = [layer_weights(one) for one in (original, prepared.artifact) if one is not None]
+    lengths = [len(sequence.tokens) for sequence in prepared.inputs.sequences]
+    text, digested = prepared.artifact.config.text, prepared.artifact.weight_bytes
+    work = evaluating(text, models, sum(lengths), max(lengths), hours.kind, digested=digested)
+    return hours.predict(work, sum(model.nbytes for model in models))
+
+
+def _planned(
+    artifact: Path, against: str | None, settings: EvaluationSettings, hours: Hours
+) -> tuple[dict[str, Any], Prediction | None]:
+    """What an evaluation would take, as JSON, and its time; no weight is read."""
+    from l4pack.checkpoint.open import open_source
+    from l4pack.checkpoint.source import open_folder
+    from l4pack.evaluate.evaluate import prepare_evaluation, total_bytes
+
+    checkpoint, original = open_folder(artifact), None if against is None else open_source(against)
+    prepared = prepare_evaluation(checkpoint, original, settings, measured="not read")
+    prediction = _prediction(prepared, hours)
+    sequences = prepared.inputs.sequences
+    plan = {
+        "tokens": sum(len(sequence.tokens) for sequence in sequences),
+        "sequences": len(sequences),
+        "read_bytes": total_bytes(checkpoint, None if settings.reference else original),
+        **predicted_record(prediction),
+    }
+    return plan, prediction
+
+
+def _show_plan(plan: dict[str, Any], prediction: Prediction | None, *, as_json: bool) -> None:
+    if as_json:
+        console.show_json({"plan": plan})
+        return
+    reads = human_bytes(plan["read_bytes"])
+    line = f"plan      {plan['tokens']:,} tokens in {plan['sequences']:,} sequences; reads {reads} of weights"
+    console.show(line, *hours_view(prediction))
 
 
 def accuracy_view(record: dict[str, Any]) -> list[RenderableType]:
@@ -167,7 +229,9 @@ def accuracy_view(record: dict[str, Any]) -> list[RenderableType]:
         mark = "[green]passed[/green]" if gate["ok"] else "[red]missed[/red]"
         value = "not measured" if gate["value"] is None else f"{gate['value']:.6g}"
         lines.append(f"gate {console.plain(gate['gate'])} {gate['limit']:g}: {value}, {mark}")
-    lines.append(f"{human_seconds(run['seconds'])}, peak memory {human_bytes(run['peak_rss_bytes'])}")
+    predicted = run.get("predicted_seconds")
+    beside = "" if predicted is None else f" ({human_seconds(predicted)} were predicted)"
+    lines.append(f"{human_seconds(run['seconds'])}{beside}, peak memory {human_bytes(run['peak_rss_bytes'])}")
     return lines
 
 

@@ -8,17 +8,21 @@ from typing import Any
 from rich.console import RenderableType
 
 from l4pack.cli import console
+from l4pack.cli.hours import Hours, beside_view, hours_view, predicted_record, predicted_seconds
 from l4pack.cli.options import (
     AsJsonOption,
     CalibrationOption,
     CalibrationSamplesOption,
     ComputeOption,
+    DevicesFileOption,
     DirectOption,
     DryRunOption,
     MaxRamOption,
     MaxVramOption,
     MeasuredOptionsOption,
+    OnOption,
     OutOption,
+    PriceOption,
     RestartOption,
     SamplesOption,
     SeedOption,
@@ -29,6 +33,7 @@ from l4pack.cli.options import (
 )
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds, parse_size
+from l4pack.work.device import chosen
 
 WORST = 8
 
@@ -49,6 +54,9 @@ def measure(
     max_ram: MaxRamOption = None,
     max_vram: MaxVramOption = None,
     restart: RestartOption = False,
+    on: OnOption = None,
+    devices: DevicesFileOption = None,
+    price: PriceOption = None,
     dry_run: DryRunOption = False,
     as_json: AsJsonOption = False,
 ) -> None:
@@ -76,20 +84,26 @@ def measure(
         max_vram=None if max_vram is None else parse_size(max_vram),
         restart=restart,
     )
+    hours = Hours(on, devices, price, chosen(compute), out.parent, planned=dry_run)
     prepared = prepare_measurement(open_source(source), settings)
     texts = [text for text in (prepared.texts.measured, prepared.texts.calibration) if text is not None]
     plan = {**prepared.costs.record(), "method": prepared.direct.value, "texts": [text.record for text in texts]}
+    prediction = hours.predict(prepared.work(hours.kind), prepared.costs.read_bytes)
+    plan |= predicted_record(prediction)
+    view = [*plan_view(plan), *hours_view(prediction)]
     if dry_run:
-        console.show_json({"plan": plan}) if as_json else console.show(*plan_view(plan))
+        console.show_json({"plan": plan}) if as_json else console.show(*view)
         return
     if not as_json:
-        console.talk(*plan_view(plan))
+        console.talk(*view)
     record, run = _run(prepared)
+    run["predicted_seconds"] = predicted_seconds(prediction)
     if as_json:
         console.show_json({**record, "plan": plan, "run": run})
     else:
         console.show(*record_view(record), f"{out}: {human_seconds(run['seconds'])}, "
-                     f"peak memory {human_bytes(run['peak_rss_bytes'])}")  # fmt: skip
+                     f"peak memory {human_bytes(run['peak_rss_bytes'])}",
+                     *beside_view(prediction, run["seconds"]))  # fmt: skip
 
 
 def _run(prepared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -120,7 +134,7 @@ def plan_view(plan: dict[str, Any]) -> list[RenderableType]:
         ("joint changes", f"{plan['joint']:,}"),
         ("altered streams at once", f"{plan['streams']:,}, in {plan['waves']:,} passes over the weights"),
         ("tokens", f"{plan['tokens']:,} measured, {plan['calibration_tokens']:,} calibrated on"),
-        ("operations", f"{plan['flop']:.2g}, solving aside: at 1 TFLOP/s {human_seconds(plan['flop'] / 1e12)}"),
+        ("operations", f"{plan['flop']:.2g}, solving aside"),
         ("read", human_bytes(plan["read_bytes"])),
         ("disk meanwhile", human_bytes(plan["disk_bytes"])),
         ("peak memory", human_bytes(plan["peak_ram_bytes"])),

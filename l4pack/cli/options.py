@@ -17,7 +17,7 @@ from l4pack.units import parse_tokens
 
 T = TypeVar("T")
 
-_TEXT, _BUDGET, _GATES = "Text", "Budget", "Quality gates (exit 6)"
+_TEXT, _BUDGET, _TIME, _GATES = "Text", "Budget", "Time", "Quality gates (exit 6)"
 
 # What is worked on
 
@@ -283,6 +283,33 @@ ReportOption = Annotated[
         "--report",
         metavar="FORMAT=FILE",
         help="Write the results to a file too, once they are compared with the baseline; may be repeated.",
+    ),
+]
+
+# How long it takes
+
+OnOption = Annotated[
+    str | None,
+    typer.Option(
+        "--on",
+        metavar="NAME",
+        help="Where it would run, as h100, 8xh100, 64-core or c7i.16xlarge; this machine, measured once, unless given.",
+        rich_help_panel=_TIME,
+    ),
+]
+PriceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--price", metavar="PER_HOUR", help="What an hour there costs: says what the job costs.", rich_help_panel=_TIME
+    ),
+]
+WithinOption = Annotated[
+    str | None,
+    typer.Option(
+        "--within",
+        metavar="TIME",
+        help="Take the most calibration samples that end in time, for example 8h, and say what KL that costs.",
+        rich_help_panel=_TIME,
     ),
 ]
 

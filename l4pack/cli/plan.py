@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 
 from l4pack.cli import console
+from l4pack.cli.hours import Hours, hours_view, predicted_record, within_record, within_time, within_view
 from l4pack.cli.options import (
     AsJsonOption,
     CalibrationOption,
     CalibrationSamplesOption,
     ComputeOption,
+    DevicesFileOption,
     IncludeOption,
     KeepFloat32Option,
     MaxRamOption,
     MaxVramOption,
+    OnOption,
+    PriceOption,
     RecipeOption,
     SeedOption,
     SequenceLengthOption,
     ShardSizeOption,
     SourceOption,
+    WithinOption,
 )
 from l4pack.units import human_bytes, parse_size
 from l4pack.work.device import AUTO, CPU, chosen
@@ -44,6 +50,10 @@ def plan(
     compute: ComputeOption = AUTO,
     include: IncludeOption = None,
     keep_float32: KeepFloat32Option = False,
+    on: OnOption = None,
+    devices: DevicesFileOption = None,
+    price: PriceOption = None,
+    within: WithinOption = None,
     as_json: AsJsonOption = False,
 ) -> None:
     """Say what an artifact will weigh and what making it will take, from headers or a bare config.json.
@@ -55,21 +65,26 @@ def plan(
     from l4pack.plan.summary import plan_record, room_record
     from l4pack.recipe import load_recipe
 
-    allowed = run_limits(max_ram, max_vram, shard_size, chosen(compute))
+    hours = Hours(on, devices, price, chosen(compute), Path.cwd())
+    allowed = run_limits(max_ram, max_vram, shard_size, hours.kind)
     wanted = (
         load_recipe(recipe)
         .keeping(float32=keep_float32)
         .calibrating(calibration is not None, samples=calibration_samples, sequence_length=sequence_length, seed=seed)
     )
     made = make_plan(open_source(source, include=include or ()), wanted, allowed)
+    made, fitted = within_time(made, allowed, hours, within, calibration_samples)
     if calibration is not None and made.needs is not None:
         from l4pack.calibration.text import with_text
 
         made = with_text(made, calibration)
+    prediction = hours.quantizing(made)
     if as_json:
-        console.show_json({**plan_record(made), **room_record(made)})
+        console.show_json(
+            {**plan_record(made), **room_record(made), **predicted_record(prediction), **within_record(fitted)}
+        )
     else:
-        console.show(*plan_view(made))
+        console.show(*plan_view(made), *hours_view(prediction), *within_view(fitted))
     made.check_servable()
 
 

@@ -6,11 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l4pack.cli import console
+from l4pack.cli.hours import (
+    Hours,
+    beside_view,
+    hours_view,
+    predicted_record,
+    within_record,
+    within_time,
+    within_view,
+)
 from l4pack.cli.options import (
     AsJsonOption,
     CalibrationOption,
     CalibrationSamplesOption,
     ComputeOption,
+    DevicesFileOption,
     DryRunOption,
     EarlierSamplesOption,
     EarlierTextOption,
@@ -19,13 +29,16 @@ from l4pack.cli.options import (
     KeepFloat32Option,
     MaxRamOption,
     MaxVramOption,
+    OnOption,
     OutOption,
+    PriceOption,
     RecipeOption,
     RestartOption,
     SeedOption,
     SequenceLengthOption,
     ShardSizeOption,
     SourceOption,
+    WithinOption,
     now_called,
 )
 from l4pack.cli.plan import plan_view, run_limits
@@ -55,6 +68,10 @@ def quantize(
     keep_float32: KeepFloat32Option = False,
     fetch_as_you_go: FetchAsYouGoOption = False,
     restart: RestartOption = False,
+    on: OnOption = None,
+    devices: DevicesFileOption = None,
+    price: PriceOption = None,
+    within: WithinOption = None,
     dry_run: DryRunOption = False,
     as_json: AsJsonOption = False,
 ) -> None:
@@ -73,27 +90,33 @@ def quantize(
     calibration_samples = now_called("--calibration-samples", calibration_samples, "--samples", samples)
     fetch_folder = work_folder(out) / "fetched" if fetch_as_you_go else None
     device = chosen(compute)
-    allowed = run_limits(max_ram, max_vram, shard_size, device)
+    hours = Hours(on, devices, price, device, out.parent, planned=dry_run)
+    allowed = run_limits(max_ram, max_vram, shard_size, hours.kind)
     wanted = (
         load_recipe(recipe)
         .keeping(float32=keep_float32)
         .calibrating(calibration is not None, samples=calibration_samples, sequence_length=sequence_length, seed=seed)
     )
     made = make_plan(open_source(source, fetch_folder=fetch_folder, include=include or ()), wanted, allowed)
+    made, fitted = within_time(made, allowed, hours, within, calibration_samples)
     if made.needs is not None and not (dry_run and calibration is None and made.checkpoint.bare):
         made = with_text(made, calibration)
+    prediction = hours.quantizing(made)
+    record = {**plan_record(made), **room_record(made), **predicted_record(prediction), **within_record(fitted)}
+    view = [*plan_view(made), *hours_view(prediction), *within_view(fitted)]
     if dry_run:
-        console.show_json({**plan_record(made), **room_record(made)}) if as_json else console.show(*plan_view(made))
+        console.show_json(record) if as_json else console.show(*view)
         made.check_servable()
         return
     if not as_json:
-        console.talk(*plan_view(made))
+        console.talk(*view)
     made.check_servable()
     result = _run(made, out, device, restart)
     if as_json:
-        console.show_json({**plan_record(made), **room_record(made), **run_record(result)})
+        console.show_json({**record, **run_record(result)})
     else:
-        console.show(*result_view(made, result))
+        whole = None if result.already_done or result.resumed_bytes else prediction
+        console.show(*result_view(made, result), *beside_view(whole, result.seconds))
 
 
 def _run(made: Plan, out: Path, device: str, restart: bool) -> RunResult:

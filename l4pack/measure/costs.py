@@ -14,7 +14,10 @@ from l4pack.errors import BudgetError, UsageError
 from l4pack.model.config import TextConfig
 from l4pack.model.names import classify
 from l4pack.model.tensors import QUANTIZABLE
+from l4pack.timing.jobs import running
+from l4pack.timing.work import Kind
 from l4pack.units import human_bytes
+from l4pack.work.device import CPU
 
 BUFFERS = 3  # files of hidden states a stream has
 DISK_SHARE = 0.5  # of what is free, at most, unless --streams says more
@@ -77,9 +80,7 @@ def streams_at_once(text: TextConfig, rows: tuple[int, int], dtype: torch.dtype,
     return found
 
 
-def flop_of(text: TextConfig, layers: int, tokens: int) -> float:
-    """Of running `tokens` through `layers` layers: two for each weight that a token meets."""
-    heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
-    dense = 1 - len(text.moe_layers) / text.num_hidden_layers
-    mlp = 3 * (dense * text.intermediate_size_mlp + (1 - dense) * 2 * text.intermediate_size)
-    return 2.0 * text.hidden_size * (heads + mlp) * layers * tokens
+def flop_of(text: TextConfig, layers: int, tokens: int, length: int) -> float:
+    """Of running `tokens`, in sequences of that length, through `layers` layers."""
+    whole = running(text, tokens, length, Kind.PRODUCT, CPU)
+    return whole.total(Kind.PRODUCT) * layers / text.num_hidden_layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -46,6 +47,9 @@ from l4pack.stream.modules import Skeleton
 from l4pack.stream.visitor import Progress
 from l4pack.stream.weights import Weights
 from l4pack.text.choice import TextChoice
+from l4pack.timing.jobs import layer_weights
+from l4pack.timing.jobs import measuring as measuring_work
+from l4pack.timing.work import Work
 from l4pack.work import machine
 from l4pack.work.folder import check_writable, owned
 from l4pack.work.identity import Identity, flat
@@ -102,6 +106,15 @@ class PreparedMeasurement:
         """The changes that are measured whatever is found."""
         return [*self.mixtures, *_direct(self.checkpoint, self.options, self.singles, self.direct)]
 
+    def work(self, device: str) -> list[Work]:
+        """What the measurement does, where it is done on that kind of device."""
+        text, costs = self.checkpoint.config.text, self.costs
+        layers, rows = text.num_hidden_layers, (costs.tokens, costs.calibration_tokens)
+        walked = [(layers, rows[0]), (layers, rows[1]), *((layers - change.layer, rows[0]) for change in self.first())]
+        changed = Counter((single.role, self.options.schemes[single.option]) for single in self.singles)
+        weights, length = layer_weights(self.checkpoint), self.texts.measured.record["sequence_length"]
+        return measuring_work(text, weights, walked, changed, rows, costs.waves, length, device)
+
     def job(self) -> Identity:
         """What decides the figures: an interrupted measurement goes on only with the same."""
         calibration = self.texts.calibration
@@ -135,7 +148,8 @@ def prepare_measurement(checkpoint: Checkpoint, settings: MeasureSettings) -> Pr
     singles, mixtures = singles_of(checkpoint.config, options), mixtures_of(checkpoint.config, options)
     rows = _tokens(texts)
     streams = streams_at_once(text, rows, compute.dtype, settings.streams, settings.work)
-    direct = _resolved(settings.direct, checkpoint, singles, rows[0])
+    length = texts.measured.record["sequence_length"]
+    direct = _resolved(settings.direct, checkpoint, singles, rows[0], length)
     changes: list[Change] = [*mixtures, *_direct(checkpoint, options, singles, direct)]
     streams = min(streams, len(changes))
     needed, ahead = _memory(checkpoint, settings, compute, texts, options, streams)
@@ -149,7 +163,7 @@ def prepare_measurement(checkpoint: Checkpoint, settings: MeasureSettings) -> Pr
         waves=waves,
         tokens=rows[0],
         calibration_tokens=rows[1],
-        flop=flop_of(text, text.num_hidden_layers, sum(rows)) + _flop(checkpoint, changes, rows[0]),
+        flop=flop_of(text, text.num_hidden_layers, sum(rows), length) + _flop(checkpoint, changes, rows[0], length),
         read_bytes=waves * layer_bytes(checkpoint),
         disk_bytes=stream_bytes(text, (streams + 2) * rows[0] + rows[1], compute.dtype) + kept,
         peak_ram_bytes=needed.ram,
@@ -232,17 +246,17 @@ def _check_out(out: Path) -> None:
         raise UsageError(f"--out {out} {reason}", hint="give the name of a file to write")
 
 
-def _resolved(asked: Direct, checkpoint: Checkpoint, singles: Sequence[Single], tokens: int) -> Direct:
+def _resolved(asked: Direct, checkpoint: Checkpoint, singles: Sequence[Single], tokens: int, length: int) -> Direct:
     """`auto` measures everything where that is cheap."""
-    if asked is Direct.AUTO and _flop(checkpoint, singles, tokens) <= CHEAP_FLOP:
+    if asked is Direct.AUTO and _flop(checkpoint, singles, tokens, length) <= CHEAP_FLOP:
         return Direct.ALL
     return asked
 
 
-def _flop(checkpoint: Checkpoint, changes: Iterable[Change], tokens: int) -> float:
+def _flop(checkpoint: Checkpoint, changes: Iterable[Change], tokens: int, length: int) -> float:
     """Operations of running altered streams from where they begin."""
     text = checkpoint.config.text
-    return flop_of(text, sum(text.num_hidden_layers - change.layer for change in changes), tokens)
+    return flop_of(text, sum(text.num_hidden_layers - change.layer for change in changes), tokens, length)
 
 
 def _direct(checkpoint: Checkpoint, options: MeasureOptions, singles: Iterable[Single], direct: Direct) -> list[Single]:

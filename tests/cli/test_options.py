@@ -37,7 +37,7 @@ def test_the_command_line_modules_take_options_from_there_alone():
     for file in CLI.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("l4pack.cli."):
-                names = [alias.name for alias in node.names if alias.name[0].isupper() and not alias.name.isupper()]
+                names = [alias.name for alias in node.names if alias.name.endswith("Option")]
                 assert not names or node.module == "l4pack.cli.options", (file, names)
 
 

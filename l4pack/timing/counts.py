@@ -1,0 +1,236 @@
+"""What solving and running the parts of a model takes, from shapes alone.
+
+Counts of products are what torch is given to do: a test holds them against a counter of dispatched operations. The widths
+of blocks and tiles are those of the solver, which a test compares, for this file imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from l4pack.model.config import TextConfig
+from l4pack.model.parts import attention_shapes
+from l4pack.quant.scheme import Observer, Scheme
+from l4pack.recipe import RecipeScheme
+from l4pack.stream.rows import HEAD_ROWS, TOKENS_SCORED, rows_at_once
+from l4pack.timing.work import Kind, Work
+from l4pack.work.device import CPU
+
+BLOCK = 128  # columns that GPTQ rounds before the others learn of it
+SWEEP_BLOCK = 256  # the same of a sweep
+TILE = 512  # columns of a product with a triangular matrix
+MOMENT_TILE = 1024  # columns of a product on and above a Hessian's diagonal
+THIN = 0.4  # inputs a column, up to which solving goes through the inputs
+FLOAT = 4  # bytes
+
+# Operations started by one piece of rows, counted on the CPU's way: they matter where matrices are small.
+CALLS_A_BLOCK, CALLS_A_PIECE, CALLS_A_FACTOR_BLOCK, CALLS_A_FORWARD = 14, 120, 16, 14
+# On a GPU the loops over columns are operations too: of a column of a block, and of one in a sweep.
+CALLS_A_COLUMN, CALLS_A_TURN = 11, 16
+# Passes over the weights that solving makes between products: residuals, squares, copies, levels; read and written.
+PASSES = 60
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The inputs of a unit: those it is solved for, and its own among them, which go through it; in `streams` of hidden
+    states."""
+
+    solved: float
+    own: float
+    streams: int
+
+
+def product(rows: float, columns: float, inner: float) -> float:
+    """Operations of a dense product."""
+    return 2.0 * rows * columns * inner
+
+
+def is_thin(tokens: float, width: int) -> bool:
+    """Whether a matrix of that many inputs is solved through its tokens."""
+    return tokens <= int(THIN * width)
+
+
+def solving_mlp(text: TextConfig, inner: int, tokens: Tokens, scheme: RecipeScheme, device: str) -> Work:
+    """Solving gate, up and down of an MLP of that inner width."""
+    assert scheme.gptq is not None
+    hidden, work = text.hidden_size, Work()
+    cross = tokens.streams > 1 and scheme.gptq.asymmetric > 0
+    solver = _Solver(scheme, tokens.solved, cross, device)
+    work.include(solver.problem(hidden, outputs=2 * inner))
+    work.include(solver.matrix(inner, hidden, alike=2), times=2)
+    sides = tokens.streams
+    work.add("moments", Kind.PRODUCT, sides * 2 * product(tokens.solved, inner, hidden))
+    work.add("moments", Kind.MEMORY, sides * tokens.solved * (3 * hidden + 8 * inner) * FLOAT)
+    work.include(solver.problem(inner, outputs=hidden))
+    work.include(solver.matrix(hidden, inner, alike=1))
+    return work
+
+
+@dataclass(frozen=True)
+class _Solver:
+    """GPTQ of one MLP's matrices, for so many inputs, with the original's too if there is a `cross` moment."""
+
+    scheme: RecipeScheme
+    tokens: float
+    cross: bool
+    device: str
+
+    def problem(self, width: int, outputs: int) -> Work:
+        """Moments of inputs of that width, and the Hessian's factor."""
+        work = Work()
+        self._moments(work, width)
+        if is_thin(self.tokens, width):
+            self._thin_factor(work, width)
+        else:
+            self._factor(work, width)
+            if self.cross and outputs > width:  # C H^-1 is found once
+                work.add("target", Kind.PRODUCT, 2 * _triangular(width, width))
+        return work
+
+    def matrix(self, outputs: int, width: int, alike: int) -> Work:
+        """One matrix [outputs, width] of a problem that is prepared for so many of its size."""
+        work = Work()
+        self._nearest(work, outputs * width)
+        if is_thin(self.tokens, width):
+            self._thin_products(work, outputs, width)
+        else:
+            self._products(work, outputs, width, shifting=alike * outputs > width)
+        work.add("columns", Kind.COLUMNS, outputs * width * BLOCK)
+        self._sweeps(work, outputs, width)
+        work.add("the rest of solving", Kind.MEMORY, PASSES * FLOAT * outputs * width)
+        pieces, blocks = math.ceil(outputs / rows_at_once(self.device, width)), math.ceil(width / BLOCK)
+        work.add("the rest of solving", Kind.CALL, pieces * (CALLS_A_PIECE + CALLS_A_BLOCK * blocks))
+        if self.device != CPU:
+            turns = CALLS_A_COLUMN + CALLS_A_TURN * self._sweep_count
+            work.add("columns", Kind.CALL, pieces * width * turns)
+        return work
+
+    @property
+    def _sweep_count(self) -> int:
+        assert self.scheme.gptq is not None
+        return self.scheme.gptq.sweeps
+
+    def _moments(self, work: Work, width: int) -> None:
+        triangle = sum(product(self.tokens, size, width - first) for first, size in _tiles(width, MOMENT_TILE))
+        work.add("moments", Kind.PRODUCT, triangle)
+        if self.cross and not is_thin(self.tokens, width):
+            work.add("moments", Kind.PRODUCT, product(width, width, self.tokens))
+        work.add("moments", Kind.MEMORY, FLOAT * (6 * self.tokens * width + 4 * width * width))
+
+    def _factor(self, work: Work, width: int) -> None:
+        work.add("factorization", Kind.CHOLESKY, width**3 / 3)
+        work.add("factorization", Kind.PRODUCT, inverting(width))
+        work.add("factorization", Kind.MEMORY, 8 * FLOAT * width * width)
+
+    def _thin_factor(self, work: Work, width: int) -> None:
+        n = self.tokens
+        for _, block in _tiles(width, BLOCK):
+            updates = 2 * product(n, n, block) + 2 * product(n, block, block) + product(block, block, n)
+            work.add("factorization", Kind.PRODUCT64, updates)
+        work.add("factorization", Kind.CALL, CALLS_A_FACTOR_BLOCK * math.ceil(width / BLOCK))
+        work.add("factorization", Kind.MEMORY, 2 * 8 * n * n * math.ceil(width / BLOCK))
+        if self.cross:
+            work.add("target", Kind.PRODUCT64, product(n, width, n))
+
+    def _nearest(self, work: Work, weights: int) -> None:
+        kind = Kind.NEAREST_MSE if self.scheme.observer is Observer.MSE else Kind.NEAREST
+        work.add("rounding to nearest", kind, weights * (2 if self.cross else 1))
+
+    def _products(self, work: Work, outputs: int, width: int, *, shifting: bool) -> None:
+        if self.cross:
+            work.add("target", Kind.PRODUCT, product(outputs, width, width))
+        if self.cross and not shifting:
+            work.add("target", Kind.PRODUCT, 2 * _triangular(outputs, width))
+        work.add("columns", Kind.UPDATE, sum(product(outputs, width - end, size) for end, size in _ends(width, BLOCK)))
+        if self._sweep_count:
+            dividing = sum(product(outputs, size, width - end) for end, size in _ends(width, TILE))
+            work.add("sweeps", Kind.PRODUCT, dividing)
+            work.add("sweeps", Kind.CHOLESKY, sum(outputs * size * size for _, size in _tiles(width, TILE)))
+        work.add("loss of rounding", Kind.PRODUCT, _triangular(outputs, width))
+
+    def _thin_products(self, work: Work, outputs: int, width: int) -> None:
+        through = product(outputs, width, self.tokens)
+        if self.cross:
+            work.add("target", Kind.PRODUCT, 2 * through)
+        work.add("columns", Kind.UPDATE, 2 * through)
+        if self._sweep_count:
+            work.add("sweeps", Kind.PRODUCT, through)
+        work.add("loss of rounding", Kind.PRODUCT, through)
+
+    def _sweeps(self, work: Work, outputs: int, width: int) -> None:
+        visits = self._sweep_count * outputs * width
+        if self.device == CPU:
+            work.add("sweeps", Kind.VISITS, visits)
+            work.add("sweeps", Kind.MOVES, visits * width)
+        else:
+            work.add("sweeps", Kind.PRODUCT, 2.0 * visits * width)
+
+
+def inverting(size: int) -> float:
+    """Operations of products that inverting a triangular matrix takes."""
+    if size <= 256:
+        return 0.0
+    half = size // 2
+    rest = size - half
+    return inverting(half) + inverting(rest) + _triangular(half, rest) + _triangular(rest, half)
+
+
+def _triangular(rows: float, size: int) -> float:
+    """Operations of a product [rows, size] with a triangular matrix, tile by tile."""
+    return sum(product(rows, width, first + width) for first, width in _tiles(size, TILE))
+
+
+def _tiles(size: int, step: int) -> Iterator[tuple[int, int]]:
+    """Where each tile begins, and its width."""
+    for first in range(0, size, step):
+        yield first, min(step, size - first)
+
+
+def _ends(size: int, step: int) -> Iterator[tuple[int, int]]:
+    for first, width in _tiles(size, step):
+        yield first + width, width
+
+
+def running_mlp(text: TextConfig, inner: int, tokens: float, kind: Kind, phase: str, device: str) -> Work:
+    """Tokens through an MLP of that inner width, their rows gathered and put back."""
+    hidden, work = text.hidden_size, Work()
+    work.add(phase, kind, 3 * product(tokens, inner, hidden))
+    work.add(phase, Kind.MEMORY, FLOAT * tokens * (12 * hidden + 8 * inner))
+    work.add(phase, Kind.CALL, CALLS_A_FORWARD * math.ceil(tokens / rows_at_once(device, hidden)))
+    return work
+
+
+def attending(text: TextConfig, tokens: float, length: int, kind: Kind, device: str) -> Work:
+    """A layer's attention on sequences of that length, half of whose keys a query sees on average, and its router."""
+    work, queries = Work(), text.num_attention_heads * text.head_dim
+    weights = sum(math.prod(shape) for shape in attention_shapes(text).values())
+    experts = text.num_local_experts if text.moe_layers else 0
+    work.add("attention", kind, product(tokens, weights, 1) + product(tokens, queries, length))
+    work.add("attention", kind, product(tokens, experts, text.hidden_size))
+    work.add("attention", Kind.MEMORY, FLOAT * tokens * (12 * text.hidden_size + 16 * queries))
+    work.add("attention", Kind.CALL, 4 * CALLS_A_FORWARD * math.ceil(tokens / rows_at_once(device, text.hidden_size)))
+    return work
+
+
+def rounding(scheme: Scheme, weights: float) -> Work:
+    """Rounding weights of a source to nearest, by all threads."""
+    work, kind = Work(), Kind.ROUND
+    if not scheme.grid.even:
+        kind = Kind.ROUND_FLOAT
+    elif scheme.observer is Observer.MSE:
+        kind = Kind.ROUND_MSE
+    work.add("rounding", kind, weights)
+    return work
+
+
+def scoring(text: TextConfig, tokens: float, models: int) -> Work:
+    """Answers of models on so many tokens: the head's products, and sums over the vocabulary."""
+    work = Work()
+    work.add("scoring", Kind.PRODUCT, models * product(tokens, text.vocab_size, text.hidden_size))
+    work.add("scoring", Kind.LOGITS, models * tokens * text.vocab_size)
+    blocks = math.ceil(tokens / TOKENS_SCORED) * math.ceil(text.vocab_size / HEAD_ROWS)
+    work.add("scoring", Kind.CALL, 20 * models * blocks)
+    return work

@@ -1,0 +1,273 @@
+"""The work of whole jobs, as stages that follow one another: from a plan, or from what is to be compared or measured."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from l4pack.checkpoint.source import Checkpoint
+from l4pack.model.config import TextConfig
+from l4pack.model.names import classify
+from l4pack.model.parts import WEIGHT, attention_shapes
+from l4pack.model.tensors import QUANTIZABLE, Role, catalogue
+from l4pack.plan.assign import Action, Target
+from l4pack.plan.needs import DEFAULT_LENGTH
+from l4pack.plan.plan import Plan
+from l4pack.quant.dtypes import FLOATS
+from l4pack.recipe import RecipeScheme
+from l4pack.timing.counts import FLOAT, Tokens, attending, rounding, running_mlp, scoring, solving_mlp
+from l4pack.timing.work import Kind, Work
+from l4pack.work.device import CPU
+
+HIDDEN_WRITTEN = 2  # times a layer's hidden states go to disk: what attention adds to, and what the layer gives
+SYNCS_A_UNIT = 2  # waits for the disk: of the shards, and of the journal
+SAMPLE_ROWS = 2048  # tokens of a layer that an evaluation compares units on
+
+
+@dataclass(frozen=True)
+class Units:
+    """The MLPs of one role: how many a model has, and their inner width."""
+
+    count: int
+    inner: int
+
+
+def mlps_of(text: TextConfig) -> dict[Role, Units]:
+    """A model's MLPs by role."""
+    moe, layers = len(text.moe_layers), text.num_hidden_layers
+    found = {
+        Role.DENSE_MLP: Units(layers - moe, text.intermediate_size_mlp),
+        Role.SHARED_EXPERT: Units(moe, text.intermediate_size),
+        Role.ROUTED_EXPERT: Units(moe * text.num_local_experts, text.intermediate_size),
+    }
+    return {role: units for role, units in found.items() if units.count}
+
+
+def tokens_of(text: TextConfig, role: Role, tokens: float) -> float:
+    """How many tokens go through an MLP of a role: its share, of an expert."""
+    return tokens * text.num_experts_per_tok / text.num_local_experts if role is Role.ROUTED_EXPERT else tokens
+
+
+def starting(*, models: bool) -> Work:
+    """Loading libraries: the kernels, and what runs models if they run."""
+    work = Work()
+    work.add("starting", Kind.KERNELS, 1)
+    work.add("starting", Kind.LIBRARIES, int(models))
+    return work
+
+
+def rounding_tasks(plan: Plan) -> Work:
+    """What needs no text: reading, rounding, copying, writing."""
+    work = Work()
+    for task in plan.tasks:
+        work.add("rounding", Kind.READ, task.read_bytes)
+        work.add("rounding", Kind.WRITE, task.write_bytes)
+        work.add("rounding", Kind.HASH, task.write_bytes)
+        if task.action is Action.QUANTIZE:
+            rows = task.rows[1] - task.rows[0]
+            for target in task.targets:
+                work.include(rounding(plan.recipe.schemes[target.scheme], rows * target.linear.in_features))
+    return work
+
+
+def quantizing(plan: Plan, device: str = CPU, tokens: int | None = None) -> list[Work]:
+    """A plan's job on a kind of device, calibrated on `tokens` (those of the plan unless given)."""
+    stages = [starting(models=plan.needs is not None), rounding_tasks(plan)]
+    if plan.needs is not None:
+        stages.append(calibrating(plan, device, plan.needs.tokens if tokens is None else tokens))
+    return stages
+
+
+def calibrating(plan: Plan, device: str, tokens: int) -> Work:
+    """The walk through all layers in every stream, and solving on the way."""
+    assert plan.needs is not None
+    text, streams = plan.checkpoint.config.text, plan.needs.streams
+    work = Work()
+    work.include(running(text, tokens, calibration_length(plan), Kind.PRODUCT, device), streams)
+    for (role, scheme), count in _solved(plan).items():
+        work.include(solving(plan, role, plan.recipe.schemes[scheme], device, tokens), count)
+    work.include(_loading(plan))
+    work.include(_written(plan.calibrated, sum(_solved(plan).values())))
+    hidden = streams * tokens * text.hidden_size * FLOAT * text.num_hidden_layers
+    work.add("writing", Kind.WRITE, HIDDEN_WRITTEN * hidden)
+    return work
+
+
+def solving(plan: Plan, role: Role, scheme: RecipeScheme, device: str, tokens: int) -> Work:
+    """Solving one MLP of a role; an expert with few tokens borrows some."""
+    assert plan.recipe.calibration is not None
+    assert plan.needs is not None
+    text = plan.checkpoint.config.text
+    own = tokens_of(text, role, tokens)
+    lent = min(plan.recipe.calibration.min_tokens, tokens) if role is Role.ROUTED_EXPERT else 0
+    counted = Tokens(max(own, lent), own, plan.needs.streams)
+    return solving_mlp(text, mlps_of(text)[role].inner, counted, scheme, device)
+
+
+def running(text: TextConfig, tokens: float, length: int, kind: Kind, device: str) -> Work:
+    """Tokens once through all layers."""
+    work = Work()
+    work.include(attending(text, tokens, length, kind, device), text.num_hidden_layers)
+    for role, units in mlps_of(text).items():
+        through = tokens_of(text, role, tokens)
+        work.include(running_mlp(text, units.inner, through, kind, _PHASES[role], device), units.count)
+    return work
+
+
+_PHASES = {Role.DENSE_MLP: "dense MLPs", Role.SHARED_EXPERT: "shared experts", Role.ROUTED_EXPERT: "experts"}
+
+
+def calibration_length(plan: Plan) -> int:
+    """Tokens of a sequence that is calibrated on."""
+    assert plan.recipe.calibration is not None
+    text = plan.checkpoint.config.text
+    return plan.recipe.calibration.sequence_length or min(DEFAULT_LENGTH, text.max_position_embeddings)
+
+
+def _solved(plan: Plan) -> Counter[tuple[Role, str]]:
+    """How many MLPs of a role and a scheme are solved."""
+    units = {
+        (target.linear.layer, target.linear.role, target.linear.expert, target.scheme) for target in plan.calibrated
+    }
+    return Counter((role, scheme) for _, role, _, scheme in units)
+
+
+def _loading(plan: Plan) -> Work:
+    """Reading every layer's matrices once, and those that are quantized back."""
+    work = Work()
+    quantized = sum(linear.numel for linear, scheme in plan.assigned if scheme is not None)
+    work.include(layer_weights(plan.checkpoint).loading())
+    work.add("reading back", Kind.UNPACK, quantized)
+    return work
+
+
+def _written(targets: Iterable[Target], units: int) -> Work:
+    work, nbytes = Work(), sum(tensor.nbytes for target in targets for tensor in target.tensors)
+    work.add("writing", Kind.WRITE, nbytes)
+    work.add("writing", Kind.HASH, 2 * nbytes)  # of a unit for the journal, of a tensor for the manifest
+    work.add("writing", Kind.SYNC, SYNCS_A_UNIT * units)
+    return work
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The matrices of all layers of a checkpoint: how many weights, plain and quantized, and their bytes in files."""
+
+    plain: int
+    quantized: int
+    nbytes: int
+
+    def loading(self, times: float = 1) -> Work:
+        """Reading them all, `times` over."""
+        work = Work()
+        work.add("loading", Kind.READ, times * self.nbytes)
+        work.add("loading", Kind.WIDEN, times * self.plain)
+        work.add("loading", Kind.UNPACK, times * self.quantized)
+        return work
+
+
+def layer_weights(checkpoint: Checkpoint) -> LayerWeights:
+    """Those of a checkpoint, or of the artifact it is."""
+    numel = sum(linear.numel for linear in catalogue(checkpoint.config).linears)
+    held = {name: entry for name, entry in checkpoint.entries.items() if classify(name).role in QUANTIZABLE}
+    nbytes = sum(entry.nbytes for entry in held.values())
+    if not checkpoint.config.quantized:
+        return LayerWeights(numel, 0, nbytes or 2 * numel)
+    plain = sum(
+        math.prod(held[name].shape) for name in held if name.endswith(f".{WEIGHT}") and held[name].dtype in FLOATS
+    )
+    return LayerWeights(plain, numel - plain, nbytes)
+
+
+def evaluating(
+    text: TextConfig, models: Sequence[LayerWeights], tokens: int, length: int, device: str = CPU, *, digested: int = 0
+) -> list[Work]:
+    """Models beside each other on so many tokens: layers, units compared on a sample, answers; `digested` bytes of the
+    artifact are read for its digest before."""
+    walked = Work()
+    for model in models:
+        walked.include(model.loading())
+    walked.include(running(text, tokens, length, Kind.FORWARD, device), len(models))
+    if len(models) > 1:
+        walked.include(running(text, min(tokens, SAMPLE_ROWS), length, Kind.FORWARD, device), 2)
+    walked.include(scoring(text, tokens, len(models)))
+    digest = Work()
+    digest.add("digesting", Kind.READ, digested)
+    digest.add("digesting", Kind.HASH, digested)
+    return [starting(models=True), digest, walked]
+
+
+def verifying(artifact_bytes: int, source_bytes: int, weights: int) -> list[Work]:
+    """Reading an artifact and its source, and holding one against the other."""
+    work = Work()
+    work.add("verifying", Kind.READ, artifact_bytes + source_bytes)
+    work.add("verifying", Kind.HASH, artifact_bytes)
+    work.add("verifying", Kind.UNPACK, 2 * weights)
+    return [starting(models=False), work]
+
+
+def measuring(
+    text: TextConfig,
+    weights: LayerWeights,
+    walked: Sequence[tuple[int, float]],
+    changed: Mapping[tuple[Role, RecipeScheme], int],
+    tokens: tuple[int, int],
+    waves: int,
+    length: int,
+    device: str = CPU,
+) -> list[Work]:
+    """Streams that are `walked` through some layers with some tokens each, in `waves` over the weights; units of a role
+    are given a scheme, `changed` of them; of `tokens`, some are measured and some calibrated on."""
+    work = Work()
+    work.include(weights.loading(waves))
+    layer = text.num_hidden_layers
+    for layers, rows in walked:
+        work.include(running(text, rows, length, Kind.PRODUCT, device), layers / layer)
+    for (role, scheme), count in changed.items():
+        work.include(_changing(text, role, scheme, tokens, device), count)
+    work.include(scoring(text, tokens[0], len(walked)))
+    return [starting(models=True), work]
+
+
+def _changing(text: TextConfig, role: Role, scheme: RecipeScheme, tokens: tuple[int, int], device: str) -> Work:
+    """One unit given a scheme, and run on what it measured on as it was and as it is."""
+    work, units = Work(), mlps_of(text).get(role)
+    if units is None:
+        numel = sum(math.prod(shape) for shape in attention_shapes(text).values())
+        work.include(rounding(scheme, numel))
+        return work
+    if scheme.gptq is not None:
+        own = tokens_of(text, role, tokens[1])
+        work.include(solving_mlp(text, units.inner, Tokens(own, own, 2), scheme, device))
+    else:
+        work.include(rounding(scheme, 3 * text.hidden_size * units.inner))
+    through = tokens_of(text, role, tokens[0])
+    work.include(running_mlp(text, units.inner, through, Kind.PRODUCT, "changed units", device), 2)
+    return work
+
+
+def building(plan: Plan, device: str, evaluated: tuple[int, int] | None) -> dict[str, list[Work]]:
+    """The steps of `build` that take long; `evaluated` are tokens and the length of a sequence, if accuracy is measured.
+
+    Original and artifact walk beside each other.
+    """
+    quantized = sum(linear.numel for linear, scheme in plan.assigned if scheme is not None)
+    steps = {
+        "quantize": quantizing(plan, device),
+        "verify": verifying(plan.artifact_bytes, plan.source_weight_bytes, quantized),
+    }
+    if evaluated is not None:
+        original = layer_weights(plan.checkpoint)
+        of_layers = sum(tensor.nbytes for tensor in plan.tensors if tensor.role in QUANTIZABLE)
+        artifact = LayerWeights(original.plain - quantized, quantized, of_layers)
+        tokens, length = evaluated
+        steps["evaluate"] = evaluating(plan.checkpoint.config.text, (original, artifact), tokens, length, device)
+    return steps
+
+
+def tokens_at_most(text: TextConfig, samples: int, length: int | None) -> tuple[int, int]:
+    """How many tokens so many sequences have at most, and the length of one."""
+    longest = length or min(DEFAULT_LENGTH, text.max_position_embeddings)
+    return samples * longest, longest

@@ -1,0 +1,84 @@
+"""Operations as planned against those that torch is given: its own counter of dispatched products is the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import silu
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from l4pack.calibration import moments
+from l4pack.calibration.mlp import Matrices, solve_mlp
+from l4pack.calibration.rows import Block
+from l4pack.evaluate import layer_errors
+from l4pack.model.config import TextConfig
+from l4pack.model.parts import mlp_shapes
+from l4pack.quant import gptq, gptq_thin, triangular
+from l4pack.recipe import GptqOptions, Method, RecipeScheme
+from l4pack.timing import counts, jobs
+from l4pack.timing.work import Kind
+
+HIDDEN, INNER = 384, 640
+PRODUCTS = (Kind.PRODUCT, Kind.UPDATE, Kind.PRODUCT64, Kind.FORWARD)
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts operations of the products that torch is given: `torch.utils.flop_counter` knows none made in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = self.calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += 1
+        name = function.overloadpacket.__name__.removesuffix("_")
+        if name in ("mm", "addmm", "matmul"):
+            left, right = args[-2:]
+            self.products += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        assert name not in ("bmm", "baddbmm", "einsum"), name
+        return function(*args, **(kwargs or {}))
+
+
+def scheme(**options):
+    gptq_options = GptqOptions(**{"sweeps": 2, **options})
+    return RecipeScheme(format="pack-quantized", num_bits=4, group_size=128, method=Method.GPTQ, gptq=gptq_options)
+
+
+def text(**sizes):
+    return TextConfig(**{"hidden_size": HIDDEN, "intermediate_size": INNER, "num_local_experts": 4, **sizes})
+
+
+def dispatched(tokens, streams, wanted):
+    """Operations of products that solving one MLP gives torch to do."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(shape, generator=generator) * 0.05 for name, shape in mlp_shapes(HIDDEN, INNER).items()
+    }
+    inputs = torch.randn(tokens, HIDDEN, generator=generator)
+    original = None if streams == 1 else inputs + 0.01 * torch.randn(tokens, HIDDEN, generator=generator)
+    blocks = [Block(inputs, original, None, None)]
+    with torch.inference_mode(), Dispatched() as counter:
+        solve_mlp(Matrices(weights, silu, torch.bfloat16), lambda: blocks, wanted, dict.fromkeys(weights, "BF16"))
+    return counter.products
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("tokens", [100, 200, 600], ids=["thin", "thin for down alone", "thick"])
+def test_solving_an_mlp(tokens, streams):
+    wanted = scheme()
+    planned = counts.solving_mlp(text(), INNER, counts.Tokens(tokens, tokens, streams), wanted, "cpu")
+    assert planned.total(*PRODUCTS) == pytest.approx(dispatched(tokens, streams, wanted), rel=0.01)
+
+
+def test_solving_without_sweeps_or_the_originals_inputs():
+    wanted = scheme(sweeps=0, asymmetric=0.0)
+    planned = counts.solving_mlp(text(), INNER, counts.Tokens(600, 600, 2), wanted, "cpu")
+    assert planned.total(*PRODUCTS) == pytest.approx(dispatched(600, 2, wanted), rel=0.01)
+
+
+def test_the_solver_cuts_as_is_counted():
+    assert counts.TILE == triangular.TILE
+    assert counts.BLOCK == gptq_thin.BLOCK
+    assert counts.SWEEP_BLOCK == gptq.SWEEP_BLOCK
+    assert (counts.MOMENT_TILE, counts.THIN) == (moments.COLUMNS, moments.THIN)
+    assert jobs.SAMPLE_ROWS == layer_errors.SAMPLE_ROWS
