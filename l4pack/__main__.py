@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 import sys
 
 from l4pack.errors import L4packError
@@ -24,13 +23,12 @@ def main() -> None:
     except KeyboardInterrupt:
         ended = INTERRUPTED
     if ended == INTERRUPTED:
-        sys.stderr.write("error: interrupted\nhint: run the same command again\n")
+        _refuse("interrupted", "run the same command again", INTERRUPTED)
     sys.exit(ended)
 
 
 def _run() -> int:
     """Run one command; its exit code."""
-    from l4pack.cli import console
     from l4pack.cli.app import app
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -38,28 +36,35 @@ def _run() -> int:
     try:
         ended = app(prog_name="l4pack", standalone_mode=False)
         return ended if isinstance(ended, int) else 0
+    except SystemExit as end:
+        # Click's way with a help page whose reader left: it wraps stdout, and calls it a failure.
+        return 0 if type(sys.stdout).__name__ == "PacifyFlushWrapper" else int(end.code or 0)
     except L4packError as error:
-        console.error(error.message, error.hint)
-        return error.exit_code
+        return _refuse(error.message, error.hint, error.exit_code)
     except ModuleNotFoundError as error:
         from l4pack.cli.parts import missing_part
 
         missing = missing_part(error)
         if missing is None:
             raise
-        console.error(missing.message, missing.hint)
-        return missing.exit_code
-    except BrokenPipeError:
-        # The reader of a pipe left; stdout must not be flushed into it again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _refuse(missing.message, missing.hint, missing.exit_code)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        console.error(f"{where}{error.strerror or error}", HINTS.get(error.errno or 0, "check the path and the disk"))
-        return 3 if error.errno in OUT_OF_SPACE else 1
+        hint = HINTS.get(error.errno or 0, "check the path and the disk")
+        return _refuse(f"{where}{error.strerror or error}", hint, 3 if error.errno in OUT_OF_SPACE else 1)
     except Exception as error:
         _refuse_usage(error)
         raise
+
+
+def _refuse(message: str, hint: str, exit_code: int) -> int:
+    """Say what is wrong, to a script that asked for JSON as an object too; the exit code."""
+    from l4pack.cli import console
+
+    console.error(message, hint)
+    if "--json" in sys.argv:
+        console.show_json({"error": {"message": message, "hint": hint, "exit_code": exit_code}})
+    return exit_code
 
 
 def _refuse_usage(error: Exception) -> None:
@@ -77,8 +82,7 @@ def _refuse_usage(error: Exception) -> None:
         console.show_text(f"{message}\n")
         sys.exit(2)
     words = context.command_path if context is not None else "l4pack"
-    console.error(f"{message[:1].lower()}{message[1:]}".removesuffix("."), f"see {words} --help")
-    sys.exit(2)
+    sys.exit(_refuse(f"{message[:1].lower()}{message[1:]}".removesuffix("."), f"see {words} --help", 2))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from l4pack import __version__
 from l4pack.artifact.contents import recorded_digest
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
-from l4pack.budget.model import budget
+from l4pack.budget.model import Verdict, budget
 from l4pack.budget.named import open_subject
 from l4pack.budget.record import budget_record
+from l4pack.budget.serve import serve_command
 from l4pack.budget.solve import limits as budget_limits
 from l4pack.checkpoint.source import Checkpoint, open_folder
 from l4pack.datafile import json_or_none
@@ -261,11 +262,12 @@ class _Chain:
         )
         found = budget(open_subject(str(order.out)), find_host(device, load_devices()), load)
         if not found.fits:
+            verb = "may lack" if found.verdict is Verdict.UNSURE else "lack"
             raise BudgetError(
-                f"{load.context or 'the default context'} tokens on {device} lack {human_gib(-found.headroom_bytes)}",
+                f"{found.setting.context:,} tokens on {device} {verb} {human_gib(-found.headroom_bytes)}",
                 hint=f"l4pack budget {order.out} --device {device} says what would fit",
             )
-        record = budget_record(found, budget_limits(found))
+        record = {**budget_record(found, budget_limits(found)), "serve": serve_command(found, str(order.out))}
         summary = f"fits {device}, {human_gib(found.headroom_bytes)} to spare, up to {record['max_context']:,} tokens"
         return Outcome.DONE, summary, record
 

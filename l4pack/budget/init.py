@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from l4pack.budget.devices import find_host, load_devices
-from l4pack.budget.model import Budget, budget
+from l4pack.budget.model import Budget, Verdict, budget
 from l4pack.budget.named import Asked, Question, question_of
 from l4pack.budget.solve import max_context
 from l4pack.checkpoint.open import exists
@@ -32,7 +32,8 @@ def write_checks(asked: Asked, path: Path) -> dict[str, Any]:
     found = budget(question.subject, host, question.load)
     if not found.fits:
         hint = f"l4pack budget {asked.source} --device {host.name} says what would; {max_context(found):,} tokens fit"
-        raise BudgetError(f"{host.name} lacks {human_gib(-found.headroom_bytes)}", hint=hint)
+        verb = "may lack" if found.verdict is Verdict.UNSURE else "lacks"
+        raise BudgetError(f"{host.name} {verb} {human_gib(-found.headroom_bytes)}", hint=hint)
     check = _check(question, found, path.parent)
     text = "# Checked by `l4pack budget check`.\n" + yaml.safe_dump({"checks": [check]}, sort_keys=False)
     write_atomic(path, text.encode())

@@ -37,6 +37,23 @@ class Reserve(_Data):
     gib_per_gpu: float
 
 
+class ServeOptions(_Data):
+    """How a runtime's server is started, and what it calls each part of a load; empty where it has no word for it."""
+
+    command: list[str]
+    context: str
+    max_num_seqs: str
+    batched_tokens: str
+    tp: str
+    pp: str
+    utilization: str
+    kv_dtype: list[str]
+    overrides: str
+    images: str = ""
+    expert_parallel: list[str] = []
+    no_hybrid: list[str] = []
+
+
 class Runtime(_Data):
     """One runtime. Pairs are [low, high] bytes per GPU, or bytes per element where the formula says so."""
 
@@ -45,6 +62,7 @@ class Runtime(_Data):
     utilization: float | None = None
     reserve: list[Reserve] = []
     vision_shrinks_reserve: bool = False
+    serve: ServeOptions | None = None
     kv: Literal["blocks", "pools", "dynamic", "full"]
     hybrid: bool
     block_size: int

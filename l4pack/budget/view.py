@@ -16,6 +16,7 @@ from l4pack.budget.matrix import Row
 from l4pack.budget.measure import Measured
 from l4pack.budget.model import Budget, Line, LineGroup, Verdict
 from l4pack.budget.runtimes import load_runtime
+from l4pack.budget.serve import on_lines
 from l4pack.budget.solve import LargestLoads, Suggestion
 from l4pack.units import GIB, human_gib
 
@@ -42,13 +43,19 @@ SPARE, MAYBE = "·", "?"
 
 
 def budget_view(
-    found: Budget, limits: LargestLoads, changes: Sequence[Suggestion] = (), promised_by: str | None = None
+    found: Budget,
+    limits: LargestLoads,
+    changes: Sequence[Suggestion] = (),
+    promised_by: str | None = None,
+    serve: str | None = None,
 ) -> list[RenderableType]:
-    """All that `l4pack budget` shows."""
+    """All that `l4pack budget` shows; `serve` is the command that would."""
     promise = [f"what recipe {promised_by} promises, but for what was said"] if promised_by else []
     asked = [Text(line, "dim") for line in (question(found), *promise, *_idle(found))]
     shown: list[RenderableType] = [verdict_line(found, limits), *asked, "", _table(found), "", *_bar(found), ""]
     shown.append(_limits(found, limits))
+    if serve:
+        shown += ["", "[bold]serve it[/bold]", Text(f"  {on_lines(serve)}", no_wrap=True, overflow="ignore")]
     if changes:
         shown += ["", "[bold]nearest changes that fit[/bold]", _changes(changes)]
     elif not found.fits:

@@ -118,6 +118,7 @@ def _show(asked: Asked, runtime: str, devices: Path | None, as_json: bool) -> No
     from l4pack.budget.model import budget
     from l4pack.budget.named import alternatives, question_of
     from l4pack.budget.record import budget_record
+    from l4pack.budget.serve import serve_command
     from l4pack.budget.solve import changes, limits
     from l4pack.budget.view import budget_view
 
@@ -127,10 +128,12 @@ def _show(asked: Asked, runtime: str, devices: Path | None, as_json: bool) -> No
     largest = limits(found)
     others = alternatives(question.source, question.subject)
     tried = [] if found.fits else changes(found, question.load, runtime, known, others)
+    serve = serve_command(found, question.source if question.subject.config.quantized else "ARTIFACT")
     if as_json:
-        console.show_json({"promised_by": question.promised_by, **budget_record(found, largest, tried)})
+        record = budget_record(found, largest, tried)
+        console.show_json({"promised_by": question.promised_by, **record, "serve": serve})
     else:
-        console.show(*budget_view(found, largest, tried, question.promised_by))
+        console.show(*budget_view(found, largest, tried, question.promised_by, serve))
     if not found.fits:
         raise typer.Exit(BudgetError.exit_code)
 

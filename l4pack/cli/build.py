@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 
+from l4pack.budget.serve import on_lines
 from l4pack.cli import console
 from l4pack.cli.evaluate import asked_gates
 from l4pack.cli.fit import warn_of_stand_in
@@ -264,10 +265,18 @@ def build_view(plan: Plan, order: Order, built: Built) -> list[RenderableType]:
         "",
         f"before   {human_bytes(plan.source_weight_bytes)} of weights",
         f"after    {size_of(plan)}",
-        f"where    [bold]{console.plain(order.out)}[/bold]",
     ]
-    if built.error is None:
-        sizes.append(
-            f"next     vllm serve {console.plain(order.out)}   or   l4pack push {console.plain(order.out)} ORG/NAME --dry-run"
-        )
-    return [table, *sizes]
+    return [table, *sizes, *(_whereabouts(order, built) if built.error is None else ())]
+
+
+def _whereabouts(order: Order, built: Built) -> list[RenderableType]:
+    """Where the result is, and what to type next."""
+    out = console.plain(order.out)
+    serve = next((step.record.get("serve") for step in built.steps if step.name == "budget"), None)
+    how = on_lines(serve) if serve else f"l4pack budget {order.out} --device NAME"
+    command = "\n         ".join(console.plain(line) for line in how.splitlines())
+    return [
+        f"where    [bold]{out}[/bold]",
+        f"serve    {command}",
+        f"publish  l4pack push {out} ORG/NAME --dry-run",
+    ]

@@ -7,6 +7,7 @@ long job a line now and then.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -27,9 +28,21 @@ LOG_SECONDS = 300.0  # between two lines of a log: a job takes minutes or days
 LINE_LIMIT = 1000  # characters of an error: names and values in it come from files
 
 
+class _Terminal(Console):
+    """Rich's console, but a reader of a pipe who leaves, as `head` does, is no failure of the command."""
+
+    def on_broken_pipe(self) -> None:
+        reader_left()
+
+
+def reader_left() -> None:
+    """Let the rest of stdout go nowhere: the command goes on, and ends with its own exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else PIPED_WIDTH, highlight=False, soft_wrap=False)
+    return _Terminal(file=stream, width=None if stream.isatty() else PIPED_WIDTH, highlight=False, soft_wrap=False)
 
 
 def show(*items: RenderableType) -> None:
@@ -41,12 +54,16 @@ def show(*items: RenderableType) -> None:
 
 def show_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout, and nothing else."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    show_text(json.dumps(value, indent=2) + "\n")
 
 
 def show_text(text: str) -> None:
     """Print a text on stdout just as it is."""
-    sys.stdout.write(text)
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        reader_left()
 
 
 def talk(*items: RenderableType) -> None:

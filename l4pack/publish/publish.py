@@ -13,7 +13,7 @@ from l4pack.artifact.policy import Duty, Policy
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.matrix import HOSTS, matrix
-from l4pack.budget.model import budget
+from l4pack.budget.model import Verdict, budget
 from l4pack.budget.named import open_subject
 from l4pack.checkpoint.hub import open_remote
 from l4pack.checkpoint.source import HUB_ID, Checkpoint
@@ -144,8 +144,9 @@ def _check_budget(folder: Path, promise: Promise) -> str:
     found = budget(open_subject(str(folder)), find_host(promise.device, load_devices()), load)
     what = f"{promise.context:,} tokens on {promise.device}"
     if not found.fits:
+        verb = "may lack" if found.verdict is Verdict.UNSURE else "lacks"
         raise BudgetError(
-            f"the recipe promises {what}, which lacks {human_gib(-found.headroom_bytes)}",
+            f"the recipe promises {what}, which {verb} {human_gib(-found.headroom_bytes)}",
             hint=f"l4pack budget {folder} --device {promise.device} --context {promise.context} shows every line",
         )
     return f"budget: {what} fits, {human_gib(found.headroom_bytes)} to spare"

@@ -190,7 +190,7 @@ def test_devices_are_listed_with_their_sources(l4pack: Run) -> None:
         (("llama-4-scout", "--context", 20_000_000), 2, "beyond the model's 10,485,760 tokens", "10485760"),
         (("llama-4-scout", "--runtime", "vlm"), 2, "no runtime is named 'vlm'", "vllm"),
         (("llama-4-scout", "--recipe", "in4"), 2, "no recipe is named 'in4'", "int4"),
-        (("--json",), 2, "no artifact or source is named", "l4pack budget"),
+        (("--device", "h100"), 2, "no artifact or source is named", "l4pack budget"),
         ((BAD / "budget-no-config",), 4, "has no config.json", "config.json"),
         (("nowhere-at-all",), 4, "neither a folder nor ORG/NAME", "llama-4-scout"),
         (("llama-4-scout", "--measure"), 1, "there is no GPU to measure on", "torch.cuda.is_available()"),

@@ -168,11 +168,13 @@ def test_an_unforeseen_error_is_not_hidden(l4pack, monkeypatch):
         l4pack("inspect", "x")
 
 
-def test_a_reader_that_leaves_is_no_error():
+@pytest.mark.parametrize("options", [(), ("--json",), ("--help",)])
+def test_a_reader_that_leaves_is_no_error(options):
+    """As `head -1` does, early or late."""
     reader, writer = os.pipe()
     os.close(reader)
     process = subprocess.run(
-        [sys.executable, "-m", "l4pack", "recipes", "--json"],
+        [sys.executable, "-m", "l4pack", "recipes", *options],
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,
@@ -180,7 +182,19 @@ def test_a_reader_that_leaves_is_no_error():
     )
     os.close(writer)
     assert process.stderr == ""
-    assert process.returncode in (0, 1)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(("inspect", "nowhere-at-all"), 4), (("inspect", "--nothing"), 2), (("budget", "int4"), 2)]
+)
+def test_a_script_gets_the_error_as_an_object(l4pack, arguments, code):
+    ended = l4pack(*arguments, "--json")
+    found = json.loads(ended.out)
+    assert list(found) == ["error"]
+    assert (ended.code, found["error"]["exit_code"]) == (code, code)
+    assert ended.err.splitlines()[0] == f"error: {found['error']['message']}"
+    assert ended.err.splitlines()[1] == f"hint: {found['error']['hint']}"
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
