@@ -243,7 +243,7 @@ def _any_pulled(own: NDArray[Any], curvature: NDArray[Any], least: Any) -> bool:
     found = np.int32(0)
     for i in range(own.size):
         found = np.int32(found | np.int32(abs(own[i]) > least * curvature[i]))
-    return found > 0
+    return bool(found > 0)
 
 
 @kernel
