@@ -37,8 +37,9 @@ def _run() -> int:
         ended = app(prog_name="l4pack", standalone_mode=False)
         return ended if isinstance(ended, int) else 0
     except SystemExit as end:
-        # Click's way with a help page whose reader left: it wraps stdout, and calls it a failure.
-        return 0 if type(sys.stdout).__name__ == "PacifyFlushWrapper" else int(end.code or 0)
+        if isinstance(end.__context__, BrokenPipeError):  # Click and Rich call it a failure when a help page's reader left
+            return 0
+        raise
     except L4packError as error:
         return _refuse(error.message, error.hint, error.exit_code)
     except ModuleNotFoundError as error:
