@@ -37,7 +37,8 @@ def _run() -> int:
         ended = app(prog_name="l4pack", standalone_mode=False)
         return ended if isinstance(ended, int) else 0
     except SystemExit as end:
-        if isinstance(end.__context__, BrokenPipeError):  # Click and Rich call it a failure when a help page's reader left
+        # Click and Rich call it a failure when the reader of a help page left.
+        if isinstance(end.__context__, BrokenPipeError):
             return 0
         raise
     except L4packError as error:
