@@ -49,6 +49,7 @@ from l4pack.work.folder import FETCHED, is_marked, remove_all
 from l4pack.work.signals import stop_signals
 
 if TYPE_CHECKING:
+    from l4pack.cluster.cluster import Cluster
     from l4pack.evaluate.evaluate import PreparedEvaluation
     from l4pack.measure.record import Sensitivity
     from l4pack.stream.visitor import Progress
@@ -69,6 +70,10 @@ class ByteProgress(Protocol):
 
     def advance(self, nbytes: int) -> None:
         """Count bytes as done."""
+        ...
+
+    def label(self, text: str) -> None:
+        """Change what is said to be done."""
         ...
 
 
@@ -94,6 +99,7 @@ class Order:
     restart: bool = False
     dry_run: bool = False  # stop after the plan
     predicted: Mapping[str, Prediction] = field(default_factory=dict)  # of the steps that take long
+    cluster: Cluster | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +225,8 @@ class _Chain:
     def _quantize(self) -> StepResult:
         plan, order = self._plan, self._order
         with self._watch("quantizing", plan.read_bytes) as bar:
+            if order.cluster is not None:
+                order.cluster.show_on(bar.label)
             result = run_plan(
                 plan,
                 order.out,
@@ -226,6 +234,7 @@ class _Chain:
                 quantize=quantizer(order.compute),
                 advance=bar.advance,
                 device=order.compute,
+                cluster=order.cluster,
             )
         record = {"out": str(order.out), "peak_rss_bytes": result.peak_rss_bytes, "bytes_read": result.read_bytes}
         if result.already_done:

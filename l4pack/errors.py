@@ -6,6 +6,7 @@ L4packError              1   a check found something, or a job failed
   BudgetError            3   it does not fit the memory or disk given
   SourceError            4   the source checkpoint is damaged, incomplete or not Llama 4
   HubError               5   network or Hub
+  ClusterError           5   a cluster of workers can't be reached, or fell apart
   QualityError           6   a quality gate was missed
   LicenceError           7   licence or naming rule broken
   StoppedError          75   stopped safely; the same command goes on
@@ -49,6 +50,12 @@ class SourceError(L4packError):
 
 class HubError(L4packError):
     """The network or the Hub failed."""
+
+    exit_code = 5
+
+
+class ClusterError(L4packError):
+    """A cluster of workers can't be reached, or too little of it is left."""
 
     exit_code = 5
 

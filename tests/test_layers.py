@@ -30,7 +30,7 @@ LAYERS = [
     ["recipe"],
     ["containers", "formats"],
     ["checkpoint"],
-    ["demo", "hub", "model"],
+    ["cluster", "demo", "hub", "model"],
     ["quant", "work"],
     ["datafile"],
     ["units", "resources"],

@@ -212,7 +212,13 @@ def test_every_library_comes_with_the_core_or_with_the_extra_it_is_said_to_be_in
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     brings = {library: set(map(canonical, found)) for library, found in packages_distributions().items()}
-    asked_for = {"lm_eval", "vllm", "datasets", "pyarrow"}  # where one is missing, the user is told so in other words
+    asked_for = {
+        "lm_eval",
+        "vllm",
+        "datasets",
+        "pyarrow",
+        "ray",
+    }  # where one is missing, the user is told so in other words
     used = libraries_of_the_package() - asked_for
     with_core = {library for library in used if brings.get(library, set()) & closure(project["dependencies"]).keys()}
     assert used - with_core <= {library for libraries in EXTRAS.values() for library in libraries}

@@ -76,6 +76,15 @@ class Journal:
             self.close()
             self._rewrite()
 
+    @staticmethod
+    def is_of(path: Path, job: str) -> bool:
+        """Whether a journal is there, and is that of the job whose identity has this `digest`."""
+        try:
+            head = next(_sound_lines(path))
+        except OSError:
+            return False
+        return "job" in head and Identity(head["job"]).digest == job
+
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)

@@ -12,6 +12,7 @@ from l4pack.checkpoint.source import Checkpoint, LocalStore, Store
 from l4pack.datafile import digest_of
 from l4pack.errors import SourceError
 from l4pack.model.config import CONFIG_NAME, load_config
+from l4pack.work.identity import Identity
 
 
 def source_part(file: str, name: str = "source") -> str:
@@ -34,6 +35,14 @@ def weight_parts(checkpoint: Checkpoint, name: str = "source") -> dict[str, str]
     assert store is not None
     digests = {CONFIG_NAME: _config(checkpoint, store), **_shards(checkpoint, store)}
     return {source_part(file, name): digest for file, digest in digests.items()}
+
+
+def seen_digest(checkpoint: Checkpoint) -> str | None:
+    """Hex SHA-256 over `weight_parts`; None where the files can't be seen."""
+    try:
+        return Identity(weight_parts(checkpoint)).digest
+    except (OSError, SourceError):
+        return None
 
 
 def file_digest(path: Path) -> str:

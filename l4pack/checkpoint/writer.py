@@ -66,26 +66,34 @@ class Written:
 class ShardWriter:
     """Writes pieces of tensors into a folder of shards; safe to use from several threads at once."""
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], places: Mapping[str, FilePlace]) -> None:
-        self._places = places
+    def __init__(
+        self, folder: Path, shards: Sequence[Shard], places: Mapping[str, FilePlace], *, begun: bool = False
+    ) -> None:
+        """Makes the files, or opens them as they are where another process has `begun` them. Raises OSError."""
+        self.places = places
         self._lock = threading.Lock()
         self._watched = threading.local()
         self._dirty: set[str] = set()
         self._files: dict[str, int] = {}
         allow_open_files(2 * len(shards))  # the reader of as many source shards has its own
         for shard in shards:
-            descriptor = open_own(folder / shard.file, os.O_RDWR | os.O_CREAT)
-            self._files[shard.file] = descriptor
+            self._files[shard.file] = open_own(folder / shard.file, os.O_RDWR | (0 if begun else os.O_CREAT))
+        if not begun:
+            self._begin(shards)
+            sync_folder(folder)  # a journalled task must not outlive the name of its file
+
+    def _begin(self, shards: Sequence[Shard]) -> None:
+        for shard in shards:
+            descriptor = self._files[shard.file]
             os.ftruncate(descriptor, shard.nbytes)
             _write_all(descriptor, memoryview(shard.prefix), 0)
             self._dirty.add(shard.file)
-        sync_folder(folder)  # a journalled task must not outlive the name of its file
 
     def write(self, name: str, offset: int, data: NDArray[np.generic]) -> None:
         """Put an array's bytes (any dtype and shape [...], as they lie in memory) at byte `offset` of a tensor.
         Raises ValueError
         for bytes beyond its end."""
-        place = self._places[name]
+        place = self.places[name]
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         if offset < 0 or offset + raw.nbytes > place.nbytes:
             raise ValueError(f"{name}: {raw.nbytes} bytes at {offset} of a tensor of {place.nbytes}")
@@ -106,7 +114,7 @@ class ShardWriter:
 
     def read(self, name: str) -> NDArray[np.uint8]:
         """uint8 [nbytes] of a tensor as written so far. Raises OSError when the file is shorter."""
-        place = self._places[name]
+        place = self.places[name]
         raw = np.empty(place.nbytes, np.uint8)
         done = 0
         while done < place.nbytes:
@@ -126,7 +134,7 @@ class ShardWriter:
     def digests(self, shard: Shard, known: Container[str] = ()) -> dict[str, str]:
         """Hex SHA-256 of every tensor of a complete shard that is not `known`, read back from the file."""
         names = [name for name in shard.tensors if name not in known]
-        result = {name: self._digest(Extent(name, 0, self._places[name].nbytes)) for name in names}
+        result = {name: self._digest(Extent(name, 0, self.places[name].nbytes)) for name in names}
         os.posix_fadvise(self._files[shard.file], 0, 0, os.POSIX_FADV_DONTNEED)
         return result
 
@@ -135,7 +143,7 @@ class ShardWriter:
         return _combined(map(self._digest, extents))
 
     def _digest(self, extent: Extent) -> str:
-        digest, place, done = hashlib.sha256(), self._places[extent.tensor], 0
+        digest, place, done = hashlib.sha256(), self.places[extent.tensor], 0
         buffer = bytearray(min(_HASH_CHUNK, extent.nbytes))
         while done < extent.nbytes:
             view = memoryview(buffer)[: extent.nbytes - done]

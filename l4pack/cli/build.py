@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from rich.console import RenderableType
 
 from l4pack.budget.serve import on_lines
 from l4pack.cli import console
+from l4pack.cli.cluster import cluster_options, joined
 from l4pack.cli.evaluate import asked_gates
 from l4pack.cli.fit import warn_of_stand_in
 from l4pack.cli.hours import Hours, hours_view, within_record, within_time, within_view
@@ -26,6 +28,7 @@ from l4pack.cli.options import (
     DryRunOption,
     FetchAsYouGoOption,
     FitRecipeOption,
+    GpusPerWorkerOption,
     IncludeOption,
     KeepFloat32Option,
     KVDtypeOption,
@@ -41,6 +44,7 @@ from l4pack.cli.options import (
     PriceOption,
     PublicOption,
     PushOption,
+    RayOption,
     RecipeOption,
     RestartOption,
     RuntimeOption,
@@ -111,6 +115,8 @@ def build(
     include: IncludeOption = None,
     keep_float32: KeepFloat32Option = False,
     fetch_as_you_go: FetchAsYouGoOption = False,
+    ray: RayOption = None,
+    gpus_per_worker: GpusPerWorkerOption = None,
     restart: RestartOption = False,
     on: OnOption = None,
     devices: DevicesFileOption = None,
@@ -133,6 +139,7 @@ def build(
     from l4pack.text.choice import TextChoice
 
     chosen_device = chosen(compute)
+    spread = cluster_options(ray, gpus_per_worker, chosen_device)
     target = _target(push, public=public, tag=tag)
     checkpoint = open_source(source, fetch_folder=fetch_folder(out) if fetch_as_you_go else None, include=include or ())
     before: list[Step] = []
@@ -156,7 +163,9 @@ def build(
         max_ram=allowed.max_ram, max_vram=allowed.max_vram, restart=restart, dry_run=dry_run,
         predicted=predicted,
     )  # fmt: skip
-    _show(plan, order, run(plan, order, console.progress, before), fitted, as_json=as_json)
+    with joined(None if dry_run else spread, computes=True) as cluster:
+        built = run(plan, replace(order, cluster=cluster), console.progress, before)
+    _show(plan, order, built, fitted, as_json=as_json)
 
 
 def _recipe(

@@ -17,7 +17,7 @@ from l4pack.units import parse_tokens
 
 T = TypeVar("T")
 
-_TEXT, _BUDGET, _TIME, _GATES = "Text", "Budget", "Time", "Quality gates (exit 6)"
+_TEXT, _BUDGET, _TIME, _GATES, _CLUSTER = "Text", "Budget", "Time", "Quality gates (exit 6)", "Cluster"
 
 # What is worked on
 
@@ -397,6 +397,24 @@ MaxRamOption = Annotated[
 ]
 MaxVramOption = Annotated[
     str | None, typer.Option("--max-vram", metavar="SIZE", help="Most device memory the job may take.")
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Spread the work over a Ray cluster: HOST:PORT, `auto` for the one this machine is in, `local` for one here.",
+        rich_help_panel=_CLUSTER,
+    ),
+]
+GpusPerWorkerOption = Annotated[
+    float | None,
+    typer.Option(
+        "--gpus-per-worker",
+        metavar="N",
+        help="Devices a worker takes, or a share of one, as 0.5; 1 where devices compute.",
+        rich_help_panel=_CLUSTER,
+    ),
 ]
 WorkOption = Annotated[
     Path | None,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l4pack.cli import console
+from l4pack.cli.cluster import cluster_options, joined
 from l4pack.cli.hours import (
     Hours,
     beside_view,
@@ -25,6 +26,7 @@ from l4pack.cli.options import (
     EarlierSamplesOption,
     EarlierTextOption,
     FetchAsYouGoOption,
+    GpusPerWorkerOption,
     IncludeOption,
     KeepFloat32Option,
     MaxRamOption,
@@ -32,6 +34,7 @@ from l4pack.cli.options import (
     OnOption,
     OutOption,
     PriceOption,
+    RayOption,
     RecipeOption,
     RestartOption,
     SeedOption,
@@ -46,6 +49,7 @@ from l4pack.units import human_bytes, human_seconds
 from l4pack.work.device import AUTO, chosen
 
 if TYPE_CHECKING:
+    from l4pack.cluster.options import ClusterOptions
     from l4pack.plan.plan import Plan
     from l4pack.quantize.run import RunResult
 
@@ -67,6 +71,8 @@ def quantize(
     include: IncludeOption = None,
     keep_float32: KeepFloat32Option = False,
     fetch_as_you_go: FetchAsYouGoOption = False,
+    ray: RayOption = None,
+    gpus_per_worker: GpusPerWorkerOption = None,
     restart: RestartOption = False,
     on: OnOption = None,
     devices: DevicesFileOption = None,
@@ -90,6 +96,7 @@ def quantize(
     calibration_samples = now_called("--calibration-samples", calibration_samples, "--samples", samples)
     fetch_folder = work_folder(out) / "fetched" if fetch_as_you_go else None
     device = chosen(compute)
+    spread = cluster_options(ray, gpus_per_worker, device)
     hours = Hours(on, devices, price, device, out.parent, planned=dry_run)
     allowed = run_limits(max_ram, max_vram, shard_size, hours.kind)
     wanted = (
@@ -111,7 +118,7 @@ def quantize(
     if not as_json:
         console.talk(*view)
     made.check_servable()
-    result = _run(made, out, device, restart)
+    result = _run(made, out, device, spread, restart)
     if as_json:
         console.show_json({**record, **run_record(result)})
     else:
@@ -119,12 +126,25 @@ def quantize(
         console.show(*result_view(made, result), *beside_view(whole, result.seconds))
 
 
-def _run(made: Plan, out: Path, device: str, restart: bool) -> RunResult:
+def _run(made: Plan, out: Path, device: str, spread: ClusterOptions | None, restart: bool) -> RunResult:
     from l4pack.quantize.accelerator import quantizer
     from l4pack.quantize.run import run_plan
 
-    with console.progress("quantizing", made.read_bytes) as bar:
-        return run_plan(made, out, restart=restart, quantize=quantizer(device), advance=bar.advance, device=device)
+    with (
+        joined(spread, computes=made.needs is not None) as cluster,
+        console.progress("quantizing", made.read_bytes) as bar,
+    ):
+        if cluster is not None:
+            cluster.show_on(bar.label)
+        return run_plan(
+            made,
+            out,
+            restart=restart,
+            quantize=quantizer(device),
+            advance=bar.advance,
+            device=device,
+            cluster=cluster,
+        )
 
 
 def run_record(result: RunResult) -> dict[str, object]:

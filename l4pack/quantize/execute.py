@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +24,14 @@ from l4pack.quant.quantize import NonFiniteError, absmax, quantize_block
 from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Made:
+    """Hex SHA-256 of what a task wrote, and of the tensors that it wrote whole."""
+
+    digest: str
+    tensors: Mapping[str, str]
 
 
 class Quantizer(Protocol):
@@ -49,6 +59,12 @@ class Executor:
         self._matrices = matrices_of(checkpoint, reader)
         self._dtypes = checkpoint.float_names
         self._quantize = quantize
+
+    def make(self, task: Task) -> Made:
+        """Do a task and say what it wrote. Raises SourceError as `run` does."""
+        with self._writer.watched() as written:
+            self.run(task)
+        return Made(written.digest, written.tensors(self._writer.places))
 
     def run(self, task: Task) -> None:
         """Do a task. Raises SourceError naming a tensor with an infinite or NaN weight."""

@@ -1,23 +1,43 @@
-"""A job under way: tasks on a few threads, journalled once their bytes are safely on disk."""
+"""A job under way: what is left of a plan, who carries it out, and a journal of what is safely on disk."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.reader import Reader
+from l4pack.checkpoint.shards import Shard
 from l4pack.checkpoint.source import Store
-from l4pack.checkpoint.writer import ShardWriter, Written
+from l4pack.checkpoint.writer import ShardWriter
 from l4pack.plan.assign import Task
 from l4pack.plan.plan import Plan
 from l4pack.quant.suffixes import Suffix
-from l4pack.quantize.execute import Executor
+from l4pack.quantize.execute import Made
 from l4pack.work.signals import check_stop
 
-SYNC_SECONDS = 1.0
+
+class Crew(Protocol):
+    """Who carries out tasks: threads of this process, or workers on other machines."""
+
+    def hashing(self) -> AbstractContextManager[Callable[[Shard, Collection[str]], Future[dict[str, str]]]]:
+        """What hashes the tensors of a complete shard that are not known, beside other work, while the block lasts."""
+        ...
+
+    def carry_out(
+        self,
+        tasks: Sequence[Task],
+        made: Callable[[Task, Made], None],
+        settle: Callable[[], None],
+        stop: threading.Event,
+    ) -> None:
+        """Do tasks. `made` is told of each one whose bytes are written, from any thread; `settle` is called from this one
+        every now and then. Raises a task's first error, once others that run have ended."""
+        ...
 
 
 class Job:
@@ -30,18 +50,17 @@ class Job:
         journal: Journal,
         reader: Reader,
         writer: ShardWriter,
-        executor: Executor,
+        crew: Crew,
         advance: Callable[[int], None] | None,
         stop: threading.Event,
         held: Collection[str] = (),
     ) -> None:
         """Source files `held` are let go of by somebody else."""
         self._plan, self._store, self._journal = plan, store, journal
-        self._reader, self._writer, self._executor = reader, writer, executor
+        self._reader, self._writer, self._crew = reader, writer, crew
         self._advance, self._stop = advance or (lambda _: None), stop
         self._lock = threading.Lock()
-        self._finished: list[tuple[Task, Written]] = []
-        self._error: Exception | None = None
+        self._finished: list[tuple[Task, Made]] = []
         self._begun = False
         self._todo = [task for task in plan.tasks if task.key not in journal.finished]
         # Source bytes that an earlier run of this job was done with.
@@ -58,26 +77,21 @@ class Job:
 
     def run(self, files: Collection[str] | None = None) -> None:
         """Do every task left, or every one left of some source files. Raises a task's first error, or StoppedError."""
-        workers, side = self._plan.workers, ThreadPoolExecutor(2, "l4pack-side")
         if not self._begun:
             self._advance(self.resumed_bytes)
             self._drop_left_behind()
             self._begun = True
         chosen = [task for task in self._todo if files is None or self._source_file(task) in files]
         self._todo = [task for task in self._todo if files is not None and self._source_file(task) not in files]
-        with side, ThreadPoolExecutor(workers, "l4pack") as pool:
-            self._hash_complete_shards(side)
-            pending: set[Future[None]] = {pool.submit(self._do, task) for task in chosen}
-            try:
-                while pending:
-                    _, pending = wait(pending, timeout=SYNC_SECONDS)
-                    self._settle(side)
-            except BaseException:
-                self._stop.set()  # leaving the block waits for the workers: let them find nothing to do
-                raise
-        self._collect_digests()
-        if self._error is not None:
-            raise self._error
+        with self._crew.hashing() as hashing:
+
+            def settle() -> None:
+                self._settle()
+                self._hash_complete_shards(hashing)
+
+            self._hash_complete_shards(hashing)
+            self._crew.carry_out(chosen, self._note, settle, self._stop)
+            self._collect_digests()
         check_stop(self._stop)
 
     def _drop_left_behind(self) -> None:
@@ -86,49 +100,37 @@ class Job:
             if not self._left_in_source[file]:
                 self._store.release(file)
 
-    def _do(self, task: Task) -> None:
-        if self._stop.is_set() or self._error is not None:
-            return
-        try:
-            with self._writer.watched() as written:
-                self._executor.run(task)
-        except Exception as error:
-            with self._lock:
-                self._error = self._error or error
-            return
+    def _note(self, task: Task, made: Made) -> None:
         file = self._source_file(task)
         with self._lock:
-            self._finished.append((task, written))
+            self._finished.append((task, made))
             self._left_in_source[file] -= 1
             used_up = not self._left_in_source[file]
         if used_up:  # at once, not when it is journalled: fetched shards must not pile up
             self._reader.forget(file)
             self._store.release(file)
 
-    def _settle(self, side: ThreadPoolExecutor) -> None:
-        """Journal what the workers finished, and hash complete shards."""
+    def _settle(self) -> None:
+        """Journal what is finished."""
         with self._lock:
             finished, self._finished = self._finished, []
         if not finished:
             return
         self._writer.sync()
         self._journal.record(
-            finished={task.key: written.digest for task, written in finished},
-            digests={
-                name: sha256 for _, written in finished for name, sha256 in written.tensors(self._plan.places).items()
-            },
+            finished={task.key: made.digest for task, made in finished},
+            digests={name: sha256 for _, made in finished for name, sha256 in made.tensors.items()},
         )
         for task, _ in finished:
             self._advance(task.read_bytes)
             self._left_in_shard.subtract(self._shard_files(task))
-        self._hash_complete_shards(side)
 
-    def _hash_complete_shards(self, side: ThreadPoolExecutor) -> None:
+    def _hash_complete_shards(self, hashing: Callable[[Shard, Collection[str]], Future[dict[str, str]]]) -> None:
         known = frozenset(self._journal.digests)
         for shard in self._plan.shards:
             if self._left_in_shard[shard.file] == 0:
                 self._left_in_shard[shard.file] = -1  # once
-                self._hashing.append(side.submit(self._writer.digests, shard, known))
+                self._hashing.append(hashing(shard, known))
 
     def _collect_digests(self) -> None:
         while self._hashing:

@@ -26,6 +26,8 @@ from l4pack.checkpoint.sample import sample_digest
 from l4pack.checkpoint.source import Store
 from l4pack.checkpoint.tied import check_tied_head
 from l4pack.checkpoint.writer import ShardWriter
+from l4pack.cluster.cluster import Cluster
+from l4pack.cluster.sight import NONCE_NAME
 from l4pack.containers.safetensors_folder import CONTAINER
 from l4pack.errors import BudgetError, L4packError, SourceError, UsageError
 from l4pack.plan.itinerary import Itinerary
@@ -35,8 +37,10 @@ from l4pack.quant.quantize import quantize_block
 from l4pack.quantize.execute import Executor, Quantizer
 from l4pack.quantize.fetching import Fetching
 from l4pack.quantize.finished import is_finished
-from l4pack.quantize.job import Job
+from l4pack.quantize.job import Crew, Job
 from l4pack.quantize.resume import forget_damaged
+from l4pack.quantize.spread import Spread, check_nodes, spread_job
+from l4pack.quantize.threads import Threads
 from l4pack.stream.supply import Supply
 from l4pack.units import MIB, human_bytes
 from l4pack.work import machine
@@ -52,7 +56,17 @@ _ARTIFACT = "artifact"
 _HIDDEN = "hidden"
 _FETCHED = "fetched"
 _KIND = "quantize"
-_OWN_NAMES = {_JOURNAL, f"{_JOURNAL}.tmp", _ARTIFACT, _HIDDEN, _FETCHED, LOCK_NAME, f".l4pack-{_KIND}"}
+_OWN_NAMES = {
+    _JOURNAL,
+    f"{_JOURNAL}.tmp",
+    NONCE_NAME,
+    f"{NONCE_NAME}.tmp",
+    _ARTIFACT,
+    _HIDDEN,
+    _FETCHED,
+    LOCK_NAME,
+    f".l4pack-{_KIND}",
+}
 _COPY_CHUNK = 8 * MIB
 
 
@@ -76,12 +90,13 @@ def run_plan(
     quantize: Quantizer = quantize_block,
     advance: Callable[[int], None] | None = None,
     device: str = "cpu",
+    cluster: Cluster | None = None,
 ) -> RunResult:
     """Write the artifact of `plan` to the folder `out`, which appears when it is complete.
 
     Work lies in `out` + '.partial' until then; the same call goes on where an earlier one was stopped or killed.
     `advance` is told the source bytes of each finished task; calibration computes on `device`, with the text that comes
-    with the package if the plan has none. Raises UsageError (`out` is taken, or the work begun belongs to another plan),
+    with the package if the plan has none. With a `cluster`, its workers do it, to the same bytes. Raises UsageError (`out` is taken, or the work begun belongs to another plan),
     BudgetError (memory, disk), SourceError, QualityError (a gate on calibration), StoppedError (a signal asked to stop).
     """
     store = plan.checkpoint.store
@@ -104,7 +119,7 @@ def run_plan(
         if is_finished(plan, out):  # another run has finished it meanwhile
             folder.remove()
             return done
-        resumed = _work(plan, store, work, quantize, advance or (lambda _: None), stop, device)
+        resumed = _work(plan, store, work, quantize, advance or (lambda _: None), stop, device, cluster)
         (work / _ARTIFACT).replace(out)
         sync_folder(out.parent)
         folder.remove()
@@ -145,6 +160,7 @@ def _work(
     advance: Callable[[int], None],
     stop: threading.Event,
     device: str,
+    cluster: Cluster | None,
 ) -> int:
     """Write every file, the manifest last; returns the source bytes that an earlier run was done with."""
     folder = work / _ARTIFACT
@@ -162,8 +178,9 @@ def _work(
             forget_damaged(plan, journal, writer, stop)
             with Reader(plan.checkpoint.entries, store.path) as reader:
                 executor = Executor(plan.recipe, plan.checkpoint, reader, writer, quantize)
+                crew = _crew(plan, folder, journal, device, cluster) or Threads(executor, writer, plan.workers)
                 walked = Itinerary.of(plan.checkpoint).walked() if plan.needs is not None and store.fetches else ()
-                job = Job(plan, store, journal, reader, writer, executor, advance, stop, held=walked)
+                job = Job(plan, store, journal, reader, writer, crew, advance, stop, held=walked)
                 calibrate = partial(_calibrate, plan, Output(journal, writer, executor), work, advance, stop, device)
                 if walked:
                     with Fetching(plan.checkpoint, store, job, reader) as supply:
@@ -185,6 +202,15 @@ def _work(
         return job.resumed_bytes
     finally:
         journal.close()
+
+
+def _crew(plan: Plan, folder: Path, journal: Journal, device: str, cluster: Cluster | None) -> Crew | None:
+    """The cluster's workers, once every node has been seen to see the job."""
+    if cluster is None:
+        return None
+    job = spread_job(plan, folder, journal, device)
+    check_nodes(cluster, job)
+    return Spread(cluster, job)
 
 
 def _check_device(plan: Plan, device: str) -> None:

@@ -140,7 +140,7 @@ def stop_half_way(monkeypatch):
                 os.kill(os.getpid(), signal.SIGINT)
 
         with monkeypatch.context() as patch:
-            patch.setattr("l4pack.quantize.job.SYNC_SECONDS", 0.001)
+            patch.setattr("l4pack.quantize.threads.SYNC_SECONDS", 0.001)
             patch.setattr(Executor, "run", lambda self, task: (time.sleep(0.01), run_task(self, task)))
             with pytest.raises(StoppedError, match="what is finished is kept"):
                 run_plan(plan, out, advance=ask)
@@ -388,7 +388,7 @@ def test_a_journal_that_cannot_be_written_stops_the_job_at_once(plan, tmp_path, 
     ran = []
     run_task = Executor.run
     monkeypatch.setattr(Executor, "run", lambda self, task: (ran.append(task), time.sleep(0.01), run_task(self, task)))
-    monkeypatch.setattr("l4pack.quantize.job.SYNC_SECONDS", 0.01)
+    monkeypatch.setattr("l4pack.quantize.threads.SYNC_SECONDS", 0.01)
 
     def full(self, **_):
         raise OSError(errno.ENOSPC, "No space left on device")

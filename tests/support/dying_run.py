@@ -22,7 +22,7 @@ from l4pack.checkpoint.open import open_source
 from l4pack.plan.plan import make_plan
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import quantize_block
-from l4pack.quantize import job, run
+from l4pack.quantize import run, threads
 from l4pack.quantize.execute import Executor
 from l4pack.recipe import load_recipe
 from l4pack.work.folder import WorkFolder
@@ -61,7 +61,7 @@ def serve() -> None:
 
 
 def _run_and_die(point: str, after: int, source: str, recipe: str, out: str) -> None:
-    job.SYNC_SECONDS = 0.003  # journal often, so that a resumed run finds something done
+    threads.SYNC_SECONDS = 0.003  # journal often, so that a resumed run finds something done
     steady = Executor.run
     Executor.run = lambda self, task: (time.sleep(0.0005), steady(self, task))[1]  # type: ignore[method-assign]
     where, _, moment = point.partition(", ")

@@ -6,7 +6,7 @@ import sys
 import time
 
 from l4pack.__main__ import main
-from l4pack.quantize import job
+from l4pack.quantize import threads
 from l4pack.quantize.execute import Executor
 
 PAUSE = float(sys.argv[1])
@@ -20,5 +20,5 @@ def slowly(self: Executor, task: object) -> None:
 
 
 Executor.run = slowly  # type: ignore[method-assign,assignment]
-job.SYNC_SECONDS = 0.02
+threads.SYNC_SECONDS = 0.02
 main()

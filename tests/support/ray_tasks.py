@@ -1,0 +1,35 @@
+"""Tasks for a test cluster: workers import what they do."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from l4pack.errors import L4packError
+
+
+class Nothing:
+    """A job of which nothing need be open."""
+
+    def __init__(self, job: object) -> None:
+        self.job = job
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def fail(desk: Nothing, number: int) -> int:
+    """The number, but for the second."""
+    if number == 2:
+        raise L4packError("the second", hint="none")
+    return number
+
+
+def die(desk: Nothing, number: int) -> None:
+    """The end of whoever does this."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def colour_of_this_node() -> str:
+    """Something that is not the same everywhere."""
+    return os.environ.get("L4PACK_TEST_NODE", "none")
