@@ -40,6 +40,11 @@ class UnitRows:
         """Tokens that do go through the unit."""
         return self.count - self.borrowed
 
+    @property
+    def weight(self) -> float:
+        """What all rows weigh together."""
+        return float(self.count) if self.weights is None else float(self.weights.sum())
+
 
 @dataclass(frozen=True)
 class Block:
@@ -81,9 +86,9 @@ def _nearest_missed(expert: int, routing: Routing, wanted: int) -> Tensor:
 
 
 def blocks(taken: UnitRows, quantized: LayerPass, original: LayerPass | None) -> Iterator[Block]:
-    """The unit's inputs, some rows at a time."""
+    """The unit's inputs, some rows at a time; none at all are one block."""
     step = quantized.blocks.rows
-    for start in range(0, taken.count, step):
+    for start in range(0, max(1, taken.count), step):
         part = slice(start, min(start + step, taken.count))
         rows = part if taken.rows is None else taken.rows[part]
         inputs = quantized.normed(rows)

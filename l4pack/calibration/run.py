@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +20,7 @@ from l4pack.calibration.coverage import Coverage
 from l4pack.calibration.inputs import InputScales, stored_scale
 from l4pack.calibration.kv_cache import CacheRange
 from l4pack.calibration.output import Output
-from l4pack.calibration.solver import UnitSolver
+from l4pack.calibration.solver import SolvedUnit, UnitSolver
 from l4pack.calibration.written import (
     cache_key,
     input_scale,
@@ -68,6 +69,7 @@ class CalibrationRun(Visitor):
         self._plan, self._output, self._folder = plan, output, folder
         self._progress, self._supply = Progress(advance=advance, stop=stop), supply
         self._options, self._ahead = plan.recipe.calibration, plan.needs.ahead
+        self.together = max(1, plan.needs.together)
         self._config = plan.checkpoint.config
         self._inputs = InputScales(plan.observed)
         self._cache: CacheRange | None = None
@@ -76,6 +78,8 @@ class CalibrationRun(Visitor):
         self._skeleton = Skeleton(self._config, place, dtype)
         self._weights = Weights(plan.checkpoint, place, dtype)
         self._solver, self._written = UnitSolver(plan, self._skeleton), WrittenUnits(plan, output, place)
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix="solved")
+        self._saving: Future[None] | None = None
         self._coverage = Coverage.of(self._config, self._options.max_cold_experts)
         for key, found in output.journal.results.items():
             if "tokens" in found:
@@ -90,6 +94,7 @@ class CalibrationRun(Visitor):
         job = self._output.journal.identity
         with (
             reproducible(),
+            self._saver,
             self._weights,
             Walk(
                 lanes,
@@ -124,13 +129,13 @@ class CalibrationRun(Visitor):
     def visit_together(self, visit: Visit, loaded: Sequence[LoadedUnit]) -> None:
         """Run units in both lanes, once they are solved."""
         passes = list(visit.passes.values())
-        finished = self._output.journal.finished
+        finished, solved = self._output.journal.finished, {}
         if any(self._solver.targets(one.unit) and unit_key(one.unit) not in finished for one in loaded):
-            self._solve(loaded, passes)
+            solved = self._solve(loaded, passes)
         for one in loaded:
             if one.unit.part is Part.ATTENTION:
                 self._cache = self._cache_range()
-            self._written.run(one, passes, self._inputs, self._cache)
+            self._written.run(one, passes, self._inputs, self._cache, solved.get(one.unit))
 
     def routed(self, visit: Visit) -> None:
         """Record how many tokens each expert sees. Raises QualityError."""
@@ -145,6 +150,7 @@ class CalibrationRun(Visitor):
     def leave(self, layer: int, streams: Mapping[str, Stream]) -> dict[str, Any]:
         """Write the scales that are known now."""
         del streams
+        self._settle()
         self._write_input_scales(layer)
         if self._cache is not None:
             self._write_cache_scales(layer, self._cache)
@@ -182,11 +188,26 @@ class CalibrationRun(Visitor):
         key = cache_key(layer)
         self._finished({key: written}, {key: {"kv_cache": {str(layer): cache.record()}}})
 
-    def _solve(self, loaded: Sequence[LoadedUnit], passes: Sequence[LayerPass]) -> None:
+    def _solve(self, loaded: Sequence[LoadedUnit], passes: Sequence[LayerPass]) -> dict[Unit, SolvedUnit]:
+        """Solve units that come together; those that need not be read back to be run."""
         solved = self._solver.solve(loaded, passes)
+        self._settle()
+        self._saving = self._saver.submit(self._save, solved)
+        if all(one.on_device for one in solved):
+            return {one.unit: one for one in solved}
+        self._settle()
+        return {}
+
+    def _save(self, solved: Sequence[SolvedUnit]) -> None:
         written = {unit_key(one.unit): self._written.write(one) for one in solved}
         self._finished(written, {unit_key(one.unit): {"matrices": one.results} for one in solved})
         self._check_fallbacks()
+
+    def _settle(self) -> None:
+        """Wait until what was solved is on disk and in the journal."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
 
     def _check_fallbacks(self) -> None:
         results = [

@@ -11,29 +11,39 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.activations import ACT2FN
 
-from l4pack.calibration.mlp import Matrices, result_of, solve_mlp, stored
+from l4pack.calibration import batch
+from l4pack.calibration.batch import Stacked
+from l4pack.calibration.mlp import Matrices, result_of, solve_mlp
 from l4pack.calibration.rows import UnitRows, blocks, expert_rows
 from l4pack.errors import SourceError
-from l4pack.model.parts import MLP_MATRICES
+from l4pack.model.parts import GATE, MLP_MATRICES
+from l4pack.quant.gptq import Solution
 from l4pack.quant.quantize import NonFiniteError
-from l4pack.quant.quantized import Quantized
-from l4pack.quant.torch_ops import DTYPES
+from l4pack.quant.torch_ops import DTYPES, refuse_non_finite
 from l4pack.stream.units import LoadedUnit, Part, Unit, module_names
+from l4pack.work.device import CPU
 
 if TYPE_CHECKING:
     from l4pack.plan.assign import Target
     from l4pack.plan.plan import Plan
+    from l4pack.quant.dtypes import FloatName
+    from l4pack.recipe import RecipeScheme
     from l4pack.stream.layer import LayerPass
     from l4pack.stream.modules import Skeleton
 
 
 @dataclass(frozen=True)
 class SolvedUnit:
-    """What an artifact holds of a unit's matrices, and what is recorded of each, both by runtime module."""
+    """A unit's solved matrices by their names in it, and what is recorded of each by runtime module."""
 
     unit: Unit
-    quantized: Mapping[str, Quantized]
+    solutions: Mapping[str, Solution]
     results: Mapping[str, dict[str, Any]]
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the solutions lie where the unit is run next."""
+        return any(solution.levels.device.type != CPU for solution in self.solutions.values())
 
 
 class UnitSolver:
@@ -41,7 +51,8 @@ class UnitSolver:
 
     def __init__(self, plan: Plan, skeleton: Skeleton) -> None:
         assert plan.recipe.calibration is not None
-        self._plan, self._config = plan, plan.checkpoint.config
+        assert plan.needs is not None
+        self._plan, self._config, self._batched = plan, plan.checkpoint.config, plan.needs.together > 0
         self._activation = ACT2FN[skeleton.text.hidden_act]
         self._min_tokens = plan.recipe.calibration.min_tokens
         self._targets = {target.module: target for target in plan.calibrated}
@@ -57,23 +68,62 @@ class UnitSolver:
 
         Raises SourceError for a weight that is not finite.
         """
-        return [self._solve(one, passes) for one in loaded]
+        original = passes[0] if len(passes) > 1 else None
+        taken = [self._rows_of(one.unit, passes) for one in loaded]
+        if self._batched and len({scheme for one in loaded for scheme in self._schemes(one).values()}) == 1:
+            return self._together(loaded, taken, passes[-1], original)
+        return [self._one(*each, passes[-1], original) for each in zip(loaded, taken, strict=True)]
 
     @torch.inference_mode()
-    def _solve(self, loaded: LoadedUnit, passes: Sequence[LayerPass]) -> SolvedUnit:
-        targets, taken = self.targets(loaded.unit), self._rows_of(loaded.unit, passes)
-        scheme = self._plan.recipe.schemes[targets[MLP_MATRICES[0]].scheme]
-        dtypes = {name: self._plan.checkpoint.float_names[target.linear.tensor] for name, target in targets.items()}
-        original = passes[0] if len(passes) > 1 else None
+    def _one(self, loaded: LoadedUnit, taken: UnitRows, quantized: LayerPass, original: LayerPass | None) -> SolvedUnit:
+        dtypes = {name: dtype for name, (_, dtype) in self._schemes(loaded).items()}
         with _naming(loaded.unit):
-            inputs = partial(blocks, taken, passes[-1], original)
-            solved = solve_mlp(self._matrices(loaded), inputs, scheme, dtypes)
-        modules = {name: target.module for name, target in targets.items()}
-        return SolvedUnit(
-            loaded.unit,
-            {module: stored(solved[name], scheme.num_bits) for name, module in modules.items()},
-            {module: result_of(solved[name], taken.own, taken.borrowed) for name, module in modules.items()},
-        )
+            inputs = partial(blocks, taken, quantized, original)
+            solved = solve_mlp(self._matrices(loaded), inputs, self._scheme(loaded), dtypes)
+        return self._solved(loaded, taken, solved)
+
+    @torch.inference_mode()
+    def _together(
+        self,
+        loaded: Sequence[LoadedUnit],
+        taken: Sequence[UnitRows],
+        quantized: LayerPass,
+        original: LayerPass | None,
+    ) -> list[SolvedUnit]:
+        order = sorted(range(len(loaded)), key=lambda number: -taken[number].count)
+        loaded, taken = [loaded[number] for number in order], [taken[number] for number in order]
+        weights = torch.tensor([one.weight for one in taken]).to(quantized.device)
+        stacked = Stacked.of([self._matrices(one).weights for one in loaded])
+        inputs = partial(batch.blocks, taken, quantized, original)
+        given = batch.Batch(stacked, inputs, weights, self._activation, self._dtype)
+        try:
+            found = batch.solve(given, self._scheme(loaded[0]), self._schemes(loaded[0])[GATE][1])
+        except batch.UnitNotFiniteError as error:
+            self._refuse(loaded[error.unit])
+            raise
+        solved = [self._solved(*each) for each in zip(loaded, taken, found, strict=True)]
+        return [solved[order.index(number)] for number in range(len(loaded))]
+
+    def _refuse(self, loaded: LoadedUnit) -> None:
+        """Raise SourceError that says where a weight is not finite."""
+        with _naming(loaded.unit):
+            for weight in self._matrices(loaded).weights.values():
+                refuse_non_finite(weight)
+
+    def _solved(self, loaded: LoadedUnit, taken: UnitRows, solutions: Mapping[str, Solution]) -> SolvedUnit:
+        results = {
+            target.module: result_of(solutions[name], taken.own, taken.borrowed)
+            for name, target in self.targets(loaded.unit).items()
+        }
+        return SolvedUnit(loaded.unit, solutions, results)
+
+    def _scheme(self, loaded: LoadedUnit) -> RecipeScheme:
+        return self._plan.recipe.schemes[self._schemes(loaded)[GATE][0]]
+
+    def _schemes(self, loaded: LoadedUnit) -> dict[str, tuple[str, FloatName]]:
+        """The scheme, and the dtype in the source, of each matrix."""
+        names = self._plan.checkpoint.float_names
+        return {name: (one.scheme, names[one.linear.tensor]) for name, one in self.targets(loaded.unit).items()}
 
     def _matrices(self, loaded: LoadedUnit) -> Matrices:
         weights = {name: loaded.weights.linears[name].weight for name in MLP_MATRICES}

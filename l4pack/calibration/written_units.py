@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from l4pack.calibration.mlp import solved_weights, stored
 from l4pack.calibration.written import written_weights
-from l4pack.quant.torch_ops import DTYPES
+from l4pack.quant import torch_ops
+from l4pack.quant.packing import pack_zero_points
+from l4pack.quant.quantized import Quantized
 from l4pack.stream.units import LoadedUnit, Part, UnitWeights, module_names
 from l4pack.stream.weights import LinearWeight
+from l4pack.work.device import CPU
 
 if TYPE_CHECKING:
     from l4pack.calibration.inputs import InputScales
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from l4pack.calibration.solver import SolvedUnit
     from l4pack.checkpoint.writer import Written
     from l4pack.plan.plan import Plan
+    from l4pack.quant.gptq import Solution
     from l4pack.stream.layer import LayerPass
 
 
@@ -29,19 +34,29 @@ class WrittenUnits:
     def __init__(self, plan: Plan, output: Output, device: torch.device) -> None:
         self._plan, self._writer, self._executor, self._device = plan, output.writer, output.executor, device
         self._config = plan.checkpoint.config
+        self._dtype = torch_ops.DTYPES[self._config.dtype or "bfloat16"]
         self._made = {linear.module for linear, name in plan.assigned if name is not None}
 
     def write(self, solved: SolvedUnit) -> Written:
         """Put a solved unit's matrices into the shards; they are on disk once the writer is in step with it."""
+        names = module_names(self._config, solved.unit)
         with self._writer.watched() as written:
-            for module, quantized in solved.quantized.items():
-                self._executor.write_quantized(self._plan.targets[module], 0, quantized)
+            for local, solution in solved.solutions.items():
+                target = self._plan.targets[names[local]]
+                num_bits = self._plan.recipe.schemes[target.scheme].num_bits
+                self._executor.write_quantized(target, 0, _quantized(solution, num_bits))
         return written
 
     def run(
-        self, loaded: LoadedUnit, passes: Sequence[LayerPass], inputs: InputScales, cache: CacheRange | None = None
+        self,
+        loaded: LoadedUnit,
+        passes: Sequence[LayerPass],
+        inputs: InputScales,
+        cache: CacheRange | None = None,
+        solved: SolvedUnit | None = None,
     ) -> None:
-        """Run a unit: as the source has it in all passes but the last, there as it was written.
+        """Run a unit: as the source has it in all passes but the last, there as it was `solved`, or else as it was
+        written.
 
         `inputs` see what enters the latter's matrices, and `cache` its keys and values.
         """
@@ -49,7 +64,7 @@ class WrittenUnits:
         unit = loaded.unit
         for one in original:
             one.run(unit, loaded.weights)
-        weights = self.as_written(loaded)
+        weights = self.as_written(loaded, solved)
         if unit.part is Part.ATTENTION:
             quantized.attention(weights, cache)
             return
@@ -57,15 +72,28 @@ class WrittenUnits:
         inputs.watch(unit, module, module_names(self._config, unit))
         quantized.feed_forward(unit, module)
 
-    def as_written(self, loaded: LoadedUnit) -> UnitWeights:
-        """A unit with the matrices that are quantized as a runtime will see them."""
-        linears = dict(loaded.weights.linears)
+    def as_written(self, loaded: LoadedUnit, solved: SolvedUnit | None = None) -> UnitWeights:
+        """A unit with the matrices that are quantized as a runtime will see them: of what was `solved`, without reading
+        it back."""
+        linears, solutions = dict(loaded.weights.linears), solved.solutions if solved else {}
         for local, module in module_names(self._config, loaded.unit).items():
-            if module in self._made:
+            if local in solutions:
+                linears[local] = LinearWeight(solved_weights(solutions[local], self._dtype))
+            elif module in self._made:
                 linears[local] = LinearWeight(self._read_back(module))
         return UnitWeights(linears, loaded.weights.tensors)
 
     def _read_back(self, module: str) -> Tensor:
         target = self._plan.targets[module]
         values = written_weights(self._writer, target, self._plan.recipe.schemes[target.scheme])
-        return torch.from_numpy(values).to(DTYPES[self._config.dtype or "bfloat16"]).to(self._device, torch.float32)
+        return torch.from_numpy(values).to(self._dtype).to(self._device, torch.float32)
+
+
+def _quantized(solution: Solution, num_bits: int) -> Quantized:
+    """A solution's arrays as an artifact stores them; packed on the device, if it is there, for less to come over."""
+    if solution.levels.device.type == CPU:
+        return stored(solution, num_bits)
+    zero_point = solution.zero_point
+    packed = None if zero_point is None else pack_zero_points(zero_point.cpu().numpy(), num_bits)
+    words = torch_ops.pack_levels(solution.levels, num_bits)
+    return Quantized(words.cpu().numpy(), torch_ops.to_array(solution.scale), packed)

@@ -22,13 +22,17 @@ BUFFERS = 3  # files of hidden states a stream has: a layer's inputs, its output
 
 @dataclass(frozen=True)
 class Needs:
-    """Memory at the peak, disk beside the artifact, and what decides the time."""
+    """Memory at the peak, disk beside the artifact, and what decides the time.
+
+    As many experts are solved `together`, see `calibration.batch`; 0: each by itself, with the CPU's kernels.
+    """
 
     memory: Memory
     disk_bytes: int
     tokens: int
     streams: int
     ahead: bool = True
+    together: int = 0
 
     @property
     def ram_bytes(self) -> int:

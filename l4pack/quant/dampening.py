@@ -26,7 +26,7 @@ def added_to(diagonal: Tensor, fraction: float) -> Tensor:
 
 
 def visits(diagonal: Tensor, act_order: bool) -> Tensor:
-    """Columns in the order of their visits [in]: their own, or the largest diagonal first."""
+    """Columns in the order of their visits [..., in]: their own, or the largest diagonal first."""
     if act_order:
         return torch.argsort(diagonal, descending=True, stable=True)
-    return torch.arange(len(diagonal), device=diagonal.device)
+    return torch.arange(diagonal.shape[-1], device=diagonal.device).expand(diagonal.shape)

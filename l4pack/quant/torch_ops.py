@@ -80,20 +80,42 @@ def choose_qparams(
     weight: Tensor, scheme: Scheme, *, amax: float | None = None, column_weight: Tensor | None = None
 ) -> ScaleTensors:
     """Scales and zero points of `weight` [out, in], in the shape they are stored in."""
-    _refuse_non_finite(weight)
+    refuse_non_finite(weight)
     dtype = DTYPES.get(scheme.scale_dtype, weight.dtype)
     groups = _grouped(weight.float(), scheme)
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    low, high = _ranges(groups)
     if amax is not None:
         if max(-low.min().item(), high.max().item()) > amax:
             raise ValueError(f"the block holds a magnitude above amax = {amax}")
         low, high = torch.zeros(1, device=weight.device), torch.full((1,), amax, device=weight.device)
     elif scheme.block_structure is not None:
         low, high = _by_block(low, scheme).amin(1), _by_block(high, scheme).amax(1)
+    importance = torch.ones(weight.shape[1], device=weight.device) if column_weight is None else column_weight
+    return _observed(groups, importance[None], low, high, scheme, dtype)
+
+
+def group_qparams(weight: Tensor, scheme: Scheme, importance: Tensor) -> ScaleTensors:
+    """As `choose_qparams` for groups in rows, each row [in] with an `importance` of its own, [out, in] too.
+
+    Nothing is asked of the device: a weight that is not finite gives a scale that means nothing.
+    """
+    groups = _grouped(weight.float(), scheme)
+    dtype = DTYPES.get(scheme.scale_dtype, weight.dtype)
+    return _observed(groups, importance, *_ranges(groups), scheme, dtype)
+
+
+def _ranges(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The ends of each group's range, which holds zero: [rows, groups]."""
+    return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+
+
+def _observed(
+    groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype
+) -> ScaleTensors:
+    """Scales of ranges by the scheme's observer; `importance` is [rows or 1, in]."""
     if scheme.observer is Observer.MINMAX:
         return _qparams_of_range(low, high, scheme, dtype)
-    importance = torch.ones(weight.shape[1], device=weight.device) if column_weight is None else column_weight
-    return _least_error(groups, _grouped(importance[None].float(), scheme), low, high, scheme, dtype)
+    return _least_error(groups, _grouped(importance.float(), scheme), low, high, scheme, dtype)
 
 
 def _least_error(
@@ -163,7 +185,8 @@ def unpack_levels(words: Tensor, num_bits: int, columns: int) -> Tensor:
     return levels
 
 
-def _refuse_non_finite(weight: Tensor) -> None:
+def refuse_non_finite(weight: Tensor) -> None:
+    """Raise NonFiniteError for a number in [out, in] that is infinite or NaN."""
     finite = weight.isfinite()
     if not bool(finite.all()):
         row, column = np.argwhere(~finite.cpu().numpy())[0]

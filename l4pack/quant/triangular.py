@@ -1,6 +1,7 @@
 """Large square matrices in little memory; triangular and symmetric ones with half the work of dense products.
 
-torch has no triangular product: here tiles of columns are dense products that leave out the zeros.
+torch has no triangular product: here tiles of columns are dense products that leave out the zeros. What takes [..., n]
+takes one matrix, or as many as there are, stacked.
 """
 
 from __future__ import annotations
@@ -20,61 +21,64 @@ def _tiles(size: int) -> Iterator[slice]:
 
 
 def times_upper(matrix: Tensor, upper: Tensor) -> None:
-    """matrix <- matrix U, for `matrix` [rows, n] of any strides and upper triangular U [n, n]."""
-    for tile in reversed(list(_tiles(len(upper)))):
-        matrix[:, tile] = matrix[:, : tile.stop] @ upper[: tile.stop, tile]
+    """matrix <- matrix U, for `matrix` [..., rows, n] of any strides and upper triangular U [..., n, n]."""
+    for tile in reversed(list(_tiles(upper.shape[-1]))):
+        matrix[..., tile] = matrix[..., : tile.stop] @ upper[..., : tile.stop, tile]
 
 
 def times_upper_transposed(matrix: Tensor, upper: Tensor) -> None:
-    """matrix [m, n] <- matrix U^T, U [n, n] upper triangular."""
-    for tile in _tiles(len(upper)):
-        matrix[:, tile] = matrix[:, tile.start :] @ upper[tile, tile.start :].T
+    """matrix [..., m, n] <- matrix U^T, U [..., n, n] upper triangular."""
+    for tile in _tiles(upper.shape[-1]):
+        matrix[..., tile] = matrix[..., tile.start :] @ upper[..., tile, tile.start :].mT
 
 
 def divide_by_upper_transposed(matrix: Tensor, upper: Tensor) -> None:
-    """matrix [m, n] <- matrix U^-T, U [n, n] upper triangular."""
-    for tile in reversed(list(_tiles(len(upper)))):
-        known = matrix[:, tile] - matrix[:, tile.stop :] @ upper[tile, tile.stop :].T
-        matrix[:, tile] = torch.linalg.solve_triangular(upper[tile, tile].T, known, upper=False, left=False)
+    """matrix [..., m, n] <- matrix U^-T, U [..., n, n] upper triangular."""
+    for tile in reversed(list(_tiles(upper.shape[-1]))):
+        known = matrix[..., tile] - matrix[..., tile.stop :] @ upper[..., tile, tile.stop :].mT
+        matrix[..., tile] = torch.linalg.solve_triangular(upper[..., tile, tile].mT, known, upper=False, left=False)
 
 
 def invert_lower(lower: Tensor) -> None:
-    """Invert a lower triangular matrix [n, n] in place, by halves: nearly all of it is products."""
-    size = len(lower)
+    """Invert lower triangular matrices [..., n, n] in place, by halves: nearly all of it is products."""
+    size = lower.shape[-1]
     if size <= INVERT_AT_ONCE:
         identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
         lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
         return
     half = size // 2
-    first, last, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    first, last, below = lower[..., :half, :half], lower[..., half:, half:], lower[..., half:, :half]
     invert_lower(first)
     invert_lower(last)
-    times_upper(below.T, last.T)
+    times_upper(below.mT, last.mT)
     times_upper_transposed(below, first.T)
     below.neg_()
 
 
 def reverse(matrix: Tensor) -> None:
-    """Turn the order of rows and columns of [n, n] round, in place: of memory without gaps, the order of its
+    """Turn the order of rows and columns of [..., n, n] round, in place: of memory without gaps, the order of each one's
     elements."""
-    flat = (matrix if matrix.is_contiguous() else matrix.T).view(-1)
-    half = len(flat) // 2
+    flat = (matrix if matrix.is_contiguous() else matrix.mT).flatten(-2)
+    size = flat.shape[-1]
+    half = size // 2
     for first in range(0, half, TILE * TILE):
         stop = min(first + TILE * TILE, half)
-        front, back = flat[first:stop], flat[len(flat) - stop : len(flat) - first]
-        kept = front.flip(0)
-        front.copy_(back.flip(0))
+        front, back = flat[..., first:stop], flat[..., size - stop : size - first]
+        kept = front.flip(-1)
+        front.copy_(back.flip(-1))
         back.copy_(kept)
 
 
 def quadratic_form(rows: Tensor, symmetric: Tensor) -> Tensor:
-    """The diagonal of R S R^T, summed in float64: [rows]. Of S, only the columns' upper part is read."""
-    total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-    for tile in _tiles(len(symmetric)):
-        own = rows[:, tile].double()
-        total += ((rows[:, tile] @ symmetric[tile, tile]).double() * own).sum(1)
+    """The diagonal of R S R^T, summed in float64: [..., rows] of R [..., rows, n]. Of S [..., n, n], only the columns'
+    upper part is read."""
+    total = torch.zeros(rows.shape[:-1], dtype=torch.float64, device=rows.device)
+    for tile in _tiles(symmetric.shape[-1]):
+        own = rows[..., tile].double()
+        total += ((rows[..., tile] @ symmetric[..., tile, tile]).double() * own).sum(-1)
         if tile.start:
-            total += 2 * ((rows[:, : tile.start] @ symmetric[: tile.start, tile]).double() * own).sum(1)
+            above = symmetric[..., : tile.start, tile]
+            total += 2 * ((rows[..., : tile.start] @ above).double() * own).sum(-1)
     return total
 
 

@@ -89,6 +89,11 @@ class LayerPass:
         """Rows of the stream."""
         return self._packed.rows
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._skeleton.device
+
     def run(self, unit: Unit, weights: UnitWeights, watch: Watch | None = None) -> Forward:
         """Run a unit, attention first; returns what it makes of other inputs, for attention from a sequence's start.
 
@@ -156,8 +161,20 @@ class LayerPass:
     @torch.inference_mode()
     def normed(self, rows: Tensor | slice) -> Tensor:
         """Inputs of the feed-forward block [rows, hidden], before any router's score."""
-        normed: Tensor = self._layer.post_attention_layernorm(self._to_device(self._stream.middle.data[rows]))
+        normed: Tensor = self._layer.post_attention_layernorm(self._to_device(self._middle(rows)))
         return normed
+
+    def _middle(self, rows: Tensor | slice) -> Tensor:
+        """Rows between attention and what follows; many are gathered a few at a time, for each brings pages along."""
+        data = self._stream.middle.data
+        if isinstance(rows, slice) or len(rows) <= self.blocks.rows:
+            return data[rows]
+        found = data.new_empty(len(rows), data.shape[1])
+        for start in range(0, len(rows), self.blocks.rows):
+            part = slice(start, start + self.blocks.rows)
+            found[part] = data[rows[part]]
+            self.let_go()
+        return found
 
     def mlp(self, unit: Unit, weights: UnitWeights) -> Forward:
         """A unit's MLP with its weights."""

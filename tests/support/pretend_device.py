@@ -84,6 +84,8 @@ class PretendTensor(Tensor):
             return args[0]
         if func is Tensor.detach:
             return PretendTensor(args[0].inner.detach())
+        if func is Tensor.__invert__:  # as below
+            return torch.bitwise_not(args[0])
         if func is Tensor.contiguous:  # torch would ask the driver to make the device current
             return args[0] if args[0].is_contiguous() else args[0].clone(memory_format=torch.contiguous_format)
         with torch._C.DisableTorchFunctionSubclass():

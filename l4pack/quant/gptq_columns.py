@@ -1,0 +1,66 @@
+"""The column loops of GPTQ for several matrices at once, in torch operations: as many, however many matrices there are.
+
+Columns lie outermost, so that what one column does is one operation on memory without gaps. A product of a column's error
+with the rest of a row of U is taken element by element: its bits don't depend on how many matrices stand beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def solve_block(
+    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
+) -> tuple[Tensor, Tensor]:
+    """Round the columns of blocks [matrices, out, n] in turn: levels, and errors as `gptq_blocks.SolvedBlock` has them,
+    both in the dtype of `block` and [matrices, out, n].
+
+    `upper` [matrices, n, n] is the blocks' part of U; `scale` and `zero_point` [matrices, out, n] are each weight's own.
+    """
+    lowest, highest = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
+    columns, scales, zeros = (_outermost(part) for part in (block, scale, zero_point))
+    factor = upper.permute(1, 2, 0).contiguous()
+    levels, errors = torch.empty_like(columns), torch.empty_like(columns)
+    for i in range(len(columns)):
+        torch.div(columns[i], scales[i], out=levels[i])
+        levels[i].round_().add_(zeros[i]).clamp_(lowest, highest)
+        torch.sub(zeros[i], levels[i], out=errors[i])
+        errors[i].mul_(scales[i]).add_(columns[i]).div_(factor[i, i, :, None])
+        columns[i + 1 :].addcmul_(factor[i, i + 1 :, :, None], errors[i], value=-1)
+    return _innermost(levels), _innermost(errors)
+
+
+def descend_block(
+    levels: Tensor, pull: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One turn of the columns of blocks [matrices, out, n], as `gptq_blocks.descend` takes it: new levels, how the values
+    changed, and by how much each row's damped loss fell, float64 [matrices, out].
+
+    `hessian` [matrices, n, n] is the blocks' part of the damped one, all else is given for them alone.
+    """
+    lowest, highest = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
+    old, own, scales, zeros = (_outermost(part) for part in (levels, pull, scale, zero_point))
+    curvature = hessian.permute(1, 2, 0).contiguous()
+    new, changes = torch.empty_like(old), torch.empty_like(old)
+    gain = torch.zeros(old.shape[1:], dtype=torch.float64, device=pull.device)
+    for i in range(len(old)):
+        here = curvature[i, i, :, None]
+        torch.div(own[i], here, out=new[i])
+        new[i].add_((old[i] - zeros[i]).mul_(scales[i])).div_(scales[i])
+        new[i].round_().add_(zeros[i]).clamp_(lowest, highest)
+        torch.sub(new[i], old[i], out=changes[i])
+        changes[i].mul_(scales[i])
+        gain += changes[i].double() * (2 * own[i].double() - changes[i].double() * here.double())
+        own.addcmul_(curvature[i, :, :, None], changes[i], value=-1)
+    return _innermost(new), _innermost(changes), gain
+
+
+def _outermost(matrices: Tensor) -> Tensor:
+    """[matrices, out, n] as [n, matrices, out], copied."""
+    return matrices.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+
+
+def _innermost(columns: Tensor) -> Tensor:
+    """[n, matrices, out] as [matrices, out, n]."""
+    return columns.permute(1, 2, 0).contiguous()

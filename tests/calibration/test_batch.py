@@ -1,0 +1,122 @@
+"""Experts solved together: the same bytes however many, killed anywhere, and the figures of experts solved one by one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import file_digests
+from killing import TEXT, Killed, killed_after
+from models import build
+from pretend_device import pretend_device
+from safetensors.torch import load_file
+
+from l4pack.artifact.calibration_record import RECORD_NAME
+from l4pack.artifact.manifest import MANIFEST_NAME
+from l4pack.calibration import batch
+from l4pack.calibration.text import with_text
+from l4pack.checkpoint.open import open_source
+from l4pack.plan.plan import Plan, make_plan
+from l4pack.quant.torch_ops import unpack_levels
+from l4pack.quantize.run import run_plan
+from l4pack.recipe import Recipe, load_recipe
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 64, "intermediate_size_mlp": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "no_rope_layers": [1, 0],
+    "interleave_moe_layer_step": 2,
+}  # fmt: skip
+TOGETHER = (1, 2, 4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    monkeypatch.setattr(batch, "ROWS", 32)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("together") / "tiny", "text", **SMALL)
+
+
+def recipe(**options: object) -> Recipe:
+    values = load_recipe("int4").model_dump()
+    scheme = values["schemes"]["int4"]
+    scheme["gptq"].update(options)
+    scheme["group_size"] = 32
+    values["schemes"] = {"int4": scheme}
+    mlps = ["routed_expert", "shared_expert", "dense_mlp"]
+    values["rules"] = [{"roles": mlps, "scheme": "int4"}, {"roles": "all", "scheme": "keep"}]
+    values["calibration"].update(samples=4, sequence_length=64, min_tokens=40, max_cold_experts=1.0)
+    return Recipe.model_validate(values)
+
+
+def planned(source: Path, together: int, **options: object) -> Plan:
+    text = source.parent / "numbers.txt"
+    text.write_text(TEXT)
+    plan = with_text(make_plan(open_source(str(source)), recipe(**options)), str(text))
+    return replace(plan, needs=replace(plan.needs, together=together))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of all that does not say on what it was computed."""
+    return {name: digest for name, digest in file_digests(folder).items() if name != MANIFEST_NAME}
+
+
+@pytest.fixture(scope="module")
+def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Artifacts by how many experts were solved together; 0: by themselves."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(batch, "ROWS", 32)
+        return {
+            together: run_plan(planned(source, together), folder / str(together)).out for together in (0, *TOGETHER)
+        }
+
+
+@pytest.mark.parametrize("together", TOGETHER[1:])
+def test_how_many_are_solved_together_does_not_show(made, together):
+    assert digests(made[together]) == digests(made[1])
+
+
+def test_they_are_solved_as_by_themselves(made):
+    alone, together = (json.loads((made[count] / RECORD_NAME).read_bytes())["matrices"] for count in (0, 2))
+    assert alone.keys() == together.keys()
+    for module, found in alone.items():
+        for key in ("method", "tokens", "borrowed_tokens", "dead_columns", "dampening", "reason"):
+            assert together[module][key] == found[key], (module, key)
+        assert together[module]["error"] == pytest.approx(found["error"], rel=0.05)
+        assert together[module]["rtn_error"] == pytest.approx(found["rtn_error"], rel=0.05)
+    ours, theirs = (load_file(next(made[count].glob("*.safetensors"))) for count in (0, 2))
+    packed = [name for name in ours if name.endswith("_packed")]
+    moved = [(unpack_levels(ours[name], 4, 64) != unpack_levels(theirs[name], 4, 64)).float().mean() for name in packed]
+    assert len(moved) == 3 * (1 + 1 + 4)
+    assert max(moved) < 0.15
+
+
+def test_on_a_device_they_are_run_as_they_were_written(source, made, tmp_path):
+    """There they are not read back, and written by a thread of their own."""
+    with pretend_device():
+        out = run_plan(planned(source, 2), tmp_path / "out", device="cuda").out
+    assert digests(out) == digests(made[2])
+
+
+@pytest.mark.parametrize("records", range(2, 7))
+def test_killed_anywhere_they_end_in_the_same_bytes(source, made, tmp_path, monkeypatch, records):
+    plan, out = planned(source, 2), tmp_path / "out"
+    with monkeypatch.context() as context:
+        killed_after(context, records)
+        with pytest.raises(Killed):
+            run_plan(plan, out)
+    assert digests(run_plan(plan, out).out) == digests(made[2])

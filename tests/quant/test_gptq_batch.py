@@ -1,0 +1,108 @@
+"""Matrices solved together against the same matrices solved one at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from l4pack.quant import gptq, gptq_batch
+from l4pack.quant.dampening import fractions
+from l4pack.quant.scheme import Scheme
+
+OUT, IN = 40, 192
+SCHEMES = {
+    "int4-g32": Scheme(num_bits=4, group_size=32, scale_dtype="bfloat16"),
+    "int4-g64-asym-mse": Scheme(num_bits=4, group_size=64, symmetric=False, observer="mse", scale_dtype="bfloat16"),
+    "int8-channel-mse": Scheme(num_bits=8, strategy="channel", observer="mse", scale_dtype="bfloat16"),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inputs(tokens: int, seed: int) -> torch.Tensor:
+    mixed = random(tokens, IN, seed=seed) @ (random(IN, IN, seed=seed + 1) / IN**0.5 + 0.3 * torch.eye(IN))
+    return mixed * (1 + 5 * (torch.arange(IN) % 37 == 0))
+
+
+def indefinite(lowest: float) -> torch.Tensor:
+    """What takes more dampening than 1 %."""
+    direction = torch.ones(IN, dtype=torch.float64) / IN**0.5
+    hessian = torch.eye(IN, dtype=torch.float64) + (lowest - 1) * torch.outer(direction, direction)
+    return hessian / hessian.diagonal().mean()
+
+
+def moments(kind: str, seed: int) -> torch.Tensor:
+    """A Hessian of every kind there is."""
+    x = inputs(20 if kind == "thin" else 700, seed)
+    if kind == "dead":
+        x[:, [5, 70, 71]] = 0
+    hessian = x.T @ x / len(x)
+    if kind == "broken":
+        hessian[3, 3] = torch.inf
+    never = hessian * 0 + 5 - 4 * torch.eye(IN)
+    never[0, 1] = never[1, 0] = 400
+    others = {"unseen": hessian * 0, "ladder": indefinite(-0.2), "never": never}
+    return others.get(kind, hessian)
+
+
+KINDS = ("many", "thin", "dead", "unseen", "ladder", "never", "broken")
+
+
+def stacked(kinds: tuple[str, ...] = KINDS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights, Hessians and cross moments."""
+    weight = torch.stack([random(OUT, IN, seed=100 + number) * 0.02 for number in range(len(kinds))])
+    hessian = torch.stack([moments(kind, 10 * number) for number, kind in enumerate(kinds)])
+    noise = torch.stack([random(IN, IN, seed=200 + number) for number in range(len(kinds))])
+    return weight, hessian, 0.02 * (noise @ hessian.nan_to_num(posinf=0.0)) / IN**0.5
+
+
+def climbed(hessian: torch.Tensor, **options: bool) -> torch.Tensor:
+    """The fraction each Hessian takes, found the slow way."""
+    found = []
+    for one in hessian:
+        factor = gptq.prepare_problem(one.clone(), **options).factor
+        found.append(fractions(0.01)[-1] if factor is None else factor.dampening)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("sweeps", [0, 2])
+@pytest.mark.parametrize("crossing", [None, OUT, IN + 1])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_together_they_are_solved_as_one_by_one(name, act_order, crossing, sweeps):
+    scheme, (weight, hessian, cross) = SCHEMES[name], stacked()
+    outputs, crosses = crossing or 0, None if crossing is None else cross
+    problems = gptq_batch.prepare_problems(
+        hessian.clone(), crosses and crosses.clone() if crosses is None else crosses.clone(),
+        climbed(hessian), act_order=act_order, outputs=outputs,
+    )  # fmt: skip
+    ours = gptq_batch.solve_problems(problems, weight, scheme, sweeps=sweeps)
+    assert problems.shifting == (crossing == IN + 1)
+    for number, kind in enumerate(KINDS):
+        problem = gptq.prepare_problem(
+            hessian[number].clone(),
+            cross=None if crosses is None else crosses[number].clone(),
+            act_order=act_order,
+            outputs=outputs,
+        )
+        theirs = gptq.solve_problem(problem, weight[number], scheme, sweeps=sweeps)
+        assert torch.equal(ours.rounded.levels[number], theirs.levels), kind
+        assert torch.equal(ours.rounded.scale[number], theirs.scale), kind
+        if theirs.zero_point is not None:
+            assert torch.equal(ours.rounded.zero_point[number].to(torch.int8), theirs.zero_point), kind
+        assert int(ours.kept[number].sum()) == theirs.rtn_rows, kind
+        if kind != "broken":
+            assert float(ours.loss[number].sum()) == pytest.approx(theirs.error, rel=1e-6, abs=1e-12), kind
+            assert float(ours.rtn_loss[number].sum()) == pytest.approx(theirs.rtn_error, rel=1e-6, abs=1e-12), kind
+    assert problems.finite.tolist() == [kind != "broken" for kind in KINDS]
+    assert problems.definite.tolist() == [kind != "never" for kind in KINDS]
