@@ -35,6 +35,7 @@ from l4pack.work.device import AUTO, CPU, chosen
 if TYPE_CHECKING:
     from l4pack.checkpoint.source import Checkpoint
     from l4pack.plan.plan import Plan, RunLimits
+    from l4pack.work.machine import Room
 
 
 def plan(
@@ -93,12 +94,22 @@ def run_limits(max_ram: str | None, max_vram: str | None, shard_size: str | None
     from l4pack.containers.safetensors_folder import DEFAULT_SHARD_BYTES
     from l4pack.plan.plan import RunLimits
 
+    vram = None if max_vram is None else parse_size(max_vram)
     return RunLimits(
         max_ram=None if max_ram is None else parse_size(max_ram),
-        max_vram=None if max_vram is None else parse_size(max_vram),
+        max_vram=vram,
         accelerated=device != CPU,
+        free_vram=_free_vram(device, vram),
         shard_bytes=DEFAULT_SHARD_BYTES if shard_size is None else parse_size(shard_size),
     )
+
+
+def _free_vram(device: str, asked: int | None) -> Room | None:
+    if device == CPU:
+        return None
+    from l4pack.stream.compute import float32_on  # imports torch
+
+    return float32_on(device).device_room(asked)
 
 
 def plan_view(plan: Plan) -> list[RenderableType]:
@@ -126,6 +137,8 @@ def plan_view(plan: Plan) -> list[RenderableType]:
             f"calibrated  {calibrated}, with {'' if plan.text else 'at most '}"
             f"{plan.needs.tokens:,} tokens; hidden states take {human_bytes(plan.needs.disk_bytes)} of disk meanwhile"
         )
+        if plan.needs.together:
+            lines.append(f"          experts solved together on the device: {plan.needs.together}")
     if plan.text is not None:
         lines += [f"text      {console.plain(line)}" for line in text_lines(plan.text.record)]
     lines += beside_view(plan.checkpoint)

@@ -44,6 +44,9 @@ STORED = 2  # bytes of a weight in a file
 ROUNDED_ON_DEVICE = 32
 CUBLAS = 32 * MIB  # its workspaces, eight of 4 MiB, as `stream.compute` sets them for reproducible products
 FOLIO = 512 * 1024  # bytes of a file that are mapped at the touch of one of them: 370,000 measured, of rows far apart
+# Tokens of each expert that are solved together, and of their matrices the output rows whose scales are looked for and the
+# columns that are multiplied at once: `calibration.batch`, `quant.gptq_batch` and `quant.triangular` hold to them.
+TOGETHER_ROWS, SCALES_ROWS, PRODUCT_COLUMNS = 512, 1024, 512
 SCORE_BLOCKS = 6  # float64 logits of a block: two models', their powers, and three on the way to a sum
 
 
@@ -65,7 +68,7 @@ class Computing:
 
     `device` is its kind (`cpu` or `cuda`), `itemsize` the bytes of a number there; `length` is that of the longest
     sequence, `tokens` those of all of a stream's. `models` checkpoints walk beside each other, over `streams` of hidden
-    states; with `ahead`, the next unit is loaded while one computes.
+    states; with `ahead`, the next unit is loaded while one computes. As many experts are in use `together`.
     """
 
     text: TextConfig
@@ -76,6 +79,7 @@ class Computing:
     models: int = 1
     streams: int = 1
     ahead: bool = True
+    together: int = 1
 
     @property
     def rows(self) -> int:
@@ -114,7 +118,7 @@ class Computing:
     def _held(self) -> int:
         """Each model's attention, which stays while the MLPs of its layer run, and the next unit: its last matrix is
         there as it is stored and as it is computed with. A unit that is not loaded ahead is so before anything else is."""
-        loading = (self.mlp if self.ahead else 0) + _largest_matrix(self.text) * STORED
+        loading = (self.together * self.mlp if self.ahead else 0) + _largest_matrix(self.text) * STORED
         return self.models * self.attention + loading
 
     def _attending(self) -> int:
@@ -146,7 +150,7 @@ class Computing:
     def _passing(self) -> int:
         """What lies in the machine on its way to a device: gate and up, read and widened, and rows to and fro."""
         pair = 2 * _largest_matrix(self.text) * (STORED + FLOAT)
-        return pair + 2 * self.rows * self.text.hidden_size * FLOAT
+        return pair + 2 * max(self.rows, self.together * TOGETHER_ROWS) * self.text.hidden_size * FLOAT
 
 
 def computing_on(
@@ -158,16 +162,35 @@ def computing_on(
     return Computing(text, compute.device.type, itemsize, max(lengths), sum(lengths), models, streams)
 
 
-def calibrating(computing: Computing, kinds: Iterable[tuple[bool, int]], *, attention: bool) -> Memory:
-    """Of solving MLPs on the way; `kinds` are those to solve, see `solving`: with cross moments or not, and the inner
-    width. With `attention` that is quantized too, what was written is there beside the original's."""
+@dataclass(frozen=True)
+class SolvedKind:
+    """MLPs that are solved: with `cross` moments or not, of which `inner` width, and whether they are `routed` experts,
+    of which several may be solved together."""
+
+    cross: bool
+    inner: int
+    routed: bool
+
+
+def calibrating(computing: Computing, kinds: Iterable[SolvedKind], *, attention: bool) -> Memory:
+    """Of solving MLPs on the way. With `attention` that is quantized too, what was written is there beside the
+    original's."""
     text = computing.text
     # A unit runs as the original's and as it was written; half a matrix of the latter is there in a 16-bit dtype.
-    written = 2 * computing.mlp + _largest_matrix(text) * STORED + computing.running()
-    solved = [
-        mlp_numbers(text, inner) * FLOAT + solving(text, computing.rows, inner, cross=cross) for cross, inner in kinds
-    ]
-    return computing.memory((written, *solved), held=computing.attention if attention else 0)
+    written = computing.mlp + _largest_matrix(text) * STORED + computing.running()
+    together = computing.together if computing.device != CPU else 0
+    solved = [_solving(computing, kind, (together if kind.routed else 1) if together else 0) for kind in kinds]
+    levels = together * mlp_numbers(text, widest_mlp(text))  # int8, of those solved last that are being written
+    held = (computing.attention if attention else 0) + 2 * levels
+    return computing.memory((computing.together * computing.mlp + written, *solved), held=held)
+
+
+def _solving(computing: Computing, kind: SolvedKind, together: int) -> int:
+    """Of MLPs that are solved, their weights with them: as many `together`, or one by itself (0)."""
+    text, weights = computing.text, mlp_numbers(computing.text, kind.inner) * FLOAT
+    if not together:
+        return weights + solving(text, computing.rows, kind.inner, cross=kind.cross)
+    return together * (2 * weights + solving_together(text, kind.inner, cross=kind.cross))
 
 
 def measuring(computing: Computing, *, solved: bool) -> Memory:
@@ -205,6 +228,32 @@ def solving(text: TextConfig, rows: int, inner: int, *, cross: bool) -> int:
     between = 3 * hidden * inner + moments * inner * inner + rows * (7 * inner + 5 * hidden)
     last = (moments + 1) * inner * inner + 7 * rows * inner
     return (levels + max(first, between, last)) * FLOAT
+
+
+def solving_together(text: TextConfig, inner: int, *, cross: bool) -> int:
+    """Bytes an MLP takes beside its own weights and their stacked copy, float32, while several are solved together.
+
+    As for `solving`, but all output rows are solved at once, gate over up, and of all their tokens a few side by side.
+    """
+    hidden, pair = text.hidden_size, 2 * text.hidden_size * inner
+    squares = 2 if cross else 1
+    first = _solving_all_rows(2 * inner, hidden, cross=cross)
+    tokens = TOGETHER_ROWS * (4 * hidden + 9 * inner)
+    # The solved pair as levels, and as runtimes see it: float32 once it is rounded to 16 bits.
+    between = pair // 4 + max(5 * pair // 2, pair + squares * inner * inner + tokens)
+    last = pair // 4 + _solving_all_rows(hidden, inner, cross=cross)
+    return max(first, between, last) * FLOAT
+
+
+def _solving_all_rows(outputs: int, inputs: int, *, cross: bool) -> int:
+    """Numbers beside the weights [outputs, inputs]: square matrices, and copies of the weights on their way."""
+    squares, weights = (2 if cross else 1) * inputs * inputs, outputs * inputs
+    factor = inputs * inputs
+    inverse = squares + 3 * factor if cross and outputs > inputs else 0
+    shift = squares + factor + 3 * weights if cross else 0
+    scales = squares + factor + 3 * weights // 2 + 10 * min(SCALES_ROWS, outputs) * inputs
+    columns = squares + factor + 15 * weights // 4 + 7 * min(PRODUCT_COLUMNS, inputs) * outputs
+    return max(squares + 2 * factor, inverse, shift, scales, columns)
 
 
 def rounding(tasks: Sequence[Task], workers: int, *, accelerated: bool = False) -> Memory:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.model.tensors import Role
-from l4pack.plan.memory import FLOAT, Computing, Memory, calibrating, fits
+from l4pack.plan.memory import FLOAT, Computing, Memory, SolvedKind, calibrating, fits
 from l4pack.recipe import KEEP
+from l4pack.work.device import CPU
 
 if TYPE_CHECKING:
     from l4pack.plan.assign import Target
@@ -54,7 +55,7 @@ def calibration_needs(
 ) -> Needs:
     """The needs of calibrating `targets` on a kind of device; tokens are the most the recipe asks for.
 
-    Units are loaded ahead where memory takes them.
+    Units are loaded ahead, and on a device experts are solved together, where memory takes them.
     """
     assert recipe.calibration is not None
     text = checkpoint.config.text
@@ -65,11 +66,21 @@ def calibration_needs(
     computing = Computing(text, device, FLOAT, length, tokens, streams=streams)
     quantized = any(rule.roles == "all" or Role.ATTENTION in rule.roles for rule in recipe.rules if rule.scheme != KEEP)
     solved = _solved(recipe, targets)
-    memory = calibrating(computing, solved, attention=quantized)
-    ahead = fits(memory, ram, vram)
-    if not ahead:
-        memory = calibrating(replace(computing, ahead=False), solved, attention=quantized)
-    return Needs(memory, disk, tokens, streams, ahead)
+    for chosen in _choices(computing, vram):
+        memory = calibrating(chosen, solved, attention=quantized)
+        if fits(memory, ram, vram):
+            break
+    return Needs(memory, disk, tokens, streams, chosen.ahead, 0 if device == CPU else chosen.together)
+
+
+def _choices(computing: Computing, vram: Room | None) -> Iterator[Computing]:
+    """How to compute, the best way first: units loaded ahead, and on a device whose memory is known as many experts
+    together as fit, always a power of two, so that a little memory more or less does not make another job of it."""
+    experts = computing.text.num_local_experts if computing.text.moe_layers and vram is not None else 1
+    most = experts.bit_length() - 1 if computing.device != CPU else 0
+    for ahead in (True, False):
+        for power in reversed(range(most + 1)):
+            yield replace(computing, ahead=ahead, together=2**power)
 
 
 def asymmetric(recipe: Recipe, targets: Sequence[Target]) -> bool:
@@ -78,11 +89,12 @@ def asymmetric(recipe: Recipe, targets: Sequence[Target]) -> bool:
     return any(option is not None and option.asymmetric > 0 for option in options)
 
 
-def _solved(recipe: Recipe, targets: Sequence[Target]) -> set[tuple[bool, int]]:
-    """Kinds of MLPs to solve: whether asymmetrically, and their inner width (or the hidden one, if that is more)."""
+def _solved(recipe: Recipe, targets: Sequence[Target]) -> set[SolvedKind]:
+    """Kinds of MLPs to solve; their inner width, or the hidden one, if that is more."""
     kinds = set()
     for target in targets:
         options = recipe.schemes[target.scheme].gptq
         if options is not None:
-            kinds.add((options.asymmetric > 0, max(target.linear.in_features, target.linear.out_features)))
+            width = max(target.linear.in_features, target.linear.out_features)
+            kinds.add(SolvedKind(options.asymmetric > 0, width, target.linear.role is Role.ROUTED_EXPERT))
     return kinds

@@ -72,6 +72,7 @@ class RunLimits:
     max_ram: int | None = None
     max_vram: int | None = None
     accelerated: bool = False  # quantize with torch on a device
+    free_vram: machine.Room | None = None  # what the device has, where it is here
     workers: int | None = None
     shard_bytes: int = DEFAULT_SHARD_BYTES
 
@@ -351,7 +352,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: RunLimits | None =
         looked_at = tuple(target for target in assignment.targets if target.scheme != KEEP)
     device = "cuda" if limits.accelerated else "cpu"
     room = machine.memory(limits.max_ram)
-    needs = calibration_needs(checkpoint, recipe, looked_at, room, limits.device_room, device) if looked_at else None
+    vram = limits.free_vram or limits.device_room
+    needs = calibration_needs(checkpoint, recipe, looked_at, room, vram, device) if looked_at else None
     if needs is not None:
         limits.check(needs.memory)
     vision = checkpoint.config.vision is not None

@@ -92,7 +92,8 @@ def _calibration_record(plan: Plan) -> dict[str, Any] | None:
         return None
     text = None if plan.text is None else plan.text.record
     return {"matrices": len(plan.calibrated) + len(plan.observed), "tokens": plan.needs.tokens, "streams": plan.needs.streams,
-            "ram_bytes": plan.needs.ram_bytes, "hidden_bytes": plan.needs.disk_bytes, "text": text}  # fmt: skip
+            "ram_bytes": plan.needs.ram_bytes, "hidden_bytes": plan.needs.disk_bytes,
+            "experts_together": plan.needs.together, "text": text}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,7 +189,9 @@ def _solved(target: Tensor, problems: Problems, start: Rounded, scheme: Scheme, 
     if sweeps:
         divide_by_upper_transposed(errors, factors.upper)
         pull = _columns_of(errors, torch.argsort(factors.order))
+        del errors
         solved, gain = descend(pull, problems.hessian, factors.added, solved, scheme.num_bits, sweeps)
+        del pull
         loss -= gain
     residual = (target - solved.values()).square_()
     loss -= residual.mul_(factors.added[:, None]).sum(-1, dtype=torch.float64)

@@ -51,7 +51,7 @@ def invert_lower(lower: Tensor) -> None:
     invert_lower(first)
     invert_lower(last)
     times_upper(below.mT, last.mT)
-    times_upper_transposed(below, first.T)
+    times_upper_transposed(below, first.mT)
     below.neg_()
 
 

@@ -228,7 +228,10 @@ def _ready_to_calibrate(plan: Plan, device: str) -> Plan:
     """The plan with its tokens, and with what computes it. Raises UsageError, SourceError."""
     from l4pack.stream.compute import float32_on  # imports torch
 
-    return (plan if plan.text is not None else with_text(plan)).computed_on(float32_on(device).parts())
+    assert plan.needs is not None
+    # A device's products of several matrices may round otherwise than those of one.
+    together = {"experts together": plan.needs.together} if plan.needs.together else {}
+    return (plan if plan.text is not None else with_text(plan)).computed_on(float32_on(device).parts() | together)
 
 
 def _calibrate(
