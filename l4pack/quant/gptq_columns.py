@@ -42,17 +42,17 @@ def descend_block(
     lowest, highest = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
     old, own, scales, zeros = (_outermost(part) for part in (levels, pull, scale, zero_point))
     curvature = hessian.permute(1, 2, 0).contiguous()
-    new, changes = torch.empty_like(old), torch.empty_like(old)
-    gain = torch.zeros(old.shape[1:], dtype=torch.float64, device=pull.device)
+    values = (old - zeros).mul_(scales)
+    new, changes, pulls = (torch.empty_like(old) for _ in range(3))
     for i in range(len(old)):
-        here = curvature[i, i, :, None]
-        torch.div(own[i], here, out=new[i])
-        new[i].add_((old[i] - zeros[i]).mul_(scales[i])).div_(scales[i])
-        new[i].round_().add_(zeros[i]).clamp_(lowest, highest)
+        pulls[i] = own[i]
+        torch.div(own[i], curvature[i, i, :, None], out=new[i])
+        new[i].add_(values[i]).div_(scales[i]).round_().add_(zeros[i]).clamp_(lowest, highest)
         torch.sub(new[i], old[i], out=changes[i])
         changes[i].mul_(scales[i])
-        gain += changes[i].double() * (2 * own[i].double() - changes[i].double() * here.double())
         own.addcmul_(curvature[i, :, :, None], changes[i], value=-1)
+    here = curvature.diagonal().mT[..., None].double()
+    gain = (changes.double() * (2 * pulls.double() - changes.double() * here)).sum(0)
     return _innermost(new), _innermost(changes), gain
 
 

@@ -138,7 +138,7 @@ def test_hessians_are_those_of_the_inputs_that_transformers_gives_each_matrix(
 
     monkeypatch.setattr("l4pack.calibration.mlp.gptq.prepare_problem", spy)
     # Nothing is quantized visibly below, so that the second layer sees what the original model gives it.
-    monkeypatch.setattr(WrittenUnits, "as_written", lambda self, loaded: loaded.weights)
+    monkeypatch.setattr(WrittenUnits, "as_written", lambda self, loaded, solved: loaded.weights)
     plan = planned(source, text, calibration={"min_tokens": 1}, asymmetric=asymmetric)
     run_plan(plan, tmp_path / "out")
     tokens = torch.tensor([item.tokens for item in plan.text.sequences])

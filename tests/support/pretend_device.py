@@ -190,7 +190,7 @@ class _Operations(TorchDispatchMode):
         on_device = there if device is None else device.type == "cuda"
         if not there and not on_device:
             return func(*args, **kwargs)
-        if _composite(func):
+        if composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
         self._done[func.overloadpacket.__name__] += 1
@@ -205,7 +205,7 @@ class _Operations(TorchDispatchMode):
 
 
 @cache
-def _composite(func: Any) -> bool:
+def composite(func: Any) -> bool:
     """Whether torch makes an operation of others, whatever the device."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 

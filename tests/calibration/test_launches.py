@@ -1,0 +1,74 @@
+"""How many operations solving experts together takes, and that the host waits once for all of them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from launches import Launches
+from pretend_device import pretend_device
+
+from l4pack.calibration import batch
+from l4pack.calibration.rows import UnitRows
+from l4pack.recipe import RecipeScheme, load_recipe
+
+# Of a column of gate and up together, and one of down: rounding it, and one sweep.
+OPERATIONS_A_COLUMN, OTHER_OPERATIONS = 20, 3000
+HIDDEN, INNER, TOKENS = 32, 64, 80
+
+
+class Given:
+    """Stands for a pass: inputs of the tokens, on a device."""
+
+    def __init__(self, seed: int, device: str) -> None:
+        self.device = torch.device(device)
+        self._inputs = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(device)
+
+    def normed(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._inputs[rows.to(self.device)]
+
+    def let_go(self) -> None:
+        pass
+
+
+def scheme(**options: object) -> RecipeScheme:
+    found = load_recipe("int4").schemes["int4"]
+    return found.model_copy(update={"group_size": 32, "gptq": found.gptq.model_copy(update=options)})
+
+
+def taken(number: int) -> UnitRows:
+    """Tokens of one expert, some of them borrowed."""
+    rows, kept = torch.arange(50) + number % 8, torch.arange(50) % 7 > 0
+    weights = torch.where(torch.arange(50) < 40, 1.0, 0.25)
+    return UnitRows(50, rows, torch.full((50, 1), 0.7), weights, kept & (weights == 1), torch.full((50, 1), 0.6), 10)
+
+
+def given(units: int, device: str = "cpu") -> batch.Batch:
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(units, 3, INNER, HIDDEN, generator=generator) * 0.02
+    stacked = batch.Stacked(weights[:, :2].flatten(1, 2).to(device), weights[:, 2].mT.contiguous().to(device))
+    inputs = partial(batch.blocks, [taken(number) for number in range(units)], Given(0, device), Given(1, device))
+    return batch.Batch(stacked, inputs, torch.full((units,), 42.5).to(device), torch.nn.functional.silu, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    monkeypatch.setattr(batch, "ROWS", 32)
+
+
+def solved(units: int) -> Launches:
+    """What solving a batch starts on a device."""
+    with pretend_device(), torch.inference_mode():
+        one = given(units, "cuda")
+        with Launches() as counted:
+            batch.solve(one, scheme(sweeps=1), "BF16")
+    return counted
+
+
+def test_operations_do_not_grow_with_the_experts_and_the_host_waits_once():
+    one, two, eight = (solved(units) for units in (1, 2, 8))
+    assert two.started == eight.started
+    assert 0.98 * eight.total < one.total <= eight.total  # turning a single matrix round copies nothing
+    assert one.waits == two.waits == eight.waits == {"_to_copy": 1}
+    assert eight.total < OPERATIONS_A_COLUMN * (HIDDEN + INNER) + OTHER_OPERATIONS
