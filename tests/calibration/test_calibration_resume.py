@@ -157,7 +157,7 @@ def test_killed_by_the_system_it_ends_in_the_same_bytes(source, text, undisturbe
         "def dying(self, *rest):\n"
         "    seen.append(None)\n"
         "    if len(seen) == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    solve(self, *rest)\n"
+        "    return solve(self, *rest)\n"
         "CalibrationRun._solve = dying\n"
         "t.run_plan(t.planned(t.Path(sys.argv[1]), t.Path(sys.argv[2])), t.Path(sys.argv[3]))\n"
     )
@@ -183,7 +183,7 @@ def test_a_signal_stops_between_experts_and_the_same_command_goes_on(
         seen.append(None)
         if len(seen) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        solve(self, *rest)
+        return solve(self, *rest)
 
     command = [*COMMAND, source, "--calibration", text, "--out", tmp_path / "out"]
     with monkeypatch.context() as context:
