@@ -53,6 +53,11 @@ class Quantization:
             if entry.startswith("re:"):
                 pattern(entry[3:]).prepare(modules)
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether this package reads every group's matrices itself."""
+        return all(given.own is not None for _, given in self._groups)
+
     def scheme(self, module: str) -> Given:
         """The scheme a quantized module was written with. Raises L4packError when no group names it.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ from l4pack.stream.lanes import Lane, Model
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.visitor import Progress
 from l4pack.stream.walk import Walk
-from l4pack.stream.weights import Weights
+from l4pack.stream.weights import Weights, stored_itemsize
 from l4pack.text.sequences import load_text, token_digest
 from l4pack.text.tokenizer import load_tokenizer
 from l4pack.work import machine
@@ -120,6 +120,8 @@ def _walk_memory(
     even what it takes without."""
     models = 1 if original is None or settings.reference is not None else 2
     computing = computing_on(compute, artifact.config.text, inputs.sequences, models=models, streams=models)
+    stored = max(stored_itemsize(one) for one in (artifact, original) if one is not None)
+    computing = replace(computing, tiles=compute.tiles, stored=stored)
     sampled = 2 * SAMPLED_ROWS * computing.row  # inputs and outputs
     ram, device = machine.memory(settings.max_ram), compute.device_room(settings.max_vram)
     return walk_within(computing, lambda one: one.memory(held=sampled, scored=True), ram, device)
@@ -271,7 +273,13 @@ def _model(
     name: str, checkpoint: Checkpoint, compute: Compute, settings: EvaluationSettings, stack: ExitStack
 ) -> Model:
     weights = stack.enter_context(
-        Weights(checkpoint, compute.device, compute.dtype, round_activations=not settings.weights_only)
+        Weights(
+            checkpoint,
+            compute.device,
+            compute.dtype,
+            round_activations=not settings.weights_only,
+            tiled=compute.tiles > 0,
+        )
     )
     return Model(name, weights, Skeleton(checkpoint.config, compute.device, compute.dtype))
 

@@ -58,7 +58,9 @@ class StreamedScorer:
             }
         )
         device, dtype = self._compute.device, self._compute.dtype
-        with Weights(self._checkpoint, device, dtype, round_activations=self._round_activations) as weights:
+        with Weights(
+            self._checkpoint, device, dtype, round_activations=self._round_activations, tiled=self._compute.tiles > 0
+        ) as weights:
             model = Model("model", weights, Skeleton(self._checkpoint.config, device, dtype))
             lanes = [Lane(model.name, model, packed)]
             with Walk(lanes, self._work, job, progress=self._progress, ahead=self._ahead) as walk:

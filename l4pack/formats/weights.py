@@ -8,9 +8,22 @@ from typing import Any
 from numpy.typing import NDArray
 
 from l4pack.formats.format import Format
-from l4pack.quant.dequantize import dequantize
+from l4pack.quant.dequantize import Dequantizer
 from l4pack.quant.floats import Float32Array
 from l4pack.quant.scheme import Scheme
+
+
+def dequantizer(
+    arrays: Mapping[str, NDArray[Any]],
+    form: Format,
+    scheme: Scheme,
+    out_features: int,
+    in_features: int,
+    module: str,
+) -> Dequantizer:
+    """What gives rows of a module's weights, from its tensors by suffix. Raises L4packError on a wrong shape."""
+    quantized = form.decode(arrays, scheme, out_features, in_features, module)
+    return Dequantizer(quantized, scheme, out_features, in_features)
 
 
 def weights_of(
@@ -22,5 +35,4 @@ def weights_of(
     module: str,
 ) -> Float32Array:
     """float32 [out_features, in_features] of a module's tensors by suffix. Raises L4packError on a wrong shape."""
-    quantized = form.decode(arrays, scheme, out_features, in_features, module)
-    return dequantize(quantized, scheme, out_features, in_features)
+    return dequantizer(arrays, form, scheme, out_features, in_features, module).whole()

@@ -20,7 +20,7 @@ from l4pack.errors import BudgetError
 from l4pack.model.config import TextConfig
 from l4pack.model.parts import attention_shapes, mlp_shapes
 from l4pack.plan.assign import Action, Task
-from l4pack.stream.rows import HEAD_ROWS, TOKENS_SCORED, rows_at_once
+from l4pack.stream.rows import HEAD_ROWS, TILE_OUTPUTS, TOKENS_SCORED, rows_at_once
 from l4pack.units import MIB, human_bytes
 from l4pack.work.device import CPU
 from l4pack.work.machine import Room
@@ -68,7 +68,9 @@ class Computing:
 
     `device` is its kind (`cpu` or `cuda`), `itemsize` the bytes of a number there; `length` is that of the longest
     sequence, `tokens` those of all of a stream's. `models` checkpoints walk beside each other, over `streams` of hidden
-    states; with `ahead`, the next unit is loaded while one computes. As many experts are in use `together`.
+    states; with `ahead`, the next unit is loaded while one computes. As many experts are in use `together`. Where `tiles`
+    threads widen a tile of a matrix at a time (0: none do), matrices of MLPs are there as they are stored, in `stored`
+    bytes a number.
     """
 
     text: TextConfig
@@ -80,6 +82,8 @@ class Computing:
     streams: int = 1
     ahead: bool = True
     together: int = 1
+    tiles: int = 0
+    stored: int = STORED
 
     @property
     def rows(self) -> int:
@@ -99,7 +103,7 @@ class Computing:
     @property
     def mlp(self) -> int:
         """Bytes of the three matrices of the largest MLP."""
-        return mlp_numbers(self.text, widest_mlp(self.text)) * self.itemsize
+        return mlp_numbers(self.text, widest_mlp(self.text)) * (self.stored if self.tiles else self.itemsize)
 
     def memory(self, phases: Iterable[int] = (), *, held: int = 0, scored: bool = False) -> Memory:
         """Of a walk in which `held` bytes more are there throughout and other `phases`, with the unit in use, come in
@@ -112,8 +116,10 @@ class Computing:
         return Memory(MODEL_LOADED + CUDA_LOADED + held_here, CUBLAS + computing)
 
     def running(self) -> int:
-        """Rows in an MLP: states before and after the norm, scaled, and out of it; gate, its activation, up, product."""
-        return self.rows * 4 * (self.text.hidden_size + widest_mlp(self.text)) * self.itemsize
+        """Rows in an MLP: states before and after the norm, scaled, and out of it; gate, its activation, up, product.
+        Beside them each thread's tile."""
+        rows = self.rows * 4 * (self.text.hidden_size + widest_mlp(self.text)) * self.itemsize
+        return rows + self.tiles * TILE_OUTPUTS * max(self.text.hidden_size, widest_mlp(self.text)) * FLOAT
 
     def _held(self) -> int:
         """Each model's attention, which stays while the MLPs of its layer run, and the next unit: its last matrix is

@@ -35,6 +35,7 @@ E4M3_SMALLEST_NORMAL = np.uint32(0x3C800000)  # 2^-6 as float32 bits
 E4M3_SUBNORMAL_MAGIC = np.float32(2.0**14)  # float32 spacing here is 2^-9, that of E4M3 subnormals
 E4M3_SUBNORMAL_BITS = np.uint32(0x46800000)  # the same as bits
 E4M3_SUBNORMAL_SPACING = np.float32(1.5 * 2.0**14)  # the same for numbers of either sign
+QUIET_NAN = np.uint32(0x7FC00000)
 E4M3_REBIAS = np.uint32((127 - 7) << 3)
 
 
@@ -304,6 +305,18 @@ def dequantize_table(
             s = scale[o, g]
             for i in range(target.size):
                 target[i] = table[code[i]] * s
+
+
+@kernel
+def to_bfloat16(values: NDArray[np.float32]) -> None:
+    """Round float32 [rows, columns] to the nearest bfloat16 values, half to even, in place."""
+    for o in range(values.shape[0]):
+        row = values[o].view(np.uint32)
+        for i in range(row.size):
+            sign = np.uint32(row[i] & np.uint32(0x80000000))
+            bits = min(np.uint32(row[i] & np.uint32(0x7FFFFFFF)), QUIET_NAN)  # rounding up would make 0 of a larger one
+            rounded = np.uint32(bits + np.uint32(0x7FFF) + np.uint32((bits >> np.uint32(16)) & np.uint32(1)))
+            row[i] = np.uint32(sign | (rounded & np.uint32(0xFFFF0000)))
 
 
 @kernel

@@ -12,21 +12,39 @@ from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Scheme
 
 
-def dequantize(quantized: Quantized, scheme: Scheme, out_features: int, in_features: int) -> Float32Array:
-    """(level - zero point) * scale, or the E4M3 value times scale: float32 [out_features, in_features].
+class Dequantizer:
+    """(level - zero point) * scale, or the E4M3 value times scale, of any rows of one matrix.
 
     Products are exact in float32 for bfloat16 and float16 scales; a runtime then rounds them to its own dtype.
     """
-    group = scheme.group_columns(in_features)
-    shape = (out_features, -(-in_features // group))
-    scale = spread(widen(quantized.scale), scheme, shape)
-    out = np.empty((out_features, in_features), np.float32)
-    values = np.ascontiguousarray(quantized.values).view(np.uint8)
-    if not scheme.grid.even:
-        cpu.dequantize_table(values, np.array(scheme.grid.values, np.float32), group, scale, out)
+
+    def __init__(self, quantized: Quantized, scheme: Scheme, out_features: int, in_features: int) -> None:
+        self.shape = out_features, in_features
+        self._bits, self._group = scheme.num_bits, scheme.group_columns(in_features)
+        groups = (out_features, -(-in_features // self._group))
+        self._scale = spread(widen(quantized.scale), scheme, groups)
+        self._codes = np.ascontiguousarray(quantized.values).view(np.uint8)
+        self._table = None if scheme.grid.even else np.array(scheme.grid.values, np.float32)
+        self._zero_point = np.zeros_like(self._scale)
+        if self._table is None and quantized.zero_point is not None:
+            zero_point = unpack_zero_points(quantized.zero_point, scheme.num_bits, out_features)
+            self._zero_point = zero_point.astype(np.float32)
+
+    def rows(self, rows: slice, out: Float32Array) -> None:
+        """Write some rows into `out`, float32 [rows, in_features]."""
+        codes, scale = self._codes[rows], self._scale[rows]
+        if self._table is not None:
+            cpu.dequantize_table(codes, self._table, self._group, scale, out)
+        else:
+            cpu.dequantize_int(codes, self._bits, self._group, scale, self._zero_point[rows], out)
+
+    def whole(self) -> Float32Array:
+        """All rows, float32 [out_features, in_features]."""
+        out = np.empty(self.shape, np.float32)
+        self.rows(slice(None), out)
         return out
-    zero_point = np.zeros_like(scale)
-    if quantized.zero_point is not None:
-        zero_point = unpack_zero_points(quantized.zero_point, scheme.num_bits, out_features).astype(np.float32)
-    cpu.dequantize_int(values, scheme.num_bits, group, scale, zero_point, out)
-    return out
+
+
+def dequantize(quantized: Quantized, scheme: Scheme, out_features: int, in_features: int) -> Float32Array:
+    """float32 [out_features, in_features], all rows of a `Dequantizer`."""
+    return Dequantizer(quantized, scheme, out_features, in_features).whole()

@@ -48,6 +48,11 @@ class Compute:
             parts["device"] = self.describe()
         return parts | {f"{name} version": version(name) for name in ("torch", "transformers", "numba")}
 
+    @property
+    def tiles(self) -> int:
+        """Threads that widen matrices tile by tile; 0 where a device multiplies them in the dtype they are stored in."""
+        return torch.get_num_threads() if self.device.type == CPU and self.dtype is torch.float32 else 0
+
     def device_room(self, max_vram: int | None = None) -> machine.Room | None:
         """What the device may give; None where the CPU computes, in the machine's memory."""
         if self.device.type == CPU:

@@ -15,7 +15,8 @@ from l4pack.model import parts
 from l4pack.model.config import Llama4Config
 from l4pack.model.tensors import ROUTER, Role, canonical_naming, mlp_prefix
 from l4pack.stream.kv import RoundedCache
-from l4pack.stream.weights import LinearWeight, Weights
+from l4pack.stream.tiles import TiledLinear
+from l4pack.stream.weights import LinearWeight, TiledWeight, Weights
 
 
 class Part(StrEnum):
@@ -47,7 +48,7 @@ class UnitWeights:
     Attention may have a KV cache that is not kept as it is.
     """
 
-    linears: Mapping[str, LinearWeight]
+    linears: Mapping[str, LinearWeight | TiledWeight]
     tensors: Mapping[str, Tensor]
     kv_cache: RoundedCache | None = None
 
@@ -91,7 +92,7 @@ def load_unit(weights: Weights, unit: Unit) -> UnitWeights:
     """Read a unit. Raises SourceError or L4packError naming what can't be read."""
     config = weights.checkpoint.config
     names = module_names(config, unit)
-    by_module = weights.linears(names.values())
+    by_module = weights.linears(names.values(), tiled=weights.tiled and unit.part is not Part.ATTENTION)
     return UnitWeights(
         {local: by_module[module] for local, module in names.items()},
         {local: weights.tensor(name) for local, name in _small_tensors(weights, unit).items()},
@@ -120,8 +121,12 @@ def _small_tensors(weights: Weights, unit: Unit) -> dict[str, str]:
 def place(module: nn.Module, unit: UnitWeights) -> None:
     """Put a unit's weights into a module built without any; its matrices round their inputs as the scheme says."""
     for name, linear in unit.linears.items():
-        target = module.get_submodule(name)
-        target.weight = nn.Parameter(linear.weight, requires_grad=False)
+        if isinstance(linear, TiledWeight):
+            target: nn.Module = TiledLinear(linear.tiles)
+            module.set_submodule(name, target)
+        else:
+            target = module.get_submodule(name)
+            target.weight = nn.Parameter(linear.weight, requires_grad=False)
         if (rounded := linear.activations) is not None:
             target.register_forward_pre_hook(lambda _, inputs, rounded=rounded: (rounded(inputs[0]),))
     for name, tensor in unit.tensors.items():

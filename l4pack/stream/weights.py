@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -14,16 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from l4pack.artifact.kv_cache import declared_strategy, scale_names, scale_shape
-from l4pack.artifact.quantized import (
-    Quantization,
-    decompressed,
-)
+from l4pack.artifact.quantized import Given, Quantization, decompressed
 from l4pack.artifact.stanza import read_stanza
+from l4pack.checkpoint.header import DTYPE_BITS
 from l4pack.checkpoint.matrices import matrices_of
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import L4packError, SourceError
-from l4pack.formats.weights import weights_of
+from l4pack.formats.weights import dequantizer
 from l4pack.model.names import detect_layout
 from l4pack.model.tensors import Linear, canonical_naming, catalogue, rename
 from l4pack.quant.dtypes import FloatName
@@ -32,6 +31,7 @@ from l4pack.quant.suffixes import Suffix
 from l4pack.quant.torch_ops import DTYPES
 from l4pack.stream.activations import RoundedInputs, activations_of
 from l4pack.stream.kv import RoundedCache
+from l4pack.stream.tiles import QuantizedTiles, StoredTiles, Tiles
 
 _VIEWS = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
@@ -44,6 +44,19 @@ class LinearWeight:
     activations: RoundedInputs | None = None
 
 
+@dataclass(frozen=True)
+class TiledWeight:
+    """One matrix as it is stored, and what is done to its inputs."""
+
+    tiles: Tiles
+    activations: RoundedInputs | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix, float32 [out_features, in_features]."""
+        return self.tiles.tile(slice(None), torch.empty(math.prod(self.tiles.shape)))
+
+
 class Weights:
     """Reads tensors and matrices of a checkpoint; safe to use from several threads.
 
@@ -52,13 +65,23 @@ class Weights:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, round_activations: bool = True
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        round_activations: bool = True,
+        tiled: bool = False,
     ) -> None:
-        """Raises SourceError when the checkpoint has no weights or names that are not Llama 4's."""
+        """With `tiled`, matrices of MLPs stay as they are stored until a CPU multiplies with them, in float32.
+
+        Raises SourceError when the checkpoint has no weights or names that are not Llama 4's.
+        """
         if checkpoint.bare or checkpoint.store is None:
             raise SourceError(f"{checkpoint.name} is a configuration without weights", hint="give a checkpoint folder")
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self._round_activations = round_activations
+        self.tiled = tiled
         self.model_dtype = DTYPES.get(checkpoint.config.dtype or "bfloat16", torch.bfloat16)
         self._reader = Reader(checkpoint.entries, checkpoint.store.path)
         self._matrices = matrices_of(checkpoint, self._reader)
@@ -79,17 +102,20 @@ class Weights:
         """Close every file, so that it can be deleted; what is read next is opened again."""
         self._reader.close()
 
-    def linears(self, modules: Iterable[str]) -> dict[str, LinearWeight]:
-        """Matrices by module; matrices of one fused tensor are read with one read and share its memory."""
+    def linears(self, modules: Iterable[str], *, tiled: bool = False) -> dict[str, LinearWeight | TiledWeight]:
+        """Matrices by module; those of one fused tensor are read with one read and share its memory.
+
+        With `tiled`, those that can stay as they are stored do.
+        """
         plain: defaultdict[Hashable, list[str]] = defaultdict(list)
-        result = {}
+        result: dict[str, LinearWeight | TiledWeight] = {}
         for module in modules:
             if self.is_quantized(module):
-                result[module] = self._quantized(module, self._linears[module])
+                result[module] = self._quantized(module, self._linears[module], tiled)
             else:
                 plain[self._matrices.together(self._linears[module])].append(module)
         for together in plain.values():
-            result |= zip(together, map(LinearWeight, self._plain(together)), strict=True)
+            result |= zip(together, self._plain(together, tiled), strict=True)
         return result
 
     def is_quantized(self, module: str) -> bool:
@@ -175,28 +201,51 @@ class Weights:
     def _stored(self, name: str, array: NDArray[Any]) -> Tensor:
         return _stored(array, self.checkpoint.entries[name].dtype)
 
-    def _plain(self, together: Sequence[str]) -> list[Tensor]:
-        """Matrices [out, in] that lie side by side; they go to the device, and are widened, at once."""
+    def _plain(self, together: Sequence[str], tiled: bool) -> list[LinearWeight] | list[TiledWeight]:
+        """Matrices that lie side by side; they go to the device, and are widened, at once."""
         slab = self._matrices.slab([self._linears[module] for module in together])
-        parts = slab.split(self._computable(_stored(slab.values, slab.dtype)))
-        return [part.T for part in parts] if slab.layout is Layout.IN_OUT else parts
+        values = _stored(slab.values, slab.dtype)
+        parts = slab.split(values if tiled else self._computable(values))
+        out_in = [part.T for part in parts] if slab.layout is Layout.IN_OUT else parts
+        return [TiledWeight(StoredTiles(one)) for one in out_in] if tiled else [LinearWeight(one) for one in out_in]
 
-    def _quantized(self, module: str, linear: Linear) -> LinearWeight:
+    def _quantized(self, module: str, linear: Linear, tiled: bool) -> LinearWeight | TiledWeight:
         given = self._quantization.scheme(module)
         arrays = {suffix: self._read(name) for suffix, name in self._names(linear).items()}
+        activations = self._activations(given, arrays, linear, module)
+        rounded = self.model_dtype if given.scheme.input_activations is None else None
         if given.own is not None and Suffix.ORDER not in arrays:
-            weight = torch.from_numpy(weights_of(arrays, *given.own, linear.out_features, linear.in_features, module))
+            own = dequantizer(arrays, *given.own, linear.out_features, linear.in_features, module)
+            if tiled:
+                return TiledWeight(QuantizedTiles(own, rounded), activations)
+            weight = torch.from_numpy(own.whole())
         else:
             stored = {suffix: self._stored(f"{linear.module}.{suffix}", array) for suffix, array in arrays.items()}
             weight = decompressed(_wide_scales(stored), given, module)
-        if given.scheme.input_activations is None:
-            weight = weight.to(self.model_dtype)
-        activations = None
-        if self._round_activations:
-            scale = arrays.get(Suffix.INPUT_SCALE)
-            stored_scale = None if scale is None else self._torch(f"{linear.module}.{Suffix.INPUT_SCALE}", scale)
-            activations = activations_of(given.scheme, stored_scale, module)
-        return LinearWeight(self._computable(weight), activations)
+        return LinearWeight(self._computable(weight if rounded is None else weight.to(rounded)), activations)
+
+    def _activations(
+        self, given: Given, arrays: Mapping[str, NDArray[Any]], linear: Linear, module: str
+    ) -> RoundedInputs | None:
+        """What is done to a quantized matrix' inputs."""
+        if not self._round_activations:
+            return None
+        scale = arrays.get(Suffix.INPUT_SCALE)
+        stored = None if scale is None else self._torch(f"{linear.module}.{Suffix.INPUT_SCALE}", scale)
+        return activations_of(given.scheme, stored, module)
+
+
+def stored_itemsize(checkpoint: Checkpoint) -> int:
+    """The most bytes a weight takes where matrices stay as they are stored: those of float32 where some can't."""
+    layout = detect_layout(checkpoint.config, checkpoint.entries)
+    tensors = (checkpoint.entries.get(linear.tensor) for linear in layout.linears)
+    widest = max((DTYPE_BITS[entry.dtype] // 8 for entry in tensors if entry is not None), default=2)
+    stays = Quantization(checkpoint.config.stanza).reads_all and not _ordered(checkpoint)
+    return max(2, widest) if stays else 4
+
+
+def _ordered(checkpoint: Checkpoint) -> bool:
+    return any(name.endswith(f".{Suffix.ORDER}") for name in checkpoint.entries)
 
 
 def _stored(array: NDArray[Any], dtype: str) -> Tensor:
