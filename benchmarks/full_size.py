@@ -5,10 +5,10 @@
     python benchmarks/full_size.py maverick ANY_FOLDER --headers-only    # what reads no weight, in seconds
 
 Planned bytes must be written bytes and memory must stay within its plan, or it ends with status 1. `quantize` rounds
-(`int4-rtn`), is killed half way and goes on; `cp` copies some of the same shards in the same run; `verify` compares every matrix;
-`calibrate` solves (`int4`) a model of the first two layers, whose values all differ, and projects to all. Files share their
-bytes, so disks are hardly read: times are those of the processor and of memory. FOLDER/results-MODEL.json keeps each
-step's figures, so steps may be run one by one.
+(`int4-rtn`), is killed half way and goes on; `cp` copies some of the same shards in the same run; `verify` compares every
+matrix, or `--sample` of them; `calibrate` solves (`int4`) a model of the first two layers, whose values all differ, and
+projects to all. Files share their bytes, so disks are hardly read: times are those of the processor and of memory.
+FOLDER/results-MODEL.json keeps each step's figures, so steps may be run one by one.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Bench:
     layers: int | None
     folder: Path
     made_of: Values = Values.REPEATED
+    sample: int | None = None
 
     @property
     def name(self) -> str:
@@ -146,10 +147,12 @@ class Bench:
         )
 
     def verify(self) -> Outcome:
-        """Every matrix against the source."""
-        ended = run("verify", self.artifact, "--against", self.source)
+        """Every matrix, or a sample, against the source."""
+        some = () if self.sample is None else ("--sample", self.sample)
+        ended = run("verify", self.artifact, "--against", self.source, *some)
         checked = ended.output["checked"]
-        note = f"{checked['matrices_compared']:,} matrices and {checked['kept_compared']:,} kept tensors compared, all"
+        of_all = f" of {checked['compared_sample_of']:,}" if self.sample else ""
+        note = f"{checked['matrices_compared']:,}{of_all} matrices, {checked['kept_compared']:,} kept tensors compared, all"
         return of("verify --against", ended, note=f"{note} right" if ended.output["ok"] else "WRONG")
 
     def budget(self) -> Outcome:
@@ -260,12 +263,13 @@ def main() -> None:
         "--headers-only", action="store_true", help="make, inspect, plan and budget, of files with holes"
     )
     parser.add_argument("--steps", nargs="+", choices=tuple(STEPS))
+    parser.add_argument("--sample", type=int, help="verify compares so many matrices, not all")
     chosen = parser.parse_args()
     chosen.folder.mkdir(parents=True, exist_ok=True)
     if not chosen.headers_only:
         check_reflinks(chosen.folder)
     made_of = Values.NONE if chosen.headers_only else Values.REPEATED
-    bench = Bench(chosen.model, chosen.layers, chosen.folder, made_of)
+    bench = Bench(chosen.model, chosen.layers, chosen.folder, made_of, chosen.sample)
     outcomes = run_steps(bench, chosen.steps or (OF_HEADERS if chosen.headers_only else tuple(STEPS)))
     print(table(outcomes))
     sys.exit(not all(outcome.kept for outcome in outcomes))
