@@ -34,7 +34,7 @@ from l4pack.units import human_bytes, human_seconds
 ROUNDED, SOLVED = "int4-rtn", "int4"
 PROMISING = {"scout": "scout-int4-1xh100", "maverick": "maverick-int4-4xh100"}
 SOLVED_LAYERS = 2  # Maverick's dense and MoE layers take turns
-SOLVED_TEXT = ("--calibration", "demo", "--calibration-samples", 4, "--sequence-length", 512)
+SOLVED_LENGTH = 512
 EVALUATED_TEXT = ("--text", "demo", "--samples", 4, "--sequence-length", 256)
 COPIED_SHARDS = 4
 DOES_NOT_FIT = 3
@@ -74,6 +74,7 @@ class Bench:
     folder: Path
     made_of: Values = Values.REPEATED
     sample: int | None = None
+    calibration_samples: int = 4
 
     @property
     def name(self) -> str:
@@ -184,7 +185,8 @@ class Bench:
         cut.make()
         out = cut.source.with_name(f"{cut.name}-{SOLVED}")
         shutil.rmtree(out, ignore_errors=True)
-        command = (cut.source, "--recipe", SOLVED, *SOLVED_TEXT)
+        text = ("--calibration", "demo", "--sequence-length", SOLVED_LENGTH)
+        command = (cut.source, "--recipe", SOLVED, *text, "--calibration-samples", self.calibration_samples)
         planned = run("plan", *command).output
         ended = run("quantize", *command, "--out", out, "--restart")
         layers = parse_config(full_config(self.model)).text.num_hidden_layers
@@ -195,7 +197,7 @@ class Bench:
             planned_bytes=planned["artifact_bytes"],
             found_bytes=folder_bytes(out),
             planned_peak_bytes=planned["peak_ram_bytes"],
-            note=f"{4 * 512:,} tokens; {layers} layers at most {hours}",
+            note=f"{self.calibration_samples * SOLVED_LENGTH:,} tokens; {layers} layers at most {hours}",
         )
 
 
@@ -264,12 +266,13 @@ def main() -> None:
     )
     parser.add_argument("--steps", nargs="+", choices=tuple(STEPS))
     parser.add_argument("--sample", type=int, help="verify compares so many matrices, not all")
+    parser.add_argument("--calibration-samples", type=int, default=4, help=f"sequences of {SOLVED_LENGTH} solved on")
     chosen = parser.parse_args()
     chosen.folder.mkdir(parents=True, exist_ok=True)
     if not chosen.headers_only:
         check_reflinks(chosen.folder)
     made_of = Values.NONE if chosen.headers_only else Values.REPEATED
-    bench = Bench(chosen.model, chosen.layers, chosen.folder, made_of, chosen.sample)
+    bench = Bench(chosen.model, chosen.layers, chosen.folder, made_of, chosen.sample, chosen.calibration_samples)
     outcomes = run_steps(bench, chosen.steps or (OF_HEADERS if chosen.headers_only else tuple(STEPS)))
     print(table(outcomes))
     sys.exit(not all(outcome.kept for outcome in outcomes))
