@@ -1,10 +1,15 @@
 """The column loops of GPTQ for several matrices at once, in torch operations: as many, however many matrices there are.
 
+Where Triton is there to compile it, a CUDA device carries out a block's loop as one kernel, see `gptq_triton`.
+
 Columns lie outermost, so that what one column does is one operation on memory without gaps. A product of a column's error
 with the rest of a row of U is taken element by element: its bits don't depend on how many matrices stand beside it.
 """
 
 from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -18,6 +23,17 @@ def solve_block(
 
     `upper` [matrices, n, n] is the blocks' part of U; `scale` and `zero_point` [matrices, out, n] are each weight's own.
     """
+    if _as_a_kernel(block):
+        from l4pack.quant import gptq_triton
+
+        return gptq_triton.solve_block(block, upper, scale, zero_point, num_bits)
+    return solve_block_torch(block, upper, scale, zero_point, num_bits)
+
+
+def solve_block_torch(
+    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
+) -> tuple[Tensor, Tensor]:
+    """`solve_block` in torch operations, for any device and dtype."""
     lowest, highest = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
     columns, scales, zeros = (_outermost(part) for part in (block, scale, zero_point))
     factor = upper.permute(1, 2, 0).contiguous()
@@ -39,6 +55,17 @@ def descend_block(
 
     `hessian` [matrices, n, n] is the blocks' part of the damped one, all else is given for them alone.
     """
+    if _as_a_kernel(pull):
+        from l4pack.quant import gptq_triton
+
+        return gptq_triton.descend_block(levels, pull, hessian, scale, zero_point, num_bits)
+    return descend_block_torch(levels, pull, hessian, scale, zero_point, num_bits)
+
+
+def descend_block_torch(
+    levels: Tensor, pull: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`descend_block` in torch operations, for any device and dtype."""
     lowest, highest = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
     old, own, scales, zeros = (_outermost(part) for part in (levels, pull, scale, zero_point))
     curvature = hessian.permute(1, 2, 0).contiguous()
@@ -64,3 +91,15 @@ def _outermost(matrices: Tensor) -> Tensor:
 def _innermost(columns: Tensor) -> Tensor:
     """[n, matrices, out] as [matrices, out, n]."""
     return columns.permute(1, 2, 0).contiguous()
+
+
+def _as_a_kernel(block: Tensor) -> bool:
+    """Whether a real CUDA device has the block, in a shape and dtype that the kernels are for."""
+    columns = block.shape[-1]
+    fits = block.dtype is torch.float32 and columns >= 16 and columns & (columns - 1) == 0
+    return type(block) is Tensor and block.is_cuda and fits and _compiles()
+
+
+@cache
+def _compiles() -> bool:
+    return torch.version.cuda is not None and find_spec("triton") is not None

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from l4pack.calibration import batch
 from l4pack.checkpoint.open import open_source
 from l4pack.errors import BudgetError
 from l4pack.model.config import known_config
@@ -16,6 +17,9 @@ from l4pack.plan.memory import (
     FOLIO,
     KERNELS_LOADED,
     MODEL_LOADED,
+    PRODUCT_COLUMNS,
+    SCALES_ROWS,
+    TOGETHER_ROWS,
     Computing,
     Memory,
     measuring,
@@ -23,6 +27,7 @@ from l4pack.plan.memory import (
     walk_within,
 )
 from l4pack.plan.plan import RunLimits, make_plan
+from l4pack.quant import gptq_batch, triangular
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import load_recipe
 from l4pack.stream.compute import Compute
@@ -48,6 +53,20 @@ def test_sizes_of_scout_by_hand():
     # Beside its weights: levels, and for gate and up a Hessian, its factor and cross moments.
     by_hand = 3 * 5120 * 8192 // 2 + max(3 * 5120**2, 3 * 5120 * 8192 + 2 * 8192**2, 3 * 8192**2)
     assert solving(SCOUT, 0, 8192, cross=True) == 4 * by_hand
+
+
+def test_what_is_solved_together_is_cut_as_planned():
+    assert (TOGETHER_ROWS, SCALES_ROWS, PRODUCT_COLUMNS) == (batch.ROWS, gptq_batch.ROWS_AT_ONCE, triangular.TILE)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("gigabytes", "together"), [(12, 2), (40, 8), (80, 16)])
+def test_as_many_experts_are_solved_together_as_a_device_holds(model, gigabytes, together):
+    free = Room(gigabytes * 10**9, DEVICE)
+    plan = calibrated(model, accelerated=True, free_vram=free)
+    assert plan.needs.together == together
+    assert plan.needs.memory.vram <= free.nbytes
+    assert calibrated(model).needs.together == 0
 
 
 @pytest.mark.parametrize("model", MODELS)
