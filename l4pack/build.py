@@ -36,7 +36,7 @@ from l4pack.fit.record import fit_record, read_fit
 from l4pack.measure.identity import model_fingerprint
 from l4pack.plan.plan import Plan
 from l4pack.plan.summary import plan_record
-from l4pack.publish.publish import Wishes, check_ready, package_artifact, plan_push, push_artifact
+from l4pack.publish.publish import Wishes, address_card, check_ready, package_artifact, plan_push, push_artifact
 from l4pack.publish.upload import Destination
 from l4pack.quantize.accelerator import quantizer
 from l4pack.quantize.run import run_plan
@@ -332,6 +332,7 @@ class _Chain:
         if target is None:
             return NOT_ASKED
         check_ready(self._order.out, target.repo_id.rpartition("/")[2], gated=target.gated)
+        address_card(self._order.out, target.repo_id)
         plan = plan_push(self._order.out, target)
         with self._watch("uploading", plan.send_bytes) as bar:
             done = push_artifact(plan, advance=bar.advance)

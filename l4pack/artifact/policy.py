@@ -88,6 +88,7 @@ class Policy(_Data):
     title: str
     metadata: dict[str, str]
     family: Family | None = None
+    safeguards: str = ""
     name: NameRule | None = None
     duties: Annotated[list[Duty], Field(min_length=1)]
     block: str

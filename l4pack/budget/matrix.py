@@ -18,11 +18,15 @@ HOSTS = ("rtx5090", "rtx6000-pro", "a100-80", "h100", "2xh100", "4xh100", "8xh10
 
 @dataclass(frozen=True)
 class Cell:
-    """The largest context that fits on a host, at the dear end and at the cheap one; 0 when the weights don't fit."""
+    """The largest context that fits on a host, at the dear end and at the cheap one; 0 when the weights don't fit.
+
+    `gpus` is what one copy takes of the host's; None where the runtime would refuse to split the model so.
+    """
 
     host: str
     max_context: int
     max_context_high: int
+    gpus: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def _cell(subject: Subject, host: Host, load: Load, runtime: str) -> Cell:
     found = _try(subject, host, load, runtime)
     if found is None:
         return Cell(host.name, 0, 0)
-    return Cell(host.name, max_context(found), max_context(found, high=False))
+    return Cell(host.name, max_context(found), max_context(found, high=False), found.setting.gpus)
 
 
 def _try(subject: Subject, host: Host, load: Load, runtime: str) -> Budget | None:

@@ -22,7 +22,7 @@ def licence(
 ) -> None:
     """Say which duties of the model's licence a folder or repository does not meet; exit 7 if there are any.
 
-    Example: `l4pack licence Llama-4-Scout-17B-16E-Instruct-W4A16-g128`
+    Example: `l4pack licence Llama-4-Scout-17B-16E-Instruct-W4A16-g128-mixed`
     """
     from l4pack.publish.licence import audit
 

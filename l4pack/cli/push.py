@@ -45,22 +45,26 @@ def push(
 
     The same command goes on after any interruption. The token is the one `hf auth login` or HF_TOKEN gives.
 
-    Example: `l4pack push scout-int4 my-org/Llama-4-Scout-17B-16E-Instruct-W4A16-g128 --dry-run`
+    Example: `l4pack push scout-int4 my-org/Llama-4-Scout-17B-16E-Instruct-W4A16-g128-mixed --dry-run`
     """
     from l4pack.checkpoint.source import HUB_ID
-    from l4pack.publish.publish import plan_push
+    from l4pack.publish.publish import address_card, plan_push, who_pushes
     from l4pack.publish.upload import Destination
 
     if HUB_ID.fullmatch(repository) is None or "@" in repository:
         raise UsageError(f"'{repository}' is not a repository's name", hint="write ORGANISATION/NAME")
     target = Destination(repository, revision, public, pull_request, overwrite, gated, tag, collection)
     ready = _check(folder, target)
+    if not dry_run:
+        address_card(folder, repository)
+    if dry_run:
+        ready.append(f"account: {who_pushes(target)}")
     plan = plan_push(folder, target)
     if not as_json:
         (console.show if dry_run else console.talk)(*plan_view(plan, ready))
     done = None if dry_run else _upload(plan)
     if as_json:
-        console.show_json(push_record(plan, done))
+        console.show_json({"ready": ready, **push_record(plan, done)})
     elif done is not None:
         console.show(*done_view(plan, done))
 

@@ -235,6 +235,33 @@ class Collection(_Answer):
     items: list[CollectionItem]
 
 
+class Organisation(_Answer):
+    """An organisation that an account belongs to, and as what."""
+
+    name: PlainText
+    roleInOrg: PlainText | None = None  # noqa: N815
+
+
+class AccessToken(_Answer):
+    """What a token may do at all: read, write, or what is listed for it."""
+
+    role: PlainText | None = None
+
+
+class Auth(_Answer):
+    """By what an account was told."""
+
+    accessToken: AccessToken | None = None  # noqa: N815
+
+
+class Account(_Answer):
+    """Whose token it is."""
+
+    name: PlainText
+    orgs: list[Organisation] = []
+    auth: Auth = Auth()
+
+
 @dataclass(frozen=True)
 class Asked:
     """A request to the Hub: the endpoint, the part of the path that names a repository, the query, and the body."""
@@ -384,6 +411,7 @@ KINDS = (
     _kind("upload addresses", f"POST /{_ID}.git/info/lfs/objects/batch", Batch, _batch),
     _kind("a commit", f"POST {_MODEL}/commit/.+", Committed, _committed),
     CREATE,
+    _kind("an account", "GET /api/whoami-v2()", Account),
     _kind("a check of the card", "POST /api/validate-yaml()", dict[str, Any], _nothing),
     _kind("a collection", f"GET /api/collections/{_ID}", Collection, _collection),
     _kind("a collection", f"POST /api/collections/{_ID}/items", Collection, _collection),

@@ -7,13 +7,13 @@ block stay.
 from __future__ import annotations
 
 import math
-import shlex
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from l4pack.artifact.mixture import Layers, scheme_layers, scheme_tag, scheme_text
@@ -22,9 +22,10 @@ from l4pack.errors import UsageError
 from l4pack.model.config import parse_config
 from l4pack.model.tensors import Role
 from l4pack.publish.card_check import mark
+from l4pack.publish.commands import make_command, request, serve_commands, transformers_code
 from l4pack.publish.markdown import code, safe, word
 from l4pack.publish.template import render_template
-from l4pack.recipe import KEEP, KVStrategy, Recipe, recipe_names
+from l4pack.recipe import KEEP, KVStrategy, Recipe
 from l4pack.resources import data_text
 from l4pack.units import human_bytes
 
@@ -35,11 +36,15 @@ _TASK_KEYS = ("accuracy_reference", "accuracy")
 
 @dataclass(frozen=True)
 class DeviceFit:
-    """The largest context that fits on a device; 0 when the weights don't, or its GPUs can't share them evenly."""
+    """The largest contexts that fit on a host, with a BF16 and with an FP8 KV cache; 0 when the weights don't.
+
+    `gpus` is what one copy takes of the host's; None when they can't share the model.
+    """
 
     device: str
-    gpus: int
+    gpus: int | None
     max_context: int
+    max_context_fp8: int
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,12 @@ class CardFacts:
     calibration: Mapping[str, Any] | None = None
     fits: Sequence[DeviceFit] = field(default_factory=list)
     gated: bool = False
+    served: Mapping[str, str] = field(default_factory=dict)  # by runtime, the command that was budgeted for
+    serves: str = ""  # what those commands were budgeted for, in words
+    repository: str | None = None  # where it is, or is about to be, on the Hub
+    generation: Mapping[str, Any] = field(default_factory=dict)  # the source's own sampling
+    chat: bool = False  # whether there is a template for conversations
+    packaged: str = ""  # the day, as 2026-11-26
 
     @property
     def recipe(self) -> Recipe:
@@ -97,10 +108,42 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
         values |= facts.policy.gating
     return ModelCardData(
         **values,
+        **model_index(facts),
         library_name="transformers",
         pipeline_tag="image-text-to-text" if facts.multimodal else "text-generation",
         tags=[*facts.policy.tags, "compressed-tensors", *formats, "vllm", "l4pack"],
     )
+
+
+def model_index(facts: CardFacts) -> dict[str, Any]:
+    """The Hub's `model-index`: what was measured of this artifact, and nothing else."""
+    measured = facts.accuracy
+    if measured is None or "kl_mean" not in measured:
+        return {}
+    text = word((measured.get("text") or {}).get("source", "held-out text"))
+    task = "image-text-to-text" if facts.multimodal else "text-generation"
+    results = [(text, name, key, measured[key]) for name, key in _INDEXED.items()]
+    results += [
+        (word(name), f"{one.get('metric', 'accuracy')}", "accuracy", one["accuracy"]["value"])
+        for name, one in _tasks(facts).items()
+    ]
+    found = [
+        EvalResult(task_type=task, dataset_type=_slug(data), dataset_name=data, metric_type=kind, metric_name=name,
+                   metric_value=value)
+        for data, name, kind, value in results
+    ]  # fmt: skip
+    return {"model_name": word(facts.name), "eval_results": found}
+
+
+_INDEXED = {
+    "KL divergence from the original, nats a token": "kl_mean",
+    "Same most likely token as the original": "top1_agreement",
+    "Perplexity": "perplexity_artifact",
+}
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "text"
 
 
 def _read(template: Path) -> str:
@@ -148,7 +191,13 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
         "evaluations": [_in_a_row(one) for one in facts.others],
         "gates": [_gate(gate) for one in (facts.accuracy or {}, *facts.others) for gate in one.get("gates", ())],
         "tasks_measured": bool(_tasks(facts)),
-        "fits": [{"device": fit.device, "tokens": _tokens(fit.max_context)} for fit in facts.fits],
+        "fits": [_fit(fit) for fit in facts.fits],
+        "verdict": _verdict(facts, weights),
+        "serves": facts.serves,
+        "multimodal": facts.multimodal,
+        "sampling": _sampling(facts.generation),
+        "safeguards": facts.policy.safeguards.strip(),
+        "packaged": facts.packaged,
         "sglang_reads": set(given[Role.ATTENTION]) == {KEEP},
         "calibration": _calibration(facts),
         "fallbacks": _fallbacks(facts),
@@ -262,8 +311,41 @@ def _setting(text: Any) -> str:
     return ", ".join(f"{safe(key.replace('_', ' '))} {safe(value)}" for key, value in sorted(short.items()))
 
 
-def _tokens(count: int) -> str:
-    return f"{count:,} tokens" if count else "none"
+def _fit(fit: DeviceFit) -> dict[str, str]:
+    """A row of the memory table; what is too large and what can't be split are told apart."""
+    if fit.gpus is None:
+        return {"device": fit.device, "gpus": "", "bf16": "can't be split", "fp8": "can't be split"}
+    bf16, fp8 = (f"{most:,}" if most else "too large" for most in (fit.max_context, fit.max_context_fp8))
+    return {"device": fit.device, "gpus": str(fit.gpus), "bf16": bf16, "fp8": fp8}
+
+
+def _verdict(facts: CardFacts, weights: int) -> dict[str, str]:
+    """What it is, where it runs, how close it is: one line each."""
+    source = facts.manifest["source"]
+    bits = ", ".join(sorted({scheme_tag(scheme) for scheme in facts.recipe.schemes.values()}))
+    smaller = f", {source['weight_bytes'] / weights:.1f} times smaller" if weights else ""
+    runs = facts.serves or next(
+        (f"{fit.device}, up to {fit.max_context_fp8:,} tokens" for fit in facts.fits if fit.max_context_fp8), ""
+    )
+    measured = facts.accuracy
+    close = "not measured"
+    if measured is not None and "kl_mean" in measured:
+        kl = with_error(measured["kl_mean"], measured["kl_standard_error"])
+        close = f"KL divergence {kl} nats a token, the same likeliest token {100 * measured['top1_agreement']:.1f} % of the time"
+    return {
+        "what": f"{bits}: {human_bytes(weights)} of weights{smaller}",
+        "runs": runs or "not computed",
+        "close": close,
+    }
+
+
+def _sampling(generation: Mapping[str, Any]) -> list[str]:
+    """The sampling that the source's makers set, as its generation_config.json has it."""
+    return [
+        f"{key} {value:g}"
+        for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        if isinstance(value := generation.get(key), int | float) and not isinstance(value, bool)
+    ]
 
 
 def _calibration(facts: CardFacts) -> str:
@@ -290,50 +372,11 @@ def _fallbacks(facts: CardFacts) -> str:
 
 
 def _commands(facts: CardFacts) -> dict[str, str]:
-    """Commands to serve and to make the artifact; sized for the smallest device that holds it."""
-    where = f"ORG/{word(facts.name)}"
-    fit = next((fit for fit in facts.fits if fit.max_context), None)
-    promise = facts.recipe.promise
-    kv = promise is not None and promise.kv_dtype == "fp8"
-    vllm, sglang = ["vllm serve", where], ["python -m sglang.launch_server --model-path", where]
-    if fit is not None:
-        vllm.append(f"--tensor-parallel-size {fit.gpus} --max-model-len {fit.max_context}")
-        sglang.append(f"--tp {fit.gpus} --context-length {fit.max_context}")
-    if kv:
-        vllm.append("--kv-cache-dtype fp8")
-        sglang.append("--kv-cache-dtype fp8_e4m3")
+    """Commands to serve, to ask and to make the artifact."""
+    where = word(facts.repository or f"ORG/{facts.name}")
     return {
-        "vllm": " ".join(vllm),
-        "sglang": " ".join(sglang),
-        "transformers": _transformers(where, multimodal=facts.multimodal),
-        "make": _make(facts),
+        **serve_commands(where, facts.served),
+        "request": request(where, multimodal=facts.multimodal),
+        "transformers": transformers_code(where, multimodal=facts.multimodal, chat=facts.chat),
+        "make": make_command(facts.manifest, facts.recipe.name, word(facts.name)),
     }
-
-
-def _transformers(where: str, *, multimodal: bool) -> str:
-    model = "AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM"
-    reader = "AutoProcessor" if multimodal else "AutoTokenizer"
-    return (
-        f"from transformers import {model}, {reader}\n\n"
-        f'model = {model}.from_pretrained("{where}", dtype="auto", device_map="auto")\n'
-        f'{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained("{where}")'
-    )
-
-
-def _typed(option: str, value: Any) -> list[str]:
-    """An option of the manifest as it is typed: a list is one given several times, true one without a value."""
-    if value is True:
-        return [word(option)]
-    values = value if isinstance(value, list) else [value]
-    return [part for one in values for part in (word(option), word(one))]
-
-
-def _make(facts: CardFacts) -> str:
-    """The command that was run, as the manifest keeps it; the folder it went to is nobody's business."""
-    source = facts.manifest["source"]
-    revision = f"@{word(source['revision'])}" if source.get("revision") else ""
-    name = f"{word(source.get('repository') or source['name'])}{revision}"
-    recipe = facts.recipe.name if facts.recipe.name in recipe_names() else f"{facts.recipe.name}.yaml"
-    options = (facts.manifest.get("job") or {}).get("options") or {"--recipe": recipe}
-    words = [part for option, value in options.items() for part in _typed(option, value)]
-    return shlex.join(["l4pack", "quantize", name, *words, "--out", word(facts.name)])

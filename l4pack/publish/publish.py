@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,17 @@ from l4pack.artifact.policy import Duty, Policy
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.matrix import HOSTS, matrix
-from l4pack.budget.model import Verdict, budget
+from l4pack.budget.model import Budget, Verdict, budget
 from l4pack.budget.named import open_subject
+from l4pack.budget.serve import serve_command
+from l4pack.budget.subject import Subject
 from l4pack.checkpoint.hub import open_remote
 from l4pack.checkpoint.source import HUB_ID, Checkpoint
+from l4pack.datafile import json_or_none
 from l4pack.errors import BudgetError, L4packError, LicenceError, SourceError, UsageError
 from l4pack.evaluate.gates import limits_of, recorded, require
 from l4pack.evaluate.record import check_current, read_evaluations
+from l4pack.hub.account import writer
 from l4pack.hub.client import hub_api, hub_errors
 from l4pack.model.config import parse_config
 from l4pack.publish.base_model import base_claim
@@ -35,6 +41,7 @@ from l4pack.publish.licence import (
     folder_materials,
     governing_policy,
 )
+from l4pack.publish.markdown import word
 from l4pack.publish.names import check_name, derive_name
 from l4pack.publish.upload import Destination, Uploaded, UploadPlan, left_here, local_files, plan_upload, upload
 from l4pack.recipe import Gates, Promise
@@ -54,6 +61,7 @@ class Wishes:
     base_model: str | None = None
     template: Path | None = None
     gated: bool = False
+    repository: str | None = None  # where it will be on the Hub, for the commands on the card
     endpoint: str | None = field(default=None, repr=False)
 
 
@@ -78,9 +86,11 @@ def package_artifact(folder: Path, source: Checkpoint | None = None, wishes: Wis
     judged = [gate for record in _evaluations(folder) for gate in recorded(record)]
     base = _base_model(manifest, wishes)
     policy = governing_policy(_without_card(folder, base))
-    name = wishes.name or derive_name(manifest.source.name, manifest.made_with())
+    called = wishes.base_model.rpartition("/")[2] if wishes.base_model else manifest.source.name
+    name = wishes.name or derive_name(called, manifest.made_with())
     check_name(name, policy.name)
-    written = [*_duty_files(folder, policy, manifest, source, wishes.endpoint)]
+    origin = _Origin(source, *_repository_of(manifest, wishes), wishes.endpoint)
+    written = [*_duty_files(folder, policy, origin)]
     card = render_card(_facts(folder, name, policy, manifest, source, base, wishes), wishes.template)
     written += _write(folder, CARD_NAME, card)
     result = audit_materials(folder_materials(folder, name))
@@ -119,6 +129,22 @@ def check_ready(
         what = f"{first.where}: {first.message}" if first else "nothing could be checked"
         raise L4packError(f"{folder} does not verify: {what}", hint=f"l4pack verify {folder} lists all findings")
     return [*done, f"verify: {verification.checked.tally.matrices} quantized matrices and every other tensor in order"]
+
+
+def address_card(folder: Path, repo_id: str) -> None:
+    """Put the repository where it goes into the card's commands, which name a placeholder until then, or another one."""
+    path = folder / CARD_NAME
+    text = path.read_text(encoding="utf-8")
+    part = re.search(r"^## Use it$.*?(?=^## )", text, re.MULTILINE | re.DOTALL)
+    named = re.search(r"^vllm serve ([\w.-]+/[\w.-]+)(?=\s)", part[0], re.MULTILINE) if part else None
+    if part is not None and named is not None and named[1] != repo_id:
+        told = part[0].replace(named[1], repo_id)
+        write_atomic(path, f"{text[: part.start()]}{told}{text[part.end() :]}".encode())
+
+
+def who_pushes(target: Destination) -> str:
+    """Whose token would be used, in words. Raises HubError where it may not write there."""
+    return writer(hub_api(None, None), target.repo_id)
 
 
 def plan_push(folder: Path, target: Destination) -> UploadPlan:
@@ -217,9 +243,34 @@ def _without_card(folder: Path, base: str | None) -> Materials:
     )
 
 
-def _duty_files(
-    folder: Path, policy: Policy, manifest: ManifestFile, source: Checkpoint | None, endpoint: str | None
-) -> list[str]:
+@dataclass(frozen=True)
+class _Origin:
+    """Where licence files come from: the source that was given, else a repository at a revision."""
+
+    source: Checkpoint | None
+    repository: str | None
+    revision: str | None
+    endpoint: str | None = field(repr=False)
+
+    @property
+    def named(self) -> str:
+        return self.source.name if self.source else self.repository or "the source (no repository is known)"
+
+    def text(self, name: str) -> str | None:
+        """A small text file of it, None when it has none."""
+        if self.source is not None:
+            return source_text(self.source, name)
+        return self.repository and _repository_text(self.repository, self.revision, name, self.endpoint)
+
+
+def _repository_of(manifest: ManifestFile, wishes: Wishes) -> tuple[str | None, str | None]:
+    """The repository that the artifact was made from at its revision, else the base model that was named."""
+    if manifest.source.repository:
+        return manifest.source.repository, manifest.source.revision
+    return wishes.base_model, None
+
+
+def _duty_files(folder: Path, policy: Policy, origin: _Origin) -> list[str]:
     """Bring in every file the licence asks for that is not there yet."""
     written = []
     for duty in policy.duties:
@@ -229,21 +280,18 @@ def _duty_files(
         if duty.origin == "written":
             written += _write(folder, there or duty.files[0], "\n\n".join(duty.contains) + "\n")
         else:
-            written += _write(folder, *_from_source(duty, manifest, source, endpoint))
+            written += _write(folder, *_from_origin(duty, origin))
     return written
 
 
-def _from_source(
-    duty: Duty, manifest: ManifestFile, source: Checkpoint | None, endpoint: str | None
-) -> tuple[str, str]:
+def _from_origin(duty: Duty, origin: _Origin) -> tuple[str, str]:
     """Name and text of a file the source must have; what it holds is checked before it is taken."""
     for name in duty.files or []:
-        text = source_text(source, name) if source else _repository_text(manifest, name, endpoint)
+        text = origin.text(name)
         if text is not None and duty.satisfied_by(text):
             return name, text
-    where = source.name if source else manifest.source.repository or "the source (no repository is known)"
     raise LicenceError(
-        f"{duty.files[0] if duty.files else duty.rule} is missing, and {where} has none that serves: {duty.cited}",
+        f"{duty.files[0] if duty.files else duty.rule} is missing, and {origin.named} has none that serves: {duty.cited}",
         hint="put the file that came with the original model into the folder, or say --source",
     )
 
@@ -261,10 +309,7 @@ def source_text(source: Checkpoint, name: str) -> str | None:
     return path.read_text(encoding="utf-8-sig", errors="replace")
 
 
-def _repository_text(manifest: ManifestFile, name: str, endpoint: str | None) -> str | None:
-    repository, revision = manifest.source.repository, manifest.source.revision
-    if not repository:
-        return None
+def _repository_text(repository: str, revision: str | None, name: str, endpoint: str | None) -> str | None:
     api = hub_api(endpoint, None)
     with hub_errors(api, repository, revision):
         remote = open_remote(api, repository, revision)
@@ -285,6 +330,8 @@ def _facts(
     config = folder_materials(folder).config
     parse_config(config)
     records = _evaluations(folder)
+    subject = open_subject(str(folder))
+    served, serves = _served(subject, manifest.made_with().promise, wishes.repository or f"ORG/{word(name)}")
     return CardFacts(
         name=name,
         policy=policy,
@@ -298,9 +345,32 @@ def _facts(
         claim=base_claim(base, manifest.source, config) if base else "",
         weight_bytes=manifest.weight_bytes,
         calibration=read_calibration(folder),
-        fits=_fits(folder, manifest),
+        fits=_fits(subject),
         gated=wishes.gated,
+        served=served,
+        serves=serves,
+        repository=wishes.repository,
+        generation=_small_json(folder, "generation_config.json"),
+        chat=(folder / "chat_template.jinja").is_file()
+        or "chat_template" in _small_json(folder, "tokenizer_config.json"),
+        packaged=_packaged_on(folder),
     )
+
+
+def _small_json(folder: Path, name: str) -> dict[str, Any]:
+    """A small file of the folder as JSON; nothing where it is not there, or no such thing."""
+    path = folder / name
+    if not path.is_file() or path.stat().st_size > MAX_SMALL_FILE:
+        return {}
+    value = json_or_none(path.read_bytes())
+    return value if isinstance(value, dict) else {}
+
+
+def _packaged_on(folder: Path) -> str:
+    """The day that the card there was made, so that making it again changes nothing; today for the first."""
+    card = folder / CARD_NAME
+    said = re.search(r"Packaged (\d{4}-\d\d-\d\d)\.", card.read_text(encoding="utf-8")) if card.is_file() else None
+    return said[1] if said else datetime.now(UTC).date().isoformat()
 
 
 def _languages(source: Checkpoint | None) -> list[str]:
@@ -310,16 +380,36 @@ def _languages(source: Checkpoint | None) -> list[str]:
     return [language for language in listed if isinstance(language, str)]
 
 
-def _fits(folder: Path, manifest: ManifestFile) -> list[DeviceFit]:
-    """The largest context of one sequence by device, for devices from small to large."""
-    promise = manifest.made_with().promise
+def _fits(subject: Subject) -> list[DeviceFit]:
+    """The largest contexts of one sequence by device, for devices from small to large."""
     devices = load_devices()
     hosts = [find_host(name, devices) for name in HOSTS]
-    load = Load(sequences=1, kv_dtype=promise.kv_dtype if promise else "auto")
-    (row,) = matrix([open_subject(str(folder))], hosts, load, "vllm")
-    titles = {host.name: f"{host.count} x {host.device.title}" for host in hosts}
-    counts = {host.name: host.count for host in hosts}
-    return [DeviceFit(titles[cell.host], counts[cell.host], cell.max_context) for cell in row.cells]
+    rows = [matrix([subject], hosts, Load(kv_dtype=dtype), "vllm")[0] for dtype in ("bfloat16", "fp8")]
+    return [
+        DeviceFit(f"{host.count} x {host.device.title}", bf16.gpus, bf16.max_context, fp8.max_context)
+        for host, bf16, fp8 in zip(hosts, *(row.cells for row in rows), strict=True)
+    ]
+
+
+def _served(subject: Subject, promise: Promise | None, where: str) -> tuple[dict[str, str], str]:
+    """Servers' commands as the recipe promises, else for the smallest device that holds the usual load; and that load."""
+    load = Load(promise.context, promise.sequences, promise.kv_dtype) if promise else Load(kv_dtype="fp8")
+    for name in [promise.device] if promise else HOSTS:
+        found = {runtime: _budgeted(subject, name, load, runtime) for runtime in ("vllm", "sglang")}
+        commands = {runtime: one and serve_command(one, where) for runtime, one in found.items()}
+        if commands["vllm"] and (main := found["vllm"]):
+            kv = "FP8" if main.setting.kv_dtype == "fp8" else "BF16"
+            what = f"{main.host.count} x {main.host.device.title}, {main.setting.context:,} tokens, {kv} KV cache"
+            return {runtime: command for runtime, command in commands.items() if command}, what
+    return {}, ""
+
+
+def _budgeted(subject: Subject, device: str, load: Load, runtime: str) -> Budget | None:
+    """The budget; None for a load that the model or the runtime can't take."""
+    try:
+        return budget(subject, find_host(device, load_devices()), load, runtime)
+    except UsageError:
+        return None
 
 
 def _write(folder: Path, name: str, text: str) -> list[str]:

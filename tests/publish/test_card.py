@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -14,7 +15,8 @@ from licence_texts import scout_files
 from publishing import policy_named
 
 from l4pack.errors import UsageError
-from l4pack.publish.card import DeviceFit, _typed, render_card, with_error
+from l4pack.publish.card import DeviceFit, render_card, with_error
+from l4pack.publish.commands import typed as _typed
 from l4pack.publish.licence import Card, audit
 from l4pack.publish.markdown import safe
 
@@ -88,7 +90,8 @@ def test_cold_experts_and_fallbacks_are_results():
 
 def test_measurements_stand_with_setting_and_error_bar():
     text = body(render_card(facts(accuracy=ACCURACY)))
-    assert "same 65,536 tokens (name heldout, sequence length 2048)" in text
+    assert "same 65,536 tokens[^setting]" in text
+    assert "[^setting]: name heldout, sequence length 2048." in text
     assert "| Perplexity | 6.123 ± 0.051 | 6.200 ± 0.052 |" in text
     assert "nats a token | 0 | 0.01230 ± 0.00041 |" in text
     assert "as the original | 1 | 0.9612 ± 0.0021 |" in text
@@ -123,23 +126,64 @@ def test_error_bars_decide_the_digits(value, error, text):
 
 
 def commands(text: str) -> list[list[str]]:
-    return [
-        shlex.split(line) for line in text.splitlines() if line.startswith(("vllm", "python -m", "l4pack quantize"))
-    ]
+    """The words of each command in the card's shell blocks, but for those that install."""
+    blocks = re.findall(r"^```shell\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [block.replace("\\\n", " ") for block in blocks]
+    kept = ["\n".join(line for line in block.splitlines() if not line.startswith("pip ")) for block in lines]
+    return [shlex.split(block) for block in kept if block.strip()]
 
 
 def test_commands_fit_the_artifact():
-    rows = [DeviceFit("1 x RTX 5090", 1, 0), DeviceFit("H100", 1, 131072), DeviceFit("8 x H100", 8, 1000000)]
-    text = render_card(facts(fits=rows))
-    vllm, make = commands(text)
-    assert vllm[:3] == ["vllm", "serve", f"ORG/{NAME}"]
-    assert vllm[3:] == ["--tensor-parallel-size", "1", "--max-model-len", "131072", "--kv-cache-dtype", "fp8"]
+    rows = [
+        DeviceFit("1 x RTX 5090", 1, 0, 0),
+        DeviceFit("H100", 1, 5248, 77536),
+        DeviceFit("3 x odd", None, 0, 0),
+        DeviceFit("8 x H100", 8, 1000000, 1000000),
+    ]
+    served = {"vllm": f"vllm serve ORG/{NAME} --max-model-len 65536 --max-num-seqs 16"}
+    text = render_card(facts(fits=rows, served=served, serves="1 x H100, 65,536 tokens, FP8 KV cache"))
+    vllm, ask, make = commands(text)
+    assert vllm == ["vllm", "serve", f"ORG/{NAME}", "--max-model-len", "65536", "--max-num-seqs", "16"]
+    sent = json.loads(ask[-1])
+    assert sent["model"] == f"ORG/{NAME}"
+    assert [part["type"] for part in sent["messages"][0]["content"]] == ["text", "image_url"]
     assert make == ["l4pack", "quantize", "llama-4-scout", "--recipe", "scout-int4-1xh100", "--out", NAME]
-    assert "| 1 x RTX 5090 | none |" in text
-    assert "| H100 | 131,072 tokens |" in text
+    assert "| 1 x RTX 5090 | 1 | too large | too large |" in text
+    assert "| H100 | 1 | 5,248 | 77,536 |" in text
+    assert "| 3 x odd |  | can't be split | can't be split |" in text
+    assert "- **Where it runs**: 1 x H100, 65,536 tokens, FP8 KV cache" in text
     assert "SGLang does not read quantized attention" in text
     snippet = text.split("```python\n")[1].split("```")[0]
     compile(snippet, "card", "exec")
+
+
+def test_the_verdict_stands_at_the_top():
+    what, where, close = re.findall(r"^- \*\*.*$", render_card(facts(accuracy=ACCURACY)), re.MULTILINE)[-3:]
+    assert what.startswith("- **What it is**: ")
+    assert where == "- **Where it runs**: not computed"
+    assert "KL divergence 0.01230 ± 0.00041 nats a token, the same likeliest token 96.1 % of the time" in close
+
+
+def test_the_sources_sampling_and_safeguards_are_on_the_card():
+    text = render_card(facts(generation={"temperature": 0.6, "top_p": 0.9, "top_k": "many", "do_sample": True}))
+    assert "sample with temperature 0.6, top_p 0.9 (`generation_config.json`)" in text
+    assert "meta-llama/Llama-Guard-4-12B" in text
+    assert "meta-llama/Llama-Prompt-Guard-2-86M" in text
+    assert "sample with" not in render_card(facts())
+    assert "## Safeguards" not in render_card(facts(policy=policy_named("mit")))
+
+
+def test_the_hubs_index_holds_what_was_measured():
+    results = ModelCard(render_card(facts(accuracy=ACCURACY))).data.eval_results
+    found = {result.metric_type: result.metric_value for result in results}
+    assert found == {"kl_mean": 0.0123, "top1_agreement": 0.9612, "perplexity_artifact": 6.2001, "accuracy": 0.61}
+    assert ModelCard(render_card(facts())).data.eval_results is None
+
+
+def test_a_repository_takes_the_placeholders_place():
+    text = render_card(facts(repository="some-org/Llama-4-x"))
+    assert "ORG/" not in text
+    assert commands(text)[0] == ["vllm", "serve", "some-org/Llama-4-x"]
 
 
 def test_the_command_has_the_options_of_the_manifest():
@@ -153,14 +197,15 @@ def test_the_command_has_the_options_of_the_manifest():
 
 
 def test_sglang_gets_a_command_when_it_reads_the_artifact():
-    text = render_card(facts("maverick-int4-4xh100", fits=[DeviceFit("4 x H100", 4, 131072)]))
+    served = {"sglang": f"python -m sglang.launch_server --model-path ORG/{NAME} --context-length 131072 --tp 4"}
+    text = render_card(facts("maverick-int4-4xh100", served=served))
     assert "does not read" not in text
-    _, sglang, _ = commands(text)
-    assert sglang[3:] == ["--model-path", f"ORG/{NAME}", "--tp", "4", "--context-length", "131072"]
+    _, _, sglang, _ = commands(text)
+    assert sglang[3:] == ["--model-path", f"ORG/{NAME}", "--context-length", "131072", "--tp", "4"]
 
 
 def test_without_a_promise_and_a_budget_the_commands_promise_nothing():
-    vllm, sglang, _ = commands(render_card(facts("int4")))
+    vllm, _, sglang, _ = commands(render_card(facts("int4")))
     assert vllm == ["vllm", "serve", f"ORG/{NAME}"]
     assert sglang[-1] == f"ORG/{NAME}"
 

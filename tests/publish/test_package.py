@@ -37,7 +37,9 @@ def test_packaging_makes_an_artifact_ready(unpackaged, licensed_source):
     assert result.audit.ok
     card = huggingface_hub.ModelCard((unpackaged / "README.md").read_text())
     assert card.data.language == ["en", "fr"]
-    assert "| 1 x NVIDIA H100 80 GB SXM | 1,024 tokens |" in card.text
+    assert "| 1 x NVIDIA H100 80 GB SXM | 1 | 1,024 | 1,024 |" in card.text
+    assert f"vllm serve ORG/{NAME} --max-model-len 1024 " in card.text
+    assert "1 x NVIDIA GeForce RTX 5090 32 GB, 1,024 tokens, FP8 KV cache" in card.text
     assert check_ready(unpackaged, NAME)[1].startswith("licence: Llama 4")
     assert package_artifact(unpackaged, open_folder(licensed_source), Wishes(base_model=BASE)).written == ()
 
@@ -46,7 +48,7 @@ def test_missing_licence_files_come_from_the_source(unpackaged, licensed_source)
     for name in ("LICENSE", "USE_POLICY.md"):
         (unpackaged / name).unlink()
     with pytest.raises(LicenceError, match="LICENSE is missing, and the source"):
-        package_artifact(unpackaged, None, Wishes(base_model=BASE))
+        package_artifact(unpackaged)
     package_artifact(unpackaged, open_folder(licensed_source), Wishes(base_model=BASE))
     assert (unpackaged / "LICENSE").read_bytes() == (licensed_source / "LICENSE").read_bytes()
 
@@ -59,6 +61,17 @@ def test_missing_licence_files_are_fetched_from_the_source_repository(hub, unpac
     for name in ("LICENSE", "USE_POLICY.md"):
         (unpackaged / name).unlink()
     assert package_artifact(unpackaged).audit.ok
+    assert (unpackaged / "LICENSE").read_text() == LICENSE
+
+
+def test_a_base_model_gives_name_and_licence(hub, unpackaged):
+    """An artifact of a folder that nobody knows: what it was made from is said when it is packaged."""
+    base = "some-org/Llama-4-Mine"
+    hub.add(base, {"LICENSE": LICENSE.encode(), "USE_POLICY.md": USE_POLICY.encode()})
+    for name in ("LICENSE", "USE_POLICY.md"):
+        (unpackaged / name).unlink()
+    packaged = package_artifact(unpackaged, None, Wishes(base_model=base))
+    assert packaged.name == "Llama-4-Mine-W4A16-g128"
     assert (unpackaged / "LICENSE").read_text() == LICENSE
 
 
@@ -229,7 +242,7 @@ EDITS = {
     "a second section": ("## Memory", "## Accuracy\n\nBetter.\n\n## Memory", "Accuracy"),
     "a section that is gone": ("## Accuracy", "## Precision", "Accuracy"),
     "a section in a comment": ("## Accuracy", "<!--\n## Accuracy", "Accuracy"),
-    "a context": ("1,024 tokens", "1,048,576 tokens", "Memory"),
+    "a context": ("| 1 | 1,024 | 1,024 |", "| 1 | 1,048,576 | 1,024 |", "Memory"),
     "the size": ("bits a parameter", "bit a parameter", "Weight"),
     "the command": ("l4pack quantize Llama-4-Tiny", "l4pack quantize meta-llama/Llama-4-Tiny", "How it was made"),
 }

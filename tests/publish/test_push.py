@@ -313,11 +313,35 @@ def test_the_commands(hub, unpackaged, l4pack, caplog):
     assert (record["private"], record["creates_repository"], record["pull_request"]) == (True, True, None)
     assert record["commit"] == hub.repos[REPO].refs["main"]
     assert {file["action"] for file in record["files"]} == {"add"}
+    assert f"vllm serve {REPO} " in remote(hub)["README.md"].decode()
     again = l4pack("push", unpackaged, REPO)
     assert "0 files sent" in again.out
     assert l4pack("licence", REPO).code == 0
     everything = "".join(end.out + end.err for end in (done, dry, pushed, again)) + caplog.text
     assert SECRET not in everything
+
+
+def test_a_dry_run_asks_who_one_is(hub, packaged, l4pack):
+    """And whether one may write there, before hours of reading and sending."""
+    hub.tokens[SECRET] |= {"team"}
+    told = json.loads(l4pack("push", packaged, REPO, "--dry-run", "--json").out)
+    assert "account: as me" in told["ready"]
+    team = l4pack("push", packaged, f"team/{NAME}", "--dry-run")
+    assert "account: as me, write of team" in team.out
+    other = l4pack("push", packaged, f"them/{NAME}", "--dry-run")
+    assert (other.code, other.err.splitlines()[0]) == (5, "error: me may not write to them")
+    assert "me or team" in other.err
+    hub.token_role = "fineGrained"
+    assert "fine-grained" in l4pack("push", packaged, REPO, "--dry-run").out
+    hub.token_role = "read"
+    reading = l4pack("push", packaged, REPO, "--dry-run")
+    assert (reading.code, "may only read" in reading.err) == (5, True)
+
+
+def test_a_dry_run_without_a_token_says_so(hub, packaged, l4pack, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    ended = l4pack("push", packaged, REPO, "--dry-run")
+    assert (ended.code, ended.err.splitlines()[0]) == (5, "error: there is no token to write with")
 
 
 @pytest.mark.parametrize(

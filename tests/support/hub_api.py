@@ -46,6 +46,14 @@ class HubHandler(Handler):
             raise refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return sha
 
+    def whoami(self, _: bytes) -> Reply:
+        """Who has the token: what it may write to is `me` and organisations."""
+        if self.token is None:
+            raise refuse(401, "", "Invalid credentials in Authorization header")
+        orgs = [{"name": name, "roleInOrg": "write"} for name in sorted(self.hub.tokens[self.token] - {"me"})]
+        auth = {"accessToken": {"displayName": "a token", "role": self.hub.token_role}}
+        return Reply(200, {"type": "user", "name": "me", "email": "me@example.org", "orgs": orgs, "auth": auth})
+
     def info(self, _: bytes, name: str, revision: str | None = None) -> Reply:
         repo = self.repo(name)
         sha = self.at(repo, revision)
@@ -275,6 +283,7 @@ class HubHandler(Handler):
 _ID = r"([\w.\-]+/[\w.\-]+)"
 _MODEL = rf"/api/models/{_ID}"
 ROUTES = [
+    (r"GET /api/whoami-v2", HubHandler.whoami),
     (rf"GET {_MODEL}", HubHandler.info),
     (rf"GET {_MODEL}/revision/(.+)", HubHandler.info),
     (rf"GET {_MODEL}/tree/([^?]+)", HubHandler.tree),

@@ -114,6 +114,7 @@ class HubServer:
     def __init__(self, hub_handler: type[Handler]) -> None:
         self.repos: dict[str, Repo] = {}
         self.tokens: dict[str, set[str]] = {}  # token -> namespaces it may write to
+        self.token_role = "write"
         self.admitted: set[tuple[str, str]] = set()  # (token, repo) let into a gated repository
         self.collections: dict[str, list[str]] = {}
         self.large: dict[str, bytes] = {}  # what the storage holds, by SHA-256
