@@ -37,13 +37,15 @@ WORK_KIND = "coverage"
 
 @dataclass(frozen=True)
 class Wanted:
-    """The text to count, and the gate; None means what calibration takes by default."""
+    """The text to count, and the gate; None means what calibration takes by default. Limits of memory are in bytes."""
 
     text: str | None = None
     samples: int | None = None
     sequence_length: int | None = None
     seed: int | None = None
     max_cold: float = 1.0
+    max_ram: int | None = None
+    max_vram: int | None = None
 
 
 @dataclass
@@ -94,7 +96,7 @@ def _job(checkpoint: Checkpoint, text: TokenText, compute: Compute) -> Identity:
 def cover(
     checkpoint: Checkpoint, wanted: Wanted, work: Path, compute: str, progress: Progress, *, restart: bool = False
 ) -> Covered:
-    """Count the tokens of every expert. Raises UsageError (the text, a model without experts), SourceError.
+    """Count the tokens of every expert. Raises UsageError (the text, a model without experts), SourceError, BudgetError.
 
     Hidden states lie in `work` until the end; an interrupted call with the same arguments goes on, to the same counts.
     """
@@ -115,13 +117,15 @@ def cover(
     text = load_text(choice, load_tokenizer(checkpoint), checkpoint.config.text.max_position_embeddings)
     where = Compute.of(compute)
     computing = computing_on(where, checkpoint.config.text, text.sequences)
-    _, ahead = walk_within(computing, Computing.memory, machine.memory(), where.device_room())
+    ram, device = machine.memory(wanted.max_ram), where.device_room(wanted.max_vram)
+    _, ahead = walk_within(computing, Computing.memory, ram, device)
     coverage = Coverage.of(checkpoint.config, wanted.max_cold)
     refuse_overlap([checkpoint], work)
     with owned(work, WORK_KIND, restart=restart) as folder, Weights(checkpoint, where.device, where.dtype) as weights:
         model = Model("model", weights, Skeleton(checkpoint.config, where.device, where.dtype))
         lane, job = Lane(model.name, model, Packed(text.sequences)), _job(checkpoint, text, where)
-        with Walk([lane], work, job, _Counter(coverage), progress=progress, ahead=ahead) as walk:
+        release = wanted.max_ram is not None
+        with Walk([lane], work, job, _Counter(coverage), progress=progress, release=release, ahead=ahead) as walk:
             walk.run()
         folder.remove()
     return Covered(coverage, text.record, time.monotonic() - started)

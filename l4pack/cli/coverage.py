@@ -16,6 +16,8 @@ from l4pack.cli.options import (
     EarlierSamplesOption,
     EarlierTextOption,
     MaxColdOption,
+    MaxRamOption,
+    MaxVramOption,
     RestartOption,
     SeedOption,
     SequenceLengthOption,
@@ -23,7 +25,7 @@ from l4pack.cli.options import (
     WorkOption,
     now_called,
 )
-from l4pack.units import human_seconds
+from l4pack.units import human_seconds, parse_size
 
 
 def coverage(
@@ -36,6 +38,8 @@ def coverage(
     samples: EarlierSamplesOption = None,
     max_cold: MaxColdOption = 1.0,
     compute: ComputeOption = "auto",
+    max_ram: MaxRamOption = None,
+    max_vram: MaxVramOption = None,
     work: WorkOption = None,
     restart: RestartOption = False,
     as_json: AsJsonOption = False,
@@ -51,7 +55,8 @@ def coverage(
 
     calibration = now_called("--calibration", calibration, "--text", text)
     calibration_samples = now_called("--calibration-samples", calibration_samples, "--samples", samples)
-    wanted = Wanted(calibration, calibration_samples, sequence_length, seed, max_cold)
+    limits = (None if limit is None else parse_size(limit) for limit in (max_ram, max_vram))
+    wanted = Wanted(calibration, calibration_samples, sequence_length, seed, max_cold, *limits)
     folder = work or Path(f"{Path(source).resolve().name}.coverage.partial")
     checkpoint = open_source(source)
     with console.progress("covering", checkpoint.weight_bytes) as bar, stop_signals() as stop:

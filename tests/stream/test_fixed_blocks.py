@@ -80,3 +80,14 @@ def test_a_measurement_goes_on_under_another_limit(
     ended = l4pack(*changed, "--max-ram", least_ram(l4pack, *command, "--out", tmp_path / "none.json"))
     assert ended.code == 0, ended.err
     assert (tmp_path / "changed.json").read_bytes() == (tmp_path / "free.json").read_bytes()
+
+
+def test_coverage_is_the_same_under_every_limit(
+    l4pack: Run, stopped: Callable[..., None], source: Path, tmp_path: Path
+) -> None:
+    command = ("coverage", source, "--calibration-samples", 6, "--sequence-length", 100, "--compute", "cpu", "--json")
+    free = json.loads(l4pack(*command, "--work", tmp_path / "free").out)
+    changed = (*command, "--work", tmp_path / "work")
+    stopped(*changed)
+    again = json.loads(l4pack(*changed, "--max-ram", least_ram(l4pack, *command, "--work", tmp_path / "none")).out)
+    assert {**again, "seconds": 0} == {**free, "seconds": 0}
