@@ -48,6 +48,13 @@ class InputScales:
         if inputs.numel():
             self._amax[key] = torch.maximum(self._amax[key], inputs.abs().amax().cpu())
 
+    def join(self, other: InputScales) -> None:
+        """Take in what another has seen."""
+        for key, names in other._members.items():
+            mine = self._members.setdefault(key, [])
+            mine += [name for name in names if name not in mine]
+            self._amax[key] = torch.maximum(self._amax.get(key, torch.zeros(())), other._amax[key])
+
     def finish(self) -> dict[str, float]:
         """The largest magnitudes by module since the last call."""
         found = {name: float(self._amax[key]) for key, names in self._members.items() for name in names}

@@ -34,6 +34,10 @@ class CacheRange:
             self._value = torch.maximum(self._value, _by_head(values[row, :, :length]))
         return keys, values
 
+    def join(self, other: CacheRange) -> None:
+        """Take in what another has seen."""
+        self._key, self._value = torch.maximum(self._key, other._key), torch.maximum(self._value, other._value)
+
     def amax(self) -> tuple[list[float], list[float]]:
         """Largest magnitudes so far of keys and of values: one of all heads, or one a head."""
         both = (self._key, self._value)

@@ -49,6 +49,11 @@ if TYPE_CHECKING:
     from l4pack.plan.plan import Plan
 
 
+def lane_names(plan: Plan) -> list[str]:
+    """What walks: the model as quantized so far, and before it the original where its outputs are aimed at."""
+    return ["original", "quantized"] if asymmetric(plan.recipe, plan.calibrated) else ["quantized"]
+
+
 class CalibrationRun(Visitor):
     """Solves and writes the calibrated matrices of a plan; every other matrix of a layer must be in the shards before it."""
 
@@ -77,7 +82,8 @@ class CalibrationRun(Visitor):
         place, dtype = torch.device(device), torch.float32
         self._skeleton = Skeleton(self._config, place, dtype)
         self._weights = Weights(plan.checkpoint, place, dtype)
-        self._solver, self._written = UnitSolver(plan, self._skeleton), WrittenUnits(plan, output, place)
+        self._solver = UnitSolver(plan, self._skeleton)
+        self._written = WrittenUnits(plan, output.writer, output.executor, place)
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="solved")
         self._saving: Future[None] | None = None
         self._coverage = Coverage.of(self._config, self._options.max_cold_experts)
@@ -89,8 +95,7 @@ class CalibrationRun(Visitor):
         """Walk to the last layer. Raises StoppedError, QualityError when a gate is missed, SourceError, and BudgetError
         when the disk has no room for the hidden states."""
         model = Model("source", self._weights, self._skeleton)
-        names = ["original", "quantized"] if asymmetric(self._plan.recipe, self._plan.calibrated) else ["quantized"]
-        lanes = [Lane(name, model, self._packed) for name in names]
+        lanes = [Lane(name, model, self._packed) for name in lane_names(self._plan)]
         job = self._output.journal.identity
         with (
             reproducible(),

@@ -20,9 +20,9 @@ from l4pack.work.device import CPU
 if TYPE_CHECKING:
     from l4pack.calibration.inputs import InputScales
     from l4pack.calibration.kv_cache import CacheRange
-    from l4pack.calibration.output import Output
+    from l4pack.calibration.output import MatrixWriter
     from l4pack.calibration.solver import SolvedUnit
-    from l4pack.checkpoint.writer import Written
+    from l4pack.checkpoint.writer import ShardWriter, Written
     from l4pack.plan.plan import Plan
     from l4pack.quant.gptq import Solution
     from l4pack.stream.layer import LayerPass
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class WrittenUnits:
     """The quantized matrices of a plan in the shards that are being written."""
 
-    def __init__(self, plan: Plan, output: Output, device: torch.device) -> None:
-        self._plan, self._writer, self._executor, self._device = plan, output.writer, output.executor, device
+    def __init__(self, plan: Plan, writer: ShardWriter, executor: MatrixWriter, device: torch.device) -> None:
+        self._plan, self._writer, self._executor, self._device = plan, writer, executor, device
         self._config = plan.checkpoint.config
         self._dtype = torch_ops.DTYPES[self._config.dtype or "bfloat16"]
         self._made = {linear.module for linear, name in plan.assigned if name is not None}

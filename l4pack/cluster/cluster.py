@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +40,20 @@ class Work:
     opening: Callable[[Any], Opened]
     job: Any
     work: Callable[[Any, Any], Any]
+    rate: Callable[[float], str] = human_bytes  # a worker's costs a second, in words
+
+
+class Parcel:
+    """Something larger that goes along with tasks, once to every node that does one."""
+
+    def __init__(self, reference: Any) -> None:
+        self._reference = reference
+
+    def open(self) -> Any:
+        """What is in it, in the process of whoever got it."""
+        import ray
+
+        return ray.get(self._reference)
 
 
 class Cluster:
@@ -49,7 +63,7 @@ class Cluster:
         """`ray` is the module, which nothing but this package imports."""
         self._ray, self.options, self.threads = ray, options, threads
         self._remote = ray.remote(_in_worker)
-        self._jobs: dict[str, Any] = {}
+        self._jobs: dict[str, Parcel] = {}
         self._rates: dict[str, tuple[int, float]] = {}
         self._label: Callable[[str], None] = lambda _: None
 
@@ -125,11 +139,15 @@ class Cluster:
                 except Exception as error:
                     failed = failed or error
                     continue
-                self._count(piece, found)
+                self._count(work, piece, found)
                 done(piece, found.result)
         if failed is not None:
             raise failed
         check_stop(stop)
+
+    def parcel(self, value: Any) -> Parcel:
+        """Something to go along with tasks."""
+        return Parcel(self._ray.put(value))
 
     def submit(self, work: Work, piece: Piece, share: Share) -> Future[Any]:
         """Have one piece done beside whatever runs; its result, or what it raised."""
@@ -150,15 +168,18 @@ class Cluster:
         self._check_share(share)
         return self._slots(share)
 
+    def hosts(self) -> int:
+        """How many machines the nodes are on."""
+        return len({node["NodeManagerHostname"] for node in self._ray.nodes() if node["Alive"]})
+
     def _submit(self, work: Work, piece: Piece, share: Share) -> Any:
         if work.key not in self._jobs:
-            self._jobs[work.key] = self._ray.put(work.job)
+            self._jobs[work.key] = self.parcel(work.job)
         remote = self._remote.options(
             num_cpus=share.cpus, num_gpus=share.gpus, memory=share.ram, max_retries=RETRIES, name=piece.name,
             scheduling_strategy="SPREAD",
         )  # fmt: skip
-        # In a list, the job is not sent with every task: a worker fetches it when it opens it.
-        return remote.remote(work.key, work.opening, [self._jobs[work.key]], work.work, piece.argument)
+        return remote.remote(work.key, work.opening, self._jobs[work.key], work.work, piece.argument)
 
     def _result(self, reference: Any) -> Any:
         try:
@@ -192,12 +213,12 @@ class Cluster:
                 hint="set OMP_NUM_THREADS to the cores a worker may take, and --gpus-per-worker to its devices",
             )
 
-    def _count(self, piece: Piece, found: Done) -> None:
+    def _count(self, work: Work, piece: Piece, found: Done) -> None:
         """Tell what each worker gets done in a second."""
         cost, seconds = self._rates.get(found.worker, (0, 0.0))
         self._rates[found.worker] = cost + piece.cost, seconds + found.seconds
         rates = sorted((cost / max(seconds, 1e-9) for cost, seconds in self._rates.values()), reverse=True)
-        shown = ", ".join(human_bytes(rate) for rate in rates[:_RATES])
+        shown = ", ".join(work.rate(rate) for rate in rates[:_RATES])
         more = f" and {len(rates) - _RATES} slower" if len(rates) > _RATES else ""
         self._label(f"{len(rates)} workers: {shown}/s{more}")
 
@@ -207,11 +228,9 @@ def _see(look: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def _in_worker(
-    key: str, opening: Callable[[Any], Opened], job: Sequence[Any], work: Callable[[Any, Any], Any], argument: Any
+    key: str, opening: Callable[[Any], Opened], job: Parcel, work: Callable[[Any, Any], Any], argument: Any
 ) -> Done:
-    import ray
-
-    return do(key, lambda: opening(ray.get(job[0])), work, argument)
+    return do(key, lambda: opening(job.open()), work, argument)
 
 
 def _patience(slots: int, alone_since: float | None) -> float | None:

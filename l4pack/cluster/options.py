@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from l4pack.errors import UsageError
+from l4pack.work.device import CPU, CUDA
 
 AUTO, LOCAL = "auto", "local"
 
@@ -30,6 +31,11 @@ class ClusterOptions:
                 f"--gpus-per-worker {wanted:g} is no share of a device", hint="give a whole number, or less than 1"
             )
         return cls(address, wanted)
+
+
+def worker_device(device: str) -> str:
+    """What a worker calls its device: it sees its own alone, from number 0 on."""
+    return device if device == CPU else CUDA
 
 
 @dataclass(frozen=True)

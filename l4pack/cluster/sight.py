@@ -17,11 +17,12 @@ NONCE_NAME = "nonce"
 
 @dataclass(frozen=True)
 class Look:
-    """Versions of libraries, the contents of files, and what else is to be called there, by what it is called in words."""
+    """Versions of libraries, the contents of files, and what else is to be called there: one value, by its name, or many."""
 
     libraries: Sequence[str]
     files: Sequence[Path]
     sights: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    more: Sequence[Callable[[], Mapping[str, Any]]] = ()
 
     def __call__(self) -> dict[str, Any]:
         """Everything that is seen here; None for what is not."""
@@ -29,6 +30,7 @@ class Look:
             **{f"the version of {name}": version(name) for name in self.libraries},
             **{f"the folder {file.parent}": _content(file) for file in self.files},
             **{name: sight() for name, sight in self.sights.items()},
+            **{name: value for several in self.more for name, value in several().items()},
         }
 
 

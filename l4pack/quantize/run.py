@@ -39,7 +39,7 @@ from l4pack.quantize.fetching import Fetching
 from l4pack.quantize.finished import is_finished
 from l4pack.quantize.job import Crew, Job
 from l4pack.quantize.resume import forget_damaged
-from l4pack.quantize.spread import Spread, check_nodes, spread_job
+from l4pack.quantize.spread import SlicesDesk, Spread, check_nodes, spread_job
 from l4pack.quantize.threads import Threads
 from l4pack.stream.supply import Supply
 from l4pack.units import MIB, human_bytes
@@ -181,7 +181,9 @@ def _work(
                 crew = _crew(plan, folder, journal, device, cluster) or Threads(executor, writer, plan.workers)
                 walked = Itinerary.of(plan.checkpoint).walked() if plan.needs is not None and store.fetches else ()
                 job = Job(plan, store, journal, reader, writer, crew, advance, stop, held=walked)
-                calibrate = partial(_calibrate, plan, Output(journal, writer, executor), work, advance, stop, device)
+                calibrate = partial(
+                    _calibrate, plan, Output(journal, writer, executor), work, advance, stop, device, cluster
+                )
                 if walked:
                     with Fetching(plan.checkpoint, store, job, reader) as supply:
                         calibrate(supply)
@@ -241,12 +243,20 @@ def _calibrate(
     advance: Callable[[int], None],
     stop: threading.Event,
     device: str,
+    cluster: Cluster | None,
     supply: Supply | None,
 ) -> None:
     """Solve the calibrated matrices and write the record of it."""
-    from l4pack.calibration.run import CalibrationRun
+    if cluster is None:
+        from l4pack.calibration.run import CalibrationRun
 
-    CalibrationRun(plan, output, work / _HIDDEN, stop, advance, device, supply).run()
+        CalibrationRun(plan, output, work / _HIDDEN, stop, advance, device, supply).run()
+    else:
+        from l4pack.calibration.spread import SpreadCalibration, Workers
+
+        job = spread_job(plan, work / _ARTIFACT, output.journal, device)
+        workers = Workers(cluster, SlicesDesk, job)
+        SpreadCalibration(workers, job.plan, output, work / _HIDDEN, stop, advance, device).run()
     write_atomic(work / _ARTIFACT / RECORD_NAME, plan.calibration_json(output.journal.results))
 
 

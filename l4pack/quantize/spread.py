@@ -6,12 +6,13 @@ What travels is the plan, once to every worker, the names of tasks, and digests.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.parts import seen_digest
@@ -20,7 +21,7 @@ from l4pack.checkpoint.shards import Shard
 from l4pack.checkpoint.source import LocalStore
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.cluster.cluster import Cluster, Piece, Work
-from l4pack.cluster.options import Share
+from l4pack.cluster.options import Share, worker_device
 from l4pack.cluster.sight import Look, nonce
 from l4pack.errors import L4packError, UsageError
 from l4pack.plan.assign import Task
@@ -29,7 +30,7 @@ from l4pack.plan.plan import Plan
 from l4pack.quantize.accelerator import quantizer
 from l4pack.quantize.execute import Executor, Made
 from l4pack.units import MIB
-from l4pack.work.device import CPU, CUDA
+from l4pack.work.device import CPU
 
 PIECE_BYTES = 256 * MIB  # of the source: seconds of work, thousands of times what starting a task takes
 _PIECE_TASKS = 64
@@ -58,13 +59,13 @@ class SlicesDesk:
         assert store is not None
         self.writer = ShardWriter(job.shards, plan.shards, plan.places, begun=True)
         self._reader = Reader(plan.checkpoint.entries, store.path)
-        self._executor = Executor(plan.recipe, plan.checkpoint, self._reader, self.writer, quantizer(job.device))
+        self.executor = Executor(plan.recipe, plan.checkpoint, self._reader, self.writer, quantizer(job.device))
         self._tasks = {task.key: task for task in plan.tasks}
         self.shards = {shard.file: shard for shard in plan.shards}
 
     def make(self, keys: Sequence[str]) -> list[Made]:
         """Do tasks; their bytes are on disk then."""
-        made = [self._executor.make(self._tasks[key]) for key in keys]
+        made = [self.executor.make(self._tasks[key]) for key in keys]
         self.writer.sync()
         return made
 
@@ -125,7 +126,14 @@ def check_nodes(cluster: Cluster, job: SpreadJob) -> None:
     """Refuse nodes that do not see what a job reads and writes, or have other versions. See `Cluster.check_nodes`."""
     with nonce(job.journal.parent) as path:
         sights = {f"the source, {job.plan.checkpoint.name},": partial(seen_digest, job.plan.checkpoint)}
-        cluster.check_nodes(Look(LIBRARIES, (path,), sights), _share(job, cluster))
+        computing = () if job.plan.needs is None else (partial(_computing, job.device),)
+        cluster.check_nodes(Look(LIBRARIES, (path,), sights, computing), _share(job, cluster))
+
+
+def _computing(device: str) -> Mapping[str, Any]:
+    from l4pack.calibration.spread import parts_of  # imports torch
+
+    return parts_of(device)
 
 
 def _share(job: SpreadJob, cluster: Cluster) -> Share:
@@ -148,7 +156,7 @@ def spread_job(plan: Plan, shards: Path, journal: Journal, device: str) -> Sprea
         shards.absolute(),
         journal.path.absolute(),
         journal.identity.digest,
-        device if device == CPU else CUDA,  # a worker sees its own devices only, from number 0 on
+        worker_device(device),
     )
 
 

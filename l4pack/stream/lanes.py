@@ -69,10 +69,10 @@ class Lanes:
         for name, group in together.items():
             self._files[name] = StreamFiles(folder, name, [lane.name for lane in group], *_shape(group[0]))
 
-    def open(self, side: int, *, kept: bool) -> None:
-        """Make the files, or with `kept` those of the other side; see `StreamFiles.open`."""
+    def open(self, side: int, *, kept: bool, begun: bool = False) -> None:
+        """Make the files, or with `kept` those of the other side, with `begun` none; see `StreamFiles.open`."""
         for files in self._files.values():
-            self.streams |= files.open(side, kept=kept)
+            self.streams |= files.open(side, kept=kept, begun=begun)
 
     def close(self) -> None:
         """Close the files, which stay."""
@@ -84,6 +84,11 @@ class Lanes:
         """Take the outputs as the next layer's inputs."""
         for stream in self.streams.values():
             stream.side = 1 - stream.side
+
+    def flush_all(self) -> None:
+        """Wait until everything is on disk."""
+        for files in self._files.values():
+            files.flush_all()
 
     def flush(self, side: int, *, release: bool) -> None:
         """Wait until one side is on disk; with `release` its pages go."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from l4pack.errors import L4packError
-from l4pack.stream.hidden import AttendedRows, Packed, batches
+from l4pack.stream.hidden import AttendedRows, Packed, Rows, batches
 from l4pack.stream.kv import BlockCache, CacheEntry, PassingCache, causal_mask, unchanged
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.rows import rows_at_once
@@ -27,6 +27,7 @@ from l4pack.stream.sides import Stream
 from l4pack.stream.units import Part, Unit, UnitWeights, place
 
 Forward = Callable[[Tensor], Tensor]
+ALL = slice(None)
 Watch = Callable[[Tensor, Tensor], None]  # inputs and outputs of a block of rows, both [rows, hidden]
 
 
@@ -74,9 +75,16 @@ class LayerPass:
         blocks: Blocks,
         *,
         release: bool = False,
+        some: slice = ALL,
+        apart: Rows | None = None,
     ) -> None:
-        """With `release`, pages of hidden states are let go after every block of rows."""
-        self.index = index
+        """With `release`, pages of hidden states are let go after every block of rows.
+
+        Attention is of `some` batches of sequences alone, and what all rows go through of some blocks of rows. With
+        `apart`, where the shared expert's outputs lie, outputs are complete once a row's last MLP has run and nothing is
+        read that is written: a unit may be run again, or by two at once, each row of one MLP and one expert at most.
+        """
+        self.index, self._some, self._apart = index, some, apart
         self._release = release
         self._skeleton, self._packed, self._stream, self.blocks = skeleton, packed, stream, blocks
         self._layer: Any = skeleton.layer(index)
@@ -114,14 +122,22 @@ class LayerPass:
         """
         place(self._layer, weights)
         self._entry = entry or weights.kv_cache or unchanged
-        text = self._skeleton.config.text
-        chunk = text.attention_chunk_size if self.index in text.rope_layers else None
-        for batch in batches(self._packed.pieces(chunk), self.blocks.attention):
+        for batch in self.batches()[self._some]:
             if batch[0].length > self.blocks.attention:
                 self._attend_in_blocks(batch[0])
             else:
                 self._attend(batch)
             self.let_go()
+
+    def place(self, small: UnitWeights) -> None:
+        """Put norms and router there, for a pass whose attention has run elsewhere."""
+        place(self._layer, small)
+
+    def batches(self) -> list[list[AttendedRows]]:
+        """What attention computes at once, all of it."""
+        text = self._skeleton.config.text
+        chunk = text.attention_chunk_size if self.index in text.rope_layers else None
+        return list(batches(self._packed.pieces(chunk), self.blocks.attention))
 
     def attention_of(self, inputs: Tensor, positions: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """What attention adds to inputs [batch, length, hidden] that stand at `positions` [batch, length].
@@ -207,17 +223,26 @@ class LayerPass:
     @torch.inference_mode()
     def feed_forward(self, unit: Unit, module: Forward, watch: Watch | None = None) -> None:
         """Add a unit's outputs to what the block gives. Raises L4packError when they are not finite."""
-        target = self._stream.following.data
         for rows, inputs in self.inputs(unit):
             computed = module(inputs)
             if watch is not None:
                 watch(inputs, computed)
             outputs = computed.cpu()
             _check_finite(outputs, f"{self._stream.name}: {unit}")
-            if unit.part is Part.EXPERT:
-                target[rows] += outputs
+            if self._apart is not None:
+                self._give_apart(unit, rows, outputs, self._apart)
+            elif unit.part is Part.EXPERT:
+                self._stream.following.data[rows] += outputs
             else:
-                target[rows] = outputs
+                self._stream.following.data[rows] = outputs
+
+    def _give_apart(self, unit: Unit, rows: Tensor | slice, outputs: Tensor, apart: Rows) -> None:
+        """The same sums in the same order as where units run one after another."""
+        if unit.part is Part.SHARED:
+            apart.data[rows] = outputs
+            return
+        given = apart.data[rows] + outputs if unit.part is Part.EXPERT else outputs
+        self._stream.following.data[rows] = given + self._stream.middle.data[rows]
 
     @torch.inference_mode()
     def finish(self) -> None:
@@ -255,11 +280,17 @@ class LayerPass:
         _check_finite(output, f"{self._stream.name}: {Unit(self.index, Part.ATTENTION)}")
         target[start : start + len(output)] = output
 
-    def _row_blocks(self, rows: Tensor | None) -> Iterator[slice]:
-        count = self._packed.rows if rows is None else len(rows)
-        for start in range(0, count, self.blocks.rows):
-            yield slice(start, min(start + self.blocks.rows, count))
+    def _row_blocks(self, rows: Tensor | None, most: int | None = None) -> Iterator[slice]:
+        for block in self.row_blocks(rows, most)[self._some if rows is None else ALL]:
+            yield block
             self.let_go()
+
+    def row_blocks(self, rows: Tensor | None = None, most: int | None = None) -> list[slice]:
+        """What is computed at once of `rows`, or of all; `most` rows at most."""
+        count = self._packed.rows if rows is None else len(rows)
+        count = count if most is None else min(count, most)
+        step = self.blocks.rows
+        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
     def let_go(self) -> None:
         """Let pages of hidden states go, if the pass is to."""

@@ -59,15 +59,16 @@ class StreamFiles:
         self._rows, self._width, self._dtype = rows, width, dtype
         self._buffers: dict[int | str, Buffer] = {}
 
-    def open(self, side: int = 0, *, kept: bool = False) -> dict[str, Stream]:
-        """The streams by name; `side` holds a layer's inputs, with `kept` those of an earlier run that is gone on from.
+    def open(self, side: int = 0, *, kept: bool = False, begun: bool = False) -> dict[str, Stream]:
+        """The streams by name; `side` holds a layer's inputs, with `kept` those of an earlier run that is gone on from,
+        with `begun` all files are there as another process has made them.
 
         Raises BudgetError when the disk is too full, UsageError when a kept file is not the job's own.
         """
         count = self._rows * len(self.names)
         for end in (*_SIDES, _MIDDLE):
             path = self._folder / self._file(end)
-            self._buffers[end] = Buffer(path, count, self._width, self._dtype, kept=kept and end == side)
+            self._buffers[end] = Buffer(path, count, self._width, self._dtype, kept=begun or (kept and end == side))
         return {name: self._stream(number, side) for number, name in enumerate(self.names)}
 
     def _stream(self, number: int, side: int) -> Stream:
@@ -86,6 +87,11 @@ class StreamFiles:
     def flush(self, side: int) -> None:
         """Wait until one side of all streams is on disk."""
         self._buffers[side].flush()
+
+    def flush_all(self) -> None:
+        """Wait until all files are on disk."""
+        for buffer in self._buffers.values():
+            buffer.flush()
 
     def release(self) -> None:
         """Let all pages go."""

@@ -100,6 +100,12 @@ def load_unit(weights: Weights, unit: Unit) -> UnitWeights:
     )
 
 
+def load_small(weights: Weights, layer: int) -> UnitWeights:
+    """A layer's norms and router alone. Raises SourceError naming what can't be read."""
+    names = _small_tensors(weights, Unit(layer, Part.ATTENTION))
+    return UnitWeights({}, {local: weights.tensor(name) for local, name in names.items()})
+
+
 def unit_bytes(weights: Weights, unit: Unit) -> int:
     """Bytes of a unit's matrices in the checkpoint's files."""
     return weights.nbytes(module_names(weights.checkpoint.config, unit).values())

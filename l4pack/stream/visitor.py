@@ -47,6 +47,14 @@ class Visitor:
         del records
         return True
 
+    def spread(self, visit: Visit, settle: Callable[[], None]) -> bool:
+        """Have others run the whole of a layer, from attention on, if there are others; returns whether they have.
+
+        `settle` must be called before anything is written to what follows the layer.
+        """
+        del visit, settle
+        return False
+
     def visit(self, visit: Visit, unit: Unit, weights: UnitWeights) -> None:
         """Run a unit, attention first, then the MLP of all tokens, then experts."""
         for one in visit.passes.values():

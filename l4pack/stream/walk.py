@@ -157,6 +157,9 @@ class Walk:
 
     def _visit(self, visit: Visit, used: set[int], ready: _Ready) -> None:
         units = layer_units(self.models[visit.model].skeleton.config, visit.layer)
+        if self._visitor.spread(visit, self._settle):
+            self._count(visit.model, units)
+            return
         attention, everyones, *experts = units
         ready.plan((visit.model, (unit,)) for unit in (attention, everyones))
         self._run(visit, (attention,), ready)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import file_digests, quick_plan
+from killing import Killed, killed_after
 from ray_nodes import three_nodes
 from ray_tasks import Nothing, colour_of_this_node, die, fail
 
@@ -24,8 +25,10 @@ from l4pack.cluster.sight import Look
 from l4pack.errors import BudgetError, ClusterError, L4packError, StoppedError, UsageError
 from l4pack.quantize import spread
 from l4pack.quantize.run import run_plan
+from l4pack.recipe import Recipe, load_recipe
+from l4pack.stream.layer import Blocks
 
-LITTLE = Share(1, 0, 1 << 20)
+SMALL = Share(1, 0, 1 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,87 @@ def test_a_driver_that_is_killed_or_stopped_goes_on(nodes, cluster, source, plan
     assert file_digests(out) == alone
 
 
+# Calibrating: several stages a layer, hidden states in files that all workers write.
+
+LITTLE = {
+    "hidden_size": 32, "intermediate_size": 32, "intermediate_size_mlp": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "no_rope_layers": [1, 0],
+    "interleave_moe_layer_step": 2,
+}  # fmt: skip
+GPTQ = {"format": "pack-quantized", "num_bits": 4, "strategy": "group", "group_size": 32, "method": "gptq",
+        "gptq": {"act_order": True, "asymmetric": 1.0, "sweeps": 1}}  # fmt: skip
+INT4 = {
+    "schemes": {"int4": GPTQ},
+    "rules": [
+        {"roles": ["routed_expert", "shared_expert", "dense_mlp"], "scheme": "int4"},
+        {"roles": "all", "scheme": "keep"},
+    ],
+}
+STATIC = load_recipe("fp8-static").model_dump(mode="json") | {"kv_cache": {"dtype": "fp8", "strategy": "head"}}
+RECIPES = {
+    name: Recipe.model_validate(
+        {
+            "title": "Little",
+            **values,
+            "name": name,
+            "calibration": {"samples": 4, "sequence_length": 40, "max_cold_experts": 1.0, "max_fallbacks": 1.0},
+        }
+    )
+    for name, values in {"int4": INT4, "static": STATIC}.items()
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    """Many batches of sequences and blocks of rows, although there are few; as many wherever a job runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Blocks, "on", classmethod(lambda cls, *_: cls(attention=48, rows=32)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def little(checkpoint):
+    return checkpoint("text", **LITTLE)
+
+
+@pytest.fixture(scope="module")
+def calibrated_alone(little, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return {
+        name: file_digests(run_plan(quick_plan(little, recipe), folder / name).out) for name, recipe in RECIPES.items()
+    }
+
+
+def test_calibrating_ends_in_the_bytes_of_one_machine_whoever_is_killed(
+    nodes, cluster, little, calibrated_alone, tmp_path
+):
+    """Killed while an expert is written, and once its outputs are: neither may count twice."""
+    with nodes.trick("kill at flush", "running experts") as file, nodes.trick("kill worker") as other:
+        run_plan(quick_plan(little, RECIPES["int4"]), tmp_path / "out", cluster=cluster)
+        assert not file.read_text(), "somebody lives on"
+        assert not other.exists()
+    assert file_digests(tmp_path / "out") == calibrated_alone["int4"]
+
+
+def test_scales_of_inputs_and_of_the_cache_are_those_of_one_machine(cluster, little, calibrated_alone, tmp_path):
+    run_plan(quick_plan(little, RECIPES["static"]), tmp_path / "out", cluster=cluster)
+    assert file_digests(tmp_path / "out") == calibrated_alone["static"]
+
+
+@pytest.mark.parametrize("again_on_the_cluster", [True, False])
+def test_calibrating_goes_on_after_its_driver_is_killed(
+    cluster, little, calibrated_alone, tmp_path, monkeypatch, again_on_the_cluster
+):
+    plan, out = quick_plan(little, RECIPES["int4"]), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        killed_after(patch, 5)
+        with pytest.raises(Killed):
+            run_plan(plan, out, cluster=cluster)
+    assert '"results"' in journal_of(out).read_text()
+    run_plan(plan, out, cluster=cluster if again_on_the_cluster else None)
+    assert file_digests(out) == calibrated_alone["int4"]
+
+
 # What could not end so is refused, and says which node lacks what.
 
 
@@ -146,13 +230,13 @@ def test_a_source_that_a_node_does_not_see_is_named(cluster, source, tmp_path, m
 def test_a_node_that_differs_is_named(cluster):
     look = Look(("l4pack",), (), {"the colour": colour_of_this_node})
     with pytest.raises(UsageError, match=r"^node \S+ \((\w+)\) differs: the colour is \1 there and none here"):
-        cluster.check_nodes(look, LITTLE)
+        cluster.check_nodes(look, SMALL)
 
 
 def test_a_share_that_no_node_has_is_refused(cluster):
     with pytest.raises(BudgetError, match=r"no node has 64 cores, 2 GPUs and 1\.05 MB of memory"):
-        cluster.slots(replace(LITTLE, cpus=64, gpus=2))
-    assert cluster.slots(LITTLE) == 3
+        cluster.slots(replace(SMALL, cpus=64, gpus=2))
+    assert cluster.slots(SMALL) == 3
 
 
 def test_what_a_task_raises_is_raised_here_once_others_have_ended(cluster):
@@ -160,12 +244,12 @@ def test_what_a_task_raises_is_raised_here_once_others_have_ended(cluster):
     work = Work("failing", Nothing, None, fail)
     pieces = [Piece(str(number), number, cost=10 - number) for number in range(9)]
     with pytest.raises(L4packError, match="the second") as told:
-        cluster.run(work, pieces, LITTLE, lambda piece, result: found.append(result), threading.Event())
+        cluster.run(work, pieces, SMALL, lambda piece, result: found.append(result), threading.Event())
     assert told.value.hint == "none"
     assert found[0] == 0, "the costliest comes first"
     assert 1 < len(found) < 8
     with pytest.raises(L4packError, match="the second"):
-        cluster.submit(work, pieces[2], LITTLE).result()
+        cluster.submit(work, pieces[2], SMALL).result()
 
 
 def test_who_is_asked_to_stop_begins_nothing_more(cluster):
@@ -177,14 +261,14 @@ def test_who_is_asked_to_stop_begins_nothing_more(cluster):
         stop.set()
 
     with pytest.raises(StoppedError):
-        cluster.run(Work("stopping", Nothing, None, fail), pieces, LITTLE, done, stop)
+        cluster.run(Work("stopping", Nothing, None, fail), pieces, SMALL, done, stop)
     assert 0 < len(found) < 8
 
 
 def test_a_task_that_kills_whoever_does_it_is_given_up(cluster, monkeypatch):
     monkeypatch.setattr("l4pack.cluster.cluster.RETRIES", 1)
     with pytest.raises(ClusterError, match="was lost with its worker more than 1 times"):
-        cluster.run(Work("deadly", Nothing, None, die), [Piece("one", 1)], LITTLE, lambda *_: None, threading.Event())
+        cluster.run(Work("deadly", Nothing, None, die), [Piece("one", 1)], SMALL, lambda *_: None, threading.Event())
 
 
 def test_a_source_that_is_fetched_is_refused(plan):

@@ -45,10 +45,12 @@ class Nodes:
         }  # fmt: skip
 
     @contextmanager
-    def trick(self, name: str, node: str = "") -> Iterator[Path]:
-        """Play a trick, see `worker_tricks`, while the block lasts; the file is gone once it was played that is played once."""
+    def trick(self, name: str, what: str = "") -> Iterator[Path]:
+        """Play a trick, see `worker_tricks`, while the block lasts: on a node, or as often as there are lines.
+
+        The file is gone, or empty, once it was played."""
         path = self._tricks / name
-        path.write_text(node)
+        path.write_text(what)
         try:
             yield path
         finally:

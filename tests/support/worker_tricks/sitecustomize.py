@@ -1,4 +1,4 @@
-"""What every process of a test cluster imports first: tricks that a test plays on whoever writes into a shard.
+"""What every process of a test cluster imports first: tricks that a test plays on whoever writes.
 
 A test puts a file named after a trick into the folder `L4PACK_TEST_TRICKS`; `NAME` in it is the node it is played on.
 """
@@ -12,7 +12,7 @@ import signal
 import time
 from pathlib import Path
 
-write, node = os.pwrite, os.environ.get("L4PACK_TEST_NODE", "")
+write, sync, node = os.pwrite, os.fsync, os.environ.get("L4PACK_TEST_NODE", "")
 folder = Path(os.environ.get("L4PACK_TEST_TRICKS", "/nowhere"))
 SLOW_SECONDS = 0.05
 
@@ -41,4 +41,24 @@ def tricky(descriptor: int, data: memoryview, offset: int) -> int:
     return write(descriptor, data, offset)
 
 
-os.pwrite = tricky
+def deadly(descriptor: int) -> None:
+    """`os.fsync`, but for one task of each name that a line of "kill at flush" begins: it has written, and is killed."""
+    path = folder / "kill at flush"
+    with contextlib.suppress(OSError):
+        lines = path.read_text().splitlines()
+        name = task_name()
+        left = [line for line in lines if not name.startswith(line)]
+        if left != lines:
+            path.write_text("\n".join(left))
+            os.kill(os.getpid(), signal.SIGKILL)
+    sync(descriptor)
+
+
+def task_name() -> str:
+    """The task that this process does, as Ray's dashboard shows it."""
+    import ray
+
+    return ray.get_runtime_context().get_task_name() or ""
+
+
+os.pwrite, os.fsync = tricky, deadly
