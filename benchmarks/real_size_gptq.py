@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from l4pack.calibration import mlp, moments, solver, written_units
+from l4pack.calibration import mlp, moments
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.model.config import known_config, parse_config
@@ -52,7 +52,7 @@ Count = Callable[..., float]
 
 @dataclass
 class Phase:
-    """Seconds and floating-point operations of one kind of work."""
+    """CPU seconds and floating-point operations of one kind of work."""
 
     scales: str
     seconds: float = 0.0
@@ -65,12 +65,12 @@ _running = threading.local()
 
 @contextmanager
 def phase_of(name: str, scales: str, operations: float) -> Iterator[None]:
-    """Time a phase; phases within it are taken off."""
+    """Time a phase in CPU seconds; phases within it are taken off."""
     stack = _running.__dict__.setdefault("stack", [])
     stack.append(0.0)
-    started = time.monotonic()
+    started = time.process_time()
     yield
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started
     phase = PHASES.setdefault(name, Phase(scales))
     phase.seconds += seconds - stack.pop()
     phase.operations += operations
@@ -130,6 +130,8 @@ def name_of_unit(_: Any, unit: Any, *__: Any) -> str:
 
 def watch() -> None:
     """Wrap what is timed."""
+    from l4pack.calibration import solver, written_units  # here: layer_versions.py imports this file into other versions
+
     timed(LayerPass, "attention", "attention of both streams", TOKENS, of_attention)
     timed(LayerPass, "route", "router", TOKENS)
     timed(LayerPass, "normed", "norms and gathering rows", TOKENS)
@@ -142,7 +144,7 @@ def watch() -> None:
           lambda self, x: 2 * product(*x.shape, len(self.weights[mlp.UP])))  # fmt: skip
     timed(gptq, "factorize", "Cholesky and inverse", MATRICES, lambda h, **_: 2 / 3 * len(h) ** 3)
     timed(gptq, "_asymmetric_target", "asymmetric target: W C", MATRICES, of_target)
-    timed(gptq, "_times_inverse", "asymmetric target: times H^-1", MATRICES, lambda rows, _: 2 * of_rows(rows))
+    timed(gptq, "times_inverse", "asymmetric target: times H^-1", MATRICES, lambda rows, _: 2 * of_rows(rows))
     timed(gptq, "round_to_nearest", "scales and nearest levels", MATRICES)
     timed(gptq, "solve_columns", "GPTQ: trailing columns", MATRICES, of_rows)
     timed(gptq, "factorize_thin", "few inputs: factors", MATRICES)
