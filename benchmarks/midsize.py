@@ -1,6 +1,6 @@
 """Make a mid-size Llama 4 checkpoint with made-up weights: too large to toy with, small enough for tools that load it.
 
-    python benchmarks/midsize.py FOLDER       # 4 MoE layers, 16 experts, hidden 2048, expert width 4096: 3.5 GB
+    python benchmarks/midsize.py FOLDER [--layers 4]    # MoE layers, 16 experts, hidden 2048, expert width 4096: 3.5 GB
 
 For costs only: its answers mean nothing. Tokenizer and vision tower are the demo model's. Values are streamed to disk,
 one shard a layer. They are as unlike each other as trained ones are: channels differ in spread, a few weights are large,
@@ -34,28 +34,30 @@ SIZES = {
     "intermediate_size": 4096,
     "intermediate_size_mlp": 8192,
     "num_local_experts": 16,
-    "num_hidden_layers": 4,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
     "head_dim": 128,
     "interleave_moe_layer_step": 1,
 }
+BY_LAYER = ("no_rope_layers", "moe_layers", "layer_types")
 COMPANIONS = ("tokenizer", "special_tokens", "chat_template", "preprocessor", "processor", "generation")
 
 
-def config() -> dict[str, Any]:
-    """The demo's config.json with larger sizes."""
+def config(layers: int) -> dict[str, Any]:
+    """The demo's config.json with larger sizes, of at most the demo's four layers."""
     raw: dict[str, Any] = json.loads((demo.model_path() / "config.json").read_text())
-    raw["text_config"] |= SIZES
+    text = raw["text_config"]
+    text |= SIZES | {"num_hidden_layers": layers}
+    text |= {key: text[key][:layers] for key in BY_LAYER if text.get(key) is not None}
     return raw
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, layers: int) -> None:
     """Write the checkpoint, unless it is there."""
-    if (folder / CONTAINER.index_name).exists():
+    if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    raw = config()
+    raw = config(layers)
     specs = {spec.name: spec for spec in catalogue(parse_config(raw)).tensors}
     planned = [[PlannedTensor(s.name, "BF16", s.shape, s.role, s.layer, None, KEEP)] for s in specs.values()]
     shards, _ = CONTAINER.lay_out(planned, SHARD_BYTES)
@@ -68,10 +70,10 @@ def make(folder: Path) -> None:
     for path in demo.model_path().iterdir():
         if path.name.startswith(COMPANIONS):
             shutil.copyfile(path, folder / path.name)
-    (folder / "config.json").write_text(json.dumps(raw, indent=2))
     index = CONTAINER.index(shards, sum(tensor.nbytes for (tensor,) in planned))
-    assert index is not None
-    (folder / CONTAINER.index_name).write_bytes(index)
+    if index is not None:
+        (folder / CONTAINER.index_name).write_bytes(index)
+    (folder / "config.json").write_text(json.dumps(raw, indent=2))
 
 
 def made_up(spec: TensorSpec, layers: int) -> Iterator[NDArray[np.float32]]:
@@ -106,8 +108,10 @@ def main() -> None:
     """Make it and say what it weighs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    make(folder)
+    parser.add_argument("--layers", type=int, default=4)
+    options = parser.parse_args()
+    folder: Path = options.folder
+    make(folder, options.layers)
     print(f"{folder}: {sum(path.stat().st_size for path in folder.glob('*.safetensors')) / 1e9:.2f} GB")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import sys
 import threading
@@ -129,8 +130,8 @@ def name_of_unit(_: Any, unit: Any, *__: Any) -> str:
 
 
 def watch() -> None:
-    """Wrap what is timed."""
-    from l4pack.calibration import solver, written_units  # here: layer_versions.py imports this file into other versions
+    """Wrap what is timed. Other versions of the code, for which layer_versions.py imports this file, have not all of it."""
+    from l4pack.calibration import solver, written_units
 
     timed(LayerPass, "attention", "attention of both streams", TOKENS, of_attention)
     timed(LayerPass, "route", "router", TOKENS)
@@ -171,7 +172,7 @@ def make_layer(folder: Path, options: argparse.Namespace) -> None:
         "model_type": "llama4_text", "num_hidden_layers": 1, "num_local_experts": options.experts,
         "vocab_size": VOCABULARY, "no_rope_layers": [1], "moe_layers": [0], "layer_types": ["chunked_attention"],
         "hidden_size": options.hidden, "intermediate_size": options.inner,
-        "num_attention_heads": options.hidden // 128, "num_key_value_heads": min(8, options.hidden // 128),
+        "num_attention_heads": options.hidden // 128, "num_key_value_heads": math.gcd(8, options.hidden // 128),
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(raw))
