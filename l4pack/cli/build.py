@@ -60,7 +60,7 @@ from l4pack.cli.options import (
     TextOption,
     WithinOption,
 )
-from l4pack.cli.plan import plan_view, run_limits, size_of
+from l4pack.cli.plan import plan_view, size_of
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds, parse_size
 from l4pack.work.device import AUTO, chosen
@@ -150,7 +150,7 @@ def build(
     elif max_bytes or bits or sensitivity:
         raise UsageError("--max-bytes, --bits and --sensitivity go with --fit", hint="add --fit, or leave them out")
     hours = Hours(on, devices, price, chosen_device, out.parent, planned=dry_run)
-    allowed = run_limits(max_ram, max_vram, shard_size, hours.kind)
+    allowed = hours.limits(max_ram, max_vram, shard_size)
     wanted = _recipe(recipe, calibration, calibration_samples, sequence_length, seed, keep_float32=keep_float32)
     made, fitted = within_time(make_plan(checkpoint, wanted, allowed), allowed, hours, within, calibration_samples)
     plan = _with_text(made, calibration)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from l4pack.cli import console
 from l4pack.errors import L4packError, UsageError
-from l4pack.units import human_seconds, parse_duration
+from l4pack.units import human_seconds, parse_duration, parse_size
+from l4pack.work.device import CPU
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -53,6 +54,24 @@ class Hours:
     def kind(self) -> str:
         """The kind of device that the job would run on."""
         return self.device.partition(":")[0] if self.on is None else self._named().device
+
+    def limits(self, max_ram: str | None, max_vram: str | None, shard_size: str | None) -> RunLimits:
+        """What a run may take where it would run: of a named device, all its memory unless less is said.
+
+        Raises UsageError for what is no size.
+        """
+        from l4pack.containers.safetensors_folder import DEFAULT_SHARD_BYTES
+        from l4pack.plan.plan import RunLimits
+
+        rooms = [] if max_vram is None else [parse_size(max_vram)]
+        if self.on is not None and (vram := self._named().vram) is not None:
+            rooms.append(vram)
+        return RunLimits(
+            max_ram=None if max_ram is None else parse_size(max_ram),
+            max_vram=min(rooms, default=None),
+            accelerated=self.kind != CPU,
+            shard_bytes=DEFAULT_SHARD_BYTES if shard_size is None else parse_size(shard_size),
+        )
 
     def predict(self, stages: Sequence[Work], nbytes: int) -> Prediction | None:
         """The time of a job that reads so many bytes; None where nothing is known of this machine."""

@@ -29,13 +29,12 @@ from l4pack.cli.options import (
     SourceOption,
     WithinOption,
 )
-from l4pack.units import human_bytes, parse_size
-from l4pack.work.device import AUTO, CPU, chosen
+from l4pack.units import human_bytes
+from l4pack.work.device import AUTO, chosen
 
 if TYPE_CHECKING:
     from l4pack.checkpoint.source import Checkpoint
-    from l4pack.plan.plan import Plan, RunLimits
-    from l4pack.work.machine import Room
+    from l4pack.plan.plan import Plan
 
 
 def plan(
@@ -67,7 +66,7 @@ def plan(
     from l4pack.recipe import load_recipe
 
     hours = Hours(on, devices, price, chosen(compute), Path.cwd())
-    allowed = run_limits(max_ram, max_vram, shard_size, hours.kind)
+    allowed = hours.limits(max_ram, max_vram, shard_size)
     wanted = (
         load_recipe(recipe)
         .keeping(float32=keep_float32)
@@ -87,29 +86,6 @@ def plan(
     else:
         console.show(*plan_view(made), *hours_view(prediction), *within_view(fitted))
     made.check_servable()
-
-
-def run_limits(max_ram: str | None, max_vram: str | None, shard_size: str | None, device: str) -> RunLimits:
-    """Limits from what the user typed. Raises UsageError."""
-    from l4pack.containers.safetensors_folder import DEFAULT_SHARD_BYTES
-    from l4pack.plan.plan import RunLimits
-
-    vram = None if max_vram is None else parse_size(max_vram)
-    return RunLimits(
-        max_ram=None if max_ram is None else parse_size(max_ram),
-        max_vram=vram,
-        accelerated=device != CPU,
-        free_vram=_free_vram(device, vram),
-        shard_bytes=DEFAULT_SHARD_BYTES if shard_size is None else parse_size(shard_size),
-    )
-
-
-def _free_vram(device: str, asked: int | None) -> Room | None:
-    if device == CPU:
-        return None
-    from l4pack.stream.compute import float32_on  # imports torch
-
-    return float32_on(device).device_room(asked)
 
 
 def plan_view(plan: Plan) -> list[RenderableType]:

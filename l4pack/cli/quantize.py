@@ -44,7 +44,7 @@ from l4pack.cli.options import (
     WithinOption,
     now_called,
 )
-from l4pack.cli.plan import plan_view, run_limits
+from l4pack.cli.plan import plan_view
 from l4pack.units import human_bytes, human_seconds
 from l4pack.work.device import AUTO, chosen
 
@@ -98,7 +98,7 @@ def quantize(
     device = chosen(compute)
     spread = cluster_options(ray, gpus_per_worker, device)
     hours = Hours(on, devices, price, device, out.parent, planned=dry_run)
-    allowed = run_limits(max_ram, max_vram, shard_size, hours.kind)
+    allowed = hours.limits(max_ram, max_vram, shard_size)
     wanted = (
         load_recipe(recipe)
         .keeping(float32=keep_float32)

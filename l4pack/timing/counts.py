@@ -21,14 +21,17 @@ from l4pack.work.device import CPU
 BLOCK = 128  # columns that GPTQ rounds before the others learn of it
 SWEEP_BLOCK = 256  # the same of a sweep
 TILE = 512  # columns of a product with a triangular matrix
+INVERTED_AT_ONCE = 256  # columns of a triangular matrix that are inverted without products
 MOMENT_TILE = 1024  # columns of a product on and above a Hessian's diagonal
 THIN = 0.4  # inputs a column, up to which solving goes through the inputs
 FLOAT = 4  # bytes
 
 # Operations started by one piece of rows, counted on the CPU's way: they matter where matrices are small.
-CALLS_A_BLOCK, CALLS_A_PIECE, CALLS_A_FACTOR_BLOCK, CALLS_A_FORWARD = 14, 120, 16, 14
-# On a GPU the loops over columns are operations too: of a column of a block, and of one in a sweep.
-CALLS_A_COLUMN, CALLS_A_TURN = 11, 16
+CALLS_A_BLOCK, CALLS_A_PIECE, CALLS_A_FACTOR, CALLS_A_FACTOR_BLOCK, CALLS_A_FORWARD = 20, 300, 100, 20, 20
+# On a GPU the loops over columns are operations too, for all experts of a batch together: of a column of a block, and of one
+# in a sweep; and the bytes they pass over for each weight: some columns of the block, and the rest of it or all of it.
+CALLS_A_COLUMN, CALLS_A_TURN = 9, 10
+BYTES_A_COLUMN, BYTES_A_TURN = 8 * 12 + BLOCK // 2 * 12, 9 * 12 + BLOCK * 12
 # Passes over the weights that solving makes between products: residuals, squares, copies, levels; read and written.
 PASSES = 60
 
@@ -48,22 +51,19 @@ def product(rows: float, columns: float, inner: float) -> float:
     return 2.0 * rows * columns * inner
 
 
-def is_thin(tokens: float, width: int) -> bool:
-    """Whether a matrix of that many inputs is solved through its tokens."""
-    return tokens <= int(THIN * width)
-
-
-def solving_mlp(text: TextConfig, inner: int, tokens: Tokens, scheme: RecipeScheme, device: str) -> Work:
-    """Solving gate, up and down of an MLP of that inner width."""
+def solving_mlp(
+    text: TextConfig, inner: int, tokens: Tokens, scheme: RecipeScheme, device: str, together: int = 1
+) -> Work:
+    """Solving gate, up and down of an MLP of that inner width, on a device `together` with others."""
     assert scheme.gptq is not None
     hidden, work = text.hidden_size, Work()
     cross = tokens.streams > 1 and scheme.gptq.asymmetric > 0
-    solver = _Solver(scheme, tokens.solved, cross, device)
+    solver = _Solver(scheme, tokens.solved, cross, device, together)
     work.include(solver.problem(hidden, outputs=2 * inner))
     work.include(solver.matrix(inner, hidden, alike=2), times=2)
     sides = tokens.streams
     work.add("moments", Kind.PRODUCT, sides * 2 * product(tokens.solved, inner, hidden))
-    work.add("moments", Kind.MEMORY, sides * tokens.solved * (3 * hidden + 8 * inner) * FLOAT)
+    work.add("moments", Kind.MEMORY, sides * tokens.solved * (8 * hidden + 16 * inner) * FLOAT)
     work.include(solver.problem(inner, outputs=hidden))
     work.include(solver.matrix(hidden, inner, alike=1))
     return work
@@ -77,12 +77,17 @@ class _Solver:
     tokens: float
     cross: bool
     device: str
+    together: int
+
+    def thin(self, width: int) -> bool:
+        """Whether a matrix of that many inputs is solved through its tokens."""
+        return self.device == CPU and self.tokens <= int(THIN * width)
 
     def problem(self, width: int, outputs: int) -> Work:
         """Moments of inputs of that width, and the Hessian's factor."""
         work = Work()
         self._moments(work, width)
-        if is_thin(self.tokens, width):
+        if self.thin(width):
             self._thin_factor(work, width)
         else:
             self._factor(work, width)
@@ -94,19 +99,34 @@ class _Solver:
         """One matrix [outputs, width] of a problem that is prepared for so many of its size."""
         work = Work()
         self._nearest(work, outputs * width)
-        if is_thin(self.tokens, width):
+        if self.thin(width):
             self._thin_products(work, outputs, width)
         else:
             self._products(work, outputs, width, shifting=alike * outputs > width)
-        work.add("columns", Kind.COLUMNS, outputs * width * BLOCK)
-        self._sweeps(work, outputs, width)
         work.add("the rest of solving", Kind.MEMORY, PASSES * FLOAT * outputs * width)
-        pieces, blocks = math.ceil(outputs / rows_at_once(self.device, width)), math.ceil(width / BLOCK)
-        work.add("the rest of solving", Kind.CALL, pieces * (CALLS_A_PIECE + CALLS_A_BLOCK * blocks))
-        if self.device != CPU:
-            turns = CALLS_A_COLUMN + CALLS_A_TURN * self._sweep_count
-            work.add("columns", Kind.CALL, pieces * width * turns)
+        if self.device == CPU:
+            self._loops(work, outputs, width)
+        else:
+            self._loops_on_device(work, outputs, width)
         return work
+
+    def _loops(self, work: Work, outputs: int, width: int) -> None:
+        """The loops over columns as kernels, some rows at a time."""
+        weights, pieces = outputs * width, math.ceil(outputs / rows_at_once(self.device, width))
+        work.add("columns", Kind.COLUMNS, weights * BLOCK)
+        work.add("sweeps", Kind.VISITS, self._sweep_count * weights)
+        work.add("sweeps", Kind.MOVES, self._sweep_count * weights * width)
+        calls = CALLS_A_PIECE + CALLS_A_BLOCK * math.ceil(width / BLOCK)
+        work.add("the rest of solving", Kind.CALL, pieces * calls)
+
+    def _loops_on_device(self, work: Work, outputs: int, width: int) -> None:
+        """The same as operations on whole columns."""
+        weights, sweeps = outputs * width, self._sweep_count
+        work.add("columns", Kind.CALL, (CALLS_A_PIECE + CALLS_A_COLUMN * width) / self.together)
+        work.add("columns", Kind.MEMORY, BYTES_A_COLUMN * weights)
+        work.add("sweeps", Kind.CALL, sweeps * CALLS_A_TURN * width / self.together)
+        work.add("sweeps", Kind.MEMORY, sweeps * BYTES_A_TURN * weights)
+        work.add("sweeps", Kind.PRODUCT, sweeps * product(outputs, width, width))
 
     @property
     def _sweep_count(self) -> int:
@@ -116,14 +136,16 @@ class _Solver:
     def _moments(self, work: Work, width: int) -> None:
         triangle = sum(product(self.tokens, size, width - first) for first, size in _tiles(width, MOMENT_TILE))
         work.add("moments", Kind.PRODUCT, triangle)
-        if self.cross and not is_thin(self.tokens, width):
+        if self.cross and not self.thin(width):
             work.add("moments", Kind.PRODUCT, product(width, width, self.tokens))
         work.add("moments", Kind.MEMORY, FLOAT * (6 * self.tokens * width + 4 * width * width))
 
     def _factor(self, work: Work, width: int) -> None:
-        work.add("factorization", Kind.CHOLESKY, width**3 / 3)
+        leaves = math.ceil(width / INVERTED_AT_ONCE)
+        work.add("factorization", Kind.CHOLESKY, width**3 / 3 + leaves * (width / leaves) ** 3)
         work.add("factorization", Kind.PRODUCT, inverting(width))
-        work.add("factorization", Kind.MEMORY, 8 * FLOAT * width * width)
+        work.add("factorization", Kind.MEMORY, 16 * FLOAT * width * width)
+        work.add("factorization", Kind.CALL, CALLS_A_FACTOR + 8 * CALLS_A_FACTOR_BLOCK * leaves)
 
     def _thin_factor(self, work: Work, width: int) -> None:
         n = self.tokens
@@ -160,18 +182,10 @@ class _Solver:
             work.add("sweeps", Kind.PRODUCT, through)
         work.add("loss of rounding", Kind.PRODUCT, through)
 
-    def _sweeps(self, work: Work, outputs: int, width: int) -> None:
-        visits = self._sweep_count * outputs * width
-        if self.device == CPU:
-            work.add("sweeps", Kind.VISITS, visits)
-            work.add("sweeps", Kind.MOVES, visits * width)
-        else:
-            work.add("sweeps", Kind.PRODUCT, 2.0 * visits * width)
-
 
 def inverting(size: int) -> float:
     """Operations of products that inverting a triangular matrix takes."""
-    if size <= 256:
+    if size <= INVERTED_AT_ONCE:
         return 0.0
     half = size // 2
     rest = size - half
@@ -198,7 +212,7 @@ def running_mlp(text: TextConfig, inner: int, tokens: float, kind: Kind, phase: 
     """Tokens through an MLP of that inner width, their rows gathered and put back."""
     hidden, work = text.hidden_size, Work()
     work.add(phase, kind, 3 * product(tokens, inner, hidden))
-    work.add(phase, Kind.MEMORY, FLOAT * tokens * (12 * hidden + 8 * inner))
+    work.add(phase, Kind.MEMORY, FLOAT * tokens * (24 * hidden + 16 * inner))
     work.add(phase, Kind.CALL, CALLS_A_FORWARD * math.ceil(tokens / rows_at_once(device, hidden)))
     return work
 
@@ -210,7 +224,7 @@ def attending(text: TextConfig, tokens: float, length: int, kind: Kind, device: 
     experts = text.num_local_experts if text.moe_layers else 0
     work.add("attention", kind, product(tokens, weights, 1) + product(tokens, queries, length))
     work.add("attention", kind, product(tokens, experts, text.hidden_size))
-    work.add("attention", Kind.MEMORY, FLOAT * tokens * (12 * text.hidden_size + 16 * queries))
+    work.add("attention", Kind.MEMORY, FLOAT * tokens * (24 * text.hidden_size + 24 * queries))
     work.add("attention", Kind.CALL, 4 * CALLS_A_FORWARD * math.ceil(tokens / rows_at_once(device, text.hidden_size)))
     return work
 

@@ -23,7 +23,10 @@ from l4pack.work.device import CPU
 
 HIDDEN_WRITTEN = 2  # times a layer's hidden states go to disk: what attention adds to, and what the layer gives
 SYNCS_A_UNIT = 2  # waits for the disk: of the shards, and of the journal
-SAMPLE_ROWS = 2048  # tokens of a layer that an evaluation compares units on
+SAMPLE_ROWS, SAMPLED_SHARE = (
+    2048,
+    4,
+)  # tokens of a layer that an evaluation compares units on: at most, and one of so many
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ def solving(plan: Plan, role: Role, scheme: RecipeScheme, device: str, tokens: i
     own = tokens_of(text, role, tokens)
     lent = min(plan.recipe.calibration.min_tokens, tokens) if role is Role.ROUTED_EXPERT else 0
     counted = Tokens(max(own, lent), own, plan.needs.streams)
-    return solving_mlp(text, mlps_of(text)[role].inner, counted, scheme, device)
+    together = max(1, plan.needs.together) if role is Role.ROUTED_EXPERT else 1
+    return solving_mlp(text, mlps_of(text)[role].inner, counted, scheme, device, together)
 
 
 def running(text: TextConfig, tokens: float, length: int, kind: Kind, device: str) -> Work:
@@ -191,7 +195,8 @@ def evaluating(
         walked.include(model.loading())
     walked.include(running(text, tokens, length, Kind.FORWARD, device), len(models))
     if len(models) > 1:
-        walked.include(running(text, min(tokens, SAMPLE_ROWS), length, Kind.FORWARD, device), 2)
+        sampled = min(tokens / SAMPLED_SHARE, SAMPLE_ROWS)
+        walked.include(running(text, sampled, length, Kind.FORWARD, device))
     walked.include(scoring(text, tokens, len(models)))
     digest = Work()
     digest.add("digesting", Kind.READ, digested)

@@ -26,11 +26,14 @@ from l4pack.quant.grid import NumberType
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import quantize_block
 from l4pack.quant.scheme import Observer, Scheme, Strategy
+from l4pack.timing.counts import CALLS_A_BLOCK, CALLS_A_FACTOR, CALLS_A_FACTOR_BLOCK, CALLS_A_PIECE
 from l4pack.timing.work import Kind
 from l4pack.work import machine
 
 Clock = Callable[[], float]
 SHARE = 0.3  # seconds of each kernel, at least one run
+# Operations that are counted for solving one block of columns: of so few rows, starting them is all that takes time.
+CALLS = CALLS_A_PIECE + CALLS_A_BLOCK + CALLS_A_FACTOR + 8 * CALLS_A_FACTOR_BLOCK
 ROWS, WIDTH, NARROW, SQUARE = 256, 2048, 256, 768
 FILE_BYTES, CHUNK, DISK_SECONDS = 256 << 20, 8 << 20, 1.0
 INT4 = Scheme(num_bits=4, group_size=128)
@@ -78,7 +81,6 @@ class Kernels:
         errors, upper, rest = self._numbers(ROWS, 128), self._numbers(128, WIDTH), self._numbers(ROWS, 2 * WIDTH)
         double, half = (self._numbers(count, SQUARE, dtype=torch.float64) for count in (SQUARE, 128))
         definite = square @ square.T + WIDTH * torch.eye(WIDTH, device=self._device)
-        small = self._numbers(8, 8)
         forward = torch.float32 if self._device.type == "cpu" else torch.bfloat16
         low, low_square = rows.to(forward), square.to(forward)
         return {
@@ -87,7 +89,7 @@ class Kernels:
             Kind.UPDATE: self._rate(2.0 * ROWS * 128 * WIDTH, lambda: rest[:, WIDTH:].addmm_(errors, upper, alpha=-1)),
             Kind.PRODUCT64: self._rate(2.0 * 128 * SQUARE**2, lambda: double.addmm_(half.T, half, alpha=-1)),
             Kind.CHOLESKY: self._rate(WIDTH**3 / 3, lambda: torch.linalg.cholesky_ex(definite)),
-            Kind.CALL: 100 * self._rate(1, lambda: [small.add(1.0) for _ in range(100)]),
+            Kind.CALL: self._rate(CALLS, lambda: solve_a_block(self._device)),
         }
 
     def _solver(self) -> dict[Kind, float]:
@@ -144,6 +146,11 @@ class Kernels:
                 Kind.UNPACK: self._rate(source.size, unpack),
                 Kind.HASH: self._rate(CHUNK, lambda: hashlib.sha256(data).digest()),
             }
+
+
+def solve_a_block(device: torch.device | str) -> gptq.Solution:
+    """Solve a matrix so small that starting operations is all that takes time."""
+    return gptq.solve(torch.ones(16, 128, device=device), torch.eye(128, device=device), INT4, sweeps=1)
 
 
 class _Solved:

@@ -138,4 +138,4 @@ def _of_host(host: Host, peak: SpeedData, assumed: Assumptions) -> Speeds:
         **{kind: memory / nbytes for kind, nbytes in gpu.bytes_a_weight.items()},
     }
     basis = f"assumed from data sheets ({gpu.product.share:.0%} of float32's peak in products), not measured"
-    return Speeds(host.name, rates, basis, host.count, CUDA)
+    return Speeds(host.name, rates, basis, host.count, CUDA, host.device.memory_bytes)

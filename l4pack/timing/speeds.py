@@ -24,6 +24,7 @@ class Speeds:
     basis: str
     devices: int = 1
     device: str = "cpu"  # its kind: which way the work is done
+    vram: int | None = None  # bytes of a device's memory, where it is named
 
     def seconds(self, work: Work, kinds: Iterable[Kind] | None = None) -> float:
         """Time of work on one of the devices, of all kinds but the disk's unless some are named."""

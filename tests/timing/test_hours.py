@@ -9,12 +9,14 @@ import yaml
 
 from l4pack.checkpoint.open import open_source
 from l4pack.errors import L4packError, RecipeError, UsageError
+from l4pack.model.tensors import Role
 from l4pack.plan.plan import make_plan
 from l4pack.recipe import load_recipe
 from l4pack.timing import kl
 from l4pack.timing.jobs import quantizing
 from l4pack.timing.named import ASSUMPTIONS, assumptions, named_speeds
 from l4pack.timing.speeds import Speeds, predict
+from l4pack.timing.tasks import task_seconds
 from l4pack.timing.within import largest_calibration
 from l4pack.timing.work import Kind, Work
 from l4pack.units import parse_duration
@@ -190,3 +192,53 @@ def test_what_is_no_duration(text):
 def test_an_unknown_name_is_one_of_ours():
     with pytest.raises(L4packError):
         named_speeds("nothing at all")
+
+
+def test_tasks_take_what_the_job_takes(scout):
+    """All tasks one after another are the job's phases, but for loading, reading back and writing."""
+    speeds = named_speeds("16-core")
+    tasks, phases = task_seconds(scout, speeds), predict(quantizing(scout), speeds).phases
+    assert tasks.rounding == pytest.approx(phases["rounding"])
+    assert 48 * tasks.attention == pytest.approx(phases["attention"])
+    others = {"starting", "rounding", "attention", "loading", "reading back", "writing", "waiting for the disk"}
+    computing = sum(seconds for name, seconds in phases.items() if name not in others)
+    mlps = 48 * (tasks.mlps[Role.SHARED_EXPERT] + 16 * tasks.mlps[Role.ROUTED_EXPERT])
+    assert mlps == pytest.approx(computing)
+
+
+def test_what_needs_no_text_has_no_other_tasks():
+    plan = make_plan(open_source("llama-4-scout"), load_recipe("int4-rtn"))
+    found = task_seconds(plan, named_speeds("16-core"))
+    assert found.rounding > 0
+    assert (found.attention, found.mlps) == (0, {})
+
+
+def test_evaluating_and_building_say_their_time_before_they_begin(l4pack, artifact, checkpoint, tmp_path):
+    source, made = checkpoint(), artifact("int4-rtn")
+    few = ("--samples", 2, "--sequence-length", 40)
+    ended = l4pack("evaluate", made, "--against", source, *few, "--dry-run", "--json")
+    plan = json.loads(ended.out)["plan"]
+    assert (plan["tokens"], plan["sequences"]) == (80, 2)
+    assert plan["read_bytes"] > 0
+    assert plan["predicted"]["phases"].keys() >= {"attention", "experts", "scoring", "digesting"}
+    shown = l4pack("evaluate", made, "--against", source, *few, "--dry-run", "--on", "h100", "--price", 3)
+    assert "80 tokens in 2 sequences" in shown.out
+    assert "on h100 (assumed" in shown.out
+    assert not list(made.parent.glob("*.partial"))
+    ended = l4pack("build", source, "--recipe", "int4-rtn", "--out", tmp_path / "out", *few, "--dry-run", "--json")
+    predicted = json.loads(ended.out)["plan"]["predicted"]
+    assert predicted["phases"].keys() >= {"rounding", "verifying", "scoring"}
+
+
+def test_what_was_done_stands_beside_what_was_predicted(l4pack, checkpoint, tmp_path):
+    source, out = checkpoint(), tmp_path / "out"
+    command = ("build", source, "--recipe", "int4-rtn", "--out", out, "--samples", 2, "--sequence-length", 40)
+    steps = json.loads(l4pack(*command, "--json").out)
+    for step in ("quantize", "verify", "evaluate"):
+        assert steps[step]["predicted_seconds"] > 0
+        assert steps[step]["seconds"] > 0
+    assert "Predicted" in l4pack(*command).out
+    ended = l4pack("evaluate", out, "--against", source, "--samples", 3, "--sequence-length", 40, "--json")
+    run = json.loads(ended.out)["run"]
+    assert run["predicted_seconds"] > 0
+    assert run["seconds"] > 0
