@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from l4pack.cli import console
 from l4pack.errors import L4packError, UsageError
-from l4pack.units import human_seconds, parse_duration, parse_size
+from l4pack.units import human_bytes, human_seconds, parse_duration, parse_size
 from l4pack.work.device import CPU
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from l4pack.plan.plan import Plan, RunLimits
     from l4pack.timing.speeds import Prediction, Speeds
+    from l4pack.timing.spread import Spread
     from l4pack.timing.within import Chosen
     from l4pack.timing.work import Work
 
@@ -87,6 +88,15 @@ class Hours:
         from l4pack.timing.jobs import quantizing
 
         return self.predict(quantizing(plan, self.kind), plan.read_bytes)
+
+    def spread(self, plan: Plan, workers: int | None) -> Spread | None:
+        """A plan's job on so many workers, each as fast as what the hours are of; None where nothing is known of that."""
+        speeds = None if workers is None else self.speeds(plan.read_bytes)
+        if workers is None or speeds is None:
+            return None
+        from l4pack.timing.spread import spread
+
+        return spread(plan, workers, speeds)
 
     def largest_calibration(self, plan: Plan, within: str) -> Chosen:
         """The most calibration samples that end `within` a time. Raises UsageError, BudgetError."""
@@ -168,6 +178,25 @@ def hours_view(prediction: Prediction | None) -> list[RenderableType]:
         f"time      {human_seconds(prediction.seconds)}{cost} on {console.plain(speeds.name)} ({console.plain(speeds.basis)})",
         f"          {', '.join(shown)}",
     ]
+
+
+def spread_record(shared: Spread | None) -> dict[str, Any]:
+    """A job on a cluster, as JSON."""
+    return {} if shared is None else {"cluster": shared.record()}
+
+
+def spread_view(shared: Spread | None) -> list[RenderableType]:
+    """A job on a cluster, for people."""
+    if shared is None:
+        return []
+    lines = [
+        f"cluster   {human_seconds(shared.seconds)} of computing on {shared.workers:,} such workers, "
+        f"{human_seconds(shared.alone_seconds)} on one; {shared.waiting_share:.0%} of their time they wait for one another",
+        f"          each reads {human_bytes(round(shared.read_bytes))} and writes {human_bytes(round(shared.write_bytes))}",
+    ]
+    if shared.layer_barrier_seconds:
+        lines.append(f"          a layer's ends of stages cost {human_seconds(shared.layer_barrier_seconds)} of each")
+    return [*lines]
 
 
 def beside_view(prediction: Prediction | None, actual: float) -> list[RenderableType]:

@@ -402,8 +402,9 @@ RayOption = Annotated[
     str | None,
     typer.Option(
         "--ray",
-        metavar="ADDRESS",
-        help="Spread the work over a Ray cluster: HOST:PORT, `auto` for the one this machine is in, `local` for one here.",
+        metavar="ADDRESS|N",
+        help="Spread the work over a Ray cluster: HOST:PORT, `auto` for the one this machine is in, `local` for one here. "
+        "Of `plan`, how many workers there would be.",
         rich_help_panel=_CLUSTER,
     ),
 ]

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 
 from l4pack.cli import console
-from l4pack.cli.hours import Hours, hours_view, predicted_record, within_record, within_time, within_view
+from l4pack.cli.hours import (
+    Hours,
+    hours_view,
+    predicted_record,
+    spread_record,
+    spread_view,
+    within_record,
+    within_time,
+    within_view,
+)
 from l4pack.cli.options import (
     AsJsonOption,
     CalibrationOption,
@@ -22,6 +31,7 @@ from l4pack.cli.options import (
     MaxVramOption,
     OnOption,
     PriceOption,
+    RayOption,
     RecipeOption,
     SeedOption,
     SequenceLengthOption,
@@ -29,12 +39,16 @@ from l4pack.cli.options import (
     SourceOption,
     WithinOption,
 )
+from l4pack.errors import UsageError
 from l4pack.units import human_bytes
 from l4pack.work.device import AUTO, chosen
 
 if TYPE_CHECKING:
     from l4pack.checkpoint.source import Checkpoint
     from l4pack.plan.plan import Plan
+
+
+_MOST_WORKERS = 10_000
 
 
 def plan(
@@ -54,6 +68,7 @@ def plan(
     devices: DevicesFileOption = None,
     price: PriceOption = None,
     within: WithinOption = None,
+    ray: RayOption = None,
     as_json: AsJsonOption = False,
 ) -> None:
     """Say what an artifact will weigh and what making it will take, from headers or a bare config.json.
@@ -65,7 +80,7 @@ def plan(
     from l4pack.plan.summary import plan_record, room_record
     from l4pack.recipe import load_recipe
 
-    hours = Hours(on, devices, price, chosen(compute), Path.cwd())
+    hours, workers = Hours(on, devices, price, chosen(compute), Path.cwd()), worker_count(ray)
     allowed = hours.limits(max_ram, max_vram, shard_size)
     wanted = (
         load_recipe(recipe)
@@ -79,13 +94,29 @@ def plan(
 
         made = with_text(made, calibration)
     prediction = hours.quantizing(made)
+    shared = hours.spread(made, workers)
     if as_json:
         console.show_json(
-            {**plan_record(made), **room_record(made), **predicted_record(prediction), **within_record(fitted)}
+            {
+                **plan_record(made),
+                **room_record(made),
+                **predicted_record(prediction),
+                **spread_record(shared),
+                **within_record(fitted),
+            }
         )
     else:
-        console.show(*plan_view(made), *hours_view(prediction), *within_view(fitted))
+        console.show(*plan_view(made), *hours_view(prediction), *spread_view(shared), *within_view(fitted))
     made.check_servable()
+
+
+def worker_count(ray: str | None) -> int | None:
+    """How many workers a plan is asked for. Raises UsageError."""
+    if ray is None:
+        return None
+    if not ray.isdecimal() or not 0 < int(ray) <= _MOST_WORKERS:
+        raise UsageError(f"--ray {ray} is no number of workers", hint="give how many there would be, for example 8")
+    return int(ray)
 
 
 def plan_view(plan: Plan) -> list[RenderableType]:

@@ -1,0 +1,62 @@
+"""A job on a cluster: tasks given out the longest first, and what workers wait for one another."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+
+from l4pack.checkpoint.open import open_source
+from l4pack.plan.plan import make_plan
+from l4pack.recipe import load_recipe
+from l4pack.timing.named import named_speeds
+from l4pack.timing.spread import makespan, spread
+
+PLAN = ("plan", "llama-4-scout", "--recipe", "int4", "--on", "h100")
+
+
+@pytest.fixture(scope="module")
+def scout():
+    return make_plan(open_source("llama-4-scout"), load_recipe("int4"))
+
+
+@pytest.mark.parametrize("tasks", [[5, 4, 3, 3, 3], [7, 7, 6, 6, 5, 5, 4, 4, 4], [1], [9, 1, 1, 1, 1]])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_longest_first_is_a_third_above_the_best_at_most(tasks, workers):
+    best = min(
+        max(
+            sum(task for task, owner in zip(tasks, owners, strict=True) if owner == worker) for worker in range(workers)
+        )
+        for owners in itertools.product(range(workers), repeat=len(tasks))
+    )
+    assert best <= makespan(tasks, workers) <= best * (4 / 3 - 1 / (3 * workers)) + 1e-9
+    assert makespan(tasks, 1) == sum(tasks)
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int4-rtn"])
+def test_more_workers_take_less_and_wait_more(recipe):
+    plan, speeds = make_plan(open_source("llama-4-maverick"), load_recipe(recipe)), named_speeds("h100")
+    found = [spread(plan, workers, speeds) for workers in (1, 8, 64)]
+    assert found[0].waiting_share == pytest.approx(0, abs=1e-9)
+    assert found[0].seconds == pytest.approx(found[0].alone_seconds)
+    for fewer, more in itertools.pairwise(found):
+        assert more.seconds < fewer.seconds
+        assert more.waiting_share >= fewer.waiting_share
+        assert more.read_bytes < fewer.read_bytes
+        assert more.seconds * more.workers >= more.alone_seconds * (1 - 1e-9)
+    assert (found[2].layer_barrier_seconds > 0) is (recipe == "int4")
+
+
+def test_the_plan_says_what_a_cluster_takes(l4pack, scout):
+    record = json.loads(l4pack(*PLAN, "--ray", 8, "--json").out)["cluster"]
+    assert record == json.loads(json.dumps(spread(scout, 8, named_speeds("h100")).record()))
+    ended = l4pack(*PLAN, "--ray", 8)
+    assert "of computing on 8 such workers" in ended.out
+    assert "ends of stages cost" in ended.out
+
+
+@pytest.mark.parametrize("workers", ["0", "auto", "1e9", "20000"])
+def test_a_plan_is_asked_for_a_number_of_workers(l4pack, workers):
+    ended = l4pack(*PLAN, "--ray", workers)
+    assert (ended.code, ended.err.splitlines()[0]) == (2, f"error: --ray {workers} is no number of workers")
