@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from l4pack.stream.walk import Walk
 from l4pack.stream.weights import Weights
 from l4pack.units import human_bytes
 from l4pack.work.identity import Identity
+from l4pack.work.machine import peak_rss
 
 FOLDER = Path(".bench/scout-16")
 SEQUENCE = 512
@@ -66,7 +68,10 @@ def streamed(checkpoint: Checkpoint, compute: Compute, tokens: int) -> dict[str,
     config = checkpoint.config
     packed = Packed([TokenSequence((0,) * SEQUENCE)] * (tokens // SEQUENCE))
     skeleton = Skeleton(config, compute.device, compute.dtype)
-    with tempfile.TemporaryDirectory(dir=FOLDER) as work, Weights(checkpoint, compute.device, compute.dtype) as weights:
+    with (
+        tempfile.TemporaryDirectory(dir=FOLDER) as work,
+        Weights(checkpoint, compute.device, compute.dtype, tiled=compute.tiles > 0) as weights,
+    ):
         files = StreamFiles(Path(work), "bench", ["bench"], tokens, config.text.hidden_size, compute.dtype)
         stream = files.open()["bench"]
         stream.middle.data[:] = hidden_states(tokens, config.text.hidden_size)
@@ -90,7 +95,7 @@ def streamed(checkpoint: Checkpoint, compute: Compute, tokens: int) -> dict[str,
             torch.cuda.synchronize()
         found = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
         output = stream.following.data[:64].float() - stream.middle.data[:64].float()
-        planned = computing_on(compute, config.text, packed.sequences).memory()
+        planned = replace(computing_on(compute, config.text, packed.sequences), tiles=compute.tiles).memory()
     return {**found, **experts_seconds, "planned_bytes": planned.ram, "output": output.double().sum(1).tolist()}
 
 
@@ -195,12 +200,6 @@ def one(what: str, *numbers: str) -> None:
         compute = Compute.of(numbers[1])
         found = (streamed if what == "streamed" else upstream)(open_folder(FOLDER), compute, int(numbers[0]))
     print(json.dumps({**found, "rss": peak_rss()}))
-
-
-def peak_rss() -> int:
-    """Bytes; `getrusage` would count what the parent held when it started this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def growth() -> None:
