@@ -46,6 +46,7 @@ from l4pack.units import human_bytes, human_gib, human_seconds
 from l4pack.verify.verify import verify_artifact
 from l4pack.work.files import write_atomic
 from l4pack.work.folder import FETCHED, is_marked, remove_all
+from l4pack.work.progress import Shown
 from l4pack.work.signals import stop_signals
 
 if TYPE_CHECKING:
@@ -65,19 +66,16 @@ class Outcome(StrEnum):
     FAILED = "failed"
 
 
-class ByteProgress(Protocol):
+class Watched(Protocol):
     """Something that shows how many bytes are done."""
 
-    def advance(self, nbytes: int) -> None:
-        """Count bytes as done."""
-        ...
-
-    def label(self, text: str) -> None:
-        """Change what is said to be done."""
+    @property
+    def shown(self) -> Shown:
+        """What is told."""
         ...
 
 
-Watch = Callable[[str, int], AbstractContextManager[ByteProgress]]
+Watch = Callable[[str, int], AbstractContextManager[Watched]]
 
 
 @dataclass(frozen=True)
@@ -226,13 +224,13 @@ class _Chain:
         plan, order = self._plan, self._order
         with self._watch("quantizing", plan.read_bytes) as bar:
             if order.cluster is not None:
-                order.cluster.show_on(bar.label)
+                order.cluster.show_on(bar.shown.label)
             result = run_plan(
                 plan,
                 order.out,
                 restart=order.restart,
                 quantize=quantizer(order.compute),
-                advance=bar.advance,
+                shown=bar.shown,
                 device=order.compute,
                 cluster=order.cluster,
             )
@@ -250,7 +248,7 @@ class _Chain:
         if state.get("verify") == key:
             return Outcome.KEPT, summary, {"ok": True}
         with self._watch("verifying", sum(shard.nbytes for shard in self._plan.shards)) as bar:
-            result = verify_artifact(self._order.out, self._plan.checkpoint, advance=bar.advance)
+            result = verify_artifact(self._order.out, self._plan.checkpoint, advance=bar.shown.advance)
         errors = [finding for finding in result.findings if finding.level == "error"]
         if not result.ok:
             first = f"{errors[0].where}: {errors[0].message}" if errors else "nothing could be checked"
@@ -287,7 +285,7 @@ class _Chain:
         from l4pack.stream.visitor import Progress
 
         with self._watch("evaluating", self._evaluated_bytes()) as bar, stop_signals() as stop:
-            prepared = self._prepared(text, Progress(advance=bar.advance, stop=stop))
+            prepared = self._prepared(text, Progress.of(bar.shown, stop))
             record = find(read_evaluations(out), prepared.identity.digest)
             outcome = Outcome.DONE if record is None else Outcome.KEPT
             record = prepared.run() if record is None else record
@@ -335,7 +333,7 @@ class _Chain:
         address_card(self._order.out, target.repo_id)
         plan = plan_push(self._order.out, target)
         with self._watch("uploading", plan.send_bytes) as bar:
-            done = push_artifact(plan, advance=bar.advance)
+            done = push_artifact(plan, advance=bar.shown.advance)
         return Outcome.DONE, f"{done.url} at {done.commit}", {"url": done.url, "commit": done.commit}
 
     def _remember(self, state: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from l4pack.plan.plan import make_plan
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import load_recipe
 from l4pack.work.folder import claim
+from l4pack.work.progress import Shown
 
 
 def check_refused(ended, code):
@@ -156,7 +157,7 @@ def test_a_source_changed_while_the_job_ran(checkpoint, tmp_path):
             os.utime(path, ns=(0, 0))
 
     with pytest.raises(SourceError, match="was changed while the job ran"):
-        run_plan(plan, tmp_path / "out", advance=touch)
+        run_plan(plan, tmp_path / "out", shown=Shown(touch))
     assert not (tmp_path / "out").exists()
 
 

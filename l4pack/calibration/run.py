@@ -9,7 +9,7 @@ same bytes: on one machine with as many threads, torch's products of the same sh
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -44,6 +44,7 @@ from l4pack.stream.units import LoadedUnit, Part, Unit
 from l4pack.stream.visitor import Progress, Visit, Visitor
 from l4pack.stream.walk import Walk
 from l4pack.stream.weights import Weights
+from l4pack.work.progress import Shown
 
 if TYPE_CHECKING:
     from l4pack.plan.plan import Plan
@@ -63,7 +64,7 @@ class CalibrationRun(Visitor):
         output: Output,
         folder: Path,
         stop: threading.Event,
-        advance: Callable[[int], None],
+        shown: Shown,
         device: str = "cpu",
         supply: Supply | None = None,
     ) -> None:
@@ -72,7 +73,7 @@ class CalibrationRun(Visitor):
         assert plan.recipe.calibration is not None
         assert plan.needs is not None
         self._plan, self._output, self._folder = plan, output, folder
-        self._progress, self._supply = Progress(advance=advance, stop=stop), supply
+        self._progress, self._supply = Progress.of(shown, stop), supply
         self._options, self._ahead = plan.recipe.calibration, plan.needs.ahead
         self.together = max(1, plan.needs.together)
         self._config = plan.checkpoint.config

@@ -34,6 +34,7 @@ from l4pack.stream.hidden import Buffer
 from l4pack.stream.layer import Blocks, LayerPass, Routing
 from l4pack.stream.units import Unit, layer_units
 from l4pack.stream.visitor import Visit
+from l4pack.work.progress import Shown
 
 TASKS_A_SLOT = 3  # so that whoever is done early takes over from whoever is late
 
@@ -69,11 +70,11 @@ class SpreadCalibration(CalibrationRun):
         output: Output,
         folder: Path,
         stop: threading.Event,
-        advance: Callable[[int], None],
+        shown: Shown,
         device: str = "cpu",
     ) -> None:
         """See `CalibrationRun`; the source's path in `plan` must mean the same on every node."""
-        super().__init__(plan, output, folder, stop, advance, device)
+        super().__init__(plan, output, folder, stop, shown, device)
         self._cluster, self._share = workers.cluster, share_of(plan, workers.cluster)
         blocks = Blocks.on(self._skeleton.device, self._skeleton.text.hidden_size)
         where, lanes = worker_device(device), tuple(lane_names(plan))

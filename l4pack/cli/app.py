@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from l4pack import __version__
 from l4pack.cli import console
+from l4pack.cli.shared import prepare
 
 COMMANDS = {
     "inspect": "inspect:inspect",
@@ -32,32 +33,35 @@ COMMANDS = {
     "devices": "budget:devices",
     "build": "build:build",
     "budget": "budget:budget_app",
+    "config": "config:config",
 }
 """What stands for each command, as `module:name` in this package: a function, or a Typer application of its own."""
 
-STYLE: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": "markdown"}
+STYLE: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": "markdown"}
 
 
 @cache
-def _loaded(name: str) -> Any:
+def loaded(name: str) -> Any:
     """The command of that name as Click knows it."""
     module, _, attribute = COMMANDS[name].partition(":")
     command = getattr(import_module(f"l4pack.cli.{module}"), attribute)
-    holder = typer.Typer(**STYLE)
+    holder = typer.Typer(add_completion=False, **STYLE)
     holder.callback()(lambda: None)  # with one, Typer makes a group even of a single command
     if isinstance(command, typer.Typer):
         holder.add_typer(command, name=name)
     else:
         holder.command(name)(command)
     group: Any = get_command(holder)
-    return group.commands[name]
+    found = group.commands[name]
+    prepare(found, name, ())
+    return found
 
 
 class _Commands(UserDict[str, Any]):
     """Commands by name; only those that are taken out are imported."""
 
     def __getitem__(self, name: str) -> Any:
-        return _loaded(name) if name in self.data else super().__getitem__(name)
+        return loaded(name) if name in self.data else super().__getitem__(name)
 
 
 class _Root(TyperGroup):

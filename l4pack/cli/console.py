@@ -1,7 +1,7 @@
 """The one place that talks to the terminal: results on stdout, talk and progress on stderr, JSON on request.
 
-Talk and progress bars appear only when stderr is a terminal, so a pipe or a CI log holds results and errors, and of a
-long job a line now and then.
+Talk appears only when stderr is a terminal. Progress is a bar there; elsewhere, in a log of CI or of a batch job, it is a
+line for each step of a long job, a layer mostly.
 """
 
 from __future__ import annotations
@@ -12,19 +12,24 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds
+from l4pack.work.progress import Shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 PIPED_WIDTH = 120
-LOG_SECONDS = 300.0  # between two lines of a log: a job takes minutes or days
+LINE_SHARE, LINE_SECONDS = 0.05, 20.0  # a job without steps says this often how far it is
 LINE_LIMIT = 1000  # characters of an error: names and values in it come from files
 
 
@@ -66,9 +71,41 @@ def show_text(text: str) -> None:
         reader_left()
 
 
+@dataclass
+class Manner:
+    """How much is said beside results: `quiet` only errors, `verbose` every part of a step; all of it to `log` too."""
+
+    quiet: bool = False
+    verbose: bool = False
+    log: Path | None = None
+
+
+manner = Manner()
+
+
+def set_quiet(wanted: bool) -> None:
+    """Say errors only."""
+    manner.quiet = wanted
+
+
+def set_verbose(wanted: bool) -> None:
+    """Say every part of a step."""
+    manner.verbose = wanted
+
+
+def set_log(path: Path | None) -> None:
+    """Say it in a file too. Raises UsageError for one that can't be written."""
+    if path is not None:
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}", hint="name a log file that can be written") from error
+    manner.log = path
+
+
 def talk(*items: RenderableType) -> None:
     """Print on stderr, only when a person watches."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not manner.quiet:
         console = _console(stderr=True)
         for item in items:
             console.print(item)
@@ -76,14 +113,24 @@ def talk(*items: RenderableType) -> None:
 
 def error(message: str, hint: str = "") -> None:
     """One line that says what and where, and a hint that says what to do."""
-    sys.stderr.write(f"error: {_one_line(message)}\n")
+    _write(f"error: {_one_line(message)}")
     if hint:
-        sys.stderr.write(f"hint: {_one_line(hint)}\n")
+        _write(f"hint: {_one_line(hint)}")
 
 
 def warning(message: str) -> None:
     """One line on stderr, whoever watches."""
-    sys.stderr.write(f"warning: {_one_line(message)}\n")
+    _write(f"warning: {_one_line(message)}", spoken=not manner.quiet)
+
+
+def _write(line: str, *, spoken: bool = True) -> None:
+    """A line on stderr, and in the log with the time."""
+    if spoken:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+    if manner.log is not None:
+        with manner.log.open("a", encoding="utf-8") as stream:
+            stream.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {line}\n")
 
 
 def _one_line(text: str) -> str:
@@ -108,50 +155,57 @@ def plain(text: object) -> str:
     return escape(_one_line(str(text)))
 
 
-class Log:
-    """Progress counted in bytes as a line now and then, for who reads a log."""
-
-    def __init__(self, total: int, label: str) -> None:
-        self._total, self._label, self._done = total, label, 0
-        self._started = self._written = time.monotonic()
-
-    def advance(self, nbytes: int) -> None:
-        """Count `nbytes` more as done, and say so when it is time."""
-        self._done += nbytes
-        now = time.monotonic()
-        if now - self._written >= LOG_SECONDS:
-            self._written = now
-            amount = f"{human_bytes(self._done)} of {human_bytes(self._total)}"
-            took = human_seconds(now - self._started)
-            sys.stderr.write(f"{_one_line(self._label)}: {amount}, {self._done / max(1, self._total):.0%}, {took}\n")
-            sys.stderr.flush()
-
-    def label(self, text: str) -> None:
-        """Change what the lines say is done."""
-        self._label = text
-
-
 class Bar:
-    """A progress bar counted in bytes."""
+    """The progress of a job counted in bytes: a bar where a person watches, else a line for each step."""
 
-    def __init__(self, progress: Progress, total: int, label: str) -> None:
-        self._progress = progress
-        self._task = progress.add_task(label, total=total)
+    def __init__(self, progress: Progress | None, total: int, label: str) -> None:
+        self._progress, self._name, self._total, self._done = progress, label, total, 0
+        self._task = progress.add_task(label, total=total) if progress else None
+        self._started = self._said_at = time.monotonic()
+        self._said = 0
+
+    @property
+    def shown(self) -> Shown:
+        """Itself, as jobs know it."""
+        return Shown(self.advance, self.label, self.step)
 
     def advance(self, nbytes: int) -> None:
         """Count `nbytes` more as done."""
-        self._progress.advance(self._task, nbytes)
+        self._done += nbytes
+        if self._progress is not None and self._task is not None:
+            self._progress.advance(self._task, nbytes)
+        far = self._done - self._said >= LINE_SHARE * self._total
+        if far and time.monotonic() - self._said_at >= LINE_SECONDS:
+            self._say("")
 
     def label(self, text: str) -> None:
         """Change what the bar says it is doing."""
-        self._progress.update(self._task, description=text)
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=text)
+        if manner.verbose:
+            self._say(text)
+
+    def step(self, text: str) -> None:
+        """A step is done, of which a job has some dozens: a line of its own where there is no bar, and in the log."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=text)
+        self._say(text)
+
+    def _say(self, text: str) -> None:
+        now = time.monotonic()
+        rate = self._done / max(now - self._started, 1e-9)
+        left = f", {human_seconds((self._total - self._done) / rate)} left" if 0 < self._done < self._total else ""
+        share = f"{100 * self._done / self._total:.0f} %, " if self._total else ""
+        line = f"{self._name}: {text}{', ' if text else ''}{share}{human_bytes(rate)}/s{left}"
+        _write(line, spoken=self._progress is None and not manner.quiet)
+        self._said_at, self._said = now, self._done
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Bar | Log]:
-    """A bar with throughput and time left on stderr when a person watches, and lines for a log else."""
-    if not sys.stderr.isatty():
-        yield Log(total, label)
+def progress(label: str, total: int) -> Iterator[Bar]:
+    """A bar with throughput and time left on stderr when a person watches, lines of the same elsewhere."""
+    if not sys.stderr.isatty() or manner.quiet:
+        yield Bar(None, total, label)
         return
     from l4pack.cli.bar import progress_of_bytes
 

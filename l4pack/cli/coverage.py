@@ -60,7 +60,7 @@ def coverage(
     folder = work or Path(f"{Path(source).resolve().name}.coverage.partial")
     checkpoint = open_source(source)
     with console.progress("covering", checkpoint.weight_bytes) as bar, stop_signals() as stop:
-        progress = Progress(bar.advance, bar.label, stop)
+        progress = Progress.of(bar.shown, stop)
         found = cover(checkpoint, wanted, folder, compute, progress, restart=restart)
     record = found.record()
     console.show_json(record) if as_json else console.show(*_view(record))

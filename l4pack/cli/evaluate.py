@@ -157,7 +157,7 @@ def _run(artifact: Path, against: str | None, settings: EvaluationSettings, hour
     checkpoint, original = open_folder(artifact), None if against is None else open_source(against)
     total = total_bytes(checkpoint, None if settings.reference else original)
     with console.progress("evaluating", total) as bar, stop_signals() as stop:
-        prepared = prepare_evaluation(checkpoint, original, settings, Progress(bar.advance, bar.label, stop))
+        prepared = prepare_evaluation(checkpoint, original, settings, Progress.of(bar.shown, stop))
         prediction = _prediction(prepared, hours)
         record = prepared.run()
     record["run"]["predicted_seconds"] = predicted_seconds(prediction)

@@ -116,7 +116,7 @@ def _run(prepared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
     started = time.monotonic()
     with console.progress("measuring", prepared.costs.read_bytes) as bar, stop_signals() as stop:
-        record = run(prepared, Progress(bar.advance, bar.label, stop)).model_dump(mode="json")
+        record = run(prepared, Progress.of(bar.shown, stop)).model_dump(mode="json")
     return record, {
         "device": prepared.compute.describe(), "seconds": time.monotonic() - started, "peak_rss_bytes": machine.peak_rss(),
     }  # fmt: skip

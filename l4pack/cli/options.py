@@ -17,7 +17,7 @@ from l4pack.units import parse_tokens
 
 T = TypeVar("T")
 
-_TEXT, _BUDGET, _TIME, _GATES, _CLUSTER = "Text", "Budget", "Time", "Quality gates (exit 6)", "Cluster"
+_TEXT, _BUDGET, _TIME, _GATES, _CLUSTER, _TALK = "Text", "Budget", "Time", "Quality gates (exit 6)", "Cluster", "Talk"
 
 # What is worked on
 
@@ -439,6 +439,27 @@ FittedOption = Annotated[
     ),
 ]
 AsJsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object (bytes and seconds as numbers).")]
+
+QuietOption = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", callback=console.set_quiet, expose_value=False, help="Say errors only.", rich_help_panel=_TALK
+    ),
+]
+VerboseOption = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", callback=console.set_verbose, expose_value=False, help="Say every part of a step.",
+        rich_help_panel=_TALK,
+    ),
+]  # fmt: skip
+LogFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--log-file", metavar="FILE", callback=console.set_log, expose_value=False,
+        help="Add progress, warnings and errors to a file, with the time.", rich_help_panel=_TALK,
+    ),
+]  # fmt: skip
 
 # How it is published
 

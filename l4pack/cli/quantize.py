@@ -141,7 +141,7 @@ def _run(made: Plan, out: Path, device: str, spread: ClusterOptions | None, rest
             out,
             restart=restart,
             quantize=quantizer(device),
-            advance=bar.advance,
+            shown=bar.shown,
             device=device,
             cluster=cluster,
         )

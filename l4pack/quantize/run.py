@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +49,7 @@ from l4pack.work.device import CPU
 from l4pack.work.files import sync_folder, write_atomic
 from l4pack.work.folder import LOCK_NAME, check_writable, owned
 from l4pack.work.identity import Identity
+from l4pack.work.progress import Shown
 from l4pack.work.signals import stop_signals
 
 _JOURNAL = "journal.jsonl"
@@ -88,14 +89,14 @@ def run_plan(
     *,
     restart: bool = False,
     quantize: Quantizer = quantize_block,
-    advance: Callable[[int], None] | None = None,
+    shown: Shown | None = None,
     device: str = "cpu",
     cluster: Cluster | None = None,
 ) -> RunResult:
     """Write the artifact of `plan` to the folder `out`, which appears when it is complete.
 
     Work lies in `out` + '.partial' until then; the same call goes on where an earlier one was stopped or killed.
-    `advance` is told the source bytes of each finished task; calibration computes on `device`, with the text that comes
+    `shown` is told the source bytes of each finished task and the layers that are done; calibration computes on `device`, with the text that comes
     with the package if the plan has none. With a `cluster`, its workers do it, to the same bytes. Raises UsageError (`out` is taken, or the work begun belongs to another plan),
     BudgetError (memory, disk), SourceError, QualityError (a gate on calibration), StoppedError (a signal asked to stop).
     """
@@ -119,7 +120,7 @@ def run_plan(
         if is_finished(plan, out):  # another run has finished it meanwhile
             folder.remove()
             return done
-        resumed = _work(plan, store, work, quantize, advance or (lambda _: None), stop, device, cluster)
+        resumed = _work(plan, store, work, quantize, shown or Shown(), stop, device, cluster)
         (work / _ARTIFACT).replace(out)
         sync_folder(out.parent)
         folder.remove()
@@ -157,7 +158,7 @@ def _work(
     store: Store,
     work: Path,
     quantize: Quantizer,
-    advance: Callable[[int], None],
+    shown: Shown,
     stop: threading.Event,
     device: str,
     cluster: Cluster | None,
@@ -180,9 +181,9 @@ def _work(
                 executor = Executor(plan.recipe, plan.checkpoint, reader, writer, quantize)
                 crew = _crew(plan, folder, journal, device, cluster) or Threads(executor, writer, plan.workers)
                 walked = Itinerary.of(plan.checkpoint).walked() if plan.needs is not None and store.fetches else ()
-                job = Job(plan, store, journal, reader, writer, crew, advance, stop, held=walked)
+                job = Job(plan, store, journal, reader, writer, crew, shown.advance, stop, held=walked)
                 calibrate = partial(
-                    _calibrate, plan, Output(journal, writer, executor), work, advance, stop, device, cluster
+                    _calibrate, plan, Output(journal, writer, executor), work, shown, stop, device, cluster
                 )
                 if walked:
                     with Fetching(plan.checkpoint, store, job, reader) as supply:
@@ -240,7 +241,7 @@ def _calibrate(
     plan: Plan,
     output: Output,
     work: Path,
-    advance: Callable[[int], None],
+    shown: Shown,
     stop: threading.Event,
     device: str,
     cluster: Cluster | None,
@@ -250,13 +251,13 @@ def _calibrate(
     if cluster is None:
         from l4pack.calibration.run import CalibrationRun
 
-        CalibrationRun(plan, output, work / _HIDDEN, stop, advance, device, supply).run()
+        CalibrationRun(plan, output, work / _HIDDEN, stop, shown, device, supply).run()
     else:
         from l4pack.calibration.spread import SpreadCalibration, Workers
 
         job = spread_job(plan, work / _ARTIFACT, output.journal, device)
         workers = Workers(cluster, SlicesDesk, job)
-        SpreadCalibration(workers, job.plan, output, work / _HIDDEN, stop, advance, device).run()
+        SpreadCalibration(workers, job.plan, output, work / _HIDDEN, stop, shown, device).run()
     write_atomic(work / _ARTIFACT / RECORD_NAME, plan.calibration_json(output.journal.results))
 
 

@@ -11,6 +11,7 @@ from l4pack.stream.lanes import Model
 from l4pack.stream.layer import LayerPass
 from l4pack.stream.sides import Stream
 from l4pack.stream.units import LoadedUnit, Unit, UnitWeights, unit_bytes
+from l4pack.work.progress import Shown
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,15 @@ class Visit:
 
 
 @dataclass
-class Progress:
+class Progress(Shown):
     """How a walk tells how far it is, and is told to stop."""
 
-    advance: Callable[[int], None] = lambda _: None
-    label: Callable[[str], None] = lambda _: None
     stop: threading.Event = field(default_factory=threading.Event)
+
+    @classmethod
+    def of(cls, shown: Shown, stop: threading.Event) -> Progress:
+        """What `shown` is told, until `stop` is set."""
+        return cls(shown.advance, shown.label, shown.step, stop)
 
 
 class Visitor:

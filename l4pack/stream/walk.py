@@ -138,7 +138,7 @@ class Walk:
             self._visit(self._entered(number, step), used, ready)
         rows = sum(lane.packed.rows for lane in self._lanes.lanes if lane.walks(step))
         rate = rows / max(time.monotonic() - started, 1e-9)
-        self._progress.label(f"layer {layer + 1} of {len(self.order)} done, {rate:,.0f} tokens/s")
+        self._progress.step(f"layer {layer + 1} of {len(self.order)} done, {rate:,.0f} tokens/s")
         self._save(step, self._visitor.leave(layer, self.streams))
 
     def _entered(self, number: int, step: int) -> Visit:
@@ -151,8 +151,6 @@ class Walk:
             return LayerPass(model.skeleton, layer, packed, stream, self._blocks, release=self._release)
 
         passes = {name: enter(name) for name, lane in lanes.items() if lane.walks(step)}
-        count = f", {len(passes)} streams" if len(passes) > 1 else ""
-        self._progress.label(f"layer {layer + 1} of {len(self.order)}, {model.name}{count}")
         return Visit(layer, number, passes, self.streams, enter)
 
     def _visit(self, visit: Visit, used: set[int], ready: _Ready) -> None:
@@ -191,8 +189,20 @@ class Walk:
 
     def _run(self, visit: Visit, together: _Together, ready: _Ready) -> None:
         check_stop(self._progress.stop)
+        self._progress.label(self._what(visit, together))
         self._visitor.visit_together(visit, ready.take((visit.model, together)))
         self._count(visit.model, together)
+
+    def _what(self, visit: Visit, together: _Together) -> str:
+        """`layer 12 of 48, original, experts 5 to 8 of 16`."""
+        first, last = together[0], together[-1]
+        part = first.part.value.replace("_", " ")
+        if first.expert is not None and last.expert is not None:
+            several = f"s {first.expert + 1} to" if last is not first else ""
+            part = f"expert{several} {last.expert + 1} of {self.models[0].skeleton.config.text.num_local_experts}"
+        count = f", {len(visit.passes)} streams" if len(visit.passes) > 1 else ""
+        model = f", {self.models[visit.model].name}" if len(self.models) > 1 else ""
+        return f"layer {visit.layer + 1} of {len(self.order)}{model}, {part}{count}"
 
     def _count(self, number: int, units: Sequence[Unit]) -> None:
         """Tell progress of units that have run, or need not: experts without tokens, layers done before."""

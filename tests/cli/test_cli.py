@@ -197,21 +197,6 @@ def test_a_script_gets_the_error_as_an_object(l4pack, arguments, code):
     assert ended.err.splitlines()[1] == f"hint: {found['error']['hint']}"
 
 
-def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
-    now = iter([0.0, 299.0, 301.0, 400.0, 660.0])
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
-    with console.progress("quantizing", 4_000_000_000) as bar:
-        for _ in range(3):
-            bar.advance(10**9)
-        bar.label("[layer 1]\n")
-        bar.advance(10**9)
-    lines = capsys.readouterr()
-    assert lines.out == ""
-    assert lines.err == (
-        "quantizing: 2.00 GB of 4.00 GB, 50%, 5 min 1 s\n[layer 1]: 4.00 GB of 4.00 GB, 100%, 11 min 0 s\n"
-    )
-
-
 def test_no_markup_from_outside_is_obeyed(checkpoint, l4pack, tmp_path):
     folder = tmp_path / "[red]tiny[bold]"
     folder.symlink_to(checkpoint("scout"))

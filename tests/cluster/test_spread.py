@@ -27,6 +27,7 @@ from l4pack.quantize import spread
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, load_recipe
 from l4pack.stream.layer import Blocks
+from l4pack.work.progress import Shown
 
 SMALL = Share(1, 0, 1 << 20)
 
@@ -72,7 +73,7 @@ def journal_of(out):
 def test_three_nodes_make_the_bytes_of_one_machine(cluster, plan, alone, tmp_path):
     told, done = [], []
     cluster.show_on(told.append)
-    result = run_plan(plan, tmp_path / "out", advance=done.append, cluster=cluster)
+    result = run_plan(plan, tmp_path / "out", shown=Shown(done.append), cluster=cluster)
     assert file_digests(tmp_path / "out") == alone
     assert not journal_of(tmp_path / "out").parent.exists()
     assert sum(done) == result.read_bytes == plan.read_bytes

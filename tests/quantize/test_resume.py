@@ -31,6 +31,7 @@ from l4pack.quantize.run import run_plan
 from l4pack.recipe import load_recipe
 from l4pack.work.files import write_atomic
 from l4pack.work.identity import Identity
+from l4pack.work.progress import Shown
 
 SLOW_RUN = Path(__file__).parents[1] / "support" / "slow_run.py"
 KILLS = 20
@@ -143,7 +144,7 @@ def stop_half_way(monkeypatch):
             patch.setattr("l4pack.quantize.threads.SYNC_SECONDS", 0.001)
             patch.setattr(Executor, "run", lambda self, task: (time.sleep(0.01), run_task(self, task)))
             with pytest.raises(StoppedError, match="what is finished is kept"):
-                run_plan(plan, out, advance=ask)
+                run_plan(plan, out, shown=Shown(ask))
 
     return stop
 

@@ -22,6 +22,7 @@ from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import quantize_block
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, load_recipe, recipe_names
+from l4pack.work.progress import Shown
 
 ROUNDING = [
     name for name in recipe_names() if load_recipe(name).calibration is None and load_recipe(name).promise is None
@@ -227,7 +228,7 @@ def test_nothing_but_the_artifact_is_left(artifact):
 def test_progress_counts_every_byte_once(checkpoint, tmp_path):
     plan = make_plan(open_source(str(checkpoint("scout"))), load_recipe("fp8"))
     steps = []
-    result = run_plan(plan, tmp_path / "out", advance=steps.append)
+    result = run_plan(plan, tmp_path / "out", shown=Shown(steps.append))
     assert sum(steps) == plan.read_bytes == result.read_bytes
     assert result.peak_rss_bytes > 0
     assert not result.resumed_bytes

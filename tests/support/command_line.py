@@ -22,5 +22,5 @@ def commands():
     return found
 
 
-CODES = {"L4packError": 1, "UsageError": 2, "RecipeError": 2, "BudgetError": 3, "SourceError": 4, "HubError": 5,
+CODES = {"L4packError": 1, "UsageError": 2, "RecipeError": 2, "BudgetError": 3, "SourceError": 4, "HubError": 5, "ClusterError": 5,
          "QualityError": 6, "LicenceError": 7, "StoppedError": 75}  # fmt: skip
