@@ -101,15 +101,21 @@ def _layer(plan: Plan, workers: int, speeds: Speeds, *, moe: bool) -> Iterator[l
     yield [speeds.seconds(attention) / parts] * parts
     everyones = Role.SHARED_EXPERT if moe else Role.DENSE_MLP
     roles = {everyones: 1} | ({Role.ROUTED_EXPERT: text.num_local_experts} if moe else {})
-    solved = {role: scheme for role in roles if (scheme := _scheme(plan, role)) is not None}
     yield [
-        speeds.seconds(solving(plan, role, scheme, device, tokens))
-        for role, scheme in solved.items()
-        for _ in range(roles[role])
+        size * speeds.seconds(solving(plan, role, scheme, device, tokens))
+        for role, count in roles.items()
+        if (scheme := _scheme(plan, role)) is not None
+        for size in _together(count, plan.needs.together)
     ]
     yield [_running(text, everyones, streams * tokens, speeds) / parts] * parts
     if moe:
         yield [_running(text, Role.ROUTED_EXPERT, streams * tokens, speeds)] * text.num_local_experts
+
+
+def _together(count: int, most: int) -> list[int]:
+    """How many units each task solves: on a device, as many at once as its memory takes."""
+    step = max(1, most)
+    return [min(step, count - first) for first in range(0, count, step)]
 
 
 def _running(text: TextConfig, role: Role, tokens: float, speeds: Speeds) -> float:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 
 from l4pack.checkpoint.open import open_source
+from l4pack.cli.hours import Hours
 from l4pack.plan.plan import make_plan
 from l4pack.recipe import load_recipe
 from l4pack.timing.named import named_speeds
@@ -18,7 +20,8 @@ PLAN = ("plan", "llama-4-scout", "--recipe", "int4", "--on", "h100")
 
 @pytest.fixture(scope="module")
 def scout():
-    return make_plan(open_source("llama-4-scout"), load_recipe("int4"))
+    limits = Hours("h100", None, None, "cpu", Path.cwd()).limits(None, None, None)
+    return make_plan(open_source("llama-4-scout"), load_recipe("int4"), limits)
 
 
 @pytest.mark.parametrize("tasks", [[5, 4, 3, 3, 3], [7, 7, 6, 6, 5, 5, 4, 4, 4], [1], [9, 1, 1, 1, 1]])
