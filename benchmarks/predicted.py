@@ -132,8 +132,8 @@ def job_of(chosen: argparse.Namespace, work: Path) -> Job:
         return command_of(clock, "demo", options, work)
     import midsize
 
-    midsize.SIZES |= {"num_hidden_layers": chosen.layers, "num_local_experts": chosen.experts}
-    midsize.make(chosen.folder)
+    midsize.SIZES["num_local_experts"] = chosen.experts
+    midsize.make(chosen.folder, chosen.layers)
     return command_of(clock, str(chosen.folder), [*options, "--sequence-length", "512"], work)
 
 

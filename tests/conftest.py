@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -32,6 +34,7 @@ from l4pack.recipe import Recipe, load_recipe
 from l4pack.timing.kept import Measurement, keep, machine_identity
 from l4pack.timing.work import Kind
 
+atexit.register(shutil.rmtree, os.environ["L4PACK_CACHE"], ignore_errors=True)
 for place in (Path.cwd(), Path(tempfile.gettempdir())):
     keep(Measurement(machine=machine_identity(place, "cpu"), taken="2026-01-01", rates=dict.fromkeys(Kind, 1e9)))
 

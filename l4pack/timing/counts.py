@@ -19,7 +19,6 @@ from l4pack.timing.work import Kind, Work
 from l4pack.work.device import CPU
 
 BLOCK = 128  # columns that GPTQ rounds before the others learn of it
-SWEEP_BLOCK = 256  # the same of a sweep
 TILE = 512  # columns of a product with a triangular matrix
 INVERTED_AT_ONCE = 256  # columns of a triangular matrix that are inverted without products
 MOMENT_TILE = 1024  # columns of a product on and above a Hessian's diagonal
@@ -28,10 +27,11 @@ FLOAT = 4  # bytes
 
 # Operations started by one piece of rows, counted on the CPU's way: they matter where matrices are small.
 CALLS_A_BLOCK, CALLS_A_PIECE, CALLS_A_FACTOR, CALLS_A_FACTOR_BLOCK, CALLS_A_FORWARD = 20, 300, 100, 20, 20
-# On a GPU the loops over columns are operations too, for all experts of a batch together: of a column of a block, and of one
-# in a sweep; and the bytes they pass over for each weight: some columns of the block, and the rest of it or all of it.
-CALLS_A_COLUMN, CALLS_A_TURN = 9, 10
-BYTES_A_COLUMN, BYTES_A_TURN = 8 * 12 + BLOCK // 2 * 12, 9 * 12 + BLOCK * 12
+# On a GPU one kernel takes a block's columns, of all experts of a batch: operations started for a block, and for one in a
+# sweep; operations on numbers that the kernel makes of each weight, and the bytes that pass to it and back.
+CALLS_A_DEVICE_BLOCK, CALLS_A_DEVICE_TURN = 20, 25
+OPERATIONS_A_COLUMN, OPERATIONS_A_TURN = 8 * BLOCK, 10 * BLOCK
+BYTES_A_COLUMN, BYTES_A_TURN = 80, 120
 # Passes over the weights that solving makes between products: residuals, squares, copies, levels; read and written.
 PASSES = 60
 
@@ -120,11 +120,13 @@ class _Solver:
         work.add("the rest of solving", Kind.CALL, pieces * calls)
 
     def _loops_on_device(self, work: Work, outputs: int, width: int) -> None:
-        """The same as operations on whole columns."""
-        weights, sweeps = outputs * width, self._sweep_count
-        work.add("columns", Kind.CALL, (CALLS_A_PIECE + CALLS_A_COLUMN * width) / self.together)
+        """The same as one kernel for a block's columns in all rows."""
+        weights, sweeps, blocks = outputs * width, self._sweep_count, math.ceil(width / BLOCK)
+        work.add("columns", Kind.CALL, (CALLS_A_PIECE + CALLS_A_DEVICE_BLOCK * blocks) / self.together)
+        work.add("columns", Kind.UPDATE, OPERATIONS_A_COLUMN * weights)
         work.add("columns", Kind.MEMORY, BYTES_A_COLUMN * weights)
-        work.add("sweeps", Kind.CALL, sweeps * CALLS_A_TURN * width / self.together)
+        work.add("sweeps", Kind.CALL, sweeps * CALLS_A_DEVICE_TURN * blocks / self.together)
+        work.add("sweeps", Kind.UPDATE, sweeps * OPERATIONS_A_TURN * weights)
         work.add("sweeps", Kind.MEMORY, sweeps * BYTES_A_TURN * weights)
         work.add("sweeps", Kind.PRODUCT, sweeps * product(outputs, width, width))
 

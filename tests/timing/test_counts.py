@@ -13,7 +13,7 @@ from l4pack.calibration.rows import Block
 from l4pack.evaluate import layer_errors
 from l4pack.model.config import TextConfig
 from l4pack.model.parts import mlp_shapes
-from l4pack.quant import gptq, gptq_batch, gptq_thin, triangular
+from l4pack.quant import gptq_batch, gptq_thin, triangular
 from l4pack.recipe import GptqOptions, Method, RecipeScheme
 from l4pack.timing import counts, jobs
 from l4pack.timing.work import Kind
@@ -79,7 +79,6 @@ def test_solving_without_sweeps_or_the_originals_inputs():
 def test_the_solver_cuts_as_is_counted():
     assert (counts.TILE, counts.INVERTED_AT_ONCE) == (triangular.TILE, triangular.INVERT_AT_ONCE)
     assert counts.BLOCK == gptq_thin.BLOCK
-    assert counts.SWEEP_BLOCK == gptq.SWEEP_BLOCK
     assert (counts.MOMENT_TILE, counts.THIN) == (moments.COLUMNS, moments.THIN)
     assert (jobs.SAMPLE_ROWS, jobs.SAMPLED_SHARE) == (layer_errors.SAMPLE_ROWS, layer_errors.SAMPLED_SHARE)
     assert gptq_batch.BLOCK == counts.BLOCK
