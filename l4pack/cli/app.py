@@ -23,6 +23,7 @@ COMMANDS = {
     "quantize": "quantize:quantize",
     "verify": "verify:verify",
     "evaluate": "evaluate:evaluate",
+    "chat": "chat:chat",
     "coverage": "coverage:coverage",
     "report": "report:report",
     "licence": "licence:licence",

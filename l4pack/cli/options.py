@@ -334,6 +334,13 @@ TaskOption = Annotated[
     list[str] | None,
     typer.Option("--task", metavar="FILE|NAME", help="Questions in JSONL, or a task of lm-eval; may be repeated."),
 ]
+PromptOption = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", metavar="TEXT", help="What is said to it; asked for, line by line, unless given."),
+]
+TokensOption = Annotated[
+    int, typer.Option("--tokens", "-n", metavar="N", min=1, max=4096, help="Most tokens of an answer.")
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", help="Most questions of each lm-eval task.")]
 BackendOption = Annotated[
     str, typer.Option("--backend", metavar="ENGINE", help="What runs lm-eval tasks: streamed, vllm or transformers.")

@@ -80,8 +80,13 @@ class Template:
         self._tokenizer = tokenizer
         self._template = _chosen(tokenizer.chat_template)
 
-    def render(self, chat: Chat, where: str) -> str:
-        """A conversation's text. Raises UsageError where there is no template, or it refuses the conversation."""
+    @property
+    def there(self) -> bool:
+        """Whether there is one."""
+        return self._template is not None
+
+    def render(self, chat: Chat, where: str, *, reply: bool = False) -> str:
+        """A conversation's text, with `reply` up to where the model's answer begins. Raises UsageError where there is no template, or it refuses the conversation."""
         if self._template is None:
             raise UsageError(
                 f"{where}: a conversation, and the tokenizer has no chat template",
@@ -90,7 +95,11 @@ class Template:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    chat.messages, tools=chat.tools, chat_template=self._template, tokenize=False
+                    chat.messages,
+                    tools=chat.tools,
+                    chat_template=self._template,
+                    tokenize=False,
+                    add_generation_prompt=reply,
                 )
             )
         except L4packError:

@@ -1,0 +1,95 @@
+"""`l4pack chat`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from l4pack.cli import console
+from l4pack.cli.options import (
+    AgainstOption,
+    AsJsonOption,
+    ComputeOption,
+    MaxRamOption,
+    MaxVramOption,
+    PromptOption,
+    SourceOption,
+    TokensOption,
+)
+from l4pack.errors import UsageError
+from l4pack.units import human_seconds, parse_size
+
+if TYPE_CHECKING:
+    from l4pack.evaluate.talk import Answer, Conversation
+
+
+def chat(
+    source: SourceOption,
+    against: AgainstOption = None,
+    prompt: PromptOption = None,
+    tokens: TokensOption = 32,
+    compute: ComputeOption = "auto",
+    max_ram: MaxRamOption = None,
+    max_vram: MaxVramOption = None,
+    as_json: AsJsonOption = False,
+) -> None:
+    """Let a model say a few words, the likeliest each time, streamed as everything here: whether it talks at all.
+
+    With `--against`, the original answers the same beside it, and the first token that differs is marked. Each token reads
+    what it needs of the whole model again, so this shows that an artifact works; a server is for talking.
+
+    Example: `l4pack chat demo --prompt "Why is the sky blue?" -n 16`
+    """
+    from l4pack.checkpoint.open import open_source
+    from l4pack.evaluate.talk import Asking, converse
+    from l4pack.stream.visitor import Progress
+    from l4pack.work.signals import stop_signals
+
+    limits = [None if limit is None else parse_size(limit) for limit in (max_ram, max_vram)]
+    asking = Asking(tokens, compute, *limits)
+    artifact, original = open_source(source), open_source(against) if against else None
+    total = tokens * sum(one.weight_bytes for one in (artifact, original) if one is not None)
+    messages: list[dict[str, str]] = []
+    for said in _said(prompt):
+        messages.append({"role": "user", "content": said})
+        with console.progress("answering", total) as bar, stop_signals() as stop:
+            found = converse(artifact, original, messages, asking, Progress.of(bar.shown, stop))
+        messages.append({"role": "assistant", "content": found.answer.text})
+        if as_json:
+            console.show_json({"prompt": said, **found.record()})
+        else:
+            console.show(*_view(found))
+
+
+def _said(prompt: str | None) -> Iterator[str]:
+    """The prompt that was given; else what is typed, line by line, or all that a pipe brings."""
+    if prompt is not None or not sys.stdin.isatty():
+        text = sys.stdin.read() if prompt is None else prompt
+        if not text.strip():
+            raise UsageError("nothing is said to the model", hint="give --prompt TEXT")
+        yield text
+        return
+    console.talk("[dim]say something; an empty line ends it[/dim]")
+    while line := input("> ").strip():
+        yield line
+
+
+def _view(found: Conversation) -> list[Text]:
+    """Both answers, from the first difference on in colour."""
+    at = found.first_difference
+    shown = [_answer("artifact" if found.original else "", found.answer)]
+    if found.original is not None:
+        shown.append(_answer("original", found.original))
+        count = min(len(found.answer.tokens), len(found.original.tokens))
+        same = f"the same {count} tokens" if at is None else f"the same for {at} tokens, then they part"
+        shown.append(Text(same, "green" if at is None else "yellow"))
+    shown.append(Text(human_seconds(found.seconds), "dim"))
+    return shown
+
+
+def _answer(who: str, answer: Answer) -> Text:
+    text = "".join(char if char.isprintable() or char == "\n" else " " for char in answer.text)
+    return Text.assemble((f"{who}  " if who else "", "bold"), text, ("" if answer.ended else " …", "dim"))
