@@ -22,8 +22,10 @@ _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_Z
 
 
 @contextmanager
-def connected(options: ClusterOptions, threads: int) -> Iterator[Cluster]:
+def connected(options: ClusterOptions, threads: int, cores: int | None = None) -> Iterator[Cluster]:
     """The cluster, until the block is left; its workers compute on so many `threads` each.
+
+    One that is begun here takes all cores of the machine unless told how many.
 
     Raises UsageError (Ray is not installed, no address), ClusterError (nothing answers there, or not Ray).
     """
@@ -32,7 +34,7 @@ def connected(options: ClusterOptions, threads: int) -> Iterator[Cluster]:
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
     asked = signal.getsignal(signal.SIGTERM)
     try:
-        _begin(ray, options.address, counts)
+        _begin(ray, options.address, counts, cores or machine.cores())
     finally:
         _take_back(asked)
     try:
@@ -65,9 +67,9 @@ def _imported() -> Any:
     return ray
 
 
-def _begin(ray: Any, address: str, environment: dict[str, str]) -> None:
+def _begin(ray: Any, address: str, environment: dict[str, str], cores: int) -> None:
     quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
-    own = {"num_cpus": machine.cores(), "include_dashboard": False} if address == LOCAL else {}
+    own = {"num_cpus": cores, "include_dashboard": False} if address == LOCAL else {}
     try:
         ray.init(address=address, runtime_env={"env_vars": environment}, **quiet, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
