@@ -132,6 +132,8 @@ class Cluster:
             ready: list[Any] = []
             if running:
                 ready, _ = self._ray.wait(list(running), num_returns=1, timeout=LOOK_SECONDS)
+            else:  # nobody is there to do what waits
+                stop.wait(LOOK_SECONDS)
             for reference in ready:
                 piece = running.pop(reference)
                 try:
