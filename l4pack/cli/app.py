@@ -13,7 +13,6 @@ from typer.main import get_command
 
 from l4pack import __version__
 from l4pack.cli import console
-from l4pack.cli.shared import prepare
 
 COMMANDS = {
     "inspect": "inspect:inspect",
@@ -44,6 +43,8 @@ STYLE: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": 
 @cache
 def loaded(name: str) -> Any:
     """The command of that name as Click knows it."""
+    from l4pack.cli.shared import prepare
+
     module, _, attribute = COMMANDS[name].partition(":")
     command = getattr(import_module(f"l4pack.cli.{module}"), attribute)
     holder = typer.Typer(add_completion=False, **STYLE)

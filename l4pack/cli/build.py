@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 
-from l4pack.budget.serve import on_lines
 from l4pack.cli import console
 from l4pack.cli.cluster import cluster_options, joined
 from l4pack.cli.evaluate import asked_gates
@@ -280,6 +279,8 @@ def build_view(plan: Plan, order: Order, built: Built) -> list[RenderableType]:
 
 def _whereabouts(order: Order, built: Built) -> list[RenderableType]:
     """Where the result is, and what to type next."""
+    from l4pack.budget.serve import on_lines
+
     out = console.plain(order.out)
     serve = next((step.record.get("serve") for step in built.steps if step.name == "budget"), None)
     how = on_lines(serve) if serve else f"l4pack budget {order.out} --device NAME"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,8 @@ HEADERS_ONLY = [
     ["formats"],
     ["devices"],
     ["plan", "nowhere-at-all"],
+    ["config"],
+    ["budget", "check", str(Path(__file__).parents[1] / "bad" / "budget-context" / "l4pack-budget.yaml")],
     ["verify", DEMO, "--headers-only"],
 ]
 
@@ -72,7 +75,7 @@ def test_help_imports_what_commands_say_and_nothing_they_use():
     assert not packages(modules) & {*SLOW, "pydantic", "yaml"}
     assert {name for name in modules if name.startswith("l4pack.")} - {f"l4pack.cli.{name}" for name in own_commands(modules)} <= {
         "l4pack.__main__", "l4pack.cli", "l4pack.errors", "l4pack.units", "l4pack.budget", "l4pack.budget.report_format",
-        "l4pack.work", "l4pack.work.device",
+        "l4pack.work", "l4pack.work.device", "l4pack.work.progress",
     }  # fmt: skip
 
 
@@ -81,4 +84,4 @@ def test_the_version_imports_no_command():
 
 
 def test_a_command_imports_no_other():
-    assert own_commands(modules_after("recipes")) == {"app", "console", "options", "recipes"}
+    assert own_commands(modules_after("recipes")) == {"app", "console", "options", "recipes", "shared"}
