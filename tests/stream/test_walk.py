@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -176,18 +177,19 @@ def test_other_lanes_begin_again(model, packed, tmp_path, wanted):
 
 @pytest.mark.parametrize("stop_in", [None, 0, 2])
 def test_progress_counts_every_unit_once_whether_it_runs_or_not(model, packed, tmp_path, stop_in):
-    lanes, progress, counted, labels = lanes_of(model, packed), Progress(), [], []
+    lanes, progress, counted, labels, steps = lanes_of(model, packed), Progress(), [], [], []
     if stop_in is not None:
         stop = Seen(lambda unit: progress.stop.set() if unit.layer == stop_in else None)
         with pytest.raises(StoppedError):
             outputs(lanes, tmp_path, stop, progress=progress)
     seen = Seen()
     seen.size = lambda model, unit: 1 + 1000 * (unit.part is Part.ATTENTION)
-    outputs(lanes, tmp_path, seen, progress=Progress(counted.append, labels.append))
+    outputs(lanes, tmp_path, seen, progress=Progress(counted.append, labels.append, steps.append))
     units = sum(len(layer_units(model.skeleton.config, layer)) for layer in range(LAYERS))
     assert sum(counted) == units + 1000 * LAYERS
-    assert labels[0] == f"layer {(stop_in or 0) + 1} of 4, original"
-    assert labels[-1].startswith("layer 4 of 4 done, ")
+    assert labels[0] == f"layer {(stop_in or 0) + 1} of 4, attention"
+    assert re.fullmatch(r"layer 4 of 4, (dense mlp|expert \d+ of \d+)", labels[-1])
+    assert [step.partition(",")[0] for step in steps] == [f"layer {n + 1} of 4 done" for n in range(stop_in or 0, 4)]
 
 
 def test_a_lane_walks_the_layers_it_is_in(model, packed, tmp_path, wanted):
