@@ -72,7 +72,7 @@ def streamed(checkpoint: Checkpoint, compute: Compute, tokens: int) -> dict[str,
         tempfile.TemporaryDirectory(dir=FOLDER) as work,
         Weights(checkpoint, compute.device, compute.dtype, tiled=compute.tiles > 0) as weights,
     ):
-        files = StreamFiles(Path(work), "bench", ["bench"], tokens, config.text.hidden_size, compute.dtype)
+        files = StreamFiles(Path(work), "bench", ["bench"], (tokens, config.text.hidden_size, compute.dtype))
         stream = files.open()["bench"]
         stream.middle.data[:] = hidden_states(tokens, config.text.hidden_size)
         clock, cpu = time.perf_counter(), time.process_time()

@@ -40,6 +40,7 @@ from l4pack.stream.layer import LayerPass
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.sides import Stream
 from l4pack.stream.supply import Supply
+from l4pack.stream.transfer import beside
 from l4pack.stream.units import LoadedUnit, Part, Unit
 from l4pack.stream.visitor import Progress, Visit, Visitor
 from l4pack.stream.walk import Walk
@@ -75,7 +76,7 @@ class CalibrationRun(Visitor):
         self._plan, self._output, self._folder = plan, output, folder
         self._progress, self._supply = Progress.of(shown, stop), supply
         self._options, self._ahead = plan.recipe.calibration, plan.needs.ahead
-        self.together = max(1, plan.needs.together)
+        self._resident, self.together = plan.needs.resident, max(1, plan.needs.together)
         self._config = plan.checkpoint.config
         self._inputs = InputScales(plan.observed)
         self._cache: CacheRange | None = None
@@ -111,6 +112,7 @@ class CalibrationRun(Visitor):
                 release=True,
                 supply=self._supply,
                 ahead=self._ahead,
+                resident=self._resident,
             ) as walk,
         ):
             walk.run()
@@ -205,7 +207,8 @@ class CalibrationRun(Visitor):
         return {}
 
     def _save(self, solved: Sequence[SolvedUnit]) -> None:
-        written = {unit_key(one.unit): self._written.write(one) for one in solved}
+        with beside(self._skeleton.device, after=True):
+            written = {unit_key(one.unit): self._written.write(one) for one in solved}
         self._finished(written, {unit_key(one.unit): {"matrices": one.results} for one in solved})
         self._check_fallbacks()
 

@@ -145,7 +145,10 @@ def plan_view(plan: Plan) -> list[RenderableType]:
             f"{plan.needs.tokens:,} tokens; hidden states take {human_bytes(plan.needs.disk_bytes)} of disk meanwhile"
         )
         if plan.needs.together:
-            lines.append(f"          experts solved together on the device: {plan.needs.together}")
+            states = "stay there" if plan.needs.resident else "come and go"
+            lines.append(
+                f"          {plan.needs.together} experts are solved together on the device, hidden states {states}"
+            )
     if plan.text is not None:
         lines += [f"text      {console.plain(line)}" for line in text_lines(plan.text.record)]
     lines += beside_view(plan.checkpoint)

@@ -47,6 +47,7 @@ FOLIO = 512 * 1024  # bytes of a file that are mapped at the touch of one of the
 # Tokens of each expert that are solved together, and of their matrices the output rows whose scales are looked for and the
 # columns that are multiplied at once: `calibration.batch`, `quant.gptq_batch` and `quant.triangular` hold to them.
 TOGETHER_ROWS, SCALES_ROWS, PRODUCT_COLUMNS = 512, 1024, 512
+BUFFERS = 3  # of hidden states that a stream has: a layer's inputs, its outputs, and what lies between
 SCORE_BLOCKS = 6  # float64 logits of a block: two models', their powers, and three on the way to a sum
 
 
@@ -68,7 +69,8 @@ class Computing:
 
     `device` is its kind (`cpu` or `cuda`), `itemsize` the bytes of a number there; `length` is that of the longest
     sequence, `tokens` those of all of a stream's. `models` checkpoints walk beside each other, over `streams` of hidden
-    states; with `ahead`, the next unit is loaded while one computes. As many experts are in use `together`. Where `tiles`
+    states; with `ahead`, the next unit is loaded while one computes. As many experts are in use `together`; hidden states
+    that are `resident` stay on the device. Where `tiles`
     threads widen a tile of a matrix at a time (0: none do), matrices of MLPs are there as they are stored, in `stored`
     bytes a number.
     """
@@ -82,6 +84,7 @@ class Computing:
     streams: int = 1
     ahead: bool = True
     together: int = 1
+    resident: bool = False
     tiles: int = 0
     stored: int = STORED
 
@@ -125,7 +128,8 @@ class Computing:
         """Each model's attention, which stays while the MLPs of its layer run, and the next unit: its last matrix is
         there as it is stored and as it is computed with. A unit that is not loaded ahead is so before anything else is."""
         loading = (self.together * self.mlp if self.ahead else 0) + _largest_matrix(self.text) * STORED
-        return self.models * self.attention + loading
+        states = self.streams * BUFFERS * self.tokens * self.row if self.resident else 0
+        return self.models * self.attention + loading + states
 
     def _attending(self) -> int:
         """A block of queries: states in and out, the mask, keys and values repeated for every head, and half as much

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.model.tensors import Role
-from l4pack.plan.memory import FLOAT, Computing, Memory, SolvedKind, calibrating, fits
+from l4pack.plan.memory import BUFFERS, FLOAT, Computing, Memory, SolvedKind, calibrating, fits
 from l4pack.recipe import KEEP
 from l4pack.work.device import CPU
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from l4pack.work.machine import Room
 
 DEFAULT_LENGTH = 2048
-BUFFERS = 3  # files of hidden states a stream has: a layer's inputs, its outputs, and what lies between
 
 
 @dataclass(frozen=True)
 class Needs:
     """Memory at the peak, disk beside the artifact, and what decides the time.
 
-    As many experts are solved `together`, see `calibration.batch`; 0: each by itself, with the CPU's kernels.
+    As many experts are solved `together`, see `calibration.batch`; 0: each by itself, with the CPU's kernels. Hidden states
+    that are `resident` stay on the device.
     """
 
     memory: Memory
@@ -34,6 +34,7 @@ class Needs:
     streams: int
     ahead: bool = True
     together: int = 0
+    resident: bool = False
 
     @property
     def ram_bytes(self) -> int:
@@ -70,17 +71,21 @@ def calibration_needs(
         memory = calibrating(chosen, solved, attention=quantized)
         if fits(memory, ram, vram):
             break
-    return Needs(memory, disk, tokens, streams, chosen.ahead, 0 if device == CPU else chosen.together)
+    return Needs(memory, disk, tokens, streams, chosen.ahead, 0 if device == CPU else chosen.together, chosen.resident)
 
 
 def _choices(computing: Computing, vram: Room | None) -> Iterator[Computing]:
-    """How to compute, the best way first: units loaded ahead, and on a device whose memory is known as many experts
-    together as fit, always a power of two, so that a little memory more or less does not make another job of it."""
-    experts = computing.text.num_local_experts if computing.text.moe_layers and vram is not None else 1
-    most = experts.bit_length() - 1 if computing.device != CPU else 0
+    """How to compute, the best way first: units loaded ahead, and on a device whose memory is known hidden states that
+    stay there, and as many experts together as fit.
+
+    That is always a power of two, so that a little memory more or less does not make another job of it.
+    """
+    there = computing.device != CPU and vram is not None
+    experts = computing.text.num_local_experts if computing.text.moe_layers and there else 1
     for ahead in (True, False):
-        for power in reversed(range(most + 1)):
-            yield replace(computing, ahead=ahead, together=2**power)
+        for resident in (True, False) if there else (False,):
+            for power in reversed(range(experts.bit_length())):
+                yield replace(computing, ahead=ahead, together=2**power, resident=resident)
 
 
 def asymmetric(recipe: Recipe, targets: Sequence[Target]) -> bool:

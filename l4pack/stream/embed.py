@@ -35,7 +35,7 @@ def embed(weights: Weights, skeleton: Skeleton, packed: Packed, target: Rows) ->
         table = torch.cat([weights.rows(name, slice(start, stop)).cpu() for start, stop in _runs(some)])
         rows = ((place >= first) & (place < first + len(some))).nonzero().reshape(-1)
         for at in rows.split(ROWS_AT_ONCE):
-            target.data[at] = table[place[at] - first]
+            target.data[at] = table[place[at] - first].to(target.data)
             target.release()
     for start, item in zip(packed.starts, packed.sequences, strict=False):
         if item.pixel_values is not None:
@@ -59,7 +59,7 @@ def _embed_images(weights: Weights, skeleton: Skeleton, item: TokenSequence, row
             f"{int(at.sum())} image tokens stand for {len(features)} image features",
             hint="render the images with the model's own processor",
         )
-    rows[at] = features.to(rows.dtype)
+    rows[at] = features.to(rows)
 
 
 def image_features(weights: Weights, skeleton: Skeleton, pixel_values: Tensor, config: Any) -> Tensor:

@@ -138,3 +138,13 @@ class Rows:
     def release(self) -> None:
         """Let the pages of the whole buffer go."""
         self._buffer.release()
+
+
+class DeviceRows(Rows):
+    """Rows [rows, width] that stay on a device, where there is nothing to let go of."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+
+    def release(self) -> None:
+        """They stay."""

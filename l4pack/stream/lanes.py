@@ -58,8 +58,8 @@ class Lane:
 class Lanes:
     """The hidden states of lanes in a folder."""
 
-    def __init__(self, folder: Path, lanes: Sequence[Lane]) -> None:
-        """Nothing is made or opened yet."""
+    def __init__(self, folder: Path, lanes: Sequence[Lane], *, resident: bool = False) -> None:
+        """Nothing is made or opened yet; `resident` ones stay on their model's device."""
         self._folder, self.lanes = folder, tuple(lanes)
         self.streams: dict[str, Stream] = {}
         self._files: dict[str, StreamFiles] = {}
@@ -67,7 +67,8 @@ class Lanes:
         for lane in lanes:
             together.setdefault(lane.files or lane.name, []).append(lane)
         for name, group in together.items():
-            self._files[name] = StreamFiles(folder, name, [lane.name for lane in group], *_shape(group[0]))
+            device = group[0].model.skeleton.device if resident else None
+            self._files[name] = StreamFiles(folder, name, [lane.name for lane in group], _shape(group[0]), device)
 
     def open(self, side: int, *, kept: bool, begun: bool = False) -> None:
         """Make the files, or with `kept` those of the other side, with `begun` none; see `StreamFiles.open`."""

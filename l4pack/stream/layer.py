@@ -227,7 +227,7 @@ class LayerPass:
             computed = module(inputs)
             if watch is not None:
                 watch(inputs, computed)
-            outputs = computed.cpu()
+            outputs = computed.to(target.device)
             _check_finite(outputs, f"{self._stream.name}: {unit}")
             if self._apart is not None:
                 self._give_apart(unit, rows, outputs, self._apart)
@@ -256,7 +256,7 @@ class LayerPass:
         padded = self._to_device(pad_sequence(inputs, batch_first=True))
         first = torch.tensor([[piece.position] for piece in batch])
         positions = first + torch.arange(padded.shape[1])
-        outputs = (padded + self.attention_of(padded, positions, [piece.length for piece in batch])).cpu()
+        outputs = (padded + self.attention_of(padded, positions, [piece.length for piece in batch])).to(target.device)
         for piece, output in zip(batch, outputs, strict=True):
             self._store_attention(piece.start, output[: piece.length], target)
 
@@ -274,7 +274,7 @@ class LayerPass:
                 attention_mask=causal_mask(start, stop, inputs.device),
                 past_key_values=cache,
             )
-            self._store_attention(piece.start + start, (inputs + added)[0].cpu(), target)
+            self._store_attention(piece.start + start, (inputs + added)[0].to(target.device), target)
 
     def _store_attention(self, start: int, output: Tensor, target: Tensor) -> None:
         _check_finite(output, f"{self._stream.name}: {Unit(self.index, Part.ATTENTION)}")

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l4pack.stream.hidden import Buffer, Rows
+from l4pack.stream.hidden import Buffer, DeviceRows, Rows
+from l4pack.stream.transfer import beside
 from l4pack.work.seal import Span
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 ROWS_AT_ONCE = 2048
 _SIDES = (0, 1)
@@ -49,15 +51,25 @@ class Stream:
 
 
 class StreamFiles:
-    """Three files `NAME-0.hidden`, `NAME-1.hidden` and `NAME-middle.hidden`, in which streams lie one after another."""
+    """Three files `NAME-0.hidden`, `NAME-1.hidden` and `NAME-middle.hidden`, in which streams lie one after another.
+
+    With a `device`, streams stay there, and the files are written when a side is to be on disk.
+    """
 
     def __init__(
-        self, folder: Path, name: str, streams: Sequence[str], rows: int, width: int, dtype: torch.dtype
+        self,
+        folder: Path,
+        name: str,
+        streams: Sequence[str],
+        shape: tuple[int, int, torch.dtype],
+        device: torch.device | None = None,
     ) -> None:
-        """Nothing is made or opened yet."""
-        self._folder, self._name, self.names = folder, name, tuple(streams)
+        """`shape` is a stream's rows, width and dtype. Nothing is made or opened yet."""
+        rows, width, dtype = shape
+        self._folder, self._name, self.names, self._device = folder, name, tuple(streams), device
         self._rows, self._width, self._dtype = rows, width, dtype
         self._buffers: dict[int | str, Buffer] = {}
+        self._there: dict[int | str, Tensor] = {}
 
     def open(self, side: int = 0, *, kept: bool = False, begun: bool = False) -> dict[str, Stream]:
         """The streams by name; `side` holds a layer's inputs, with `kept` those of an earlier run that is gone on from,
@@ -68,13 +80,20 @@ class StreamFiles:
         count = self._rows * len(self.names)
         for end in (*_SIDES, _MIDDLE):
             path = self._folder / self._file(end)
-            self._buffers[end] = Buffer(path, count, self._width, self._dtype, kept=begun or (kept and end == side))
+            known = begun or (kept and end == side)
+            self._buffers[end] = Buffer(path, count, self._width, self._dtype, kept=known)
+            if self._device is not None:
+                data = self._buffers[end].data
+                self._there[end] = data.to(self._device) if known else _like(data, self._device)
         return {name: self._stream(number, side) for number, name in enumerate(self.names)}
 
     def _stream(self, number: int, side: int) -> Stream:
         part = slice(number * self._rows, (number + 1) * self._rows)
-        first, second, middle = (Rows(self._buffers[end], part) for end in (*_SIDES, _MIDDLE))
+        first, second, middle = (self._rows_of(end, part) for end in (*_SIDES, _MIDDLE))
         return Stream(self.names[number], (first, second), middle, side)
+
+    def _rows_of(self, end: int | str, part: slice) -> Rows:
+        return DeviceRows(self._there[end][part]) if end in self._there else Rows(self._buffers[end], part)
 
     def _file(self, end: int | str) -> str:
         return f"{self._name}-{end}.hidden"
@@ -86,6 +105,9 @@ class StreamFiles:
 
     def flush(self, side: int) -> None:
         """Wait until one side of all streams is on disk."""
+        if side in self._there:
+            with beside(self._there[side].device, after=True):
+                self._buffers[side].data.copy_(self._there[side])
         self._buffers[side].flush()
 
     def flush_all(self) -> None:
@@ -100,8 +122,13 @@ class StreamFiles:
 
     def close(self) -> None:
         """Close the files, which stay; the streams must not be used any more."""
+        self._there.clear()
         while self._buffers:
             self._buffers.popitem()[1].close()
+
+
+def _like(data: Tensor, device: torch.device) -> Tensor:
+    return data.new_empty(data.shape, device=device)
 
 
 def copy_rows(target: Rows, source: Rows | None) -> None:

@@ -5,7 +5,7 @@ A unit is what is read, computed with and dropped at once: never a layer, and of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -51,6 +51,17 @@ class UnitWeights:
     linears: Mapping[str, LinearWeight | TiledWeight]
     tensors: Mapping[str, Tensor]
     kv_cache: RoundedCache | None = None
+
+    def on_device(self) -> Iterator[Tensor]:
+        """Every tensor that is there to compute with."""
+        yield from self.tensors.values()
+        for linear in self.linears.values():
+            if isinstance(linear, LinearWeight):
+                yield linear.weight
+            if linear.activations is not None and linear.activations.scale is not None:
+                yield linear.activations.scale
+        if self.kv_cache is not None:
+            yield from (self.kv_cache.key_scale, self.kv_cache.value_scale)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from l4pack.stream.layer import Blocks, LayerPass
 from l4pack.stream.prefetch import Prefetch
 from l4pack.stream.sides import Stream
 from l4pack.stream.supply import Supply
+from l4pack.stream.transfer import beside, hand_over
 from l4pack.stream.units import LoadedUnit, Unit, expert_unit, layer_units, load_unit
 from l4pack.stream.visitor import Progress, Visit, Visitor
 from l4pack.work.identity import Identity
@@ -46,13 +47,15 @@ class Walk:
         first: int = 0,
         keep: int | None = None,
         ahead: bool = True,
+        resident: bool = False,
     ) -> None:
         """`work` is a folder that this process holds; one begun for another `job` is refused with UsageError.
 
         With `release`, pages of hidden states are let go as soon as they are used, so that they don't count as the
         process's. `supply` gets the models' files, which else must all be there. The walk begins with the step `first`
         if an earlier one in this folder has copied its inputs, and copies those of the step `keep`. Without `ahead`,
-        a unit is loaded when the one before it is done with, which takes less memory. Raises BudgetError when the disk
+        a unit is loaded when the one before it is done with, which takes less memory. `resident` hidden states stay on the
+        device. Raises BudgetError when the disk
         has no room for the hidden states.
         """
         self.models = list({id(lane.model): lane.model for lane in lanes}.values())
@@ -62,7 +65,7 @@ class Walk:
         self._blocks = blocks or Blocks.on(skeleton.device, skeleton.text.hidden_size)
         self._release, self._keep, self._ahead = release, keep, ahead
         work.mkdir(parents=True, exist_ok=True)
-        self._lanes, self._state = Lanes(work, lanes), WalkState(work, job)
+        self._lanes, self._state = Lanes(work, lanes, resident=resident), WalkState(work, job)
         self.records, self.resumed_layers = self._resumed()
         self._begun = self.resumed_layers or self._kept(first)
         if not self.resumed_layers:
@@ -129,7 +132,12 @@ class Walk:
 
     def _load(self, key: tuple[int, _Together]) -> list[LoadedUnit]:
         number, units = key
-        return [LoadedUnit(unit, load_unit(self.models[number].weights, unit)) for unit in units]
+        weights = self.models[number].weights
+        with beside(weights.device):
+            loaded = [LoadedUnit(unit, load_unit(weights, unit)) for unit in units]
+        for one in loaded:
+            hand_over(one.weights.on_device())
+        return loaded
 
     def _layer(self, step: int, ready: _Ready) -> None:
         started, layer = time.monotonic(), self.order[step]

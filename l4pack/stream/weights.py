@@ -32,6 +32,7 @@ from l4pack.quant.torch_ops import DTYPES
 from l4pack.stream.activations import RoundedInputs, activations_of
 from l4pack.stream.kv import RoundedCache
 from l4pack.stream.tiles import QuantizedTiles, StoredTiles, Tiles
+from l4pack.stream.transfer import to_device
 
 _VIEWS = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
@@ -195,7 +196,7 @@ class Weights:
     def _computable(self, stored: Tensor) -> Tensor:
         """On the device in the compute dtype. NumPy takes large buffers in huge pages, torch page by page: 3 x slower."""
         if self.device.type != "cpu" or stored.dtype is self.dtype or self.dtype is not torch.float32:
-            return stored.to(self.device, self.dtype)
+            return to_device(stored, self.device, self.dtype)
         return torch.from_numpy(np.empty(tuple(stored.shape), np.float32)).copy_(stored)
 
     def _stored(self, name: str, array: NDArray[Any]) -> Tensor:

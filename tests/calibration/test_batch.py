@@ -105,10 +105,17 @@ def test_they_are_solved_as_by_themselves(made):
     assert max(moved) < 0.15
 
 
-def test_on_a_device_they_are_run_as_they_were_written(source, made, tmp_path):
-    """There they are not read back, and written by a thread of their own."""
+def test_on_a_device_they_are_run_as_they_were_written(source, made, tmp_path, monkeypatch):
+    """There they are not read back, they are written by a thread of their own, and hidden states stay. Killed, the job
+    goes on with the latter from disk."""
+    plan, out = planned(source, 2), tmp_path / "out"
+    plan = replace(plan, needs=replace(plan.needs, resident=True))
     with pretend_device():
-        out = run_plan(planned(source, 2), tmp_path / "out", device="cuda").out
+        with monkeypatch.context() as context:
+            killed_after(context, 4)
+            with pytest.raises(Killed):
+                run_plan(plan, out, device="cuda")
+        run_plan(plan, out, device="cuda")
     assert digests(out) == digests(made[2])
 
 

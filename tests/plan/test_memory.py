@@ -60,11 +60,11 @@ def test_what_is_solved_together_is_cut_as_planned():
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("gigabytes", "together"), [(12, 2), (40, 8), (80, 16)])
-def test_as_many_experts_are_solved_together_as_a_device_holds(model, gigabytes, together):
+@pytest.mark.parametrize(("gigabytes", "together", "resident"), [(12, 2, False), (40, 8, False), (141, 16, True)])
+def test_as_many_experts_are_solved_together_as_a_device_holds(model, gigabytes, together, resident):
     free = Room(gigabytes * 10**9, DEVICE)
     plan = calibrated(model, accelerated=True, free_vram=free)
-    assert plan.needs.together == together
+    assert (plan.needs.together, plan.needs.resident) == (together, resident)
     assert plan.needs.memory.vram <= free.nbytes
     assert calibrated(model).needs.together == 0
 

@@ -11,7 +11,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any, NoReturn
 from unittest.mock import patch
@@ -66,6 +66,9 @@ class PretendTensor(Tensor):
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
         self.numpy()
+
+    def record_stream(self, _: Any) -> None:
+        pass
 
     def tolist(self) -> Any:
         return self.inner.tolist()
@@ -155,6 +158,16 @@ def _indexed(func: Any, args: Any) -> Any:
         _refuse(func)
     found = func(*_inner(args))
     return _outer(found) if _there(owner) else found
+
+
+class Queue:
+    """Stands for a CUDA stream: what is put there is done at once."""
+
+    def wait_stream(self, other: Queue) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
 
 class _Names(TorchFunctionMode):
@@ -283,10 +296,14 @@ def pretend_device() -> Iterator[Counter[str]]:
         "memory_allocated": 0,
         "max_memory_allocated": 0,
         "reset_peak_memory_stats": None,
+        "Stream": Queue(),
+        "default_stream": Queue(),
+        "stream": nullcontext(),
     }
     with ExitStack() as stack:
         stack.enter_context(patch.object(threading.Thread, "run", run_knowing))
         for name, answer in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
+        stack.enter_context(patch.object(Tensor, "pin_memory", lambda self: self))
         stack.enter_context(_modes(done))
         yield done
