@@ -6,7 +6,8 @@ Makes a checkpoint of one layer with made-up weights (16 experts: 4.4 GB), quant
 phases from outside, by wrapping the functions they are. Each phase's operations are counted, so that its GFLOP/s stand
 beside what the machine does at best, measured in the same run. Phases that go with tokens and phases that go with matrices
 are projected apart: to all of Scout and Maverick, at these tokens and at what the recipe asks for. Fails when more memory
-was resident than planned. `--hidden 1024 --inner 2048 --experts 4` is a small trial of the benchmark itself.
+was resident than planned. With `--device cuda` experts are solved together there; phases are waited for, so that nothing
+overlaps and the whole takes longer than it need. `--hidden 1024 --inner 2048 --experts 4` is a small trial of the benchmark itself.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from l4pack.calibration import mlp, moments
+from l4pack.calibration import batch, mlp, moments, solver, written_units
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.writer import ShardWriter
+from l4pack.cli.plan import run_limits
 from l4pack.model.config import known_config, parse_config
 from l4pack.model.tensors import catalogue
-from l4pack.plan.plan import make_plan
-from l4pack.quant import gptq, gptq_blocks
+from l4pack.plan.plan import Plan, make_plan
+from l4pack.quant import gptq, gptq_batch, gptq_blocks
+from l4pack.quantize.accelerator import quantizer
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, load_recipe
 from l4pack.stream.hidden import TokenSequence
@@ -43,6 +46,7 @@ from l4pack.stream.layer import LayerPass
 from l4pack.stream.prefetch import Prefetch
 from l4pack.stream.units import Part
 from l4pack.text.sequences import TokenText, token_digest
+from l4pack.work.device import chosen
 
 LENGTH, VOCABULARY = 2048, 1024
 LAYERS = 48  # of Scout; half of Maverick's 48 are MoE layers, of 128 experts each, half dense ones of twice the width
@@ -64,14 +68,22 @@ PHASES: dict[str, Phase] = {}
 _running = threading.local()
 
 
+def now() -> float:
+    """Seconds of the CPU, or where there is a device of the clock, once it has done what it was asked to."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.monotonic()
+
+
 @contextmanager
 def phase_of(name: str, scales: str, operations: float) -> Iterator[None]:
-    """Time a phase in CPU seconds; phases within it are taken off."""
+    """Time a phase; phases within it are taken off."""
     stack = _running.__dict__.setdefault("stack", [])
     stack.append(0.0)
-    started = time.process_time()
+    started = now()
     yield
-    seconds = time.process_time() - started
+    seconds = now() - started
     phase = PHASES.setdefault(name, Phase(scales))
     phase.seconds += seconds - stack.pop()
     phase.operations += operations
@@ -131,7 +143,6 @@ def name_of_unit(_: Any, unit: Any, *__: Any) -> str:
 
 def watch() -> None:
     """Wrap what is timed. Other versions of the code, for which layer_versions.py imports this file, have not all of it."""
-    from l4pack.calibration import solver, written_units
 
     timed(LayerPass, "attention", "attention of both streams", TOKENS, of_attention)
     timed(LayerPass, "route", "router", TOKENS)
@@ -157,8 +168,12 @@ def watch() -> None:
     timed(gptq, "pull_of", "sweeps: start from the errors", MATRICES, of_rows)
     timed(gptq_blocks, "descend", "sweeps: descent", MATRICES)
     timed(gptq, "quadratic_form", "loss of rounding to nearest", MATRICES, of_rows)
+    timed(batch, "_moments", "batches: moments", TOKENS)
+    timed(gptq_batch, "prepare_problems", "batches: factors", MATRICES)
+    timed(gptq_batch, "solve_problems", "batches: columns, sweeps and losses", MATRICES)
+    timed(batch, "solve", "batches: the rest of solving", MATRICES)
     timed(solver, "solve_mlp", "the rest of solving", MATRICES)
-    timed(solver, "stored", "packing", MATRICES)
+    timed(written_units, "stored", "packing", MATRICES)
     timed(written_units.WrittenUnits, "_read_back", "reading back", MATRICES)
     timed(ShardWriter, "write", "writing", MATRICES)
     timed(ShardWriter, "sync", "waiting for the disk", MATRICES)
@@ -272,6 +287,15 @@ def print_projection(options: argparse.Namespace, recipe: Recipe) -> None:
             print(f"  {model:9} {count:8,} tokens: {hours:7.1f} h")
 
 
+def print_device(plan: Plan) -> None:
+    assert plan.needs is not None
+    took, name = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
+    print(
+        f"{name}: {plan.needs.together} experts together, hidden states there: {plan.needs.resident}, phases in turn;"
+    )
+    print(f"device memory {took / 1e9:.2f} GB, planned {plan.peak_vram_bytes / 1e9:.2f} GB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -281,6 +305,7 @@ def main() -> None:
     parser.add_argument("--inner", type=int, default=8192)
     parser.add_argument("--recipe", default="int4")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     best = elsewhere(Machine.measured, options.threads)
@@ -289,16 +314,20 @@ def main() -> None:
         elsewhere(make_layer, source, options)
     shipped = load_recipe(options.recipe)
     recipe = shipped.calibrating(samples=options.tokens // LENGTH, sequence_length=LENGTH, max_cold_experts=1)
-    plan = make_plan(open_source(str(source)), recipe).with_text(tokens_of(options.tokens))
+    limits = run_limits(None, None, None, chosen(options.device))
+    plan = make_plan(open_source(str(source)), recipe, limits).with_text(tokens_of(options.tokens))
     watch()
     started = time.monotonic()
-    result = run_plan(plan, options.folder / f"out-{source.name}-{time.time_ns()}")
+    out = options.folder / f"out-{source.name}-{time.time_ns()}"
+    result = run_plan(plan, out, quantize=quantizer(options.device), device=options.device)
     seconds = time.monotonic() - started
     print(
         f"one layer of {options.experts} experts {options.hidden} x {options.inner}, recipe {options.recipe}, "
         f"{options.tokens:,} tokens, {options.threads} threads: {seconds:.1f} s"
     )
     print(f"peak memory {result.peak_rss_bytes / 1e9:.2f} GB, planned {plan.peak_ram_bytes / 1e9:.2f} GB")
+    if plan.accelerated:
+        print_device(plan)
     after = elsewhere(Machine.measured, options.threads)
     print(f"the machine at best: before {best.describe()}; after {after.describe()}")
     print_phases(seconds, max(best.product, after.product))

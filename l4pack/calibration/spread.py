@@ -75,6 +75,7 @@ class SpreadCalibration(CalibrationRun):
     ) -> None:
         """See `CalibrationRun`; the source's path in `plan` must mean the same on every node."""
         super().__init__(plan, output, folder, stop, shown, device)
+        self._resident = False  # others read and write the hidden states
         self._cluster, self._share = workers.cluster, share_of(plan, workers.cluster)
         blocks = Blocks.on(self._skeleton.device, self._skeleton.text.hidden_size)
         where, lanes = worker_device(device), tuple(lane_names(plan))
