@@ -33,20 +33,20 @@ from safetensors.torch import save_file
 from l4pack.calibration import batch, mlp, moments, solver, written_units
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.writer import ShardWriter
-from l4pack.cli.plan import run_limits
 from l4pack.model.config import known_config, parse_config
 from l4pack.model.tensors import catalogue
-from l4pack.plan.plan import Plan, make_plan
+from l4pack.plan.plan import Plan, RunLimits, make_plan
 from l4pack.quant import gptq, gptq_batch, gptq_blocks
 from l4pack.quantize.accelerator import quantizer
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, load_recipe
+from l4pack.stream.compute import float32_on
 from l4pack.stream.hidden import TokenSequence
 from l4pack.stream.layer import LayerPass
 from l4pack.stream.prefetch import Prefetch
 from l4pack.stream.units import Part
 from l4pack.text.sequences import TokenText, token_digest
-from l4pack.work.device import chosen
+from l4pack.work.device import CPU, chosen
 
 LENGTH, VOCABULARY = 2048, 1024
 LAYERS = 48  # of Scout; half of Maverick's 48 are MoE layers, of 128 experts each, half dense ones of twice the width
@@ -314,12 +314,13 @@ def main() -> None:
         elsewhere(make_layer, source, options)
     shipped = load_recipe(options.recipe)
     recipe = shipped.calibrating(samples=options.tokens // LENGTH, sequence_length=LENGTH, max_cold_experts=1)
-    limits = run_limits(None, None, None, chosen(options.device))
+    device = chosen(options.device)
+    limits = RunLimits(accelerated=device != CPU, free_vram=float32_on(device).device_room())
     plan = make_plan(open_source(str(source)), recipe, limits).with_text(tokens_of(options.tokens))
     watch()
     started = time.monotonic()
     out = options.folder / f"out-{source.name}-{time.time_ns()}"
-    result = run_plan(plan, out, quantize=quantizer(options.device), device=options.device)
+    result = run_plan(plan, out, quantize=quantizer(device), device=device)
     seconds = time.monotonic() - started
     print(
         f"one layer of {options.experts} experts {options.hidden} x {options.inner}, recipe {options.recipe}, "

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from l4pack.timing.spread import Spread
     from l4pack.timing.within import Chosen
     from l4pack.timing.work import Work
+    from l4pack.work.machine import Room
 
 WORTH_MEASURING = 10**9  # bytes that a job reads: less is done before the machine is measured
 _SHOWN = 5  # phases, those that take most
@@ -71,8 +72,17 @@ class Hours:
             max_ram=None if max_ram is None else parse_size(max_ram),
             max_vram=min(rooms, default=None),
             accelerated=self.kind != CPU,
+            free_vram=self._free_vram(min(rooms, default=None)),
             shard_bytes=DEFAULT_SHARD_BYTES if shard_size is None else parse_size(shard_size),
         )
+
+    def _free_vram(self, asked: int | None) -> Room | None:
+        """What the device here has free, of that no more than asked for; None where the job runs elsewhere."""
+        if self.on is not None or self.device == CPU:
+            return None
+        from l4pack.stream.compute import float32_on  # imports torch
+
+        return float32_on(self.device).device_room(asked)
 
     def predict(self, stages: Sequence[Work], nbytes: int) -> Prediction | None:
         """The time of a job that reads so many bytes; None where nothing is known of this machine."""

@@ -227,7 +227,7 @@ class LayerPass:
             computed = module(inputs)
             if watch is not None:
                 watch(inputs, computed)
-            outputs = computed.to(target.device)
+            outputs = computed.to(self._stream.following.data.device)
             _check_finite(outputs, f"{self._stream.name}: {unit}")
             if self._apart is not None:
                 self._give_apart(unit, rows, outputs, self._apart)
