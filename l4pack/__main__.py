@@ -29,7 +29,10 @@ def main() -> None:
 
 def _run() -> int:
     """Run one command; its exit code."""
+    from l4pack.cli import console
     from l4pack.cli.app import app
+
+    console.manner.answered = False
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name the terminal can't show is no reason to fail
@@ -64,7 +67,7 @@ def _refuse(message: str, hint: str, exit_code: int) -> int:
     from l4pack.cli import console
 
     console.error(message, hint)
-    if "--json" in sys.argv:
+    if "--json" in sys.argv and not console.manner.answered:
         console.show_json({"error": {"message": message, "hint": hint, "exit_code": exit_code}})
     return exit_code
 

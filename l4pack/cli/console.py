@@ -59,6 +59,7 @@ def show(*items: RenderableType) -> None:
 
 def show_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout, and nothing else."""
+    manner.answered = True
     show_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -78,6 +79,7 @@ class Manner:
     quiet: bool = False
     verbose: bool = False
     log: Path | None = None
+    answered: bool = False  # with a JSON object, which is alone on stdout
 
 
 manner = Manner()

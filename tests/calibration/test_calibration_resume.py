@@ -190,7 +190,7 @@ def test_a_signal_stops_between_experts_and_the_same_command_goes_on(
         context.setattr(CalibrationRun, "_solve", interrupted)
         ended = l4pack(*command)
     assert ended.code == 75, ended.err
-    assert ended.err == "error: stopped; what is finished is kept\nhint: run the same command again to go on\n"
+    assert ended.err.endswith("error: stopped; what is finished is kept\nhint: run the same command again to go on\n")
     ended = l4pack(*command)
     assert ended.code == 0, ended.err
     assert file_digests(tmp_path / "out") == undisturbed
@@ -212,8 +212,8 @@ def test_a_disk_that_fills_up(source, text, undisturbed, tmp_path, monkeypatch, 
         context.setattr(ShardWriter, "write", full)
         ended = l4pack(*command)
     assert ended.code not in (0, 75)
-    assert ended.err.startswith("error: ")
-    assert ended.err.count("\n") == 2
+    error, hint = (line for line in ended.err.splitlines() if not line.startswith("quantizing: "))
+    assert (error[:7], hint[:6]) == ("error: ", "hint: ")
     assert l4pack(*command).code == 0
     assert file_digests(tmp_path / "out") == undisturbed
 

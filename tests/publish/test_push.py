@@ -396,7 +396,7 @@ def documented(guide: str) -> list[list[str]]:
 
 
 def test_the_how_to_works_as_written(hub, unpackaged, l4pack):
-    there = {"scout-int4": str(unpackaged), "my-org/Llama-4-Scout-17B-16E-Instruct-W4A16-g128": REPO}
+    there = {"scout-int4": str(unpackaged), "my-org/Llama-4-Scout-17B-16E-Instruct-W4A16-g128-mixed": REPO}
     commands = [
         [BASE if word.startswith("meta-llama/") else word for word in line] for line in documented("publish.md")
     ]
