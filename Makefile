@@ -26,7 +26,7 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What fits in ten minutes of two cores and 5 GB of disk; benchmarks/README.md has the rest.
+# What should fit in ten minutes of two cores (not timed as a whole) and 5 GB of disk; benchmarks/README.md has the rest.
 bench: venv
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/real_size.py scout --runs 1

@@ -20,7 +20,7 @@ from l4pack import __version__
 from l4pack.artifact.contents import recorded_digest
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
-from l4pack.budget.model import Verdict, budget
+from l4pack.budget.model import budget
 from l4pack.budget.named import open_subject
 from l4pack.budget.record import budget_record
 from l4pack.budget.serve import serve_command
@@ -269,9 +269,8 @@ class _Chain:
         )
         found = budget(open_subject(str(order.out)), find_host(device, load_devices()), load)
         if not found.fits:
-            verb = "may lack" if found.verdict is Verdict.UNSURE else "lack"
             raise BudgetError(
-                f"{found.setting.context:,} tokens on {device} {verb} {human_gib(-found.headroom_bytes)}",
+                f"{found.setting.context:,} tokens on {device} {found.lacking('lack')}",
                 hint=f"l4pack budget {order.out} --device {device} says what would fit",
             )
         record = {**budget_record(found, budget_limits(found)), "serve": serve_command(found, str(order.out))}

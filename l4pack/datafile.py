@@ -108,6 +108,14 @@ def json_or_none(raw: bytes | str) -> Any:
         return None
 
 
+def small_object(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:
+    """The object in a JSON file of at most `most` bytes; nothing where there is no such file, or something else in it."""
+    if not path.is_file() or path.stat().st_size > most:
+        return {}
+    value = json_or_none(path.read_bytes())
+    return value if isinstance(value, dict) else {}
+
+
 def digest_of(value: Any) -> str:
     """Hex SHA-256 of plain data, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

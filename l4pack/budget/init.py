@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 
 from l4pack.budget.devices import find_host, load_devices
-from l4pack.budget.model import Budget, Verdict, budget
+from l4pack.budget.model import Budget, budget
 from l4pack.budget.named import Asked, Question, question_of
 from l4pack.budget.solve import max_context
 from l4pack.checkpoint.open import exists
 from l4pack.errors import BudgetError, UsageError
-from l4pack.units import GIB, human_gib
+from l4pack.units import GIB
 from l4pack.work.files import write_atomic
 
 HEADROOM_STEP = GIB // 4
@@ -32,8 +32,7 @@ def write_checks(asked: Asked, path: Path) -> dict[str, Any]:
     found = budget(question.subject, host, question.load)
     if not found.fits:
         hint = f"l4pack budget {asked.source} --device {host.name} says what would; {max_context(found):,} tokens fit"
-        verb = "may lack" if found.verdict is Verdict.UNSURE else "lacks"
-        raise BudgetError(f"{host.name} {verb} {human_gib(-found.headroom_bytes)}", hint=hint)
+        raise BudgetError(f"{host.name} {found.lacking('lacks')}", hint=hint)
     check = _check(question, found, path.parent)
     text = "# Checked by `l4pack budget check`.\n" + yaml.safe_dump({"checks": [check]}, sort_keys=False)
     write_atomic(path, text.encode())

@@ -19,7 +19,7 @@ from l4pack.budget.split import check_split
 from l4pack.budget.subject import Subject
 from l4pack.budget.weights import stage_layers, weights_by_role
 from l4pack.model.tensors import Role
-from l4pack.units import KIB, human_bytes
+from l4pack.units import KIB, human_bytes, human_gib
 
 UNPUBLISHED = "a range: no runtime publishes it"
 
@@ -110,6 +110,11 @@ class Budget:
         if self.fits:
             return Verdict.FITS
         return Verdict.UNSURE if self.headroom_high_bytes >= 0 else Verdict.TOO_LARGE
+
+    def lacking(self, verb: str) -> str:
+        """What there is too little of per GPU at the dear end, with `lack` or `lacks`; `may lack` where that is not sure."""
+        said = "may lack" if self.verdict is Verdict.UNSURE else verb
+        return f"{said} {human_gib(-self.headroom_bytes)}"
 
 
 def budget(subject: Subject, host: Host, load: Load, runtime: str = "vllm") -> Budget:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
+from rich.text import Text
 
 from l4pack.cli import console
 from l4pack.cli.cluster import cluster_options, joined
@@ -281,12 +282,11 @@ def _whereabouts(order: Order, built: Built) -> list[RenderableType]:
     """Where the result is, and what to type next."""
     from l4pack.budget.serve import on_lines
 
-    out = console.plain(order.out)
     serve = next((step.record.get("serve") for step in built.steps if step.name == "budget"), None)
     how = on_lines(serve) if serve else f"l4pack budget {order.out} --device NAME"
-    command = "\n         ".join(console.plain(line) for line in how.splitlines())
+    # As text, not markup, in which a backslash at a line's end is doubled.
     return [
-        f"where    [bold]{out}[/bold]",
-        f"serve    {command}",
-        f"publish  l4pack push {out} ORG/NAME --dry-run",
+        Text.assemble("where    ", (str(order.out), "bold")),
+        Text("serve    " + "\n         ".join(how.splitlines())),
+        Text(f"publish  l4pack push {order.out} ORG/NAME --dry-run"),
     ]

@@ -38,8 +38,8 @@ def chat(
 ) -> None:
     """Let a model say a few words, the likeliest each time, streamed as everything here: whether it talks at all.
 
-    With `--against`, the original answers the same beside it, and the first token that differs is marked. Each token reads
-    what it needs of the whole model again, so this shows that an artifact works; a server is for talking.
+    With `--against`, the original answers the same beside it, and the first token that differs is marked. For each token
+    nearly the whole model is read again, so this shows that an artifact works; a server is for talking.
 
     Example: `l4pack chat demo --prompt "Why is the sky blue?" -n 16`
     """

@@ -14,9 +14,11 @@ def config(as_json: AsJsonOption = False) -> None:
     Example: `L4PACK_MAX_RAM=8GB l4pack config`
     """
     from l4pack.cli.app import COMMANDS, loaded
-    from l4pack.cli.shared import config_file, defaults_in
+    from l4pack.cli.shared import config_file, defaults_in, unknown_keys
 
     path = config_file()
+    for key in unknown_keys(path, [loaded(name) for name in COMMANDS]):
+        console.warning(f"{path}: no command takes '{key}'")
     found = [(words, default) for name in COMMANDS for words, default in defaults_in(loaded(name), name)]
     if as_json:
         rows = [

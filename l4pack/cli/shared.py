@@ -77,6 +77,18 @@ def defaults_in(command: Any, name: str, words: tuple[str, ...] = ()) -> Iterato
         yield from defaults_in(part, one, (*words, name))
 
 
+def unknown_keys(path: Path, commands: list[Any]) -> list[str]:
+    """Keys at the top of a configuration file that are no option of any command, nor the name of one."""
+    known = {name.removeprefix("--") for command in commands for name in _all_options(command)}
+    known |= {command.name for command in commands}
+    return sorted(set(read_config(path)) - known)
+
+
+def _all_options(command: Any) -> list[str]:
+    inner = getattr(command, "commands", None)
+    return _options(command) if inner is None else [name for part in inner.values() for name in _all_options(part)]
+
+
 def defaults_of(command: Any, words: tuple[str, ...]) -> list[Default]:
     """What is set for a command's options; a variable counts before the file, the command's own table before the top."""
     path = config_file()

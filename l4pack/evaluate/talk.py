@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +13,19 @@ import torch
 
 from l4pack.checkpoint.companions import GENERATION
 from l4pack.checkpoint.source import Checkpoint
-from l4pack.datafile import json_or_none
+from l4pack.datafile import small_object
 from l4pack.errors import UsageError
 from l4pack.evaluate.answers import StreamAnswers
 from l4pack.evaluate.same_model import check_same_model
 from l4pack.evaluate.scoring import score
-from l4pack.plan.memory import Computing, computing_on, walk_within
+from l4pack.plan.memory import computing_on, walk_within
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, TokenSequence
 from l4pack.stream.lanes import Lane, Model
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.visitor import Progress
 from l4pack.stream.walk import Walk
-from l4pack.stream.weights import Weights
+from l4pack.stream.weights import Weights, stored_itemsize
 from l4pack.text.layouts import Chat
 from l4pack.text.tokenizer import Template, load_tokenizer
 from l4pack.work import machine
@@ -34,8 +34,6 @@ from l4pack.work.signals import check_stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MAX_SMALL_FILE = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -130,14 +128,15 @@ def continued(
 ) -> list[int]:
     """The likeliest tokens after `prompt`, one by one, with the one of `ends` that ends them if one comes.
 
-    Every token walks through the whole model: the experts it takes are read each time.
+    For every token the whole sequence walks through the model anew: each expert that one of its tokens takes is read.
     """
     compute = Compute.of(asking.compute)
     found: list[int] = []
     whole = [TokenSequence((*prompt, *[0] * asking.most))]
     computing = computing_on(compute, checkpoint.config.text, whole)
+    computing = replace(computing, tiles=compute.tiles, stored=stored_itemsize(checkpoint))
     ram, device = machine.memory(asking.max_ram), compute.device_room(asking.max_vram)
-    _, ahead = walk_within(computing, Computing.memory, ram, device)
+    _, ahead = walk_within(computing, lambda one: one.memory(scored=True), ram, device)
     with (
         tempfile.TemporaryDirectory(prefix="l4pack-chat-") as folder,
         Weights(checkpoint, compute.device, compute.dtype, tiled=compute.tiles > 0) as weights,
@@ -174,13 +173,7 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str
 
 def _ends(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that end an answer: those of generation_config.json, and the tokenizer's own."""
-    named: Any = None
-    if checkpoint.store is not None and checkpoint.companions.get(GENERATION, MAX_SMALL_FILE) < MAX_SMALL_FILE:
-        named = _object(checkpoint.store.path(GENERATION)).get("eos_token_id")
+    there = checkpoint.store is not None and GENERATION in checkpoint.companions
+    named = small_object(checkpoint.store.path(GENERATION)).get("eos_token_id") if checkpoint.store and there else None
     listed = named if isinstance(named, list) else [named]
     return frozenset(token for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int))
-
-
-def _object(path: Path) -> dict[str, Any]:
-    value = json_or_none(path.read_bytes())
-    return value if isinstance(value, dict) else {}

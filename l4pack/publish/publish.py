@@ -15,13 +15,13 @@ from l4pack.artifact.policy import Duty, Policy
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.matrix import HOSTS, matrix
-from l4pack.budget.model import Budget, Verdict, budget
+from l4pack.budget.model import Budget, budget
 from l4pack.budget.named import open_subject
 from l4pack.budget.serve import serve_command
 from l4pack.budget.subject import Subject
 from l4pack.checkpoint.hub import open_remote
 from l4pack.checkpoint.source import HUB_ID, Checkpoint
-from l4pack.datafile import json_or_none
+from l4pack.datafile import small_object
 from l4pack.errors import BudgetError, L4packError, LicenceError, SourceError, UsageError
 from l4pack.evaluate.gates import limits_of, recorded, require
 from l4pack.evaluate.record import check_current, read_evaluations
@@ -170,9 +170,8 @@ def _check_budget(folder: Path, promise: Promise) -> str:
     found = budget(open_subject(str(folder)), find_host(promise.device, load_devices()), load)
     what = f"{promise.context:,} tokens on {promise.device}"
     if not found.fits:
-        verb = "may lack" if found.verdict is Verdict.UNSURE else "lacks"
         raise BudgetError(
-            f"the recipe promises {what}, which {verb} {human_gib(-found.headroom_bytes)}",
+            f"the recipe promises {what}, which {found.lacking('lacks')}",
             hint=f"l4pack budget {folder} --device {promise.device} --context {promise.context} shows every line",
         )
     return f"budget: {what} fits, {human_gib(found.headroom_bytes)} to spare"
@@ -350,20 +349,11 @@ def _facts(
         served=served,
         serves=serves,
         repository=wishes.repository,
-        generation=_small_json(folder, "generation_config.json"),
+        generation=small_object(folder / "generation_config.json", MAX_SMALL_FILE),
         chat=(folder / "chat_template.jinja").is_file()
-        or "chat_template" in _small_json(folder, "tokenizer_config.json"),
+        or "chat_template" in small_object(folder / "tokenizer_config.json", MAX_SMALL_FILE),
         packaged=_packaged_on(folder),
     )
-
-
-def _small_json(folder: Path, name: str) -> dict[str, Any]:
-    """A small file of the folder as JSON; nothing where it is not there, or no such thing."""
-    path = folder / name
-    if not path.is_file() or path.stat().st_size > MAX_SMALL_FILE:
-        return {}
-    value = json_or_none(path.read_bytes())
-    return value if isinstance(value, dict) else {}
 
 
 def _packaged_on(folder: Path) -> str:

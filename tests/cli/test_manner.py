@@ -104,6 +104,14 @@ def test_defaults_come_from_the_environment_before_the_file(l4pack, own, monkeyp
     assert "L4PACK_CONTEXT" in l4pack("config").out
 
 
+def test_a_key_that_no_command_takes_is_named(l4pack, own):
+    own('max-rams = "3GB"\n[quantise]\nseed = 1\n')
+    ended = l4pack("config")
+    assert [line.rpartition("takes ")[2] for line in ended.err.splitlines()] == ["'max-rams'", "'quantise'"]
+    own('max-ram = "3GB"\n[budget.show]\ndevice = "h200"\n')
+    assert l4pack("config").err == ""
+
+
 def test_no_default_is_said_as_that(l4pack, own):
     own("")
     ended = l4pack("config")
