@@ -31,6 +31,8 @@ def test_make_demo_ends_well(l4pack, tmp_path):
     assert ended.code == 0, ended.err
     assert "KL" in ended.out
     assert "fits h100" in ended.out
+    assert "serve    vllm serve " in ended.out
+    assert "\\\\" not in ended.out  # a line of the command that goes on ends in one backslash
     SOLVED["quantize demo --recipe int4"] = tmp_path / "demo-out"
 
 

@@ -56,8 +56,10 @@ def here(folder: Path, device: str, *, take: bool, say: Callable[[str], None]) -
         busy = os.getloadavg()[0] > machine.cores() / 2
         rates = _taken(there, device)
         kept = Measurement(machine=identity, taken=f"{datetime.now(UTC):%Y-%m-%d}", busy=busy, rates=rates)
+        # Of a busy machine it serves this plan alone: kept, it would make every later job look many times as long.
         with suppress(OSError):  # a home that can't be written to: measured again next time
-            keep(kept)
+            if not busy:
+                keep(kept)
     if kept is None:
         return None
     basis = f"measured on {kept.taken}{', others running meanwhile' if kept.busy else ''}"
@@ -121,13 +123,14 @@ def _digest(identity: dict[str, str]) -> str:
 
 
 def _read(path: Path, identity: dict[str, str]) -> Measurement | None:
-    """What is kept; None where nothing is, or not of this machine, or not a measurement."""
+    """What is kept; None where nothing is, or not of this machine, of it while others ran, or not a measurement."""
     try:
         with path.open("rb") as stream:
             kept = Measurement.model_validate_json(stream.read(MOST_BYTES))
     except (OSError, ValidationError):
         return None
-    return kept if kept.machine == identity and set(Kind) == set(kept.rates) else None
+    usable = kept.machine == identity and set(Kind) == set(kept.rates)
+    return kept if usable and not kept.busy else None
 
 
 def _taken(folder: Path, device: str) -> dict[Kind, float]:

@@ -23,6 +23,7 @@ def taken(monkeypatch, tmp_path):
         return subprocess.CompletedProcess(command, 0, json.dumps({kind.value: 2.0 for kind in Kind}), "")
 
     monkeypatch.setattr(kept.subprocess, "run", run)
+    monkeypatch.setattr(kept.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     return started
 
 
@@ -37,6 +38,18 @@ def test_it_is_taken_once(taken, tmp_path):
     assert first.rates == dict.fromkeys(Kind, 2.0)
     assert "measured on" in first.basis
     assert len(taken) == 1
+
+
+def test_of_a_busy_machine_nothing_is_kept(taken, tmp_path, monkeypatch):
+    """It serves the plan that asked, which says so; a file of an earlier busy hour is not believed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(kept.os, "getloadavg", lambda: (100.0, 100.0, 100.0))
+        assert here(tmp_path).basis.endswith(", others running meanwhile")
+    assert here(tmp_path, take=False) is None
+    assert here(tmp_path) is not None
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_text(file.read_text().replace('"busy": false', '"busy": true'))
+    assert here(tmp_path, take=False) is None
 
 
 @pytest.mark.parametrize(
