@@ -36,6 +36,7 @@ from l4pack.fit.record import fit_record, read_fit
 from l4pack.measure.identity import model_fingerprint
 from l4pack.plan.plan import Plan
 from l4pack.plan.summary import plan_record
+from l4pack.publish.ahead import Refusal
 from l4pack.publish.publish import Wishes, address_card, check_ready, package_artifact, plan_push, push_artifact
 from l4pack.publish.upload import Destination
 from l4pack.quantize.accelerator import quantizer
@@ -97,6 +98,7 @@ class Order:
     restart: bool = False
     dry_run: bool = False  # stop after the plan
     predicted: Mapping[str, Prediction] = field(default_factory=dict)  # of the steps that take long
+    refused: Sequence[Refusal] = ()  # what packaging the artifact will refuse
     cluster: Cluster | None = None
 
 
@@ -218,7 +220,15 @@ class _Chain:
             _check_text(plan.checkpoint, self._order.text)
         summary = f"{plan.artifact_bytes:,} bytes to come, {human_bytes(plan.peak_ram_bytes)} of memory needed"
         predicted = joined(list(self._order.predicted.values())).record() if self._order.predicted else None
-        return Outcome.DONE, summary, {**plan_record(plan), "predicted": predicted}
+        return (
+            Outcome.DONE,
+            summary,
+            {
+                **plan_record(plan),
+                "refused_later": [one.record() for one in self._order.refused],
+                "predicted": predicted,
+            },
+        )
 
     def _quantize(self) -> StepResult:
         plan, order = self._plan, self._order

@@ -60,7 +60,7 @@ from l4pack.cli.options import (
     TextOption,
     WithinOption,
 )
-from l4pack.cli.plan import plan_view, size_of
+from l4pack.cli.plan import plan_view, refusals_view, size_of
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds, parse_size
 from l4pack.work.device import AUTO, chosen
@@ -135,6 +135,7 @@ def build(
     from l4pack.build import build as run
     from l4pack.checkpoint.open import open_source
     from l4pack.plan.plan import make_plan
+    from l4pack.publish.ahead import refused_later
     from l4pack.publish.publish import Wishes
     from l4pack.text.choice import TextChoice
 
@@ -155,13 +156,16 @@ def build(
     made, fitted = within_time(make_plan(checkpoint, wanted, allowed), allowed, hours, within, calibration_samples)
     plan = _with_text(made, calibration)
     predicted = _predicted(plan, hours, None if skip_evaluate else (samples, sequence_length))
+    refused = refused_later(checkpoint, plan.recipe, name=name, base_model=base_model)
+    if not (dry_run or as_json):
+        console.talk(*refusals_view(refused))
     order = Order(
         out=out, compute=chosen_device, device=device, context=context, sequences=sequences, kv_dtype=kv_dtype,
         text=None if skip_evaluate else TextChoice(text, samples, sequence_length, seed or 0),
         gates=asked_gates(max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio),
         wishes=Wishes(name=name, base_model=base_model), push=target,
         max_ram=allowed.max_ram, max_vram=allowed.max_vram, restart=restart, dry_run=dry_run,
-        predicted=predicted,
+        predicted=predicted, refused=refused,
     )  # fmt: skip
     with joined(None if dry_run else spread, computes=True) as cluster:
         built = run(plan, replace(order, cluster=cluster), console.progress, before)
@@ -211,7 +215,7 @@ def _show(plan: Plan, order: Order, built: Built, fitted: Chosen | None, *, as_j
         from l4pack.timing.speeds import joined
 
         whole = joined(list(order.predicted.values())) if order.predicted else None
-        console.show(*plan_view(plan), *hours_view(whole), *within_view(fitted))
+        console.show(*plan_view(plan), *refusals_view(order.refused), *hours_view(whole), *within_view(fitted))
     else:
         console.show(*build_view(plan, order, built), *within_view(fitted))
     if built.error is not None:

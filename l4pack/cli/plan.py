@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
@@ -46,6 +46,7 @@ from l4pack.work.device import AUTO, chosen
 if TYPE_CHECKING:
     from l4pack.checkpoint.source import Checkpoint
     from l4pack.plan.plan import Plan
+    from l4pack.publish.ahead import Refusal
 
 
 _MOST_WORKERS = 10_000
@@ -78,6 +79,7 @@ def plan(
     from l4pack.checkpoint.open import open_source
     from l4pack.plan.plan import make_plan
     from l4pack.plan.summary import plan_record, room_record
+    from l4pack.publish.ahead import refused_later
     from l4pack.recipe import load_recipe
 
     hours, workers = Hours(on, devices, price, chosen(compute), Path.cwd()), worker_count(ray)
@@ -95,10 +97,12 @@ def plan(
         made = with_text(made, calibration)
     prediction = hours.quantizing(made)
     shared = hours.spread(made, workers)
+    refusals = refused_later(made.checkpoint, made.recipe)
     if as_json:
         console.show_json(
             {
                 **plan_record(made),
+                **refusals_record(refusals),
                 **room_record(made),
                 **predicted_record(prediction),
                 **spread_record(shared),
@@ -106,7 +110,13 @@ def plan(
             }
         )
     else:
-        console.show(*plan_view(made), *hours_view(prediction), *spread_view(shared), *within_view(fitted))
+        console.show(
+            *plan_view(made),
+            *refusals_view(refusals),
+            *hours_view(prediction),
+            *spread_view(shared),
+            *within_view(fitted),
+        )
     made.check_servable()
 
 
@@ -157,6 +167,19 @@ def plan_view(plan: Plan) -> list[RenderableType]:
         f"[bold]{console.plain(plan.checkpoint.name)}[/bold] with recipe [bold]{console.plain(plan.recipe.name)}[/bold]"
     )
     return [title, "", table, *lines]
+
+
+def refusals_record(refusals: Sequence[Refusal]) -> dict[str, Any]:
+    """What `push` would refuse of the artifact to come, as JSON."""
+    return {"refused_later": [refusal.record() for refusal in refusals]}
+
+
+def refusals_view(refusals: Sequence[Refusal]) -> list[str]:
+    """What `push` would refuse of the artifact to come, for people."""
+    return [
+        f"[yellow]push[/yellow]      would refuse {console.plain(f'{one.where}: {one.message}; {one.hint}')}"
+        for one in refusals
+    ]
 
 
 _SHOWN_FILES = 12

@@ -44,7 +44,7 @@ from l4pack.cli.options import (
     WithinOption,
     now_called,
 )
-from l4pack.cli.plan import plan_view
+from l4pack.cli.plan import plan_view, refusals_record, refusals_view
 from l4pack.units import human_bytes, human_seconds
 from l4pack.work.device import AUTO, chosen
 
@@ -89,6 +89,7 @@ def quantize(
     from l4pack.checkpoint.open import open_source
     from l4pack.plan.plan import make_plan
     from l4pack.plan.summary import plan_record, room_record
+    from l4pack.publish.ahead import refused_later
     from l4pack.quantize.run import work_folder
     from l4pack.recipe import load_recipe
 
@@ -109,8 +110,15 @@ def quantize(
     if made.needs is not None and not (dry_run and calibration is None and made.checkpoint.bare):
         made = with_text(made, calibration)
     prediction = hours.quantizing(made)
-    record = {**plan_record(made), **room_record(made), **predicted_record(prediction), **within_record(fitted)}
-    view = [*plan_view(made), *hours_view(prediction), *within_view(fitted)]
+    refusals = refused_later(made.checkpoint, made.recipe)
+    record = {
+        **plan_record(made),
+        **refusals_record(refusals),
+        **room_record(made),
+        **predicted_record(prediction),
+        **within_record(fitted),
+    }
+    view = [*plan_view(made), *refusals_view(refusals), *hours_view(prediction), *within_view(fitted)]
     if dry_run:
         console.show_json(record) if as_json else console.show(*view)
         made.check_servable()

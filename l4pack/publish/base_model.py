@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from l4pack.artifact.manifest_schema import SourceRecord
-from l4pack.errors import LicenceError
+from l4pack.checkpoint.source import HUB_ID
+from l4pack.errors import LicenceError, UsageError
 from l4pack.model.config import Llama4Config, known_config, parse_config
 from l4pack.model.tensors import catalogue
 
@@ -35,6 +36,13 @@ def family_of(repository: str) -> str | None:
         if pattern.fullmatch(name) or (owner == _PUBLISHER and stem in name.lower()):
             return family
     return None
+
+
+def checked_base(base: str | None) -> str | None:
+    """The name of a base model's repository. Raises UsageError where it is none."""
+    if base is not None and (HUB_ID.fullmatch(base) is None or "@" in base):
+        raise UsageError(f"'{base}' is not a repository's name", hint="write --base-model ORGANISATION/NAME")
+    return base or None
 
 
 def base_claim(base: str, source: SourceRecord, config: Mapping[str, Any]) -> str:

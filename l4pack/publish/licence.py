@@ -8,7 +8,7 @@ when it carries that licence's text, none of Meta's dimensions and no Llama 4 li
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -156,7 +156,7 @@ def audit_materials(materials: Materials) -> Audit:
     if not materials.files:
         raise SourceError(f"{materials.where} is empty", hint="name the folder that holds the model")
     policy = governing_policy(materials)
-    findings = [finding for duty in policy.duties for finding in _check(duty, materials)]
+    findings = [finding for duty in policy.duties for finding in breaches(duty, materials)]
     if policy.name is not None:
         findings += name_findings(materials.name, policy.name)
     duties = len(policy.duties) + (policy.name is not None)
@@ -181,6 +181,20 @@ def hub_materials(api: HfApi, repo_id: str, revision: str | None, name: str | No
     remote = open_remote(api, repo_id, revision)
     load = partial(remote.small, limit=MAX_TEXT_BYTES)
     return Materials(repo_id, name or repo_id.rpartition("/")[2], frozenset(remote.files), load)
+
+
+def with_lineage(
+    materials: Materials, name: str, base: str | None, claims: Mapping[str, Any] | None = None
+) -> Materials:
+    """The same, called `name`, with a card that says the base model, and `claims` beside it, and nothing else."""
+    said = {**({"base_model": base} if base else {}), **(claims or {})}
+    card = f"---\n{yaml.safe_dump(said)}---\n".encode() if said else b""
+    return Materials(
+        materials.where,
+        name,
+        materials.files | {CARD_NAME},
+        lambda file: card if file == CARD_NAME else materials.load(file),
+    )
 
 
 def governing_policy(materials: Materials) -> Policy:
@@ -239,7 +253,8 @@ def _dimensions(config: dict[str, Any]) -> tuple[Any, Any]:
     return section.get("hidden_size"), section.get("vocab_size")
 
 
-def _check(duty: Duty, materials: Materials) -> list[Breach]:
+def breaches(duty: Duty, materials: Materials) -> list[Breach]:
+    """What of a duty is not met."""
     if duty.files is not None:
         return _check_file(duty, duty.files, materials)
     where = CARD_NAME

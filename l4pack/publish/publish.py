@@ -11,7 +11,7 @@ from typing import Any
 
 from l4pack.artifact.calibration_record import read_calibration
 from l4pack.artifact.manifest_schema import ManifestFile, artifact_bytes, quantized_files, read_manifest
-from l4pack.artifact.policy import Duty, Policy
+from l4pack.artifact.policy import Policy
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.matrix import HOSTS, matrix
@@ -19,16 +19,15 @@ from l4pack.budget.model import Budget, budget
 from l4pack.budget.named import open_subject
 from l4pack.budget.serve import serve_command
 from l4pack.budget.subject import Subject
-from l4pack.checkpoint.hub import open_remote
-from l4pack.checkpoint.source import HUB_ID, Checkpoint
+from l4pack.checkpoint.source import Checkpoint
 from l4pack.datafile import small_object
-from l4pack.errors import BudgetError, L4packError, LicenceError, SourceError, UsageError
+from l4pack.errors import BudgetError, L4packError, UsageError
 from l4pack.evaluate.gates import limits_of, recorded, require
 from l4pack.evaluate.record import check_current, read_evaluations
 from l4pack.hub.account import writer
-from l4pack.hub.client import hub_api, hub_errors
+from l4pack.hub.client import hub_api
 from l4pack.model.config import parse_config
-from l4pack.publish.base_model import base_claim
+from l4pack.publish.base_model import base_claim, checked_base
 from l4pack.publish.card import CardFacts, DeviceFit, card_values, render_card
 from l4pack.publish.card_check import carries_mark, first_difference, same_mark
 from l4pack.publish.gates import check_quality, licence_error
@@ -36,20 +35,20 @@ from l4pack.publish.licence import (
     CARD_NAME,
     Audit,
     Card,
-    Materials,
     audit_materials,
     folder_materials,
     governing_policy,
+    with_lineage,
 )
 from l4pack.publish.markdown import word
 from l4pack.publish.names import check_name, derive_name
+from l4pack.publish.origin import MAX_SMALL_FILE, Origin, source_text, taken
 from l4pack.publish.upload import Destination, Uploaded, UploadPlan, left_here, local_files, plan_upload, upload
 from l4pack.recipe import Gates, Promise
 from l4pack.units import human_bytes, human_gib
 from l4pack.verify.verify import verify_artifact
 from l4pack.work.files import write_atomic
 
-MAX_SMALL_FILE = 2_000_000
 GATED_KEY = "extra_gated_prompt"
 
 
@@ -84,12 +83,12 @@ def package_artifact(folder: Path, source: Checkpoint | None = None, wishes: Wis
     wishes = wishes or Wishes()
     manifest = read_manifest(folder)
     judged = [gate for record in _evaluations(folder) for gate in recorded(record)]
-    base = _base_model(manifest, wishes)
-    policy = governing_policy(_without_card(folder, base))
+    base = checked_base(wishes.base_model or manifest.source.repository)
+    policy = governing_policy(with_lineage(folder_materials(folder), folder.resolve().name, base))
     called = wishes.base_model.rpartition("/")[2] if wishes.base_model else manifest.source.name
     name = wishes.name or derive_name(called, manifest.made_with())
     check_name(name, policy.name)
-    origin = _Origin(source, *_repository_of(manifest, wishes), wishes.endpoint)
+    origin = Origin(source, *_repository_of(manifest, wishes), wishes.endpoint)
     written = [*_duty_files(folder, policy, origin)]
     card = render_card(_facts(folder, name, policy, manifest, source, base, wishes), wishes.template)
     written += _write(folder, CARD_NAME, card)
@@ -223,45 +222,6 @@ def _check_gates(folder: Path, gates: Gates) -> str:
     return f"gates: {', '.join(sorted(asked))} met"
 
 
-def _base_model(manifest: ManifestFile, wishes: Wishes) -> str | None:
-    base = wishes.base_model or manifest.source.repository
-    if base is not None and (HUB_ID.fullmatch(base) is None or "@" in base):
-        raise UsageError(f"'{base}' is not a repository's name", hint="write --base-model ORGANISATION/NAME")
-    return str(base) if base else None
-
-
-def _without_card(folder: Path, base: str | None) -> Materials:
-    """The folder as its licence is decided by: with its lineage, and without a card of its own."""
-    there = folder_materials(folder)
-    card = f"---\nbase_model: {base}\n---\n".encode() if base else b""
-    return Materials(
-        there.where,
-        folder.resolve().name,
-        there.files | {CARD_NAME},
-        lambda file: card if file == CARD_NAME else there.load(file),
-    )
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """Where licence files come from: the source that was given, else a repository at a revision."""
-
-    source: Checkpoint | None
-    repository: str | None
-    revision: str | None
-    endpoint: str | None = field(repr=False)
-
-    @property
-    def named(self) -> str:
-        return self.source.name if self.source else self.repository or "the source (no repository is known)"
-
-    def text(self, name: str) -> str | None:
-        """A small text file of it, None when it has none."""
-        if self.source is not None:
-            return source_text(self.source, name)
-        return self.repository and _repository_text(self.repository, self.revision, name, self.endpoint)
-
-
 def _repository_of(manifest: ManifestFile, wishes: Wishes) -> tuple[str | None, str | None]:
     """The repository that the artifact was made from at its revision, else the base model that was named."""
     if manifest.source.repository:
@@ -269,7 +229,7 @@ def _repository_of(manifest: ManifestFile, wishes: Wishes) -> tuple[str | None, 
     return wishes.base_model, None
 
 
-def _duty_files(folder: Path, policy: Policy, origin: _Origin) -> list[str]:
+def _duty_files(folder: Path, policy: Policy, origin: Origin) -> list[str]:
     """Bring in every file the licence asks for that is not there yet."""
     written = []
     for duty in policy.duties:
@@ -279,42 +239,8 @@ def _duty_files(folder: Path, policy: Policy, origin: _Origin) -> list[str]:
         if duty.origin == "written":
             written += _write(folder, there or duty.files[0], "\n\n".join(duty.contains) + "\n")
         else:
-            written += _write(folder, *_from_origin(duty, origin))
+            written += _write(folder, *taken(duty, origin))
     return written
-
-
-def _from_origin(duty: Duty, origin: _Origin) -> tuple[str, str]:
-    """Name and text of a file the source must have; what it holds is checked before it is taken."""
-    for name in duty.files or []:
-        text = origin.text(name)
-        if text is not None and duty.satisfied_by(text):
-            return name, text
-    raise LicenceError(
-        f"{duty.files[0] if duty.files else duty.rule} is missing, and {origin.named} has none that serves: {duty.cited}",
-        hint="put the file that came with the original model into the folder, or say --source",
-    )
-
-
-def source_text(source: Checkpoint, name: str) -> str | None:
-    """A small text file of a source, None when it has none."""
-    if source.store is None:
-        return None
-    try:
-        path = source.store.path(name)
-    except SourceError:
-        return None
-    if not path.is_file() or path.stat().st_size > MAX_SMALL_FILE:
-        return None
-    return path.read_text(encoding="utf-8-sig", errors="replace")
-
-
-def _repository_text(repository: str, revision: str | None, name: str, endpoint: str | None) -> str | None:
-    api = hub_api(endpoint, None)
-    with hub_errors(api, repository, revision):
-        remote = open_remote(api, repository, revision)
-        file = remote.files.get(name)
-        fits = file is not None and file.size <= MAX_SMALL_FILE
-        return remote.small(name, MAX_SMALL_FILE).decode(errors="replace") if fits else None
 
 
 def _facts(

@@ -39,13 +39,9 @@ def check_files(artifact: OpenedArtifact, source: Checkpoint | None, covered: Co
 
     `covered` are the files of the manifest, which holds them by their digests.
     """
-    needed = [(TOKENIZERS, "there is no tokenizer"), ((TOKENIZER_CONFIG,), "is missing")]
-    if artifact.config.vision is not None:
-        needed.append((PROCESSORS, "there is no image processor, and the model has a vision tower"))
-    for names, message in needed:
-        if not any(name in artifact.files for name in names):
-            asked = source is None or any(name in source.companions for name in names)
-            (found.error if asked else found.warning)("companion", names[0], message)
+    for names, message in absent_files(artifact.files, vision=artifact.config.vision is not None):
+        asked = source is None or any(name in source.companions for name in names)
+        (found.error if asked else found.warning)("companion", names[0], message)
     if not _has_template(artifact):
         found.warning("companion", TEMPLATES[0], "there is no chat template; a base model has none, others need it")
     if GENERATION not in artifact.files:
@@ -56,6 +52,14 @@ def check_files(artifact: OpenedArtifact, source: Checkpoint | None, covered: Co
     _check_strange(artifact, source, covered, found)
     if source is not None:
         _check_kept(artifact, source, found)
+
+
+def absent_files(files: Collection[str], *, vision: bool) -> list[tuple[tuple[str, ...], str]]:
+    """What no runtime does without and is not among `files`: the names it may have, and what is wrong then."""
+    needed = [(TOKENIZERS, "there is no tokenizer"), ((TOKENIZER_CONFIG,), "is missing")]
+    if vision:
+        needed.append((PROCESSORS, "there is no image processor, and the model has a vision tower"))
+    return [(names, message) for names, message in needed if not any(name in files for name in names)]
 
 
 def _check_kept(artifact: OpenedArtifact, source: Checkpoint, found: Findings) -> None:

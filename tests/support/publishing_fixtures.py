@@ -6,20 +6,14 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub.constants
 import pytest
-import yaml
 from hub_server import HubServer, running_hub
 from licence_texts import LICENSE, USE_POLICY
-from publishing import BASE, SECRET
+from publishing import BASE, SECRET, made
 
-from l4pack.checkpoint.source import open_folder
-from l4pack.plan.plan import make_plan
 from l4pack.publish.publish import Wishes, package_artifact
-from l4pack.quantize.run import run_plan
-from l4pack.recipe import load_recipe
 
 
 @pytest.fixture
@@ -54,13 +48,6 @@ def licensed_source(checkpoint: Callable[..., Path], tmp_path_factory: pytest.Te
     (folder / "README.md").write_text("---\nlanguage: [en, fr]\n---\n")
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Llama4ImageProcessorFast"}))
     return folder
-
-
-def made(source: Path, out: Path, recipe: dict[str, Any]) -> Path:
-    file = out.with_name("own.yaml")
-    file.write_text(yaml.safe_dump({"name": "own", "title": "Int4, rounded", "extends": "int4-rtn", **recipe}))
-    run_plan(make_plan(open_folder(source), load_recipe(str(file))), out)
-    return out
 
 
 @pytest.fixture(scope="session")
