@@ -42,6 +42,7 @@ from l4pack.publish.upload import Destination
 from l4pack.quantize.accelerator import quantizer
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Gates
+from l4pack.timing.jobs import NO_TALK, Talk, both_weights
 from l4pack.timing.speeds import Prediction, joined
 from l4pack.units import human_bytes, human_gib, human_seconds
 from l4pack.verify.verify import verify_artifact
@@ -97,9 +98,14 @@ class Order:
     max_vram: int | None = None
     restart: bool = False
     dry_run: bool = False  # stop after the plan
+    talk: Talk = NO_TALK  # what both models say is recorded
     predicted: Mapping[str, Prediction] = field(default_factory=dict)  # of the steps that take long
     refused: Sequence[Refusal] = ()  # what packaging the artifact will refuse
     cluster: Cluster | None = None
+
+    def sample(self, plan: Plan) -> dict[str, int] | None:
+        """What the sample takes; None where none is asked for."""
+        return self.talk.record(plan.checkpoint.config.text, both_weights(plan))
 
 
 @dataclass(frozen=True)
@@ -225,6 +231,7 @@ class _Chain:
             summary,
             {
                 **plan_record(plan),
+                "sample": self._order.sample(plan),
                 "refused_later": [one.record() for one in self._order.refused],
                 "predicted": predicted,
             },
@@ -298,6 +305,7 @@ class _Chain:
             record = find(read_evaluations(out), prepared.identity.digest)
             outcome = Outcome.DONE if record is None else Outcome.KEPT
             record = prepared.run() if record is None else record
+            prepared.add_sample(record)
         asked = self._gates()
         write_accuracy(out, record, asked, {})
         require(judge(record, limits_of(asked, {})))
@@ -311,7 +319,8 @@ class _Chain:
     def _evaluated_bytes(self) -> int:
         from l4pack.evaluate.evaluate import total_bytes
 
-        return total_bytes(open_folder(self._order.out), self._plan.checkpoint)
+        once = total_bytes(open_folder(self._order.out), self._plan.checkpoint)
+        return once * (1 + self._order.talk.tokens)
 
     def _prepared(self, text: TextChoice, progress: Progress) -> PreparedEvaluation:
         """The evaluation this order asks for; the step before has held the weights against the manifest."""
@@ -325,6 +334,7 @@ class _Chain:
             compute=self._order.compute,
             max_ram=self._order.max_ram,
             max_vram=self._order.max_vram,
+            sample_tokens=self._order.talk.tokens,
         )
         return prepare_evaluation(open_folder(out), self._plan.checkpoint, settings, progress, recorded_digest(out))
 

@@ -49,6 +49,7 @@ from l4pack.cli.options import (
     RestartOption,
     RuntimeOption,
     SamplesOption,
+    SampleTokensOption,
     SeedOption,
     SensitivityFileOption,
     SequenceLengthOption,
@@ -61,6 +62,7 @@ from l4pack.cli.options import (
     WithinOption,
 )
 from l4pack.cli.plan import plan_view, refusals_view, size_of
+from l4pack.cli.said import sample_line, sample_talk, sample_view
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds, parse_size
 from l4pack.work.device import AUTO, chosen
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from l4pack.plan.plan import Plan
     from l4pack.publish.upload import Destination
     from l4pack.recipe import Recipe
+    from l4pack.timing.jobs import Talk
     from l4pack.timing.speeds import Prediction
     from l4pack.timing.within import Chosen
 
@@ -103,6 +106,7 @@ def build(
     min_agreement: MinAgreementOption = None,
     max_perplexity_ratio: MaxPerplexityRatioOption = None,
     skip_evaluate: SkipEvaluateOption = False,
+    sample_tokens: SampleTokensOption[int | None] = None,
     name: NameOption = None,
     base_model: BaseModelOption = None,
     push: PushOption = None,
@@ -155,7 +159,8 @@ def build(
     wanted = _recipe(recipe, calibration, calibration_samples, sequence_length, seed, keep_float32=keep_float32)
     made, fitted = within_time(make_plan(checkpoint, wanted, allowed), allowed, hours, within, calibration_samples)
     plan = _with_text(made, calibration)
-    predicted = _predicted(plan, hours, None if skip_evaluate else (samples, sequence_length))
+    talk = _talk(plan, sample_tokens, skip_evaluate=skip_evaluate)
+    predicted = _predicted(plan, hours, None if skip_evaluate else (samples, sequence_length), talk)
     refused = refused_later(checkpoint, plan.recipe, name=name, base_model=base_model)
     if not (dry_run or as_json):
         console.talk(*refusals_view(refused))
@@ -165,7 +170,7 @@ def build(
         gates=asked_gates(max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio),
         wishes=Wishes(name=name, base_model=base_model), push=target,
         max_ram=allowed.max_ram, max_vram=allowed.max_vram, restart=restart, dry_run=dry_run,
-        predicted=predicted, refused=refused,
+        predicted=predicted, refused=refused, talk=talk,
     )  # fmt: skip
     with joined(None if dry_run else spread, computes=True) as cluster:
         built = run(plan, replace(order, cluster=cluster), console.progress, before)
@@ -194,13 +199,23 @@ def _with_text(plan: Plan, calibration: str | None) -> Plan:
     return plan
 
 
-def _predicted(plan: Plan, hours: Hours, evaluated: tuple[int, int | None] | None) -> dict[str, Prediction]:
+def _talk(plan: Plan, tokens: int | None, *, skip_evaluate: bool) -> Talk:
+    """The sample to take. Raises UsageError for one that is asked for where nothing is evaluated."""
+    from l4pack.evaluate.sample import usual_tokens
+
+    if skip_evaluate and tokens:
+        raise UsageError("--sample-tokens goes with evaluating", hint="leave it out, or --skip-evaluate")
+    usual = 0 if skip_evaluate else usual_tokens(plan.source_weight_bytes + plan.weight_bytes)
+    return sample_talk(usual if tokens is None else tokens)
+
+
+def _predicted(plan: Plan, hours: Hours, evaluated: tuple[int, int | None] | None, talk: Talk) -> dict[str, Prediction]:
     """The time of each step that takes long, accuracy measured on so many samples of that length."""
     from l4pack.timing.jobs import building, tokens_at_most
 
     tokens = None if evaluated is None else tokens_at_most(plan.checkpoint.config.text, *evaluated)
     found = {}
-    for name, stages in building(plan, hours.kind, tokens).items():
+    for name, stages in building(plan, hours.kind, tokens, talk).items():
         prediction = hours.predict(stages, plan.read_bytes)
         if prediction is not None:
             found[name] = prediction
@@ -215,7 +230,8 @@ def _show(plan: Plan, order: Order, built: Built, fitted: Chosen | None, *, as_j
         from l4pack.timing.speeds import joined
 
         whole = joined(list(order.predicted.values())) if order.predicted else None
-        console.show(*plan_view(plan), *refusals_view(order.refused), *hours_view(whole), *within_view(fitted))
+        said = sample_line(order.sample(plan))
+        console.show(*plan_view(plan), *refusals_view(order.refused), *said, *hours_view(whole), *within_view(fitted))
     else:
         console.show(*build_view(plan, order, built), *within_view(fitted))
     if built.error is not None:
@@ -279,7 +295,8 @@ def build_view(plan: Plan, order: Order, built: Built) -> list[RenderableType]:
         f"before   {human_bytes(plan.source_weight_bytes)} of weights",
         f"after    {size_of(plan)}",
     ]
-    return [table, *sizes, *(_whereabouts(order, built) if built.error is None else ())]
+    said = next((sample_view(step.record) for step in built.steps if step.name == "evaluate"), [])
+    return [table, *said, *sizes, *(_whereabouts(order, built) if built.error is None else ())]
 
 
 def _whereabouts(order: Order, built: Built) -> list[RenderableType]:

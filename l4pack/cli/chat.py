@@ -19,11 +19,14 @@ from l4pack.cli.options import (
     SourceOption,
     TokensOption,
 )
+from l4pack.cli.said import both
 from l4pack.errors import UsageError
 from l4pack.units import human_seconds, parse_size
 
 if TYPE_CHECKING:
-    from l4pack.evaluate.talk import Answer, Conversation
+    from rich.console import RenderableType
+
+    from l4pack.evaluate.talk import Conversation
 
 
 def chat(
@@ -38,13 +41,14 @@ def chat(
 ) -> None:
     """Let a model say a few words, the likeliest each time, streamed as everything here: whether it talks at all.
 
-    With `--against`, the original answers the same beside it, and the first token that differs is marked. For each token
-    nearly the whole model is read again, so this shows that an artifact works; a server is for talking.
+    With `--against`, the original answers the same beside it, in colour from where the two part. The first token reads the
+    whole model, every other what it is routed to, so this shows that an artifact works; a server is for talking.
 
     Example: `l4pack chat demo --prompt "Why is the sky blue?" -n 16`
     """
     from l4pack.checkpoint.open import open_source
-    from l4pack.evaluate.talk import Asking, converse
+    from l4pack.evaluate.generate import Asking
+    from l4pack.evaluate.talk import converse
     from l4pack.stream.visitor import Progress
     from l4pack.work.signals import stop_signals
 
@@ -77,19 +81,13 @@ def _said(prompt: str | None) -> Iterator[str]:
         yield line
 
 
-def _view(found: Conversation) -> list[Text]:
+def _view(found: Conversation) -> list[RenderableType]:
     """Both answers, from the first difference on in colour."""
-    at = found.first_difference
-    shown = [_answer("artifact" if found.original else "", found.answer)]
+    at, answers = found.first_difference, (found.answer, found.original)
+    texts = [None if one is None else one.text + ("" if one.ended else " …") for one in answers]
+    shown = both(texts[0] or "", texts[1])
     if found.original is not None:
-        shown.append(_answer("original", found.original))
         count = min(len(found.answer.tokens), len(found.original.tokens))
         same = f"the same {count} tokens" if at is None else f"the same for {at} tokens, then they part"
         shown.append(Text(same, "green" if at is None else "yellow"))
-    shown.append(Text(human_seconds(found.seconds), "dim"))
-    return shown
-
-
-def _answer(who: str, answer: Answer) -> Text:
-    text = "".join(char if char.isprintable() or char == "\n" else " " for char in answer.text)
-    return Text.assemble((f"{who}  " if who else "", "bold"), text, ("" if answer.ended else " …", "dim"))
+    return [*shown, Text(human_seconds(found.seconds), "dim")]

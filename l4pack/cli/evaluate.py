@@ -30,6 +30,7 @@ from l4pack.cli.options import (
     ReferenceOption,
     RestartOption,
     SamplesOption,
+    SampleTokensOption,
     SaveReferenceOption,
     SeedOption,
     SequenceLengthOption,
@@ -38,6 +39,7 @@ from l4pack.cli.options import (
     WeightsOnlyOption,
     WorkOption,
 )
+from l4pack.cli.said import sample_line, sample_talk, sample_view
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds, parse_size
 from l4pack.work.device import chosen
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from l4pack.evaluate.evaluate import PreparedEvaluation
     from l4pack.evaluate.inputs import EvaluationSettings
     from l4pack.recipe import Gates
+    from l4pack.timing.jobs import LayerWeights
     from l4pack.timing.speeds import Prediction
 
 
@@ -60,6 +63,7 @@ def evaluate(
     limit: LimitOption = None,
     backend: BackendOption = "streamed",
     needle: NeedleOption = None,
+    sample_tokens: SampleTokensOption[int] = 0,
     max_kl: MaxKlOption = None,
     min_agreement: MinAgreementOption = None,
     max_perplexity_ratio: MaxPerplexityRatioOption = None,
@@ -96,6 +100,7 @@ def evaluate(
         backend=backend,
         limit=limit,
         needle=needle,
+        sample_tokens=sample_tokens,
         compute=compute,
         max_ram=_size(max_ram),
         max_vram=_size(max_vram),
@@ -155,7 +160,7 @@ def _run(artifact: Path, against: str | None, settings: EvaluationSettings, hour
     from l4pack.work.signals import stop_signals
 
     checkpoint, original = open_folder(artifact), None if against is None else open_source(against)
-    total = total_bytes(checkpoint, None if settings.reference else original)
+    total = total_bytes(checkpoint, None if settings.reference else original) * (1 + settings.sample_tokens)
     with console.progress("evaluating", total) as bar, stop_signals() as stop:
         prepared = prepare_evaluation(checkpoint, original, settings, Progress.of(bar.shown, stop))
         prediction = _prediction(prepared, hours)
@@ -166,14 +171,22 @@ def _run(artifact: Path, against: str | None, settings: EvaluationSettings, hour
 
 def _prediction(prepared: PreparedEvaluation, hours: Hours) -> Prediction | None:
     """The time of an evaluation; lm-eval's tasks are not in it."""
-    from l4pack.timing.jobs import evaluating, layer_weights
+    from l4pack.timing.jobs import evaluating, talking
 
-    original = None if prepared.settings.reference else prepared.original
-    models = [layer_weights(one) for one in (original, prepared.artifact) if one is not None]
+    models = _weights(prepared)
     lengths = [len(sequence.tokens) for sequence in prepared.inputs.sequences]
     text, digested = prepared.artifact.config.text, prepared.artifact.weight_bytes
     work = evaluating(text, models, sum(lengths), max(lengths), hours.kind, digested=digested)
+    work.append(talking(text, models, sample_talk(prepared.settings.sample_tokens), hours.kind))
     return hours.predict(work, sum(model.nbytes for model in models))
+
+
+def _weights(prepared: PreparedEvaluation) -> list[LayerWeights]:
+    """Those of the models that walk."""
+    from l4pack.timing.jobs import layer_weights
+
+    original = None if prepared.settings.reference else prepared.original
+    return [layer_weights(one) for one in (original, prepared.artifact) if one is not None]
 
 
 def _planned(
@@ -187,11 +200,12 @@ def _planned(
     checkpoint, original = open_folder(artifact), None if against is None else open_source(against)
     prepared = prepare_evaluation(checkpoint, original, settings, measured="not read")
     prediction = _prediction(prepared, hours)
-    sequences = prepared.inputs.sequences
+    sequences, talk = prepared.inputs.sequences, sample_talk(settings.sample_tokens)
     plan = {
         "tokens": sum(len(sequence.tokens) for sequence in sequences),
         "sequences": len(sequences),
         "read_bytes": total_bytes(checkpoint, None if settings.reference else original),
+        "sample": talk.record(checkpoint.config.text, _weights(prepared)),
         **predicted_record(prediction),
     }
     return plan, prediction
@@ -203,7 +217,7 @@ def _show_plan(plan: dict[str, Any], prediction: Prediction | None, *, as_json: 
         return
     reads = human_bytes(plan["read_bytes"])
     line = f"plan      {plan['tokens']:,} tokens in {plan['sequences']:,} sequences; reads {reads} of weights"
-    console.show(line, *hours_view(prediction))
+    console.show(line, *sample_line(plan["sample"]), *hours_view(prediction))
 
 
 def accuracy_view(record: dict[str, Any]) -> list[RenderableType]:
@@ -225,6 +239,7 @@ def accuracy_view(record: dict[str, Any]) -> list[RenderableType]:
         lines.append(_task_line(name, task))
     if "needle" in record:
         lines.append(_needle_line(record["needle"]))
+    lines += sample_view(record)
     for gate in record["gates"]:
         mark = "[green]passed[/green]" if gate["ok"] else "[red]missed[/red]"
         value = "not measured" if gate["value"] is None else f"{gate['value']:.6g}"

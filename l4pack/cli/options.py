@@ -341,6 +341,16 @@ PromptOption = Annotated[
 TokensOption = Annotated[
     int, typer.Option("--tokens", "-n", metavar="N", min=1, max=4096, help="Most tokens of an answer.")
 ]
+SampleTokensOption = Annotated[
+    T,
+    typer.Option(
+        "--sample-tokens",
+        metavar="N",
+        min=0,
+        max=512,
+        help="Record what both models say to two short prompts, N tokens each; every token reads weights again.",
+    ),
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", help="Most questions of each lm-eval task.")]
 BackendOption = Annotated[
     str, typer.Option("--backend", metavar="ENGINE", help="What runs lm-eval tasks: streamed, vllm or transformers.")

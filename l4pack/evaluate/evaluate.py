@@ -17,6 +17,7 @@ from l4pack.checkpoint.parts import weight_parts
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
 from l4pack.evaluate.answers import Answers, StreamAnswers
+from l4pack.evaluate.generate import Asking
 from l4pack.evaluate.harness import (
     STREAMED,
     StreamedScorer,
@@ -33,6 +34,7 @@ from l4pack.evaluate.needle import needle_sequences as needle_sequences
 from l4pack.evaluate.outcome import ARTIFACT, ORIGINAL, run_record, score_models, scores_record, task_digest
 from l4pack.evaluate.reference import StoredReference, claim_reference, load_reference, save_reference
 from l4pack.evaluate.same_model import check_not_dequantized, check_reference, check_same_model, check_same_tokens
+from l4pack.evaluate.talk import sample
 from l4pack.evaluate.tasks import EvaluationTask, load_task, sequences_of
 from l4pack.model.names import classify
 from l4pack.model.tensors import QUANTIZABLE
@@ -177,11 +179,22 @@ class PreparedEvaluation:
             if settings.harness:
                 harness = _Harness(settings, self.compute, self.ahead, self.progress, self.manager)
                 record["tasks"] |= harness.record(self.artifact, self.original)
+            self.add_sample(record)
             folder.remove()
         record["worst"] = worst_units(record["layers"])
         record["run"] = run_record(self.artifact, self.compute, settings, self.started, self.planned)
         record["identity"] = dict(self.identity.parts)
         return record
+
+    def add_sample(self, record: dict[str, Any]) -> None:
+        """Put what both models say into a record that has none, if it is asked for."""
+        chosen = self.settings
+        if not chosen.sample_tokens or record.get("sample"):
+            return
+        asking = Asking(chosen.sample_tokens, chosen.compute, chosen.max_ram, chosen.max_vram)
+        said = sample(self.artifact, None if self.stored else self.original, asking, self.progress)
+        if said is not None:
+            record["sample"] = said
 
     def _walk(self) -> dict[str, Any]:
         """Both models through their layers and their answers scored."""

@@ -27,6 +27,7 @@ class EvaluationSettings:
     backend: str = STREAMED
     limit: int | None = None
     needle: int | None = None
+    sample_tokens: int = 0  # of an answer to each prompt of the sample; 0: none is taken
     compute: str = "auto"
     max_ram: int | None = None
     max_vram: int | None = None

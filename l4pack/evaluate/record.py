@@ -40,6 +40,8 @@ def write_accuracy(artifact: Path, record: dict[str, Any], gates: Gates, recover
         earlier = read_evaluations(artifact)
         same = find(earlier, identity_of(record).digest)
         before = {gate["gate"]: gate["limit"] for gate in same["gates"]} if same else {}
+        if same and "sample" in same:
+            record.setdefault("sample", same["sample"])
         record["gates"] = judge(record, before | limits_of(gates, recovery))
         here = {record["identity"]["artifact"], recorded_digest(artifact)}
         others = [one for one in earlier if one is not same and one["identity"]["artifact"] in here]

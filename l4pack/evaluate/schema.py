@@ -144,6 +144,30 @@ class Retrieval(_Data):
     retrieved: Share
 
 
+class Said(_Data):
+    """What one model said after a prompt."""
+
+    text: str
+    tokens: Annotated[list[Count], Field(max_length=4096)]
+    ended: bool
+
+
+class SampleAnswer(_Data):
+    """A prompt, and what artifact and original said; `first_difference` counts tokens."""
+
+    prompt: str
+    artifact: Said
+    original: Said | None
+    first_difference: Count | None
+
+
+class Sample(_Data):
+    """What was said, of at most so many tokens an answer."""
+
+    tokens: Count
+    answers: Annotated[list[SampleAnswer], Field(max_length=100)]
+
+
 class Evaluation(_Data):
     """One evaluation, as `accuracy.json` holds it. Numbers of an original are there together or not at all."""
 
@@ -173,6 +197,7 @@ class Evaluation(_Data):
     text: Text
     tasks: Annotated[dict[str, TaskResult], Field(max_length=1000)]
     needle: dict[Word, Retrieval] | None = None
+    sample: Sample | None = None
     layers: Annotated[list[Layer], Field(max_length=1024)]
     worst: Annotated[list[Worst], Field(max_length=1000)]
     run: Run

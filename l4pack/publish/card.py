@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from l4pack.artifact.mixture import Layers, scheme_layers, scheme_tag, scheme_text
 from l4pack.artifact.policy import Policy, plain
 from l4pack.errors import UsageError
+from l4pack.evaluate.sample import turns
 from l4pack.model.config import parse_config
 from l4pack.model.tensors import Role
 from l4pack.publish.card_check import mark
@@ -190,6 +191,7 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
         "accuracy": _accuracy(facts.accuracy, _tasks(facts)),
         "evaluations": [_in_a_row(one) for one in facts.others],
         "gates": [_gate(gate) for one in (facts.accuracy or {}, *facts.others) for gate in one.get("gates", ())],
+        "said": _said(facts.accuracy),
         "tasks_measured": bool(_tasks(facts)),
         "fits": [_fit(fit) for fit in facts.fits],
         "verdict": _verdict(facts, weights),
@@ -284,6 +286,21 @@ def _in_a_row(measured: Mapping[str, Any]) -> dict[str, str]:
             else "not measured"
         ),
     }
+
+
+def _said(measured: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What both models say after the same prompts, in bold from where they part; None where they were not asked."""
+    found = turns(measured or {})
+    if measured is None or not found:
+        return None
+
+    def marked(same: str, rest: str | None) -> str:
+        if rest is None:
+            return "not asked"
+        return " ".join([*([code(same)] if word(same) else []), *([f"**{code(rest)}**"] if word(rest) else [])])
+
+    rows = [(safe(one.prompt), marked(one.same, one.original), marked(one.same, one.artifact)) for one in found]
+    return {"tokens": measured["sample"]["tokens"], "rows": rows}
 
 
 def _gate(gate: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from l4pack.budget.solve import limits
 from l4pack.budget.subject import Subject
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import L4packError
+from l4pack.evaluate.sample import turns
 from l4pack.model.names import classify
 from l4pack.model.tensors import Role, catalogue
 from l4pack.report.charts import Marks, Series, heat_map, histogram, line_chart, trade_off
@@ -86,6 +87,7 @@ def render_report(
         memory_bar=_memory_bar(memory) if memory else None,
         memory_error=memory_error,
         charts={**dict.fromkeys(_CHARTS), **(_charts(accuracy) if accuracy else {})},
+        sample=turns(accuracy or {}),
         fitted=fitted,
         frontier=_frontier(fitted) if fitted else None,
         choices=_choices(fitted) if fitted else [],

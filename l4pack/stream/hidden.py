@@ -23,10 +23,14 @@ from l4pack.work.files import open_own
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One sequence to run: token ids, the first position whose token is scored, and images for its image tokens."""
+    """One sequence to run: token ids, the first whose token is scored, and images for its image tokens.
+
+    `position` is that of the first token where keys and values of those before it are kept (`kv.KeptCache`).
+    """
 
     tokens: tuple[int, ...]
     score_from: int = 1
+    position: int = 0
     pixel_values: Tensor | None = field(default=None, compare=False)  # float [tiles, channels, height, width]
 
 
@@ -57,7 +61,10 @@ class Packed:
         for start, item in zip(self.starts, self.sequences, strict=False):
             step = chunk or len(item.tokens)
             firsts = range(0, len(item.tokens), step)
-            pieces += [AttendedRows(start + first, min(step, len(item.tokens) - first), first) for first in firsts]
+            pieces += [
+                AttendedRows(start + first, min(step, len(item.tokens) - first), item.position + first)
+                for first in firsts
+            ]
         return pieces
 
     def scored_rows(self) -> Tensor:

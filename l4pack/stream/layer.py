@@ -135,9 +135,13 @@ class LayerPass:
 
     def batches(self) -> list[list[AttendedRows]]:
         """What attention computes at once, all of it."""
+        return list(batches(self._packed.pieces(self.chunk), self.blocks.attention))
+
+    @property
+    def chunk(self) -> int | None:
+        """Tokens that attend to one another only; None where all of a sequence do."""
         text = self._skeleton.config.text
-        chunk = text.attention_chunk_size if self.index in text.rope_layers else None
-        return list(batches(self._packed.pieces(chunk), self.blocks.attention))
+        return text.attention_chunk_size if self.index in text.rope_layers else None
 
     def attention_of(self, inputs: Tensor, positions: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """What attention adds to inputs [batch, length, hidden] that stand at `positions` [batch, length].
@@ -148,7 +152,7 @@ class LayerPass:
             hidden_states=self._layer.input_layernorm(inputs),
             position_embeddings=self._skeleton.rotary(positions),
             attention_mask=None,
-            past_key_values=PassingCache(self._entry, lengths or [inputs.shape[1]] * len(inputs)),
+            past_key_values=PassingCache(self._entry, lengths or [inputs.shape[1]] * len(inputs), int(positions[0, 0])),
         )
         result: Tensor = added
         return result

@@ -13,6 +13,7 @@ from l4pack.model.names import classify
 from l4pack.model.parts import WEIGHT, attention_shapes
 from l4pack.model.tensors import QUANTIZABLE, Role, catalogue
 from l4pack.plan.assign import Action, Target
+from l4pack.plan.memory import STORED, mlp_numbers
 from l4pack.plan.needs import DEFAULT_LENGTH
 from l4pack.plan.plan import Plan
 from l4pack.quant.dtypes import FLOATS
@@ -22,6 +23,7 @@ from l4pack.timing.work import Kind, Work
 from l4pack.work.device import CPU
 
 HIDDEN_WRITTEN = 2  # times a layer's hidden states go to disk: what attention adds to, and what the layer gives
+SYNCS_A_LAYER = 2  # the same of a walk: of hidden states, and of the state that says which layer is done
 SYNCS_A_UNIT = 2  # waits for the disk: of the shards, and of the journal
 SAMPLE_ROWS, SAMPLED_SHARE = (
     2048,
@@ -157,11 +159,13 @@ def _written(targets: Iterable[Target], units: int) -> Work:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The matrices of all layers of a checkpoint: how many weights, plain and quantized, and their bytes in files."""
+    """The matrices of all layers of a checkpoint: how many weights, plain and quantized, and their bytes in files, of
+    which some are those of routed experts."""
 
     plain: int
     quantized: int
     nbytes: int
+    routed: int
 
     def loading(self, times: float = 1) -> Work:
         """Reading them all, `times` over."""
@@ -177,12 +181,15 @@ def layer_weights(checkpoint: Checkpoint) -> LayerWeights:
     numel = sum(linear.numel for linear in catalogue(checkpoint.config).linears)
     held = {name: entry for name, entry in checkpoint.entries.items() if classify(name).role in QUANTIZABLE}
     nbytes = sum(entry.nbytes for entry in held.values())
+    routed = sum(entry.nbytes for name, entry in held.items() if classify(name).role is Role.ROUTED_EXPERT)
     if not checkpoint.config.quantized:
-        return LayerWeights(numel, 0, nbytes or 2 * numel)
+        units = mlps_of(checkpoint.config.text).get(Role.ROUTED_EXPERT, Units(0, 0))
+        counted = 2 * units.count * mlp_numbers(checkpoint.config.text, units.inner)
+        return LayerWeights(numel, 0, nbytes or 2 * numel, routed if nbytes else counted)
     plain = sum(
         math.prod(held[name].shape) for name in held if name.endswith(f".{WEIGHT}") and held[name].dtype in FLOATS
     )
-    return LayerWeights(plain, numel - plain, nbytes)
+    return LayerWeights(plain, numel - plain, nbytes, routed)
 
 
 def evaluating(
@@ -202,6 +209,59 @@ def evaluating(
     digest.add("digesting", Kind.READ, digested)
     digest.add("digesting", Kind.HASH, digested)
     return [starting(models=True), digest, walked]
+
+
+@dataclass(frozen=True)
+class Talk:
+    """So many prompts at once, each of about so many tokens, and the most tokens of their answers."""
+
+    prompts: int
+    prompt_tokens: int
+    tokens: int
+
+    def shares(self, text: TextConfig) -> tuple[float, float]:
+        """How often all that is no routed expert is read, and all of those: whole for the first token, then at most as
+        many experts of a layer as there are prompts."""
+        routed = min(1.0, self.prompts * text.num_experts_per_tok / max(1, text.num_local_experts))
+        return float(self.tokens), 1 + (self.tokens - 1) * routed
+
+    def record(self, text: TextConfig, models: Sequence[LayerWeights]) -> dict[str, int] | None:
+        """As JSON; None without tokens."""
+        if not self.tokens:
+            return None
+        return {"tokens": self.tokens, "prompts": self.prompts, "read_bytes": self.read_bytes(text, models)}
+
+    def read_bytes(self, text: TextConfig, models: Sequence[LayerWeights]) -> int:
+        """Bytes that are read at most, the head of each model included."""
+        whole, routed = self.shares(text)
+        head = STORED * text.vocab_size * text.hidden_size
+        return round(sum(whole * (one.nbytes - one.routed + head) + routed * one.routed for one in models))
+
+
+NO_TALK = Talk(0, 0, 0)
+
+
+def talking(text: TextConfig, models: Sequence[LayerWeights], talk: Talk, device: str = CPU) -> Work:
+    """Models that say something, one after the other, as `evaluate.generate` has them."""
+    work = Work()
+    if not talk.tokens:
+        return work
+    for model in models:
+        work.include(model.loading(talk.read_bytes(text, [model]) / max(1, model.nbytes)))
+    walked = Work()
+    walked.include(running(text, talk.prompts * talk.prompt_tokens, talk.prompt_tokens, Kind.FORWARD, device))
+    walked.include(running(text, talk.prompts, talk.prompt_tokens, Kind.FORWARD, device), talk.tokens - 1)
+    walked.include(scoring(text, talk.prompts, 1), talk.tokens)
+    walked.add("saying", Kind.SYNC, SYNCS_A_LAYER * text.num_hidden_layers * talk.tokens)
+    work.include(walked, len(models))
+    return _in_one_phase(work, "sample")
+
+
+def _in_one_phase(work: Work, phase: str) -> Work:
+    one = Work()
+    for _, kind, amount in work.items():
+        one.add(phase, kind, amount)
+    return one
 
 
 def verifying(artifact_bytes: int, source_bytes: int, weights: int) -> list[Work]:
@@ -253,10 +313,10 @@ def _changing(text: TextConfig, role: Role, scheme: RecipeScheme, tokens: tuple[
     return work
 
 
-def building(plan: Plan, device: str, evaluated: tuple[int, int] | None) -> dict[str, list[Work]]:
+def building(plan: Plan, device: str, evaluated: tuple[int, int] | None, talk: Talk = NO_TALK) -> dict[str, list[Work]]:
     """The steps of `build` that take long; `evaluated` are tokens and the length of a sequence, if accuracy is measured.
 
-    Original and artifact walk beside each other.
+    Original and artifact walk beside each other; then both `talk`.
     """
     quantized = sum(linear.numel for linear, scheme in plan.assigned if scheme is not None)
     steps = {
@@ -264,12 +324,21 @@ def building(plan: Plan, device: str, evaluated: tuple[int, int] | None) -> dict
         "verify": verifying(plan.artifact_bytes, plan.source_weight_bytes, quantized),
     }
     if evaluated is not None:
-        original = layer_weights(plan.checkpoint)
-        of_layers = sum(tensor.nbytes for tensor in plan.tensors if tensor.role in QUANTIZABLE)
-        artifact = LayerWeights(original.plain - quantized, quantized, of_layers)
-        tokens, length = evaluated
-        steps["evaluate"] = evaluating(plan.checkpoint.config.text, (original, artifact), tokens, length, device)
+        (tokens, length), text, models = evaluated, plan.checkpoint.config.text, both_weights(plan)
+        steps["evaluate"] = evaluating(text, models, tokens, length, device)
+        steps["evaluate"].append(talking(text, models, talk, device))
     return steps
+
+
+def both_weights(plan: Plan) -> tuple[LayerWeights, LayerWeights]:
+    """Those of the original and of the artifact that is planned."""
+    original = layer_weights(plan.checkpoint)
+    quantized = sum(linear.numel for linear, scheme in plan.assigned if scheme is not None)
+    sizes = Counter({role: 0 for role in QUANTIZABLE})
+    for tensor in plan.tensors:
+        sizes[tensor.role] += tensor.nbytes
+    held = sum(sizes[role] for role in QUANTIZABLE)
+    return original, LayerWeights(original.plain - quantized, quantized, held, sizes[Role.ROUTED_EXPERT])
 
 
 def tokens_at_most(text: TextConfig, samples: int, length: int | None) -> tuple[int, int]:

@@ -6,9 +6,15 @@ import json
 
 import pytest
 import torch
+from streaming import token_rows
+from whole_model import load, logits
 
 from l4pack.checkpoint.open import open_source
-from l4pack.evaluate.talk import Answer, Asking, Conversation, converse
+from l4pack.checkpoint.source import open_folder
+from l4pack.evaluate.generate import Asking, continued
+from l4pack.evaluate.talk import Answer, Conversation, converse
+from l4pack.stream.hidden import TokenSequence
+from l4pack.stream.visitor import Progress
 
 ASKED = [{"role": "user", "content": "Why is the sky blue?"}]
 
@@ -58,3 +64,26 @@ def test_what_cannot_be_answered(l4pack, arguments, message):
     assert ended.code == 2
     assert message in ended.err.splitlines()[0]
     assert ended.err.splitlines()[1].startswith("hint: ")
+
+
+@pytest.mark.parametrize("kind", ["scout", "maverick"])
+def test_tokens_after_kept_keys_and_values_are_those_of_whole_sequences(checkpoint, kind):
+    """Several prompts at once, shorter and longer than a chunk of attention (32), and over the edge of one."""
+    source = checkpoint(kind)
+    prompts = [tuple(ids) for ids in token_rows(lengths=(30, 5, 80, 64))]
+    model, wanted = load(source), [list(ids) for ids in prompts]
+    for _ in range(4):
+        wanted = [[*ids, int(rows[-1].argmax())] for ids, rows in zip(wanted, logits(model, wanted), strict=True)]
+    asking = Asking(most=4, compute="cpu")
+    found = continued(open_folder(source), [TokenSequence(ids) for ids in prompts], frozenset(), asking, Progress())
+    assert found == [ids[-4:] for ids in wanted]
+
+
+def test_a_prompt_that_ends_stands_still_while_others_go_on(checkpoint):
+    source = open_folder(checkpoint("scout"))
+    prompts = [TokenSequence(tuple(ids)) for ids in token_rows(lengths=(20, 9))]
+    asking = Asking(most=3, compute="cpu")
+    free = continued(source, prompts, frozenset(), asking, Progress())
+    ended = continued(source, prompts, frozenset({free[0][0]}), asking, Progress())
+    assert ended[0] == free[0][:1]
+    assert ended[1] == free[1] or free[0][0] in ended[1]
