@@ -251,7 +251,7 @@ def test_a_record_of_earlier_evaluations_is_checked_like_the_first(made):
 def test_build_measures_what_it_is_asked_for_and_keeps_both(l4pack, text, licensed_source, tmp_path):
     out = tmp_path / "Llama-4-Tiny-int4"
     base = ["build", licensed_source, "--recipe", "int4-rtn", "--out", out, "--base-model", "meta-llama/Llama-4-Tiny"]
-    base += ["--compute", "cpu", "--text", text, "--sequence-length", 64, "--json"]
+    base += ["--compute", "cpu", "--text", text, "--sequence-length", 64, "--sample-tokens", 2, "--json"]
 
     def outcome(*options):
         ended = l4pack(*base, *options)
@@ -259,6 +259,10 @@ def test_build_measures_what_it_is_asked_for_and_keeps_both(l4pack, text, licens
         return ended.code, found["outcome"], found.get("tokens")
 
     assert outcome("--samples", 4) == (0, "done", 252)
+    said = read_evaluations(out)[0]["sample"]
+    assert said["tokens"] == 2
+    assert all(len(one[model]["tokens"]) <= 2 for one in said["answers"] for model in ("artifact", "original"))
+    assert said["answers"][0]["prompt"] in (out / "README.md").read_text()
     assert outcome("--samples", 4) == (0, "kept", 252)
     assert outcome("--samples", 2) == (0, "done", 126)
     text_before = text.read_text()

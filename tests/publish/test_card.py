@@ -20,6 +20,10 @@ from l4pack.publish.commands import typed as _typed
 from l4pack.publish.licence import Card, audit
 from l4pack.publish.markdown import safe
 
+SAMPLE = {"tokens": 16, "answers": [
+    {"prompt": "Why?", "artifact": {"text": "It is because"}, "original": {"text": "It is so"}},
+    {"prompt": "How?", "artifact": {"text": "So"}, "original": None},
+]}  # fmt: skip
 ACCURACY = {
     "tokens": 65536, "text": {"name": "heldout", "sequence_length": 2048, "digests": ["x"]},
     "kl_mean": 0.0123, "kl_standard_error": 0.00041, "top1_agreement": 0.9612, "top1_agreement_standard_error": 0.0021,
@@ -290,8 +294,17 @@ def test_what_looks_like_markup_becomes_code():
         )
 
 
+def test_a_sample_is_bold_from_where_the_models_part():
+    text = render_card(facts(accuracy={**ACCURACY, "sample": SAMPLE}))
+    assert "the likeliest token each time, 16 at most" in text
+    assert "| `Why?` | `It is` **`so`** | `It is` **`because`** |" in text
+    assert "| `How?` | not asked | `So` |" in text
+
+
 def test_no_link_or_markup_survives_from_a_record():
-    made = facts(accuracy={**ACCURACY, "text": {"source": HOSTILE}, "tasks": {HOSTILE: ACCURACY["tasks"]["arc"]}})
+    said = {"prompt": HOSTILE, "artifact": {"text": HOSTILE}, "original": {"text": f"{HOSTILE} {HOSTILE}"}}
+    changes = {"text": {"source": HOSTILE}, "tasks": {HOSTILE: ACCURACY["tasks"]["arc"]}}
+    made = facts(accuracy={**ACCURACY, **changes, "sample": {"tokens": 1, "answers": [said]}})
     manifest = {**made.manifest, "l4pack_version": HOSTILE, "recipe": {**made.manifest["recipe"], "title": HOSTILE}}
     text = re.sub(r"`[^`\n]*`", "", Card.parse(render_card(replace(made, manifest=manifest))).visible)
     assert "evil" not in text

@@ -80,6 +80,15 @@ def test_page_shows_what_was_measured(page, made):
     assert "recipe int4-rtn" in words
 
 
+def test_a_sample_is_marked_from_where_the_models_part(page, made):
+    record = json.loads((made / "accuracy.json").read_text())
+    said = [{"text": text, "tokens": [1], "ended": True} for text in ("It is <b>", "It is so")]
+    answer = {"prompt": "Why?", "artifact": said[0], "original": said[1], "first_difference": 0}
+    (made / "accuracy.json").write_text(json.dumps({**record, "sample": {"tokens": 16, "answers": [answer]}}))
+    assert "It is <mark>&lt;b&gt;</mark>" in page(made)
+    assert "It is <mark>so</mark>" in page(made)
+
+
 def test_heat_maps_have_a_cell_for_every_expert(page, made):
     record = json.loads((made / "accuracy.json").read_text())
     text = page(made)

@@ -10,12 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from l4pack.calibration import moments
 from l4pack.calibration.mlp import Matrices, solve_mlp
 from l4pack.calibration.rows import Block
+from l4pack.checkpoint.open import open_source
 from l4pack.evaluate import layer_errors
 from l4pack.model.config import TextConfig
 from l4pack.model.parts import mlp_shapes
 from l4pack.quant import gptq_batch, gptq_thin, triangular
 from l4pack.recipe import GptqOptions, Method, RecipeScheme
 from l4pack.timing import counts, jobs
+from l4pack.timing.jobs import Talk, layer_weights, talking
 from l4pack.timing.work import Kind
 
 HIDDEN, INNER = 384, 640
@@ -82,3 +84,17 @@ def test_the_solver_cuts_as_is_counted():
     assert (counts.MOMENT_TILE, counts.THIN) == (moments.COLUMNS, moments.THIN)
     assert (jobs.SAMPLE_ROWS, jobs.SAMPLED_SHARE) == (layer_errors.SAMPLE_ROWS, layer_errors.SAMPLED_SHARE)
     assert gptq_batch.BLOCK == counts.BLOCK
+
+
+def test_a_sample_reads_all_layers_once_and_then_what_its_tokens_take():
+    scout = open_source("llama-4-scout")
+    text, weights = scout.config.text, layer_weights(scout)
+    routed, head = 2 * 96_636_764_160, 2 * 1_034_485_760
+    assert weights.routed == routed
+    rest = weights.nbytes - routed + head
+    assert Talk(2, 32, 1).read_bytes(text, [weights]) == weights.nbytes + head
+    assert Talk(2, 32, 8).read_bytes(text, [weights]) == 8 * rest + routed + 7 * routed // 8
+    assert Talk(99, 32, 2).read_bytes(text, [weights, weights]) == 2 * (2 * rest + 2 * routed)
+    assert Talk(2, 32, 0).record(text, [weights]) is None
+    read = talking(text, [weights], Talk(2, 32, 8)).total(Kind.READ)
+    assert read == pytest.approx(Talk(2, 32, 8).read_bytes(text, [weights]))
