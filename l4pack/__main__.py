@@ -47,7 +47,7 @@ def _run() -> int:
     except L4packError as error:
         return _refuse(error.message, error.hint, error.exit_code)
     except ModuleNotFoundError as error:
-        from l4pack.cli.parts import missing_part
+        from l4pack.extras import missing_part
 
         missing = missing_part(error)
         if missing is None:

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "l4pack"
 LAYERS = [
     ["__main__"],
     ["cli"],
+    ["api"],
     ["build"],
     ["publish", "report"],
     ["fit"],
@@ -33,7 +34,7 @@ LAYERS = [
     ["cluster", "demo", "hub", "model"],
     ["quant", "work"],
     ["datafile"],
-    ["units", "resources"],
+    ["extras", "units", "resources"],
     ["errors"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

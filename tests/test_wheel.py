@@ -18,8 +18,8 @@ from packaging.requirements import Requirement
 
 from l4pack import __version__
 from l4pack.checkpoint.open import open_source
-from l4pack.cli.parts import CORE, EXTRAS
 from l4pack.errors import LicenceError
+from l4pack.extras import CORE, EXTRAS
 from l4pack.formats.known import format_names
 from l4pack.plan.plan import make_plan
 from l4pack.quantize.run import run_plan

@@ -1,4 +1,4 @@
-"""Write docs/reference from what the program itself says: commands from the CLI, keys from the schemas.
+"""Write docs/reference from what the program itself says: commands, keys of schemas, functions with their examples.
 
 python tools/make_reference.py           # rewrite the pages
 python tools/make_reference.py --check   # exit 1 when a page is out of date
@@ -6,6 +6,7 @@ python tools/make_reference.py --check   # exit 1 when a page is out of date
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+import l4pack
 from l4pack.formats.format import Format
 from l4pack.formats.known import format_names, load_format
 from l4pack.model.tensors import QUANTIZABLE, Role
@@ -83,9 +85,74 @@ MEANINGS = {
 }
 
 
+RESULTS: dict[str, dict[str, str]] = {
+    "plan": {
+        "artifact_bytes": "bytes of all files of the artifact",
+        "weight_bytes": "of these, tensors",
+        "files": "every file and its exact bytes",
+        "bits_per_weight": "bits a quantized weight takes, scales included",
+        "peak_ram_bytes": "most memory the job takes",
+        "peak_vram_bytes": "most memory of a device",
+        "disk_bytes": "disk it needs at its peak, the artifact included",
+        "read_bytes": "bytes of weights it reads",
+        "warnings()": "what is odd about the source, and what a runtime can't do with the artifact",
+    },
+    "quantize": {
+        "out": "the folder",
+        "seconds": "what it took",
+        "read_bytes": "bytes of weights read now",
+        "resumed_bytes": "bytes that an earlier run was done with",
+        "peak_rss_bytes": "most memory taken",
+        "already_done": "whether the folder held this artifact before",
+    },
+    "verify": {
+        "ok": "no error, and something was really checked",
+        "findings": "each with `rule`, `where`, `message`, `level` (`error` or `warning`)",
+        "errors": "how many of them are errors",
+    },
+    "budget": {
+        "fits": "whether it surely fits",
+        "headroom_bytes": "bytes to spare on each GPU, negative where they lack",
+        "max_context": "most tokens a sequence, at this number of sequences",
+        "max_sequences": "most sequences, at this context",
+        "changes": "what would make it fit, each with `what`, `option`, `max_context`, `headroom_bytes`",
+        "promised_by": "the recipe whose promise filled in what was not said",
+        "serve": "the command that serves it, where it fits",
+        "record()": "the object that `l4pack budget --json` prints",
+    },
+    "evaluate": {
+        "kl_mean": "mean KL divergence of the original from the artifact, nats a token",
+        "kl_standard_error": "its standard error",
+        "top1_agreement": "share of tokens with the same likeliest token",
+        "perplexity_reference": "of the original",
+        "perplexity_artifact": "of the artifact",
+        "tokens": "tokens scored",
+        "layers": "each layer's errors, with `layer`, `residual_error`, `experts` and more",
+        "gates": "each with `gate`, `limit`, `value`, `ok`",
+        "plain()": "the record as `accuracy.json` holds it",
+    },
+    "package": {
+        "name": "the name that the artifact may have",
+        "written": "files that were written",
+        "missed": "gates that a recorded evaluation missed",
+    },
+    "push": {
+        "ready": "what was checked, in words",
+        "plan": "`steps` (each `name`, `size`, `action`), `send_bytes`, `private`, `exists`",
+        "done": "`commit`, `url`, `pull_request`, `files`; None of a dry run",
+    },
+}
+"""What each function gives, by attribute; these keep their meaning."""
+
+
 def main() -> None:
     """Write or check every page."""
-    pages = {"cli.md": cli_page(), "recipes.md": recipes_page(), "formats.md": formats_page()}
+    pages = {
+        "cli.md": cli_page(),
+        "recipes.md": recipes_page(),
+        "formats.md": formats_page(),
+        "python.md": python_page(),
+    }
     stale = [name for name, text in pages.items() if not (OUT / name).exists() or (OUT / name).read_text() != text]
     if "--check" in sys.argv:
         sys.exit(f"out of date: {', '.join(stale)}; run python tools/make_reference.py" if stale else 0)
@@ -193,6 +260,46 @@ def readers(form: Format) -> str:
         limits = "; ".join(f"{limit.severity}: {limit.says}" for limit in (*reader.limits, *reader.shapes))
         rows.append(f"- {reader.runtime} {reader.version}: {limits or 'no known limits'}")
     return "\n".join(rows) + "\n"
+
+
+def python_page() -> str:
+    """Every function of the package: signature, text, example, and what its result says."""
+    parts = [
+        "# Python\n",
+        "The steps of the command line as functions of the package `l4pack`: the same code, the same bytes. They print "
+        "nothing, and\n`import l4pack` imports nothing slow. What is named here keeps its meaning; whatever else is in the "
+        "package may change.\n",
+        "```python\nimport l4pack\n```\n",
+        "What goes wrong is raised as an error of `l4pack.errors`, all of them `L4packError` with `message` (what and where),\n"
+        "`hint` (what to do) and `exit_code` (of the command). A `Place` is a string or a path, a `Size` is bytes or text such\n"
+        'as `"4GB"`, an `Advance` is called with a number of bytes. The examples are run, in this order, by the project\'s '
+        "tests.\n",
+    ]
+    names = [name for name in l4pack.api.__dict__ if name in l4pack.__all__]
+    return "\n".join([*parts, *map(function, names)])
+
+
+def function(name: str) -> str:
+    """The part of a page about one function."""
+    found = getattr(l4pack, name)
+    text, _, example = inspect.getdoc(found).partition("\n>>> ")
+    rows = [f"| `{key}` | {meaning} |" for key, meaning in RESULTS.get(name, {}).items()]
+    table = ["| of the result | is |", "|---|---|", *rows, ""] if rows else []
+    return "\n".join(
+        [f"## {name}\n", f"```python\n{signature(name)}\n```\n", text, "```pycon", f">>> {example}", "```\n", *table]
+    )
+
+
+def signature(name: str) -> str:
+    """How a function is called, an argument a line."""
+    shown = inspect.signature(getattr(l4pack, name))
+    lines = [
+        f"{one.name}: {one.annotation}" + ("" if one.default is one.empty else f" = {one.default!r}".replace("'", '"'))
+        for one in shown.parameters.values()
+    ]
+    first = next(i for i, one in enumerate(shown.parameters.values()) if one.kind is inspect.Parameter.KEYWORD_ONLY)
+    lines.insert(first, "*")
+    return f"l4pack.{name}(\n" + "".join(f"    {line},\n" for line in lines) + f") -> {shown.return_annotation}"
 
 
 if __name__ == "__main__":

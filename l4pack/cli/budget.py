@@ -115,26 +115,15 @@ def show(
 
 
 def _show(asked: Asked, runtime: str, devices: Path | None, as_json: bool) -> None:
-    from l4pack.budget.devices import find_host, load_devices
-    from l4pack.budget.model import budget
-    from l4pack.budget.named import alternatives, question_of
-    from l4pack.budget.record import budget_record
-    from l4pack.budget.serve import serve_command
-    from l4pack.budget.solve import changes, limits
+    from l4pack.budget.answer import answer
+    from l4pack.budget.devices import load_devices
     from l4pack.budget.view import budget_view
 
-    known = load_devices(devices)
-    question = question_of(asked)
-    found = budget(question.subject, find_host(question.device, known), question.load, runtime)
-    largest = limits(found)
-    others = alternatives(question.source, question.subject)
-    tried = [] if found.fits else changes(found, question.load, runtime, known, others)
-    serve = serve_command(found, question.source if question.subject.config.quantized else "ARTIFACT")
+    found = answer(asked, runtime, load_devices(devices))
     if as_json:
-        record = budget_record(found, largest, tried)
-        console.show_json({"promised_by": question.promised_by, **record, "serve": serve})
+        console.show_json(found.record())
     else:
-        console.show(*budget_view(found, largest, tried, question.promised_by, serve))
+        console.show(*budget_view(found.budget, found.largest, found.changes, found.promised_by, found.serve))
     if not found.fits:
         raise typer.Exit(BudgetError.exit_code)
 

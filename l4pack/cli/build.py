@@ -12,7 +12,6 @@ from rich.text import Text
 
 from l4pack.cli import console
 from l4pack.cli.cluster import cluster_options, joined
-from l4pack.cli.evaluate import asked_gates
 from l4pack.cli.fit import warn_of_stand_in
 from l4pack.cli.hours import Hours, hours_view, within_record, within_time, within_view
 from l4pack.cli.options import (
@@ -138,6 +137,7 @@ def build(
     from l4pack.build import Order, fetch_folder, fit_recipe
     from l4pack.build import build as run
     from l4pack.checkpoint.open import open_source
+    from l4pack.evaluate.gates import asked_gates
     from l4pack.plan.plan import make_plan
     from l4pack.publish.ahead import refused_later
     from l4pack.publish.publish import Wishes

@@ -40,14 +40,12 @@ from l4pack.cli.options import (
     WorkOption,
 )
 from l4pack.cli.said import sample_line, sample_talk, sample_view
-from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds, parse_size
 from l4pack.work.device import chosen
 
 if TYPE_CHECKING:
     from l4pack.evaluate.evaluate import PreparedEvaluation
     from l4pack.evaluate.inputs import EvaluationSettings
-    from l4pack.recipe import Gates
     from l4pack.timing.jobs import LayerWeights
     from l4pack.timing.speeds import Prediction
 
@@ -86,17 +84,19 @@ def evaluate(
 
     Example: `l4pack evaluate demo-int4 --against demo --max-kl 0.05`
     """
-    from l4pack.evaluate.gates import judge, limits_of, parse_recovery, require
-    from l4pack.evaluate.inputs import EvaluationSettings
+    from l4pack.evaluate.gates import asked_gates, judge, limits_of, parse_recovery, require
+    from l4pack.evaluate.inputs import EvaluationSettings, split_tasks
     from l4pack.evaluate.record import read_evaluations, write_accuracy
     from l4pack.text.choice import TextChoice
+    from l4pack.work.files import path_beside
 
-    hours = Hours(on, devices, price, chosen(compute), beside(artifact, "").parent, planned=dry_run)
+    questions, harness = split_tasks(task or ())
+    hours = Hours(on, devices, price, chosen(compute), path_beside(artifact, "").parent, planned=dry_run)
     settings = EvaluationSettings(
-        work=work or beside(artifact, ".evaluate.partial"),
+        work=work or path_beside(artifact, ".evaluate.partial"),
         text=TextChoice(text, samples, sequence_length, seed),
-        tasks=tuple(Path(name) for name in task or () if _of_questions(name)),
-        harness=tuple(name for name in task or () if not _of_questions(name)),
+        tasks=questions,
+        harness=harness,
         backend=backend,
         limit=limit,
         needle=needle,
@@ -121,35 +121,8 @@ def evaluate(
     require(judge(record, limits_of(gates, recovery)))
 
 
-def beside(artifact: Path, ending: str) -> Path:
-    """A path next to an artifact's folder, named after it; `.` and links too."""
-    place = artifact if artifact.name not in ("", "..") else artifact.resolve()
-    return place.with_name(place.name + ending)
-
-
-def _of_questions(name: str) -> bool:
-    """Whether a task is a file: lm-eval's tasks have names without such endings."""
-    from l4pack.text.files import JSON_SUFFIXES
-
-    return name.lower().removesuffix(".gz").endswith(JSON_SUFFIXES)
-
-
 def _size(text: str | None) -> int | None:
     return None if text is None else parse_size(text)
-
-
-def asked_gates(**values: float | None) -> Gates:
-    """Gates from what the user typed. Raises UsageError."""
-    from l4pack.recipe import Gates
-
-    try:
-        return Gates(**values)
-    except ValueError as error:
-        first = str(error).splitlines()
-        raise UsageError(
-            f"a gate is out of range: {first[1] if len(first) > 1 else first[0]}",
-            hint="KL is 0 or more, shares are 0 to 1",
-        ) from error
 
 
 def _run(artifact: Path, against: str | None, settings: EvaluationSettings, hours: Hours) -> dict[str, Any]:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from l4pack.timing.spread import Spread
     from l4pack.timing.within import Chosen
     from l4pack.timing.work import Work
-    from l4pack.work.machine import Room
 
 WORTH_MEASURING = 10**9  # bytes that a job reads: less is done before the machine is measured
 _SHOWN = 5  # phases, those that take most
@@ -63,26 +62,15 @@ class Hours:
         Raises UsageError for what is no size.
         """
         from l4pack.containers.safetensors_folder import DEFAULT_SHARD_BYTES
+        from l4pack.plan.limits import limits_here
         from l4pack.plan.plan import RunLimits
 
-        rooms = [] if max_vram is None else [parse_size(max_vram)]
-        if self.on is not None and (vram := self._named().vram) is not None:
-            rooms.append(vram)
-        return RunLimits(
-            max_ram=None if max_ram is None else parse_size(max_ram),
-            max_vram=min(rooms, default=None),
-            accelerated=self.kind != CPU,
-            free_vram=self._free_vram(min(rooms, default=None)),
-            shard_bytes=DEFAULT_SHARD_BYTES if shard_size is None else parse_size(shard_size),
-        )
-
-    def _free_vram(self, asked: int | None) -> Room | None:
-        """What the device here has free, of that no more than asked for; None where the job runs elsewhere."""
-        if self.on is not None or self.device == CPU:
-            return None
-        from l4pack.stream.compute import float32_on  # imports torch
-
-        return float32_on(self.device).device_room(asked)
+        ram, vram = (None if size is None else parse_size(size) for size in (max_ram, max_vram))
+        shard = DEFAULT_SHARD_BYTES if shard_size is None else parse_size(shard_size)
+        if self.on is None:
+            return limits_here(self.device, max_ram=ram, max_vram=vram, shard_bytes=shard)
+        rooms = [room for room in (vram, self._named().vram) if room is not None]
+        return RunLimits(ram, min(rooms, default=None), accelerated=self.kind != CPU, shard_bytes=shard)
 
     def predict(self, stages: Sequence[Work], nbytes: int) -> Prediction | None:
         """The time of a job that reads so many bytes; None where nothing is known of this machine."""

@@ -21,7 +21,6 @@ from l4pack.cli.options import (
     RevisionOption,
     TagOption,
 )
-from l4pack.errors import UsageError
 from l4pack.units import human_bytes
 
 if TYPE_CHECKING:
@@ -47,12 +46,9 @@ def push(
 
     Example: `l4pack push scout-int4 my-org/Llama-4-Scout-17B-16E-Instruct-W4A16-g128-mixed --dry-run`
     """
-    from l4pack.checkpoint.source import HUB_ID
     from l4pack.publish.publish import address_card, plan_push, who_pushes
     from l4pack.publish.upload import Destination
 
-    if HUB_ID.fullmatch(repository) is None or "@" in repository:
-        raise UsageError(f"'{repository}' is not a repository's name", hint="write ORGANISATION/NAME")
     target = Destination(repository, revision, public, pull_request, overwrite, gated, tag, collection)
     ready = _check(folder, target)
     if not dry_run:

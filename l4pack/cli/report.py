@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from l4pack.cli import console
-from l4pack.cli.evaluate import beside
 from l4pack.cli.options import ArtifactOption, DeviceOption, FittedOption, OutOption
 from l4pack.errors import UsageError
 
@@ -27,14 +26,14 @@ def report(
     from l4pack.checkpoint.source import open_folder
     from l4pack.evaluate.record import check_current, read_evaluations
     from l4pack.report.page import render_report
-    from l4pack.work.files import write_atomic
+    from l4pack.work.files import path_beside, write_atomic
 
     checkpoint = open_folder(artifact)
     measured = read_evaluations(artifact)
     check_current(artifact, measured)
     accuracy = measured[0] if measured else None
     page = render_report(checkpoint, accuracy, open_subject(str(artifact)), device, _fitted(artifact, fitted))
-    path = out or beside(artifact, ".report.html")
+    path = out or path_beside(artifact, ".report.html")
     write_atomic(path, page.encode())
     console.show(f"[bold]{console.plain(path)}[/bold]  open it in a browser")
 
@@ -42,8 +41,9 @@ def report(
 def _fitted(artifact: Path, file: Path | None) -> dict[str, Any] | None:
     """What fit decided, from the file named or the one beside the artifact. Raises UsageError for one that is not."""
     from l4pack.fit.record import read_fit
+    from l4pack.work.files import path_beside
 
-    record = read_fit(file or beside(artifact, ".fit.json"))
+    record = read_fit(file or path_beside(artifact, ".fit.json"))
     if record is None and file is not None:
         raise UsageError(f"{file} is not what fit says", hint="make one with: l4pack fit SOURCE ... --json > fit.json")
     return None if record is None else record.model_dump(mode="json")

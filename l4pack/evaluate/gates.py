@@ -28,6 +28,18 @@ def parse_recovery(texts: list[str]) -> dict[str, float]:
     return result
 
 
+def asked_gates(**values: float | None) -> Gates:
+    """Gates from what the user typed. Raises UsageError."""
+    try:
+        return Gates(**values)
+    except ValueError as error:
+        first = str(error).splitlines()
+        raise UsageError(
+            f"a gate is out of range: {first[1] if len(first) > 1 else first[0]}",
+            hint="KL is 0 or more, shares are 0 to 1",
+        ) from error
+
+
 def limits_of(gates: Gates, recovery: Mapping[str, float]) -> dict[str, float]:
     """Every gate asked for with its limit."""
     asked = gates.model_dump(exclude_none=True)

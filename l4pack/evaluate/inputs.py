@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from l4pack.evaluate.harness import (
-    STREAMED,
-)
+from l4pack.evaluate.harness import STREAMED
 from l4pack.evaluate.needle import Needle
 from l4pack.evaluate.needle import needle_sequences as needle_sequences
 from l4pack.evaluate.tasks import EvaluationTask
 from l4pack.stream.hidden import TokenSequence
 from l4pack.text.choice import TextChoice
+from l4pack.text.files import JSON_SUFFIXES
 from l4pack.text.sequences import TokenText
 
 
@@ -46,3 +46,9 @@ class EvaluationInputs:
     tasks: tuple[EvaluationTask, ...]
     needles: tuple[Needle, ...]
     spans: dict[str, slice] = field(default_factory=dict)
+
+
+def split_tasks(names: Iterable[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Files of questions, and tasks of lm-evaluation-harness, whose names have no such endings."""
+    found = [(name, name.lower().removesuffix(".gz").endswith(JSON_SUFFIXES)) for name in names]
+    return tuple(Path(name) for name, file in found if file), tuple(name for name, file in found if not file)

@@ -24,7 +24,8 @@ from huggingface_hub.hf_api import RepoFile
 
 from l4pack.checkpoint.companions import belongs, folder_files
 from l4pack.checkpoint.hub import RemoteFile
-from l4pack.errors import HubError
+from l4pack.checkpoint.source import HUB_ID
+from l4pack.errors import HubError, UsageError
 from l4pack.hub.client import hub_errors, patiently
 from l4pack.hub.exchange import ASTRAY
 
@@ -58,6 +59,11 @@ class Destination:
     gated: bool = False
     tag: str | None = None
     collection: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for what is no repository's name."""
+        if HUB_ID.fullmatch(self.repo_id) is None or "@" in self.repo_id:
+            raise UsageError(f"'{self.repo_id}' is not a repository's name", hint="write ORGANISATION/NAME")
 
 
 @dataclass(frozen=True)

@@ -60,3 +60,9 @@ def read_own(path: Path, most: int) -> bytes:
     if len(raw) > most:
         raise ValueError(f"{path} has more than {most:,} bytes")
     return raw
+
+
+def path_beside(folder: Path, ending: str) -> Path:
+    """A path next to a folder, named after it; of `.` and links too."""
+    place = folder if folder.name not in ("", "..") else folder.resolve()
+    return place.with_name(place.name + ending)

@@ -63,7 +63,7 @@ def alone(artifact):
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Many tasks, although the model is tiny."""
-    monkeypatch.setattr("l4pack.quantize.spread.PIECE_BYTES", 1 << 16)
+    monkeypatch.setattr(spread, "PIECE_BYTES", 1 << 16)
 
 
 def journal_of(out):

@@ -10,6 +10,7 @@ import pytest
 
 from l4pack.checkpoint.open import open_source
 from l4pack.errors import BudgetError, SourceError
+from l4pack.plan import plan as planning
 from l4pack.plan.assign import ROW_STEP, Action
 from l4pack.plan.memory import KERNELS_LOADED
 from l4pack.plan.plan import RunLimits, make_plan
@@ -128,7 +129,7 @@ def test_a_limit_below_the_smallest_job_is_refused(max_ram):
 
 
 def test_slices_are_cut_where_blocks_and_words_stay_whole(checkpoint, monkeypatch):
-    monkeypatch.setattr("l4pack.plan.plan.SLAB_LIMITS", (1,))
+    monkeypatch.setattr(planning, "SLAB_LIMITS", (1,))
     plan = planned(checkpoint("maverick", intermediate_size=384), "fp8-block")
     cut = [task for task in plan.tasks if task.action is Action.QUANTIZE]
     assert all(task.rows[0] % ROW_STEP == 0 for task in cut)
@@ -137,7 +138,7 @@ def test_slices_are_cut_where_blocks_and_words_stay_whole(checkpoint, monkeypatc
 
 
 def test_a_tensor_wide_scale_is_never_cut(checkpoint, monkeypatch):
-    monkeypatch.setattr("l4pack.plan.plan.SLAB_LIMITS", (1,))
+    monkeypatch.setattr(planning, "SLAB_LIMITS", (1,))
     recipe = load_recipe("fp8").model_dump()
     recipe["schemes"]["fp8"]["strategy"] = Strategy.TENSOR
     plan = make_plan(open_source(str(checkpoint("scout", intermediate_size=384))), Recipe.model_validate(recipe))
@@ -155,7 +156,7 @@ def test_the_identity_follows_what_decides_bytes_and_nothing_else(checkpoint, mo
         planned(source, shard_bytes=100_000).identity().digest,
         planned(checkpoint("scout", seed=1)).identity().digest,
     ]
-    monkeypatch.setattr("l4pack.plan.plan.__version__", "0.0.0")
+    monkeypatch.setattr(planning, "__version__", "0.0.0")
     different.append(planned(source).identity().digest)
     assert len({first, *different}) == 5
 

@@ -24,8 +24,10 @@ from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.errors import StoppedError, UsageError
+from l4pack.plan import plan as planning
 from l4pack.plan.extents import task_extents
 from l4pack.plan.plan import make_plan
+from l4pack.quantize import threads
 from l4pack.quantize.execute import Executor
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import load_recipe
@@ -141,7 +143,7 @@ def stop_half_way(monkeypatch):
                 os.kill(os.getpid(), signal.SIGINT)
 
         with monkeypatch.context() as patch:
-            patch.setattr("l4pack.quantize.threads.SYNC_SECONDS", 0.001)
+            patch.setattr(threads, "SYNC_SECONDS", 0.001)
             patch.setattr(Executor, "run", lambda self, task: (time.sleep(0.01), run_task(self, task)))
             with pytest.raises(StoppedError, match="what is finished is kept"):
                 run_plan(plan, out, shown=Shown(ask))
@@ -208,7 +210,7 @@ def test_a_changed_job_is_refused_unless_restarted(die_in, source, plan, tmp_pat
     if change == "source":
         (copy / "tokenizer_config.json").write_text("{}")
     elif change == "version":
-        monkeypatch.setattr("l4pack.plan.plan.__version__", "9.9")
+        monkeypatch.setattr(planning, "__version__", "9.9")
     elif change == "shard size":
         command += ["--shard-size", "300kB"]
     refused = l4pack(*command)
@@ -317,7 +319,7 @@ def finished_keys(out):
 @pytest.mark.parametrize("recipe", ["int4-rtn", "fp8", "fp8-block", "meta-fp8"])
 def test_the_journal_knows_the_bytes_of_every_task(checkpoint, tmp_path, recipe, monkeypatch):
     """In slices too: what a task says it writes is what it writes, in that order."""
-    monkeypatch.setattr("l4pack.plan.plan.SLAB_LIMITS", (1,))
+    monkeypatch.setattr(planning, "SLAB_LIMITS", (1,))
     plan = make_plan(open_source(str(checkpoint("maverick", intermediate_size=384))), load_recipe(recipe))
     kept, close = [], ShardWriter.close
 
@@ -389,7 +391,7 @@ def test_a_journal_that_cannot_be_written_stops_the_job_at_once(plan, tmp_path, 
     ran = []
     run_task = Executor.run
     monkeypatch.setattr(Executor, "run", lambda self, task: (ran.append(task), time.sleep(0.01), run_task(self, task)))
-    monkeypatch.setattr("l4pack.quantize.threads.SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(threads, "SYNC_SECONDS", 0.01)
 
     def full(self, **_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -17,6 +17,7 @@ from l4pack.artifact.manifest import MANIFEST_NAME
 from l4pack.checkpoint.header import read_header
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.writer import ShardWriter
+from l4pack.plan import plan as planning
 from l4pack.plan.plan import RunLimits, make_plan
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import quantize_block
@@ -114,7 +115,7 @@ def test_memory_and_threads_do_not_change_a_byte(checkpoint, tmp_path, recipe, m
     expected = file_digests(tmp_path / "plain")
     run(source, recipe, tmp_path / "alone", workers=1)
     run(source, recipe, tmp_path / "many", workers=7)
-    monkeypatch.setattr("l4pack.plan.plan.SLAB_LIMITS", (1,))
+    monkeypatch.setattr(planning, "SLAB_LIMITS", (1,))
     plan, _ = run(source, recipe, tmp_path / "slices", workers=3)
     assert any(task.rows[0] for task in plan.tasks) or recipe is RECIPES["tensor"]
     for folder in ("alone", "many", "slices"):
@@ -129,7 +130,7 @@ def test_slices_of_ragged_matrices_land_where_they_belong(checkpoint, tmp_path, 
         recipe = load_recipe(name) if name == "fp8-block" else _channelwise()
         run(source, recipe, tmp_path / f"{name}-whole")
         with monkeypatch.context() as patch:
-            patch.setattr("l4pack.plan.plan.SLAB_LIMITS", (1,))
+            patch.setattr(planning, "SLAB_LIMITS", (1,))
             run(source, recipe, tmp_path / f"{name}-slices")
         assert file_digests(tmp_path / f"{name}-whole") == file_digests(tmp_path / f"{name}-slices")
 
