@@ -34,6 +34,7 @@ from l4pack.cli.options import (
     SaveReferenceOption,
     SeedOption,
     SequenceLengthOption,
+    SuiteOption,
     TaskOption,
     TextOption,
     WeightsOnlyOption,
@@ -58,6 +59,7 @@ def evaluate(
     sequence_length: SequenceLengthOption = None,
     seed: SeedOption[int] = 0,
     task: TaskOption = None,
+    suite: SuiteOption = None,
     limit: LimitOption = None,
     backend: BackendOption = "streamed",
     needle: NeedleOption = None,
@@ -101,6 +103,7 @@ def evaluate(
         limit=limit,
         needle=needle,
         sample_tokens=sample_tokens,
+        suites=tuple(dict.fromkeys(suite or ())),
         compute=compute,
         max_ram=_size(max_ram),
         max_vram=_size(max_vram),
@@ -213,6 +216,8 @@ def accuracy_view(record: dict[str, Any]) -> list[RenderableType]:
     if "needle" in record:
         lines.append(_needle_line(record["needle"]))
     lines += sample_view(record)
+    if "refusals" in record:
+        lines += _refusals_view(record["refusals"])
     for gate in record["gates"]:
         mark = "[green]passed[/green]" if gate["ok"] else "[red]missed[/red]"
         value = "not measured" if gate["value"] is None else f"{gate['value']:.6g}"
@@ -273,6 +278,16 @@ def _task_line(name: str, task: dict[str, Any]) -> str:
         alike = "" if "same_choice" not in task else f", same choice {task['same_choice']:.4f}"
         line += f", original {original['value']:.4f}{recovery}{alike}"
     return line
+
+
+def _refusals_view(found: dict[str, Any]) -> list[RenderableType]:
+    """How probable refusals are, a row for each kind of request."""
+    from l4pack.evaluate.refusal_text import refusal_lines, refusal_rows
+
+    table = console.table("Refusals", ">Original", ">Artifact", ">Change")
+    for row in refusal_rows(found):
+        table.add_row(*row)
+    return ["", table, *(console.plain(line) for line in refusal_lines(found))]
 
 
 def _needle_line(needle: dict[str, Any]) -> str:

@@ -351,6 +351,10 @@ SampleTokensOption = Annotated[
         help="Record what both models say to two short prompts, N tokens each; every token reads weights again.",
     ),
 ]
+SuiteOption = Annotated[
+    list[str] | None,
+    typer.Option("--suite", metavar="NAME", help="Questions that come with l4pack: refusals; may be repeated."),
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", help="Most questions of each lm-eval task.")]
 BackendOption = Annotated[
     str, typer.Option("--backend", metavar="ENGINE", help="What runs lm-eval tasks: streamed, vllm or transformers.")

@@ -33,6 +33,7 @@ from l4pack.evaluate.needle import Needle, needles
 from l4pack.evaluate.needle import needle_sequences as needle_sequences
 from l4pack.evaluate.outcome import ARTIFACT, ORIGINAL, run_record, score_models, scores_record, task_digest
 from l4pack.evaluate.reference import StoredReference, claim_reference, load_reference, save_reference
+from l4pack.evaluate.refusals import REFUSALS, asked_requests, refusal_sequences, suite_digest
 from l4pack.evaluate.same_model import check_not_dequantized, check_reference, check_same_model, check_same_tokens
 from l4pack.evaluate.talk import sample
 from l4pack.evaluate.tasks import EvaluationTask, load_task, sequences_of
@@ -84,6 +85,7 @@ def prepare_evaluation(
     """
     progress = progress or Progress()
     started = time.monotonic()
+    check_suites(settings.suites)
     manager = task_manager(settings.harness, settings.backend) if settings.harness else None
     if settings.save_reference is not None and (original is None or settings.reference is not None):
         raise UsageError("--save-reference needs the original", hint="add --against SOURCE")
@@ -146,6 +148,8 @@ def _parts(inputs: EvaluationInputs, settings: EvaluationSettings, compute: Comp
         **{f"--task {task.name}": task_digest(task) for task in inputs.tasks},
         "lm-eval": harness if settings.harness else None,
         "--needle": settings.needle,
+        **({"--suite": list(settings.suites)} if settings.suites else {}),
+        **({"refusals": suite_digest()} if inputs.refusals else {}),
         "--weights-only": settings.weights_only,
         "tokens of all sequences": token_digest([sequence.tokens for sequence in inputs.sequences]),
         **compute.parts(),
@@ -263,7 +267,22 @@ def _inputs(
         more = needle_sequences(list(found))
         spans["needle"] = slice(len(sequences), len(sequences) + len(more))
         sequences += more
-    return EvaluationInputs(tuple(sequences), text, tasks, found, spans)
+    asked = asked_requests(tokenizer) if REFUSALS in settings.suites else None
+    if asked is not None:
+        more = refusal_sequences(asked.suite, tokenizer)
+        spans[REFUSALS] = slice(len(sequences), len(sequences) + len(more))
+        sequences += more
+    return EvaluationInputs(tuple(sequences), text, tasks, found, spans, asked)
+
+
+SUITES = (REFUSALS,)
+
+
+def check_suites(names: Sequence[str]) -> None:
+    """Raise UsageError for a suite that l4pack doesn't have."""
+    unknown = next((name for name in names if name not in SUITES), None)
+    if unknown is not None:
+        raise UsageError(f"there is no suite {unknown}", hint=f"choose {' or '.join(SUITES)}")
 
 
 def _check_names(tasks: Sequence[EvaluationTask]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from l4pack.evaluate.harness import STREAMED
 from l4pack.evaluate.needle import Needle
 from l4pack.evaluate.needle import needle_sequences as needle_sequences
+from l4pack.evaluate.refusals import Requests
 from l4pack.evaluate.tasks import EvaluationTask
 from l4pack.stream.hidden import TokenSequence
 from l4pack.text.choice import TextChoice
@@ -28,6 +29,7 @@ class EvaluationSettings:
     limit: int | None = None
     needle: int | None = None
     sample_tokens: int = 0  # of an answer to each prompt of the sample; 0: none is taken
+    suites: tuple[str, ...] = ()  # sets of questions that come with l4pack, by name
     compute: str = "auto"
     max_ram: int | None = None
     max_vram: int | None = None
@@ -46,6 +48,7 @@ class EvaluationInputs:
     tasks: tuple[EvaluationTask, ...]
     needles: tuple[Needle, ...]
     spans: dict[str, slice] = field(default_factory=dict)
+    refusals: Requests | None = None
 
 
 def split_tasks(names: Iterable[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:

@@ -23,6 +23,7 @@ from l4pack.evaluate.inputs import EvaluationInputs, EvaluationSettings
 from l4pack.evaluate.needle import needle_record
 from l4pack.evaluate.needle import needle_sequences as needle_sequences
 from l4pack.evaluate.reference import StoredReference
+from l4pack.evaluate.refusals import REFUSALS, Requests, refusal_record
 from l4pack.evaluate.schema import SCHEMA_VERSION
 from l4pack.evaluate.scoring import PairedScores, Scores, score, score_pair
 from l4pack.evaluate.statistics import clusters, mean_and_error, perplexity, summarize
@@ -77,6 +78,8 @@ def scores_record(
     }
     if inputs.needles:
         record["needle"] = _needles(inputs, packed, lengths, scored)
+    if inputs.refusals is not None:
+        record["refusals"] = _refusals(inputs.refusals, inputs.spans[REFUSALS], lengths, scored)
     return record
 
 
@@ -118,6 +121,12 @@ def _task(task: EvaluationTask, sequences: slice, lengths: Sequence[int], scored
     assert artifact is not None
     record = task_record(task, artifact, _sums(scored.reference, sequences, lengths))
     return {**record, "sha256": task_digest(task)}
+
+
+def _refusals(asked: Requests, sequences: slice, lengths: Sequence[int], scored: Scored) -> dict[str, Any]:
+    artifact = _sums(scored.artifact, sequences, lengths)
+    assert artifact is not None
+    return refusal_record(asked, artifact, _sums(scored.reference, sequences, lengths))
 
 
 def task_digest(task: EvaluationTask) -> str:

@@ -168,6 +168,38 @@ class Sample(_Data):
     answers: Annotated[list[SampleAnswer], Field(max_length=100)]
 
 
+class RefusalsOfKind(_Data):
+    """Harmful or harmless requests: how probable a refusal is by both models, and what they refuse."""
+
+    requests: Annotated[int, Field(gt=0, le=10_000)]
+    probability_artifact: Value
+    refused_artifact: Count
+    probability_original: Value | None = None
+    refused_original: Count | None = None
+    probability_change: Value | None = None
+    refused_by_artifact_only: Count | None = None
+    refused_by_original_only: Count | None = None
+    p_value: Share | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> RefusalsOfKind:
+        paired = (self.probability_original, self.refused_original, self.probability_change, self.p_value,
+                  self.refused_by_artifact_only, self.refused_by_original_only)  # fmt: skip
+        if any(one is None for one in paired) and any(one is not None for one in paired):
+            raise ValueError("numbers of the original are there together or not at all")
+        return self
+
+
+class Refusals(_Data):
+    """Refusals of the requests of a suite."""
+
+    suite: Word
+    sha256: Sha256
+    openings: Count
+    harmful: RefusalsOfKind
+    harmless: RefusalsOfKind
+
+
 class Evaluation(_Data):
     """One evaluation, as `accuracy.json` holds it. Numbers of an original are there together or not at all."""
 
@@ -198,6 +230,7 @@ class Evaluation(_Data):
     tasks: Annotated[dict[str, TaskResult], Field(max_length=1000)]
     needle: dict[Word, Retrieval] | None = None
     sample: Sample | None = None
+    refusals: Refusals | None = None
     layers: Annotated[list[Layer], Field(max_length=1024)]
     worst: Annotated[list[Worst], Field(max_length=1000)]
     run: Run

@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from l4pack.artifact.mixture import Layers, scheme_layers, scheme_tag, scheme_text
 from l4pack.artifact.policy import Policy, plain
 from l4pack.errors import UsageError
+from l4pack.evaluate.refusal_text import refusal_lines, refusal_rows
 from l4pack.evaluate.sample import turns
 from l4pack.model.config import parse_config
 from l4pack.model.tensors import Role
@@ -199,6 +200,7 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
         "multimodal": facts.multimodal,
         "sampling": _sampling(facts.generation),
         "safeguards": facts.policy.safeguards.strip(),
+        "refusals": _refusals(facts),
         "packaged": facts.packaged,
         "sglang_reads": set(given[Role.ATTENTION]) == {KEEP},
         "calibration": _calibration(facts),
@@ -271,6 +273,15 @@ def _rows(measured: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[tuple[s
         ]
         rows.append((f"Task {safe(name)}, {task['questions']:,} questions, accuracy", pair[0], pair[1]))
     return rows
+
+
+def _refusals(facts: CardFacts) -> dict[str, Any] | None:
+    """Refusals by the most careful evaluation that asked for them; None where none did."""
+    found = next((one["refusals"] for one in (facts.accuracy or {}, *facts.others) if one.get("refusals")), None)
+    if found is None:
+        return None
+    rows = [tuple(cell or "not measured" for cell in row) for row in refusal_rows(found)]
+    return {"rows": rows, "lines": refusal_lines(found), "openings": found["openings"], "suite": code(found["suite"])}
 
 
 def _in_a_row(measured: Mapping[str, Any]) -> dict[str, str]:

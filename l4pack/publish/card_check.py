@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-GENERATED = ("Weight", "Accuracy", "Memory", "How it was made")
+GENERATED = ("Weight", "Accuracy", "Memory", "How it was made", "Safeguards")
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 _MARK = re.compile(r"^<!-- l4pack card ([0-9a-f]{64}) -->$", re.MULTILINE)
 

@@ -21,6 +21,7 @@ from l4pack.budget.solve import limits
 from l4pack.budget.subject import Subject
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import L4packError
+from l4pack.evaluate.refusal_text import refusal_lines, refusal_rows
 from l4pack.evaluate.sample import turns
 from l4pack.model.names import classify
 from l4pack.model.tensors import Role, catalogue
@@ -79,6 +80,7 @@ def render_report(
     return page.from_string(data_text("report", "templates", "report.html")).render(
         name=folder.name,
         accuracy=accuracy,
+        refusals=_refusals(accuracy),
         recipe=_recipe_name(folder),
         size=artifact_bytes(folder) if (folder / MANIFEST_NAME).is_file() else None,
         bars=bars,
@@ -93,6 +95,12 @@ def render_report(
         choices=_choices(fitted) if fitted else [],
         blocks=[(label, style) for label, style, key in _BLOCKS if accuracy and _known(accuracy["layers"], key)],
     )
+
+
+def _refusals(accuracy: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Rows and words of what was measured of refusals."""
+    found = (accuracy or {}).get("refusals")
+    return {"rows": refusal_rows(found), "lines": refusal_lines(found)} if found else None
 
 
 def _frontier(fitted: dict[str, Any]) -> Markup:

@@ -335,3 +335,26 @@ def test_options_are_typed_as_the_command_takes_them():
     options = {"--samples": 4, "--include": ["a.txt", "b c"], "--keep-float32": True}
     typed = [part for option, value in options.items() for part in _typed(option, value)]
     assert typed == ["--samples", "4", "--include", "a.txt", "--include", "b c", "--keep-float32"]
+
+
+REFUSALS = {
+    "suite": "refusals", "sha256": "a" * 64, "openings": 12, "chat_template": True,
+    "harmful": {"requests": 40, "probability_artifact": {"value": 0.9, "standard_error": 0.02}, "refused_artifact": 36,
+                "probability_original": {"value": 0.95, "standard_error": 0.02}, "refused_original": 38,
+                "probability_change": {"value": -0.05, "standard_error": 0.01}, "refused_by_artifact_only": 0,
+                "refused_by_original_only": 2, "p_value": 0.5},
+    "harmless": {"requests": 40, "probability_artifact": {"value": 0.01, "standard_error": None}, "refused_artifact": 0},
+}  # fmt: skip
+
+
+def test_refusal_drift_stands_under_safeguards():
+    text = render_card(facts(accuracy={**ACCURACY, "refusals": REFUSALS}))
+    safeguards = text.partition("## Safeguards")[2].partition("## Limits")[0]
+    assert "| 40 harmful requests | 95.00 % | 90.00 % | -5.00 ± 1.00 % |" in safeguards
+    assert "| 40 harmless requests | not measured | 1.00 % | not measured |" in safeguards
+    assert "2 the original alone" in safeguards
+    assert "Llama Guard" in " ".join(safeguards.split())
+
+
+def test_refusal_drift_that_was_not_measured_is_said():
+    assert "Refusal drift: not measured" in render_card(facts(accuracy=ACCURACY))
