@@ -7,17 +7,19 @@ import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from l4pack.artifact.manifest import MANIFEST_NAME
 from l4pack.artifact.manifest_schema import read_manifest
 from l4pack.checkpoint.header import TensorEntry
-from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.containers.safetensors_folder import CONTAINER
 from l4pack.errors import SourceError
 from l4pack.model.config import load_config
 from l4pack.work import machine
+
+if TYPE_CHECKING:
+    from l4pack.checkpoint.reader import Reader
 
 MAX_WORKERS = 8
 CHUNK = 8 * 1024**2
@@ -35,6 +37,8 @@ def measured_digest(checkpoint: Checkpoint, check: Callable[[], None] = lambda: 
     """The digest by reading every tensor; `check` is called between reads and may raise. Raises SourceError."""
     if checkpoint.store is None:
         raise SourceError(f"{checkpoint.name} is a configuration without weights", hint="give a checkpoint folder")
+    from l4pack.checkpoint.reader import Reader  # brings numpy, which a recorded digest does without
+
     entries = sorted(checkpoint.entries.values(), key=lambda entry: (entry.file, entry.start))
     with Reader(checkpoint.entries, checkpoint.store.path) as reader, ThreadPoolExecutor(_workers()) as pool:
         found = pool.map(lambda entry: (entry.name, tensor_digest(reader, entry, check)), entries)
