@@ -182,7 +182,7 @@ def test_the_core_needs_no_more(run_light, artifact, arguments):
         (["measure", "demo"], "quantize"),
         (["fit", "demo", "--bits", "5"], "quantize"),
         (["coverage", "demo"], "quantize"),
-        (["report", "ARTIFACT"], "quantize"),
+        (["report", "ARTIFACT"], "report"),
         (["package", "ARTIFACT"], "hub"),
         (["push", "ARTIFACT", "some/where"], "hub"),
         (["inspect", "some/where"], "hub"),
