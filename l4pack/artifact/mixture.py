@@ -52,6 +52,15 @@ def scheme_layers(recipe: Recipe, config: Llama4Config) -> dict[Role, Layers]:
     return given
 
 
+def scheme_rows(recipe: Recipe, config: Llama4Config) -> list[tuple[str, list[Role]]]:
+    """What roles got, in words, and the roles that got it; those that got the same stand together."""
+    given = scheme_layers(recipe, config)
+    got: dict[str, list[Role]] = {}
+    for role in sorted(given, key=list(Role).index):
+        got.setdefault(scheme_text(recipe, given[role]), []).append(role)
+    return list(got.items())
+
+
 def scheme_text(recipe: Recipe, layers: Layers) -> str:
     """What a role got, with the layers where not all of them got the same."""
     by_tag: dict[str, set[int]] = {}

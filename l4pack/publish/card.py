@@ -16,12 +16,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from l4pack.artifact.mixture import Layers, scheme_layers, scheme_tag, scheme_text
+from l4pack.artifact.mixture import scheme_layers, scheme_rows, scheme_tag
 from l4pack.artifact.policy import Policy, plain
 from l4pack.errors import UsageError
 from l4pack.evaluate.refusal_text import refusal_lines, refusal_rows
 from l4pack.evaluate.sample import turns
-from l4pack.model.config import parse_config
+from l4pack.model.config import Llama4Config, parse_config
 from l4pack.model.tensors import Role
 from l4pack.publish.card_check import mark
 from l4pack.publish.commands import make_command, request, serve_commands, transformers_code
@@ -173,7 +173,7 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
     source = manifest["source"]
     shards = [size for name, size in facts.files.items() if name.endswith(".safetensors")]
     weights, nbytes = facts.weight_bytes or sum(shards), sum(facts.files.values())
-    given = scheme_layers(recipe, parse_config(facts.config))
+    config = parse_config(facts.config)
     return {
         "name": word(facts.name),
         "licence_block": facts.policy.block.strip(),
@@ -188,7 +188,7 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
         "ratio": f"{source['weight_bytes'] / weights:.2f}" if weights and source["weight_bytes"] else None,
         "shards": len(shards),
         "bits": f"{8 * weights / source['parameters']:.2f}",
-        "schemes": _schemes(recipe, given),
+        "schemes": _schemes(recipe, config),
         "accuracy": _accuracy(facts.accuracy, _tasks(facts)),
         "evaluations": [_in_a_row(one) for one in facts.others],
         "gates": [_gate(gate) for one in (facts.accuracy or {}, *facts.others) for gate in one.get("gates", ())],
@@ -202,19 +202,19 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
         "safeguards": facts.policy.safeguards.strip(),
         "refusals": _refusals(facts),
         "packaged": facts.packaged,
-        "sglang_reads": set(given[Role.ATTENTION]) == {KEEP},
+        "sglang_reads": set(scheme_layers(recipe, config)[Role.ATTENTION]) == {KEEP},
         "calibration": _calibration(facts),
         "fallbacks": _fallbacks(facts),
         "commands": _commands(facts),
     }
 
 
-def _schemes(recipe: Recipe, given: Mapping[Role, Layers]) -> list[dict[str, str]]:
+def _schemes(recipe: Recipe, config: Llama4Config) -> list[dict[str, str]]:
     """What each role of the model got; roles that got the same stand together."""
-    got: dict[str, list[str]] = {}
-    for role in sorted(given, key=list(Role).index):
-        got.setdefault(scheme_text(recipe, given[role]), []).append(role.value.replace("_", " "))
-    rows = [{"what": what, "roles": ", ".join(roles)} for what, roles in got.items()]
+    rows = [
+        {"what": what, "roles": ", ".join(role.value.replace("_", " ") for role in roles)}
+        for what, roles in scheme_rows(recipe, config)
+    ]
     if recipe.kv_cache is not None:
         each = "layer" if recipe.kv_cache.strategy is KVStrategy.TENSOR else "KV head of a layer"
         rows.append({"what": f"FP8, with a scale of keys and one of values for each {each}", "roles": "KV cache"})

@@ -15,7 +15,7 @@ from l4pack.checkpoint.open import open_source
 from l4pack.fit.record import FitRecord, read_fit
 from l4pack.plan.plan import make_plan
 from l4pack.recipe import load_recipe
-from l4pack.report.charts import Marks, trade_off
+from l4pack.report.fitted import frontier_figure
 
 KEYS = {
     "weight_bytes", "artifact_bytes", "predicted_kl", "gap", "optimal", "choice", "frontier", "recipe", "stand_in", "runtime",
@@ -190,11 +190,20 @@ def test_a_record_reads_back_as_it_was(l4pack, at, tmp_path):
     assert read_fit(tmp_path / "again.json") == record
 
 
-def test_the_trade_off_has_a_mark_for_every_point_above_zero():
-    points = [(1.0, 0.1, "a"), (2.0, 0.01, "b & c"), (3.0, 0.0, "d")]
-    svg = ElementTree.fromstring(trade_off([Marks("c1", points, joined=True), Marks("c2", points[:1])], "x", "y"))
-    circles = svg.findall("circle")
-    assert [circle.find("title").text for circle in circles] == ["a", "b & c", "a"]
-    assert len(svg.findall("polyline")) == 1
-    assert float(circles[0].get("cy")) < float(circles[1].get("cy"))
-    ElementTree.fromstring(trade_off([], "x", "y"))
+def test_the_frontier_has_a_row_for_every_point_and_a_mark_above_zero():
+    sizes = [
+        {"name": "", "bytes": size, "predicted_kl": kl}
+        for size, kl in ((10**9, 0.1), (2 * 10**9, 0.01), (3 * 10**9, 0.0))
+    ]
+    fitted = {"weight_bytes": 2 * 10**9, "predicted_kl": 0.01, "frontier": sizes, "uniform": []}
+    alone = frontier_figure(fitted, None)
+    assert [row[1] for row in alone.rows] == ["1.00 GB", "2.00 GB", "3.00 GB", "2.00 GB"]
+    assert "weights, GB" in alone.drawing
+    assert "measured" not in alone.drawing
+    assert 'class="speck predicted" d="M0 0h0M1000 1000h0"' in alone.drawing
+    measured = {"kl_mean": 0.02, "kl_standard_error": 0.001, "artifact_weight_bytes": 2 * 10**9}
+    both = frontier_figure(fitted, measured)
+    assert both.rows[-1] == ("chosen, measured", "2.00 GB", "0.0200 ± 0.0010")
+    assert "whisker measured" in both.drawing
+    assert "measured</span>" in both.drawing
+    frontier_figure({**fitted, "frontier": [], "predicted_kl": 0.0}, None)

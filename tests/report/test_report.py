@@ -4,52 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from xml.etree import ElementTree
 
 import pytest
+from large_record import EXPERTS, LAYERS, large
 from page import Page
-from whole_model import one_thread  # noqa: F401
-
-from l4pack.report.charts import HEIGHT, Series, heat_map, histogram, line_chart
-
-
-@pytest.fixture(scope="session")
-def evaluated_once(artifact, checkpoint, tmp_path_factory):
-    """A Maverick-like artifact with an `accuracy.json` made by a real evaluation."""
-    from l4pack.checkpoint.source import open_folder
-    from l4pack.evaluate.evaluate import evaluate
-    from l4pack.evaluate.inputs import EvaluationSettings
-    from l4pack.evaluate.record import write_accuracy
-    from l4pack.recipe import Gates
-    from l4pack.text.choice import TextChoice
-
-    folder = tmp_path_factory.mktemp("report")
-    made = folder / "Llama-tiny-Int4"
-    shutil.copytree(artifact("int4-rtn", "maverick"), made)
-    (folder / "text.txt").write_text("some words of text, again and again " * 30)
-    choice = TextChoice(str(folder / "text.txt"), 4, 64)
-    record = evaluate(
-        open_folder(made), open_folder(checkpoint("maverick")), EvaluationSettings(folder / "work", choice)
-    )
-    write_accuracy(made, record, Gates(max_kl=1e-9, min_agreement=0.01), {})
-    return made
-
-
-@pytest.fixture
-def made(evaluated_once, tmp_path):
-    return shutil.copytree(evaluated_once, tmp_path / "Llama-tiny-Int4")
-
-
-@pytest.fixture
-def page(l4pack, tmp_path):
-    def render(artifact, *options):
-        out = tmp_path / "page.html"
-        ended = l4pack("report", artifact, "--out", out, *options)
-        assert ended.code == 0, ended.err
-        return out.read_text(encoding="utf-8")
-
-    return render
 
 
 def test_page_needs_nothing_else(page, made):
@@ -70,13 +28,14 @@ def test_page_shows_what_was_measured(page, made):
     record = json.loads((made / "accuracy.json").read_text())
     text = page(made)
     words = " ".join(Page(text).words)
-    assert f"{record['kl_mean']:,.4g}" in words
+    assert f"{record['kl_mean']:,.3g}" in words
     assert f"{100 * record['top1_agreement']:,.4g} %" in words
     assert record["text"]["sha256"] in words
     assert record["run"]["versions"]["torch"] in words
     worst = record["worst"][0]
     assert worst["block"].replace("_", " ") in words
-    assert text.count('class="missed"') == text.count('class="passed"') == 1
+    gates = text[text.index("<h2>Quality gates") : text.index("<h2>Serve it")]
+    assert gates.count("✗ missed") == gates.count("✓ passed") == 1
     assert "recipe int4-rtn" in words
 
 
@@ -89,14 +48,62 @@ def test_a_sample_is_marked_from_where_the_models_part(page, made):
     assert "It is <mark>so</mark>" in page(made)
 
 
-def test_heat_maps_have_a_cell_for_every_expert(page, made):
+def test_every_expert_is_in_the_drawings_and_in_the_tables(page, made):
     record = json.loads((made / "accuracy.json").read_text())
     text = page(made)
     experts = [expert for layer in record["layers"] for expert in layer.get("experts", ())]
-    assert text.count('class="heat"') + text.count('class="none"') == 2 * len(experts)
+    cells = re.findall(r'<path class="(?:error\d|tokens\d|none)" d="([^"]+)"', text)
+    assert sum(path.count("z") for path in cells) == 2 * len(experts)
+    table = " ".join(Page(text).words).split()
     for expert in experts:
         if expert["tokens"]:
-            assert f", expert {expert['expert']}: {expert['tokens']:,} tokens" in text
+            error = f"{expert['error']:.3g}"
+            assert (error if expert["tokens"] >= 32 else f"({error})") in table
+
+
+def test_every_chart_has_its_numbers(page, made):
+    text = page(made)
+    figures = re.findall(r"<figure>(.*?)</figure>", text, re.DOTALL)
+    assert len(figures) == 7
+    for figure in figures:
+        assert figure.count("<details>") == 1
+        assert figure.count("<tr>") > 1
+    assert "tokens that the router sent to the expert" in text
+    assert text.count("<details>") == len(figures) + 2  # memory and bytes, which are bars
+
+
+def test_what_is_known_of_the_artifact_is_told(page, made):
+    words = " ".join(" ".join(Page(page(made)).words).split())
+    for told in (
+        "Page of 20", "Precision by role", "l4pack quantize", "--recipe int4-rtn", "vllm serve Llama-tiny-Int4",
+        "runtime plans", "perplexity, original → artifact: times", "in order", "duties open", "W4A16",
+    ):  # fmt: skip
+        assert told in words, told
+
+
+def test_calibration_is_told(page, checkpoint, tmp_path):
+    from l4pack.report.making import _calibration
+
+    told = dict(_calibration({
+        "text": {"source": "words", "sequences": 4, "sequence_length": 2048, "tokens": 8000},
+        "routed_tokens": {"1": [0, 5], "3": [7, 9]},
+        "matrices": {"a": {"method": "rtn", "reason": "not definite"}, "b": {"method": "gptq", "borrowed_tokens": 3},
+                     "c": {"input_amax": 1.0}},
+    }))  # fmt: skip
+    assert told["text"] == "words, 4 sequences of at most 2,048 tokens, 8,000 tokens in all"
+    assert told["cold experts"] == "1 of 4 saw no token: layer 1 expert 0"
+    assert told["fewest tokens"] == "0, in layer 1 expert 0"
+    assert told["fallbacks"] == "1 of 2 matrices are rounded to nearest instead: a (not definite)"
+    assert told["borrowed tokens"].startswith("1 matrices")
+
+
+def test_the_page_of_a_model_as_large_as_maverick_is_below_a_megabyte(page, made):
+    record = large(json.loads((made / "accuracy.json").read_text()))
+    (made / "accuracy.json").write_text(json.dumps(record))
+    text = page(made)
+    assert 300_000 < len(text.encode()) < 1_000_000
+    cells = re.findall(r'<path class="(?:error\d|tokens\d|none)" d="([^"]+)"', text)
+    assert sum(path.count("z") for path in cells) == 2 * LAYERS * EXPERTS
 
 
 def test_bars_are_bytes_by_role(page, made):
@@ -147,55 +154,6 @@ def test_a_folder_named_by_a_dot(l4pack, made, monkeypatch):
 
 def test_same_record_same_page(page, made):
     assert page(made) == page(made)
-
-
-# Drawings
-
-
-def shapes(svg, tag):
-    return [element for element in ElementTree.fromstring(svg).iter(tag)]
-
-
-def test_lines_lie_at_their_values():
-    svg = line_chart(["0", "1", "2"], [Series("s", "c1", [0.0, 0.5, None])], "layer", "error")
-    dots = shapes(svg, "circle")
-    assert len(dots) == 2
-    low, high = (float(dot.get("cy")) for dot in dots)
-    assert low == HEIGHT - 40
-    assert high == 14
-    assert [dot[0].text for dot in dots] == ["s, layer 0: 0", "s, layer 1: 0.5"]
-
-
-def test_bar_heights_are_counts():
-    svg = histogram([0.1, 1.0], [5, 10, 0], "KL", "tokens")
-    heights = [float(bar.get("height")) for bar in shapes(svg, "rect")]
-    assert len(heights) == 2
-    assert heights[1] == pytest.approx(2 * heights[0])
-
-
-def test_heat_shares_and_empty_cells():
-    svg = heat_map(["0", "1"], ["0", "1"], [[1.0, 4.0], [None, 2.0]], "tokens")
-    cells = shapes(svg, "rect")
-    assert [cell.get("style") for cell in cells] == ["--v:25.0%", "--v:100.0%", None, "--v:50.0%"]
-    assert cells[2].get("class") == "none"
-
-
-def test_drawings_of_nothing_are_drawn():
-    assert shapes(line_chart([], [], "x", "y"), "circle") == []
-    assert len(shapes(histogram([1.0], [0, 0], "x", "y"), "rect")) == 2
-    assert shapes(heat_map([], [], [], "tokens"), "rect") == []
-
-
-def test_no_label_is_markup():
-    evil = "<script>1</script>"
-    for drawing in (
-        heat_map([evil], [evil], [[1.0]], evil),
-        heat_map([evil], [evil], [[None]], evil),
-        line_chart([evil], [Series(evil, "c1", [1.0])], evil, evil),
-        histogram([1.0], [1, 2], evil, evil),
-    ):
-        assert "<script" not in drawing
-        ElementTree.fromstring(drawing)
 
 
 @pytest.mark.parametrize("value", [[], 3, "x", {"recipe": []}, {"recipe": {"name": {}}}, {"tensors": {"a": 1}}])
