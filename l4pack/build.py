@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from l4pack import __version__
 from l4pack.artifact.contents import recorded_digest
+from l4pack.artifact.made import build_state, made_record
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.model import budget
@@ -26,7 +27,7 @@ from l4pack.budget.record import budget_record
 from l4pack.budget.serve import serve_command
 from l4pack.budget.solve import limits as budget_limits
 from l4pack.checkpoint.source import Checkpoint, open_folder
-from l4pack.datafile import json_or_none
+from l4pack.datafile import small_object
 from l4pack.errors import BudgetError, L4packError
 from l4pack.evaluate.gates import judge, limits_of, require
 from l4pack.evaluate.record import find, read_evaluations, write_accuracy
@@ -201,7 +202,6 @@ class _Chain:
     def __init__(self, plan: Plan, order: Order, watch: Watch) -> None:
         self._plan, self._order, self._watch = plan, order, watch
         self._promise = plan.recipe.promise
-        self._state_path = order.out.with_name(f"{order.out.name}.build.json")
 
     def steps(self) -> dict[str, Callable[[], StepResult]]:
         """The steps in order."""
@@ -254,13 +254,15 @@ class _Chain:
         record = {"out": str(order.out), "peak_rss_bytes": result.peak_rss_bytes, "bytes_read": result.read_bytes}
         if result.already_done:
             return Outcome.KEPT, "the artifact was there", record
+        if not result.resumed_bytes:
+            self._remember(small_object(build_state(order.out)) | made_record(order.out, result.seconds))
         rate = human_bytes(result.read_bytes / max(result.seconds, 1e-9))
         summary = f"{human_seconds(result.seconds)}, {rate}/s, peak memory {human_bytes(result.peak_rss_bytes)}"
         return Outcome.DONE, summary, record
 
     def _verify(self) -> StepResult:
         key = self._key([self._plan.checkpoint.fingerprint()])
-        state = self._state()
+        state = small_object(build_state(self._order.out))
         summary = "every tensor holds against the source"
         if state.get("verify") == key:
             return Outcome.KEPT, summary, {"ok": True}
@@ -356,14 +358,7 @@ class _Chain:
         return Outcome.DONE, f"{done.url} at {done.commit}", {"url": done.url, "commit": done.commit}
 
     def _remember(self, state: Mapping[str, Any]) -> None:
-        write_atomic(self._state_path, (json.dumps(state, indent=1) + "\n").encode())
-
-    def _state(self) -> dict[str, Any]:
-        try:
-            state = json_or_none(self._state_path.read_bytes())
-        except OSError:
-            return {}
-        return state if isinstance(state, dict) else {}
+        write_atomic(build_state(self._order.out), (json.dumps(state, indent=1) + "\n").encode())
 
     def _key(self, depends_on: list[str]) -> str:
         """Digest of this version, the planned files as they lie there, and what else a step depends on."""

@@ -22,6 +22,7 @@ COMMANDS = {
     "quantize": "quantize:quantize",
     "verify": "verify:verify",
     "evaluate": "evaluate:evaluate",
+    "compare": "compare:compare",
     "chat": "chat:chat",
     "coverage": "coverage:coverage",
     "report": "report:report",

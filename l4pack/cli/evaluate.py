@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from l4pack.evaluate.inputs import EvaluationSettings
     from l4pack.timing.jobs import LayerWeights
     from l4pack.timing.speeds import Prediction
+
+
+UNREAD = "not read"  # stands for a digest where only the plan is wanted
 
 
 def evaluate(
@@ -116,7 +120,7 @@ def evaluate(
     recovery = parse_recovery(min_recovery or [])
     read_evaluations(artifact)  # what can't be added to is said before the work, not after it
     if dry_run:
-        _show_plan(*_planned(artifact, against, settings, hours), as_json=as_json)
+        show_plan(*_planned(artifact, against, settings, hours), as_json=as_json)
         return
     record = _run(artifact, against, settings, hours)
     write_accuracy(artifact, record, gates, recovery)
@@ -136,33 +140,33 @@ def _run(artifact: Path, against: str | None, settings: EvaluationSettings, hour
     from l4pack.work.signals import stop_signals
 
     checkpoint, original = open_folder(artifact), None if against is None else open_source(against)
-    total = total_bytes(checkpoint, None if settings.reference else original) * (1 + settings.sample_tokens)
+    total = total_bytes(None if settings.reference else original, checkpoint) * (1 + settings.sample_tokens)
     with console.progress("evaluating", total) as bar, stop_signals() as stop:
         prepared = prepare_evaluation(checkpoint, original, settings, Progress.of(bar.shown, stop))
-        prediction = _prediction(prepared, hours)
+        prediction = prediction_of([prepared], hours)
         record = prepared.run()
     record["run"]["predicted_seconds"] = predicted_seconds(prediction)
     return record
 
 
-def _prediction(prepared: PreparedEvaluation, hours: Hours) -> Prediction | None:
-    """The time of an evaluation; lm-eval's tasks are not in it."""
+def prediction_of(prepared: Sequence[PreparedEvaluation], hours: Hours) -> Prediction | None:
+    """The time of evaluations that walk together; lm-eval's tasks are not in it."""
     from l4pack.timing.jobs import evaluating, talking
 
-    models = _weights(prepared)
-    lengths = [len(sequence.tokens) for sequence in prepared.inputs.sequences]
-    text, digested = prepared.artifact.config.text, prepared.artifact.weight_bytes
+    first, models = prepared[0], _weights(prepared)
+    lengths = [len(sequence.tokens) for sequence in first.inputs.sequences]
+    text, digested = first.artifact.config.text, sum(one.artifact.weight_bytes for one in prepared)
     work = evaluating(text, models, sum(lengths), max(lengths), hours.kind, digested=digested)
-    work.append(talking(text, models, sample_talk(prepared.settings.sample_tokens), hours.kind))
+    work.append(talking(text, models, sample_talk(first.settings.sample_tokens), hours.kind))
     return hours.predict(work, sum(model.nbytes for model in models))
 
 
-def _weights(prepared: PreparedEvaluation) -> list[LayerWeights]:
+def _weights(prepared: Sequence[PreparedEvaluation]) -> list[LayerWeights]:
     """Those of the models that walk."""
     from l4pack.timing.jobs import layer_weights
 
-    original = None if prepared.settings.reference else prepared.original
-    return [layer_weights(one) for one in (original, prepared.artifact) if one is not None]
+    original = None if prepared[0].settings.reference else prepared[0].original
+    return [layer_weights(one) for one in (original, *(one.artifact for one in prepared)) if one is not None]
 
 
 def _planned(
@@ -171,29 +175,44 @@ def _planned(
     """What an evaluation would take, as JSON, and its time; no weight is read."""
     from l4pack.checkpoint.open import open_source
     from l4pack.checkpoint.source import open_folder
-    from l4pack.evaluate.evaluate import prepare_evaluation, total_bytes
+    from l4pack.evaluate.evaluate import prepare_evaluation
 
     checkpoint, original = open_folder(artifact), None if against is None else open_source(against)
-    prepared = prepare_evaluation(checkpoint, original, settings, measured="not read")
-    prediction = _prediction(prepared, hours)
-    sequences, talk = prepared.inputs.sequences, sample_talk(settings.sample_tokens)
-    plan = {
-        "tokens": sum(len(sequence.tokens) for sequence in sequences),
-        "sequences": len(sequences),
-        "read_bytes": total_bytes(checkpoint, None if settings.reference else original),
-        "sample": talk.record(checkpoint.config.text, _weights(prepared)),
+    prepared = [prepare_evaluation(checkpoint, original, settings, measured=UNREAD)]
+    prediction = prediction_of(prepared, hours)
+    return plan_record(prepared, prediction), prediction
+
+
+def plan_record(prepared: Sequence[PreparedEvaluation], prediction: Prediction | None) -> dict[str, Any]:
+    """What evaluations that walk together would take, as JSON."""
+    from l4pack.evaluate.evaluate import total_bytes
+
+    first = prepared[0]
+    original = None if first.settings.reference else first.original
+    return {
+        "tokens": sum(len(sequence.tokens) for sequence in first.inputs.sequences),
+        "sequences": len(first.inputs.sequences),
+        "read_bytes": total_bytes(original, *(one.artifact for one in prepared)),
+        "peak_ram_bytes": first.planned.ram,
+        "sample": sample_talk(first.settings.sample_tokens).record(first.artifact.config.text, _weights(prepared)),
         **predicted_record(prediction),
     }
-    return plan, prediction
 
 
-def _show_plan(plan: dict[str, Any], prediction: Prediction | None, *, as_json: bool) -> None:
-    if as_json:
-        console.show_json({"plan": plan})
-        return
-    reads = human_bytes(plan["read_bytes"])
-    line = f"plan      {plan['tokens']:,} tokens in {plan['sequences']:,} sequences; reads {reads} of weights"
-    console.show(line, *sample_line(plan["sample"]), *hours_view(prediction))
+def show_plan(plan: dict[str, Any], prediction: Prediction | None, *, as_json: bool) -> None:
+    """What `--dry-run` answers."""
+    console.show_json({"plan": plan}) if as_json else console.show(*plan_view(plan, prediction))
+
+
+def plan_view(plan: dict[str, Any], prediction: Prediction | None) -> list[RenderableType]:
+    """A plan of an evaluation for people."""
+    reads, memory = human_bytes(plan["read_bytes"]), human_bytes(plan["peak_ram_bytes"])
+    return [
+        f"plan      {plan['tokens']:,} tokens in {plan['sequences']:,} sequences; reads {reads} of weights, takes "
+        f"{memory} of memory",
+        *sample_line(plan["sample"]),
+        *hours_view(prediction),
+    ]
 
 
 def accuracy_view(record: dict[str, Any]) -> list[RenderableType]:

@@ -30,6 +30,9 @@ SourceOption = Annotated[
     ),
 ]
 ArtifactOption = Annotated[Path, typer.Argument(metavar="DIR", help="Artifact folder.", show_default=False)]
+ArtifactsOption = Annotated[
+    list[Path], typer.Argument(metavar="DIR...", help="Artifact folders, two or more.", show_default=False)
+]
 SubjectOption = Annotated[
     str | None,
     typer.Argument(

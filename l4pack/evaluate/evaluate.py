@@ -28,10 +28,10 @@ from l4pack.evaluate.harness import (
     task_manager,
 )
 from l4pack.evaluate.inputs import EvaluationInputs, EvaluationSettings
-from l4pack.evaluate.layer_errors import SAMPLED_ROWS, LayerErrors, worst_units
+from l4pack.evaluate.layer_errors import ARTIFACTS, SAMPLED_ROWS, LayerErrors, worst_units
 from l4pack.evaluate.needle import Needle, needles
 from l4pack.evaluate.needle import needle_sequences as needle_sequences
-from l4pack.evaluate.outcome import ARTIFACT, ORIGINAL, run_record, score_models, scores_record, task_digest
+from l4pack.evaluate.outcome import ARTIFACT, ORIGINAL, Scored, run_record, score_models, scores_record, task_digest
 from l4pack.evaluate.reference import StoredReference, claim_reference, load_reference, save_reference
 from l4pack.evaluate.refusals import REFUSALS, asked_requests, refusal_sequences, suite_digest
 from l4pack.evaluate.same_model import check_not_dequantized, check_reference, check_same_model, check_same_tokens
@@ -77,10 +77,12 @@ def prepare_evaluation(
     settings: EvaluationSettings,
     progress: Progress | None = None,
     measured: str | None = None,
+    others: Sequence[Checkpoint] = (),
 ) -> PreparedEvaluation:
     """Check what can be checked before the first layer, and say what the evaluation is of.
 
-    `measured` is the artifact's `contents_digest` where it is known; else every tensor is read for it. Raises UsageError
+    `measured` is the artifact's `contents_digest` where it is known; else every tensor is read for it. `others` are
+    artifacts that walk with it, which take memory too. Raises UsageError
     for anything but the original, for text or tasks that can't be had; SourceError.
     """
     progress = progress or Progress()
@@ -97,7 +99,7 @@ def prepare_evaluation(
     tokenizer = _tokenizer(artifact, original)
     inputs = _inputs(artifact, original, settings, tokenizer)
     compute = Compute.of(settings.compute)
-    planned, ahead = _walk_memory(artifact, original, settings, inputs, compute)
+    planned, ahead = _walk_memory([artifact, *others], original, settings, inputs, compute)
     stored = None
     if settings.reference is not None:
         stored = load_reference(settings.reference, _reference_identity(inputs, original), compute.device)
@@ -114,7 +116,7 @@ def prepare_evaluation(
 
 
 def _walk_memory(
-    artifact: Checkpoint,
+    artifacts: Sequence[Checkpoint],
     original: Checkpoint | None,
     settings: EvaluationSettings,
     inputs: EvaluationInputs,
@@ -122,9 +124,10 @@ def _walk_memory(
 ) -> tuple[Memory, bool]:
     """What the walk takes, and whether a unit is loaded while another computes. Raises BudgetError where there is not
     even what it takes without."""
-    models = 1 if original is None or settings.reference is not None else 2
-    computing = computing_on(compute, artifact.config.text, inputs.sequences, models=models, streams=models)
-    stored = max(stored_itemsize(one) for one in (artifact, original) if one is not None)
+    walking = [*artifacts] if original is None or settings.reference is not None else [original, *artifacts]
+    text = artifacts[0].config.text
+    computing = computing_on(compute, text, inputs.sequences, models=len(walking), streams=len(walking))
+    stored = max(stored_itemsize(one) for one in (*artifacts, original) if one is not None)
     computing = replace(computing, tiles=compute.tiles, stored=stored)
     sampled = 2 * SAMPLED_ROWS * computing.row  # inputs and outputs
     ram, device = machine.memory(settings.max_ram), compute.device_room(settings.max_vram)
@@ -185,8 +188,12 @@ class PreparedEvaluation:
                 record["tasks"] |= harness.record(self.artifact, self.original)
             self.add_sample(record)
             folder.remove()
+        return self.completed(record)
+
+    def completed(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A record with what hurts most, how it came about, and what it is of."""
         record["worst"] = worst_units(record["layers"])
-        record["run"] = run_record(self.artifact, self.compute, settings, self.started, self.planned)
+        record["run"] = run_record(self.artifact, self.compute, self.settings, self.started, self.planned)
         record["identity"] = dict(self.identity.parts)
         return record
 
@@ -202,40 +209,79 @@ class PreparedEvaluation:
 
     def _walk(self) -> dict[str, Any]:
         """Both models through their layers and their answers scored."""
-        artifact, original, settings, compute = self.artifact, self.original, self.settings, self.compute
-        inputs, stored = self.inputs, self.stored
-        packed = Packed(inputs.sequences)
-        with ExitStack() as stack:
-            names = [(ORIGINAL, original)] if original is not None and stored is None else []
-            models = [
-                _model(name, one, compute, settings, stack) for name, one in (*names, (ARTIFACT, artifact)) if one
-            ]
-            if len(models) > 1:
-                check_not_dequantized(models[1].weights, models[0].weights)
-            job = _job(models, _parts(inputs, settings, compute))
-            walk = stack.enter_context(
-                Walk(
-                    [Lane(model.name, model, packed) for model in models], settings.work, job,
-                    LayerErrors(artifact.config, paired=len(models) > 1), progress=self.progress, release=settings.max_ram is not None,
-                    ahead=self.ahead,
-                )
-            )  # fmt: skip
-            walk.run()
-            self.progress.label("scoring")
-            answers = [StreamAnswers(model, walk.streams[model.name].current) for model in models]
-            kept = _save_reference(settings, answers[0], packed, inputs, original)
-            record = scores_record(artifact, original, inputs, packed, score_models(answers, stored, packed))
-            record["layers"], record["resumed_layers"] = walk.records, walk.resumed_layers
-        if stored is not None or kept is not None:
-            record["reference"] = _reference_record(stored.record if stored else kept or {})
+        [(record, _)] = Pass(
+            (self.artifact,),
+            self.original,
+            self.settings,
+            self.progress,
+            self.inputs,
+            self.compute,
+            self.ahead,
+            self.stored,
+        ).run()
         return record
 
 
-def total_bytes(artifact: Checkpoint, original: Checkpoint | None) -> int:
-    """Bytes of matrices in the layers of both, what progress is counted in."""
+@dataclass(frozen=True)
+class Pass:
+    """The original, unless its answers are kept ones, and artifacts of it: once through all their layers and scored."""
+
+    artifacts: tuple[Checkpoint, ...]
+    original: Checkpoint | None
+    settings: EvaluationSettings
+    progress: Progress
+    inputs: EvaluationInputs
+    compute: Compute
+    ahead: bool
+    stored: StoredReference | None = None
+
+    def run(self) -> list[tuple[dict[str, Any], Scored]]:
+        """Every artifact's figures, and the scores they are made of. Raises StoppedError when asked to stop; the same call
+        goes on."""
+        settings, stored = self.settings, self.stored
+        packed = Packed(self.inputs.sequences)
+        with ExitStack() as stack:
+            models = [_model(name, one, self.compute, settings, stack) for name, one in self._walking().items()]
+            for model in models[1:]:
+                check_not_dequantized(model.weights, models[0].weights)
+            walk = stack.enter_context(self._prepared(models, packed))
+            walk.run()
+            self.progress.label("scoring")
+            answers = [StreamAnswers(model, walk.streams[model.name].current) for model in models]
+            kept = _save_reference(settings, answers[0], packed, self.inputs, self.original)
+            scored = score_models(answers, stored, packed)
+            layers, resumed = walk.records, walk.resumed_layers
+        reference = stored.record if stored is not None else kept
+        told = {} if reference is None else {"reference": _reference_record(reference)}
+        records = []
+        for number, (artifact, scores) in enumerate(zip(self.artifacts, scored, strict=True)):
+            record = scores_record(artifact, self.original, self.inputs, packed, scores)
+            record["layers"], record["resumed_layers"] = [layer[ARTIFACTS][number] for layer in layers], resumed
+            records.append((record | told, scores))
+        return records
+
+    def _walking(self) -> dict[str, Checkpoint]:
+        """The models that walk, by the names of their lanes."""
+        original = {} if self.original is None or self.stored is not None else {ORIGINAL: self.original}
+        if len(self.artifacts) == 1:
+            return {**original, ARTIFACT: self.artifacts[0]}
+        return original | {f"{ARTIFACT}-{number}": one for number, one in enumerate(self.artifacts, 1)}
+
+    def _prepared(self, models: Sequence[Model], packed: Packed) -> Walk:
+        job = _job(models, _parts(self.inputs, self.settings, self.compute))
+        paired = len(models) > len(self.artifacts)
+        return Walk(
+            [Lane(model.name, model, packed) for model in models], self.settings.work, job,
+            LayerErrors(self.artifacts[0].config, paired=paired), progress=self.progress,
+            release=self.settings.max_ram is not None, ahead=self.ahead,
+        )  # fmt: skip
+
+
+def total_bytes(*checkpoints: Checkpoint | None) -> int:
+    """Bytes of matrices in the layers of all, what progress is counted in."""
     return sum(
         entry.nbytes
-        for checkpoint in (artifact, original)
+        for checkpoint in checkpoints
         if checkpoint is not None
         for name, entry in checkpoint.entries.items()
         if classify(name).role in QUANTIZABLE

@@ -27,29 +27,30 @@ SAMPLED_SHARE = 4  # of so many rows, one is in the sample
 ATTENTION_ROWS = 1024
 SAMPLED_ROWS = 2 * SAMPLE_ROWS + ATTENTION_ROWS  # of one layer: of its experts, the MLP of all tokens, and attention
 WORST = 5
+ARTIFACTS = "artifacts"  # the key of what a layer's record has a part a model of
 # A product rounds otherwise when other rows stand beside it: about 3e-7 of it in float32. FP8 and int8 weights err by 1e-2.
 ROUNDING = 1e-5
 
 
 class LayerErrors(Visitor):
-    """Looks on as the original and the artifact walk, one lane each (or the artifact alone)."""
+    """Looks on as the original and artifacts walk, one lane each (or an artifact alone)."""
 
     def __init__(self, config: Llama4Config, *, paired: bool) -> None:
-        """`paired`: whether there are both."""
+        """`paired`: whether the original walks too, before the others."""
         self._config, self._paired = config, paired
         self._samples: dict[Unit, list[tuple[Tensor, Tensor]]] = {}
-        self._errors: dict[Unit, tuple[float, float]] = {}
+        self._errors: dict[int, dict[Unit, tuple[float, float]]] = {}
         self._routing: dict[int, Routing] = {}
 
     def visit(self, visit: Visit, unit: Unit, weights: UnitWeights) -> None:
-        """Run a unit; keep the original's outputs on a sample, or compare the artifact's with them."""
+        """Run a unit; keep the original's outputs on a sample, or compare an artifact's with them."""
         for one in visit.passes.values():
             if not self._paired:
                 one.run(unit, weights)
             elif visit.model == 0:
                 self._samples[unit] = self._sampled(unit, one, weights)
             else:
-                self._compare(unit, one.run(unit, weights))
+                self._compare(visit.model, unit, one.run(unit, weights))
 
     @torch.inference_mode()
     def _sampled(self, unit: Unit, layer_pass: LayerPass, weights: UnitWeights) -> list[tuple[Tensor, Tensor]]:
@@ -70,10 +71,11 @@ class LayerErrors(Visitor):
         return kept
 
     @torch.inference_mode()
-    def _compare(self, unit: Unit, forward: Callable[[Tensor], Tensor]) -> None:
-        if sample := self._samples.pop(unit, None):
+    def _compare(self, model: int, unit: Unit, forward: Callable[[Tensor], Tensor]) -> None:
+        if sample := self._samples.get(unit):
             difference = sum(_energy(forward(inputs) - wanted) for inputs, wanted in sample)
-            self._errors[unit] = (difference, sum(_energy(wanted) for _, wanted in sample))
+            found = difference, sum(_energy(wanted) for _, wanted in sample)
+            self._errors.setdefault(model, {})[unit] = found
 
     def routed(self, visit: Visit) -> None:
         """Keep where the router sent every token."""
@@ -82,35 +84,38 @@ class LayerErrors(Visitor):
             self._routing[visit.model] = one.routing
 
     def leave(self, layer: int, streams: Mapping[str, Stream]) -> dict[str, Any]:
-        """Everything known of a layer."""
-        record: dict[str, Any] = {"layer": layer}
-        if len(streams) == 2:
-            original, artifact = (stream.following.data for stream in streams.values())
-            record["residual_error"] = _difference(original, artifact)
-        errors = {unit: _ratio(*squares) for unit, squares in self._errors.items()}
-        for unit, error in errors.items():
-            if unit.part is not Part.EXPERT:
-                record[f"{unit.part.value}_error"] = error
-        if self._routing:
-            record |= self._experts(errors)
+        """Everything known of a layer, of every artifact in the order they walk."""
+        following = [stream.following.data for stream in streams.values()]
+        records = []
+        for model in range(1 if self._paired else 0, len(following)):
+            record: dict[str, Any] = {"layer": layer}
+            if self._paired:
+                record["residual_error"] = _difference(following[0], following[model])
+            records.append(record | self._units(model))
         self._samples.clear()
         self._errors.clear()
         self._routing.clear()
-        return record
+        return {ARTIFACTS: records}
 
-    def _experts(self, errors: dict[Unit, float]) -> dict[str, Any]:
+    def _units(self, model: int) -> dict[str, Any]:
+        """The errors of an artifact's units, and what its router did."""
+        squares = self._errors.get(model, {})
+        errors = {unit: _ratio(*both) for unit, both in squares.items()}
+        record = {f"{unit.part.value}_error": error for unit, error in errors.items() if unit.part is not Part.EXPERT}
+        return record | self._experts(model, errors) if self._routing else record
+
+    def _experts(self, model: int, errors: Mapping[Unit, float]) -> dict[str, Any]:
         record: dict[str, Any] = {}
         by_expert = {unit.expert: error for unit, error in errors.items() if unit.part is Part.EXPERT}
-        counts = [self._routing[model].counts() for model in sorted(self._routing)]
-        if len(counts) == 2:
-            first, second = (self._routing[model].experts.sort(dim=1).values for model in (0, 1))
+        if self._paired:
+            first, second = (self._routing[one].experts.sort(dim=1).values for one in (0, model))
             moved = int((first != second).any(dim=1).sum())
             record |= {"routing_moved": moved, "routing_agreement": 1 - moved / len(first)}
-            squares = [values for unit, values in self._errors.items() if unit.part is Part.EXPERT]
+            squares = [both for unit, both in self._errors.get(model, {}).items() if unit.part is Part.EXPERT]
             record["routed_expert_error"] = _ratio(sum(a for a, _ in squares), sum(b for _, b in squares))
         record["experts"] = [
             {"expert": expert, "tokens": count, **({"error": by_expert[expert]} if expert in by_expert else {})}
-            for expert, count in enumerate(counts[0])
+            for expert, count in enumerate(self._routing[0].counts())
         ]
         return record
 

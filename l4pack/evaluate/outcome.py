@@ -25,7 +25,7 @@ from l4pack.evaluate.needle import needle_sequences as needle_sequences
 from l4pack.evaluate.reference import StoredReference
 from l4pack.evaluate.refusals import REFUSALS, Requests, refusal_record
 from l4pack.evaluate.schema import SCHEMA_VERSION
-from l4pack.evaluate.scoring import PairedScores, Scores, score, score_pair
+from l4pack.evaluate.scoring import PairedScores, Scores, score, score_against
 from l4pack.evaluate.statistics import clusters, mean_and_error, perplexity, summarize
 from l4pack.evaluate.tasks import EvaluationTask, task_record
 from l4pack.plan.memory import Memory
@@ -47,16 +47,17 @@ class Scored:
     paired: PairedScores | None
 
 
-def score_models(answers: Sequence[Answers], stored: StoredReference | None, packed: Packed) -> Scored:
-    """Score every scored token by both models, one of which may be kept answers. Raises L4packError."""
+def score_models(answers: Sequence[Answers], stored: StoredReference | None, packed: Packed) -> list[Scored]:
+    """Score every scored token by the original, whose answers may be `stored` ones, and by each artifact after it; by an
+    artifact alone where there is neither. Raises L4packError."""
     rows, targets = packed.scored_rows(), packed.targets()
     if stored is not None:
-        paired = score_pair(stored, answers[-1], (torch.arange(len(rows)), rows), targets)
-    elif len(answers) == 2:
-        paired = score_pair(answers[0], answers[1], (rows, rows), targets)
+        found = score_against(stored, answers, (torch.arange(len(rows)), rows), targets)
+    elif len(answers) > 1:
+        found = score_against(answers[0], answers[1:], (rows, rows), targets)
     else:
-        return Scored(score(answers[-1], rows, targets, ARTIFACT), None, None)
-    return Scored(paired.artifact, paired.reference, paired)
+        return [Scored(score(answers[-1], rows, targets, ARTIFACT), None, None)]
+    return [Scored(paired.artifact, paired.reference, paired) for paired in found]
 
 
 def scores_record(

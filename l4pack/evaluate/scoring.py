@@ -97,38 +97,39 @@ def score_pair(reference: Answers, artifact: Answers, rows: tuple[Tensor, Tensor
     """Score two models on the same tokens: `rows` of each one's hidden states, and `targets`, int64 [tokens] all.
 
     Raises L4packError."""
-    ours, theirs = _Online(targets), _Online(targets)
-    gap = torch.zeros(len(targets), dtype=torch.float64)
-    for tokens in _chunks(reference.vocabulary):
-        heads = reference.head(tokens), artifact.head(tokens)
-        for block in _blocks(len(targets)):
-            a = _logits(reference.normed(rows[0][block]), heads[0])
-            b = _logits(artifact.normed(rows[1][block]), heads[1])
-            scaled = ours.add(block, tokens.start, a)
-            _add_pair(gap, theirs, block, tokens.start, (a, b), scaled)
-    return PairedScores(ours.scores("original"), theirs.scores("artifact"), _divergence(gap, ours, theirs))
+    return score_against(reference, [artifact], rows, targets)[0]
 
 
 @torch.inference_mode()
-def divergences(reference: Answers, changed: Sequence[Answers], rows: Tensor, targets: Tensor) -> list[Tensor]:
-    """KL(reference || each of `changed`) in nats, float64 [tokens] each, where all have the reference's head.
+def score_against(
+    reference: Answers,
+    others: Sequence[Answers],
+    rows: tuple[Tensor, Tensor],
+    targets: Tensor,
+    *,
+    one_head: bool = False,
+) -> list[PairedScores]:
+    """Score models on the tokens that the reference is scored on once: `rows` of its hidden states and of theirs, and
+    `targets`, int64 [tokens] all. With `one_head` they have its head, which is read once for all.
 
-    The head is read once, whatever the number of models. Raises L4packError.
+    Raises L4packError.
     """
-    ours, theirs = _Online(targets), [_Online(targets) for _ in changed]
-    gaps = [torch.zeros(len(targets), dtype=torch.float64) for _ in changed]
+    ours, theirs = _Online(targets), [_Online(targets) for _ in others]
+    gaps = [torch.zeros(len(targets), dtype=torch.float64) for _ in others]
     for tokens in _chunks(reference.vocabulary):
         head = reference.head(tokens)
+        heads = [head if one_head else one.head(tokens) for one in others]
         for block in _blocks(len(targets)):
-            a = _logits(reference.normed(rows[block]), head)
+            a = _logits(reference.normed(rows[0][block]), head)
             scaled = ours.add(block, tokens.start, a)
-            for answers, online, gap in zip(changed, theirs, gaps, strict=True):
-                b = _logits(answers.normed(rows[block]), head)
+            for answers, own, online, gap in zip(others, heads, theirs, gaps, strict=True):
+                b = _logits(answers.normed(rows[1][block]), own)
                 _add_pair(gap, online, block, tokens.start, (a, b), scaled)
-    ours.scores("original")
-    for online in theirs:
-        online.scores("changed")
-    return [_divergence(gap, ours, online) for gap, online in zip(gaps, theirs, strict=True)]
+    scores = ours.scores("original")
+    return [
+        PairedScores(scores, online.scores("changed" if one_head else "artifact"), _divergence(gap, ours, online))
+        for gap, online in zip(gaps, theirs, strict=True)
+    ]
 
 
 def _add_pair(

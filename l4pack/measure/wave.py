@@ -21,7 +21,7 @@ from torch import Tensor
 
 from l4pack.calibration.mlp import Inputs
 from l4pack.evaluate.answers import StreamAnswers
-from l4pack.evaluate.scoring import divergences
+from l4pack.evaluate.scoring import score_against
 from l4pack.measure.altered import altered, calibration_inputs
 from l4pack.measure.changes import Change, Mixture, Single
 from l4pack.measure.options import MeasureOptions
@@ -125,8 +125,9 @@ class Wave(Visitor):
         model, packed = self.shared.model, self.shared.measured
         answers = [_Answers(model, streams[change.key].current) for change in self.changes]
         original = _Answers(model, streams[ORIGINAL].current)
-        found = divergences(original, answers, packed.scored_rows(), packed.targets())
-        return {change.key: kl for change, kl in zip(self.changes, found, strict=True)}
+        rows = packed.scored_rows()
+        found = score_against(original, answers, (rows, rows), packed.targets(), one_head=True)
+        return {change.key: scores.kl for change, scores in zip(self.changes, found, strict=True)}
 
 
 class _Answers(StreamAnswers):

@@ -195,15 +195,14 @@ def layer_weights(checkpoint: Checkpoint) -> LayerWeights:
 def evaluating(
     text: TextConfig, models: Sequence[LayerWeights], tokens: int, length: int, device: str = CPU, *, digested: int = 0
 ) -> list[Work]:
-    """Models beside each other on so many tokens: layers, units compared on a sample, answers; `digested` bytes of the
-    artifact are read for its digest before."""
+    """Models beside each other on so many tokens, the original first: layers, units compared on a sample, answers;
+    `digested` bytes of artifacts are read for their digests before."""
     walked = Work()
     for model in models:
         walked.include(model.loading())
     walked.include(running(text, tokens, length, Kind.FORWARD, device), len(models))
-    if len(models) > 1:
-        sampled = min(tokens / SAMPLED_SHARE, SAMPLE_ROWS)
-        walked.include(running(text, sampled, length, Kind.FORWARD, device))
+    sampled = min(tokens / SAMPLED_SHARE, SAMPLE_ROWS)
+    walked.include(running(text, sampled, length, Kind.FORWARD, device), len(models) - 1)
     walked.include(scoring(text, tokens, len(models)))
     digest = Work()
     digest.add("digesting", Kind.READ, digested)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from streaming import JOB, stream_model, token_rows
 
-from l4pack.evaluate.layer_errors import LEAST_ROWS, SAMPLED_SHARE, LayerErrors
+from l4pack.evaluate.layer_errors import ARTIFACTS, LEAST_ROWS, SAMPLED_SHARE, LayerErrors
 from l4pack.stream.hidden import Packed, TokenSequence
 from l4pack.stream.lanes import Lane
 from l4pack.stream.layer import LayerPass
@@ -45,7 +45,7 @@ def test_errors_are_those_of_a_sample_of_the_originals_rows(checkpoint, artifact
     errors = LayerErrors(models[0].skeleton.config, paired=True)
     with Walk([Lane(model.name, model, packed) for model in models], tmp_path, JOB, errors) as walk:
         walk.run()
-        records = walk.records
+        records = [layer[ARTIFACTS][0] for layer in walk.records]
     shared = experts = 0
     for (name, unit), inputs in seen.items():
         rows = torch.cat(inputs)
