@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
 
-.PHONY: venv demo test lint format bench vllm-venv clean
+.PHONY: venv demo test lint format bench docs vllm-venv clean
 
 venv: $(VENV)/.installed
 
@@ -34,6 +34,10 @@ bench: venv
 	$(BIN)/python benchmarks/full_size.py scout .bench/headers --headers-only
 	$(BIN)/python benchmarks/full_size.py maverick .bench/headers --headers-only
 
+# The documentation as a site, to be opened at site/index.html; it needs no server and no network.
+docs: venv
+	$(BIN)/mkdocs build --strict
+
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -43,4 +47,4 @@ vllm-venv:
 	tools/vllm/make_vllm_venv.sh
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUT) dist build
+	rm -rf $(VENV) $(DEMO_OUT) dist build site

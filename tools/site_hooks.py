@@ -1,0 +1,48 @@
+"""Hooks of mkdocs: pages of the site that live outside docs/, and links that lead to them or to what is not in the site."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+DOCS = "docs/"
+OUTSIDE = {
+    "README.md": "about/readme.md",
+    "CHANGELOG.md": "about/changelog.md",
+    "CONTRIBUTING.md": "about/contributing.md",
+    "LICENSE-NOTICE.md": "about/licence.md",
+    "benchmarks/RESULTS.md": "about/results.md",
+}
+"""Files of the repository that are pages of the site, and what they are called there."""
+
+LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def on_files(files: Files, *, config: Any) -> Files:
+    """Add the pages that live outside docs/."""
+    for source, page in OUTSIDE.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> str:
+    """Lead links from the repository's paths to the site's."""
+    del config, files
+    return LINK.sub(partial(_led, page.file.src_uri), markdown)
+
+
+def _led(page: str, link: re.Match[str]) -> str:
+    """A link as the site has it; one that leads to a file of the repository that is no page keeps its words alone."""
+    image, words, target, anchor = link.groups(default="")
+    source = next((path for path, name in OUTSIDE.items() if name == page), DOCS + page)
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+    where = OUTSIDE.get(path) or (path.removeprefix(DOCS) if path.startswith(DOCS) else None)
+    if where is None:
+        return words
+    return f"{image}[{words}]({posixpath.relpath(where, posixpath.dirname(page) or '.')}{anchor})"
