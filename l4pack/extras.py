@@ -22,6 +22,7 @@ EXTRAS = {
     ),
     "hub": ("huggingface_hub", "httpx", "httpx2"),
     "report": ("jinja2", "markupsafe", "matplotlib"),
+    "gguf": ("gguf",),
 }
 """Libraries that commands import when they run, by the extra that brings them first."""
 

@@ -19,6 +19,7 @@ LAYERS = [
     ["cli"],
     ["api"],
     ["build"],
+    ["export"],
     ["report"],
     ["publish"],
     ["fit"],

@@ -27,6 +27,7 @@ COMMANDS = {
     "coverage": "coverage:coverage",
     "report": "report:report",
     "licence": "licence:licence",
+    "export": "export:export",
     "package": "package:package",
     "push": "push:push",
     "recipes": "recipes:recipes",

@@ -415,6 +415,14 @@ OutOption = Annotated[
 ShardSizeOption = Annotated[
     str | None, typer.Option("--shard-size", metavar="SIZE", help="Largest shard; 5GB unless given.")
 ]
+ExportOption = Annotated[str, typer.Option("--to", metavar="gguf|mlx", help="The container: llama.cpp's or MLX's.")]
+SplitOption = Annotated[
+    str | None,
+    typer.Option("--split", metavar="SIZE", help="Largest file; one GGUF file, MLX shards of 5GB unless given."),
+]
+LossyOption = Annotated[
+    bool, typer.Option("--lossy", help="Round again what can't be carried exactly, to the nearest type; says where.")
+]
 ComputeOption = Annotated[str, typer.Option("--compute", metavar="WHERE", help="cpu, cuda, cuda:N, or auto.")]
 MaxRamOption = Annotated[
     str | None, typer.Option("--max-ram", metavar="SIZE", help="Most memory the job may take, for example 4GB.")

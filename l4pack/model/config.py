@@ -22,6 +22,7 @@ CONFIG_NAME = "config.json"
 STANZA_KEYS = ("quantization_config", "compression_config")  # where a section states its quantization; an older name
 SECTIONS = ("text_config", "vision_config")
 MAX_CONFIG_BYTES = 4 * 1024**2
+_THETA = {"text_config": 500000.0, "vision_config": 10000.0}  # transformers' defaults
 MAX_EXPERTS = 100_000  # in all layers; Maverick has 6,144
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
@@ -120,6 +121,11 @@ class Llama4Config(BaseModel):
         return any(_stated(section) for section in sections if isinstance(section, Mapping))
 
     @property
+    def text_raw(self) -> Mapping[str, Any]:
+        """The text model's section of the JSON, which is all of it for a text model alone."""
+        return self.raw if self.raw.get("model_type") == TEXT_ONLY else self.raw.get("text_config") or {}
+
+    @property
     def stanza(self) -> Mapping[str, Any]:
         """What it states of its quantization as a whole; empty when it states nothing."""
         stated = _stated(self.raw)
@@ -164,6 +170,16 @@ def load_config(path: Path) -> Llama4Config:
     except ValueError as error:
         raise SourceError(f"{path}: not JSON ({error})", hint="download config.json again") from error
     return parse_config(_mapping(raw, str(path), "the file"), str(path))
+
+
+def rope_numbers(raw: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Rotary numbers in one spelling, whichever transformers version wrote them."""
+    text = raw.get(section) or (raw if section == "text_config" else {})
+    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    theta = rope.pop("rope_theta", None) or text.get("rope_theta") or _THETA[section]
+    rope.pop("type", None)
+    return {"rope_type": kind, "rope_theta": theta, **{key: rope[key] for key in sorted(rope)}}
 
 
 def with_dtype(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,7 @@ from l4pack.checkpoint.writer import ShardWriter
 from l4pack.cluster.cluster import Cluster
 from l4pack.cluster.sight import NONCE_NAME
 from l4pack.containers.safetensors_folder import CONTAINER
-from l4pack.errors import BudgetError, L4packError, SourceError, UsageError
+from l4pack.errors import SourceError, UsageError
 from l4pack.plan.itinerary import Itinerary
 from l4pack.plan.memory import check_room
 from l4pack.plan.plan import Plan
@@ -42,12 +40,12 @@ from l4pack.quantize.resume import forget_damaged
 from l4pack.quantize.spread import SlicesDesk, Spread, check_nodes, spread_job
 from l4pack.quantize.threads import Threads
 from l4pack.stream.supply import Supply
-from l4pack.units import MIB, human_bytes
+from l4pack.units import MIB
 from l4pack.work import machine
 from l4pack.work.command import this_command
 from l4pack.work.device import CPU
-from l4pack.work.files import sync_folder, write_atomic
-from l4pack.work.folder import LOCK_NAME, check_writable, owned
+from l4pack.work.files import check_disk, sync_folder, write_atomic
+from l4pack.work.folder import LOCK_NAME, check_writable, mark_name, owned, tidy, work_beside
 from l4pack.work.identity import Identity
 from l4pack.work.progress import Shown
 from l4pack.work.signals import stop_signals
@@ -66,7 +64,7 @@ _OWN_NAMES = {
     _HIDDEN,
     _FETCHED,
     LOCK_NAME,
-    f".l4pack-{_KIND}",
+    mark_name(_KIND),
 }
 _COPY_CHUNK = 8 * MIB
 
@@ -113,7 +111,7 @@ def run_plan(
     if plan.needs is not None:
         plan = _ready_to_calibrate(plan, device)
     if is_finished(plan, out):
-        _tidy(work)
+        tidy(work, _KIND)
         return done
     with owned(work, _KIND, restart=restart, keep={_FETCHED}) as folder, stop_signals() as stop:
         check_writable(out.parent)
@@ -129,28 +127,7 @@ def run_plan(
 
 def work_folder(out: Path) -> Path:
     """The folder beside `out` where work lies until it is complete. Raises UsageError."""
-    if out.is_symlink() or out.name in ("", "..") or out.is_mount():
-        raise UsageError(f"{out} can't be made in one step", hint="give --out a new folder's name")
-    work = out.with_name(f"{out.name}.partial")
-    if work.is_symlink() or (work.exists() and not _is_own(work)):
-        raise UsageError(
-            f"{work}, where the work would lie, is not l4pack's", hint="move it away, or choose another --out"
-        )
-    return work
-
-
-def _is_own(work: Path) -> bool:
-    """Whether a folder holds nothing but what a job leaves in it: the end of the job removes it with all it holds."""
-    with suppress(FileNotFoundError):  # another run has finished, and removes it
-        return work.is_dir() and {path.name for path in work.iterdir()} <= _OWN_NAMES
-    return True
-
-
-def _tidy(work: Path) -> None:
-    """Remove what a finished job was killed before it removed, if nobody else is at it."""
-    if work.exists():
-        with suppress(L4packError), owned(work, _KIND, restart=True) as folder:
-            folder.remove()
+    return work_beside(out, _OWN_NAMES)
 
 
 def _work(
@@ -280,13 +257,7 @@ def _check_begun(plan: Plan, folder: Path) -> None:
 def _check_disk(plan: Plan, folder: Path) -> None:
     beside = (folder.parent / name for name in (_HIDDEN, _FETCHED))
     files = (*folder.iterdir(), *(path for place in beside for path in place.rglob("*") if path.is_file()))
-    written = sum(path.stat().st_blocks * 512 for path in files)
-    needed, free = plan.disk_bytes - written, shutil.disk_usage(folder).free
-    if needed > free:
-        raise BudgetError(
-            f"{folder.parent} needs {human_bytes(needed)} more disk, {human_bytes(free)} are free",
-            hint="free some space, or choose another --out",
-        )
+    check_disk(plan.disk_bytes, files, folder)
 
 
 def _write_beside(plan: Plan, store: Store, folder: Path, begun_as: Identity) -> dict[str, str]:

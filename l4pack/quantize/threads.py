@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from l4pack.checkpoint.shards import Shard
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.plan.assign import Task
 from l4pack.quantize.execute import Executor, Made
-
-SYNC_SECONDS = 1.0
+from l4pack.work.threads import in_threads
 
 
 class Threads:
@@ -35,24 +34,4 @@ class Threads:
         stop: threading.Event,
     ) -> None:
         """See `Crew`."""
-        errors: list[Exception] = []
-
-        def do(task: Task) -> None:
-            if stop.is_set() or errors:
-                return
-            try:
-                made(task, self._executor.make(task))
-            except Exception as error:
-                errors.append(error)
-
-        with ThreadPoolExecutor(self._workers, "l4pack") as pool:
-            pending: set[Future[None]] = {pool.submit(do, task) for task in tasks}
-            try:
-                while pending:
-                    _, pending = wait(pending, timeout=SYNC_SECONDS)
-                    settle()
-            except BaseException:
-                stop.set()  # leaving the block waits for the workers: let them find nothing to do
-                raise
-        if errors:
-            raise errors[0]
+        in_threads(tasks, lambda task: made(task, self._executor.make(task)), self._workers, settle, stop)

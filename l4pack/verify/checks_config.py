@@ -11,7 +11,7 @@ from l4pack.artifact.kv_cache import cache_arguments
 from l4pack.artifact.stanza import METHOD, format_of_groups, read_stanza
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.formats.configuration import Activations, arguments, input_arguments
-from l4pack.model.config import MULTIMODAL, STANZA_KEYS, Llama4Config
+from l4pack.model.config import MULTIMODAL, SECTIONS, STANZA_KEYS, Llama4Config, rope_numbers
 from l4pack.recipe import KVStrategy
 from l4pack.verify.declared import Declared
 from l4pack.verify.findings import Findings
@@ -28,7 +28,6 @@ _RESPELLED = {
     "use_cache",
 }  # fmt: skip
 _ABSENT = object()
-_THETA = {"text_config": 500000.0, "vision_config": 10000.0}  # transformers' defaults
 
 
 def check_stanza(artifact: OpenedArtifact, declared: Declared, found: Findings) -> None:
@@ -166,7 +165,7 @@ def check_config_kept(artifact: OpenedArtifact, source: Checkpoint, found: Findi
 def _check_meaning(mine: Llama4Config, theirs: Llama4Config, found: Findings) -> None:
     """What versions of transformers spell in different ways."""
     for section in ("text_config", "vision_config"):
-        new, old = _rope(mine.raw, section), _rope(theirs.raw, section)
+        new, old = rope_numbers(mine.raw, section), rope_numbers(theirs.raw, section)
         if new != old:
             found.error("config", f"{section}.rope_parameters", f"are {new}, the source's are {old}")
     given = set(_dtypes(theirs.raw).values())
@@ -180,7 +179,7 @@ def _check_meaning(mine: Llama4Config, theirs: Llama4Config, found: Findings) ->
 
 def _dtypes(raw: Mapping[str, Any]) -> dict[str, str]:
     """Every dtype that a configuration states, by its key."""
-    sections = {"": raw, **{f"{name}.": raw.get(name) for name in _THETA}}
+    sections = {"": raw, **{f"{name}.": raw.get(name) for name in SECTIONS}}
     return {
         f"{section}{key}": str(values[key]).removeprefix("torch.")
         for section, values in sections.items()
@@ -233,13 +232,3 @@ def _same_at(path: tuple[str, ...], new: Any, old: Any) -> bool:
             return False
         new, old = new[key], old[key]
     return not list(_changes(new, old))
-
-
-def _rope(raw: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """Rotary numbers in one spelling, whichever transformers version wrote them."""
-    text = raw.get(section) or (raw if section == "text_config" else {})
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    theta = rope.pop("rope_theta", None) or text.get("rope_theta") or _THETA[section]
-    rope.pop("type", None)
-    return {"rope_type": kind, "rope_theta": theta, **{key: rope[key] for key in sorted(rope)}}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from l4pack.errors import UsageError
+from l4pack.errors import BudgetError, UsageError
+from l4pack.units import human_bytes
 
 
 def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
@@ -30,6 +32,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_disk(nbytes: int, written: Iterable[Path], folder: Path) -> None:
+    """Raise BudgetError when a folder's disk has no room for what is left of a job of `nbytes`, some files `written`."""
+    needed = nbytes - sum(path.stat().st_blocks * 512 for path in written)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise BudgetError(
+            f"{folder.parent} needs {human_bytes(needed)} more disk, {human_bytes(free)} are free",
+            hint="free some space, or choose another --out",
+        )
 
 
 def open_own(path: Path, flags: int, mode: int = 0o644) -> int:

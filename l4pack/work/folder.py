@@ -41,6 +41,25 @@ def claim(folder: Path, kind: str) -> None:
     os.close(os.open(_mark(folder, kind), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644))
 
 
+def work_beside(out: Path, own: Collection[str]) -> Path:
+    """The folder beside `out` where its work lies until it is complete; it may hold the names in `own`. Raises UsageError."""
+    if out.is_symlink() or out.name in ("", "..") or out.is_mount():
+        raise UsageError(f"{out} can't be made in one step", hint="give --out a new folder's name")
+    work = out.with_name(f"{out.name}.partial")
+    if work.is_symlink() or (work.exists() and not _holds_only(work, own)):
+        raise UsageError(
+            f"{work}, where the work would lie, is not l4pack's", hint="move it away, or choose another --out"
+        )
+    return work
+
+
+def _holds_only(work: Path, own: Collection[str]) -> bool:
+    """Whether a folder holds nothing but what a job leaves in it: the end of the job removes it with all it holds."""
+    with suppress(FileNotFoundError):  # another run has finished, and removes it
+        return work.is_dir() and {path.name for path in work.iterdir()} <= set(own)
+    return True
+
+
 def is_marked(folder: Path, kind: str | None = None) -> bool:
     """Whether a folder bears the mark of a kind of job, or of any."""
     marks = folder.glob(f"{_MARK}*") if kind is None else [_mark(folder, kind)]
@@ -92,6 +111,13 @@ def owned(folder: Path, kind: str, *, restart: bool = False, keep: Collection[st
         os.close(descriptor)
 
 
+def tidy(folder: Path, kind: str) -> None:
+    """Remove what a finished job was killed before it removed, if nobody else is at it."""
+    if folder.exists():
+        with suppress(L4packError), owned(folder, kind, restart=True) as held:
+            held.remove()
+
+
 def remove_all(paths: Iterable[Path]) -> None:
     """Remove files and folders; of a link, the link."""
     for path in paths:
@@ -122,8 +148,13 @@ def check_writable(folder: Path) -> None:
         raise OSError(error.errno, os.strerror(error.errno or 0), str(folder)) from error
 
 
+def mark_name(kind: str) -> str:
+    """The name of the mark of a kind of job."""
+    return f"{_MARK}{kind}"
+
+
 def _mark(folder: Path, kind: str) -> Path:
-    return folder / f"{_MARK}{kind}"
+    return folder / mark_name(kind)
 
 
 def _may_lie_there(path: Path) -> bool:

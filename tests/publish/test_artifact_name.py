@@ -15,6 +15,7 @@ RULE = policy_named("llama4").name
 SCOUT = "Llama-4-Scout-17B-16E-Instruct"
 DERIVED = {
     "int4": "W4A16-g128-mixed",
+    "int4-g32": "W4A16-g32-mixed",
     "int4-uniform": "W4A16-g128",
     "int4-rtn": "W4A16-g128",
     "fp8": "FP8-dynamic",

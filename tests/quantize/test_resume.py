@@ -27,10 +27,10 @@ from l4pack.errors import StoppedError, UsageError
 from l4pack.plan import plan as planning
 from l4pack.plan.extents import task_extents
 from l4pack.plan.plan import make_plan
-from l4pack.quantize import threads
 from l4pack.quantize.execute import Executor
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import load_recipe
+from l4pack.work import threads
 from l4pack.work.files import write_atomic
 from l4pack.work.identity import Identity
 from l4pack.work.progress import Shown

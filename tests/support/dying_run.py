@@ -22,9 +22,10 @@ from l4pack.checkpoint.open import open_source
 from l4pack.plan.plan import make_plan
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import quantize_block
-from l4pack.quantize import run, threads
+from l4pack.quantize import run
 from l4pack.quantize.execute import Executor
 from l4pack.recipe import load_recipe
+from l4pack.work import threads
 from l4pack.work.folder import WorkFolder
 
 

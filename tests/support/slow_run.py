@@ -6,8 +6,8 @@ import sys
 import time
 
 from l4pack.__main__ import main
-from l4pack.quantize import threads
 from l4pack.quantize.execute import Executor
+from l4pack.work import threads
 
 PAUSE = float(sys.argv[1])
 sys.argv = ["l4pack", *sys.argv[2:]]

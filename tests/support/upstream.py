@@ -37,8 +37,11 @@ def schema(folder):
     return QuantizationConfig.model_validate(json.loads((folder / "config.json").read_text())["quantization_config"])
 
 
-def decompressed(folder):
-    """The artifact's weights by compressed-tensors' decompressor: module name to float32 [out, in]."""
+def decompressed(folder, *, exact=False):
+    """The artifact's weights by compressed-tensors' decompressor: module name to float32 [out, in].
+
+    Products are rounded to the scale's dtype, as runtimes do; `exact` leaves them as they are.
+    """
     groups = schema(folder).config_groups.values()
     parts = {}
     for name, tensor in weights(folder).items():
@@ -47,6 +50,8 @@ def decompressed(folder):
     dense = {}
     for module, state in parts.items():
         if "weight_scale" in state:
+            if exact:
+                state["weight_scale"] = state["weight_scale"].float()
             scheme = next(group for group in groups if _aims_at(group.targets, module))
             compressor = BaseCompressor.get_value_from_registry(scheme.format)
             dense[module] = compressor.decompress(dict(state), scheme)["weight"].float()

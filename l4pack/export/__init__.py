@@ -1,0 +1,1 @@
+"""One solve in other runtimes' files, without rounding again."""

@@ -1,0 +1,177 @@
+"""GGUF as a target: llama.cpp's types and names, with the gguf library to write headers and to read all of it back."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, dequantize
+from numpy.typing import NDArray
+
+from l4pack import __version__
+from l4pack.artifact.contents import recorded_digest
+from l4pack.artifact.manifest import MANIFEST_NAME
+from l4pack.artifact.manifest_schema import SourceRecord, read_manifest
+from l4pack.checkpoint.shards import FilePlace
+from l4pack.checkpoint.source import LocalStore
+from l4pack.containers.gguf import (
+    ARCHITECTURE,
+    WIDE,
+    lay_out,
+    rope_factors_name,
+    text_name,
+)
+from l4pack.containers.gguf_text import check_text, context_length, describe_text, rope_factors
+from l4pack.containers.gguf_tokenizer import TOKENIZER, describe_tokenizer
+from l4pack.errors import L4packError
+from l4pack.export.artifact import Artifact
+from l4pack.export.target import Carried, Layout, OutTensor
+from l4pack.formats.carrier import IntegerCarrier
+from l4pack.formats.ggml import ROUNDED_TO, carrier_of
+from l4pack.model.parts import WEIGHT
+from l4pack.model.tensors import Role
+from l4pack.publish.licence import folder_materials, governing_policy
+from l4pack.quant.floats import Float32Array
+from l4pack.quant.scheme import Scheme
+
+_TOWER = (Role.VISION, Role.PROJECTOR)
+_FILE_TYPES = {"Q4_0": LlamaFileType.MOSTLY_Q4_0, "Q4_1": LlamaFileType.MOSTLY_Q4_1, "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+               "BF16": LlamaFileType.MOSTLY_BF16, "F16": LlamaFileType.MOSTLY_F16,
+               "F32": LlamaFileType.ALL_F32}  # fmt: skip
+_UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+class Gguf:
+    """See `Target`."""
+
+    name = "gguf"
+    rounded_to = ROUNDED_TO
+
+    def check(self, artifact: Artifact) -> list[str]:
+        """See `Target`."""
+        check_text(artifact.config)
+        found, context = [], context_length(artifact.config)
+        positions = artifact.config.text.max_position_embeddings
+        if context < positions:
+            found.append(
+                f"the file says a context of {context:,} tokens, not {positions:,}: beyond it llama.cpp, which has its own "
+                "chunks and temperatures of attention, would answer otherwise"
+            )
+        if TOKENIZER not in artifact.checkpoint.companions:
+            found.append("there is no tokenizer.json: the file takes token ids, not text")
+        return found
+
+    def carrier(self, scheme: Scheme, columns: int, dtype: str) -> IntegerCarrier | str:
+        """See `Target`."""
+        del dtype  # a block's scale is F16, whatever it was
+        return carrier_of(scheme, columns)
+
+    def holds(self, role: Role) -> bool:
+        """See `Target`."""
+        return role not in _TOWER
+
+    def carries(self, file: str) -> bool:
+        """See `Target`: the tokenizer lies in the file."""
+        del file
+        return False
+
+    def tensor_name(self, artifact: Artifact, source: str, role: Role, layer: int | None, suffix: str) -> str:
+        """See `Target`."""
+        del artifact, suffix
+        return text_name(role, source.removesuffix(f".{WEIGHT}").rpartition(".")[2], layer)
+
+    def float_type(self, role: Role, dtype: str) -> str:
+        """See `Target`."""
+        return "F32" if role in WIDE else dtype
+
+    def constants(self, artifact: Artifact) -> list[Carried]:
+        """See `Target`."""
+        factors = rope_factors(artifact.config)
+        if factors is None:
+            return []
+        tensor = OutTensor(rope_factors_name(), "F32", factors.shape, factors.nbytes, factors.nbytes)
+        return [Carried(Role.NORM, (), (tensor,), constant=factors)]
+
+    def lay_out(self, artifact: Artifact, carried: Sequence[Carried], limit: int | None) -> Layout:
+        """See `Target`."""
+        tensors = [tensor for one in carried for tensor in one.tensors]
+        kind, source = _most(tensors), _source(artifact)
+        name = source.name if source is not None else Path(artifact.checkpoint.name).absolute().name
+
+        def describe(writer: GGUFWriter) -> None:
+            writer.add_type("model")
+            writer.add_name(name)
+            writer.add_file_type(_FILE_TYPES[kind])
+            _describe_origin(writer, artifact, source)
+            describe_text(writer, artifact.config)
+            describe_tokenizer(writer, _folder(artifact), artifact.config.text.vocab_size)
+
+        stem = f"{_UNFIT.sub('-', name)}-{kind}"
+        shards, places = lay_out(tensors, stem, ARCHITECTURE, limit or 0, describe)
+        return Layout(tuple(shards), places)
+
+    @property
+    def proved_by(self) -> str:
+        """See `Target`."""
+        return f"gguf {version('gguf')}"
+
+    def opened(self, folder: Path, layout: Layout) -> Mapping[str, FilePlace]:
+        """See `Target`."""
+        found: dict[str, FilePlace] = {}
+        for shard in layout.shards:
+            for tensor in GGUFReader(folder / shard.file).tensors:
+                found[tensor.name] = FilePlace(shard.file, tensor.data_offset, int(tensor.n_bytes))
+        if found != dict(layout.places):
+            raise L4packError("gguf finds other tensors in the file than were written", hint="add --restart")
+        return found
+
+    def decode(self, carried: Carried, rows: Sequence[NDArray[np.uint8]]) -> Float32Array:
+        """See `Target`."""
+        values: Float32Array = dequantize(rows[0], GGMLQuantizationType[carried.tensors[0].dtype])
+        return values
+
+
+def _folder(artifact: Artifact) -> Path:
+    store = artifact.checkpoint.store
+    assert isinstance(store, LocalStore)
+    return store.folder
+
+
+def _source(artifact: Artifact) -> SourceRecord | None:
+    """What the artifact was made from, where its manifest says that."""
+    folder = _folder(artifact)
+    return read_manifest(folder).source if (folder / MANIFEST_NAME).is_file() else None
+
+
+def _most(tensors: Sequence[OutTensor]) -> str:
+    """The type that most weights have: what the file is called by."""
+    weights: Counter[str] = Counter()
+    for tensor in tensors:
+        weights[tensor.dtype] += math.prod(tensor.shape)
+    return weights.most_common(1)[0][0]
+
+
+def _describe_origin(writer: GGUFWriter, artifact: Artifact, source: SourceRecord | None) -> None:
+    """What it was made from and by, and under which licence it may be handed on."""
+    terms = governing_policy(folder_materials(_folder(artifact))).metadata
+    writer.add_license(terms["license"])
+    writer.add_license_name(terms.get("license_name", ""))  # what is empty is not written
+    writer.add_license_link(terms.get("license_link", ""))
+    writer.add_quantized_by(f"l4pack {__version__}")
+    digest = recorded_digest(_folder(artifact))
+    if digest is not None:
+        writer.add_string("l4pack.artifact_sha256", digest)
+    if source is None:
+        return
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, source.name)
+    if source.repository is not None:
+        writer.add_base_model_organization(0, source.repository.partition("/")[0])
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{source.repository}")
+    if source.revision is not None:
+        writer.add_base_model_version(0, source.revision)

@@ -1,0 +1,37 @@
+"""Recipes that are rounded in seconds and hold every kind of matrix that can be exported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from l4pack.recipe import Recipe
+
+_INT: dict[str, Any] = {"format": "pack-quantized", "num_bits": 4, "strategy": "group", "group_size": 32}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "int4-g32": _INT,
+    "int4-g64": {**_INT, "group_size": 64},
+    "int4-asym": {**_INT, "symmetric": False},
+    "int4-float32": {**_INT, "scale_dtype": "float32"},
+    "int8-g64": {**_INT, "num_bits": 8, "group_size": 64},
+    "int8-channel": {**_INT, "num_bits": 8, "strategy": "channel", "group_size": None},
+    "int8-asym": {**_INT, "num_bits": 8, "symmetric": False},
+    "fp8": {"format": "float-quantized", "num_bits": 8, "type": "float", "strategy": "channel"},
+}
+
+
+def recipe_of(**schemes: str) -> Recipe:
+    """Roles by their schemes of `SCHEMES`; all else is kept."""
+    names = sorted(set(schemes.values()))
+    rules = [{"roles": [role for role in schemes if schemes[role] == name], "scheme": name} for name in names]
+    return Recipe.model_validate(
+        {
+            "name": "export",
+            "title": "a mix",
+            "schemes": {name: SCHEMES[name] for name in names},
+            "rules": [*rules, {"roles": "all", "scheme": "keep"}],
+        }
+    )
+
+
+MIX = recipe_of(routed_expert="int4-g64", shared_expert="int8-g64", dense_mlp="int8-g64", attention="int8-channel")
+"""What every runtime's container carries exactly."""
