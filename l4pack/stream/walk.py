@@ -146,7 +146,8 @@ class Walk:
             self._visit(self._entered(number, step), used, ready)
         rows = sum(lane.packed.rows for lane in self._lanes.lanes if lane.walks(step))
         rate = rows / max(time.monotonic() - started, 1e-9)
-        self._progress.step(f"layer {layer + 1} of {len(self.order)} done, {rate:,.0f} tokens/s")
+        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        self._progress.step(f"layer {layer + 1} of {len(self.order)} done, {speed} tokens/s")
         self._save(step, self._visitor.leave(layer, self.streams))
 
     def _entered(self, number: int, step: int) -> Visit:
