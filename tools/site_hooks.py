@@ -1,7 +1,8 @@
-"""Hooks of mkdocs: pages of the site that live outside docs/, and links that lead to them or to what is not in the site."""
+"""Hooks of mkdocs: pages of the site that are no page of docs/, and links that lead to them or to what is not in the site."""
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from functools import partial
@@ -21,11 +22,13 @@ OUTSIDE = {
 }
 """Files of the repository that are pages of the site, and what they are called there."""
 
+NOTEBOOK, NOTEBOOK_PAGE = "notebooks/quantize-demo.ipynb", "notebooks/quantize-demo.md"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, *, config: Any) -> Files:
-    """Add the pages that live outside docs/."""
+    """Add the pages that live outside docs/, and the notebook as one."""
+    files.append(File.generated(config, NOTEBOOK_PAGE, content=_notebook()))
     for source, page in OUTSIDE.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
@@ -35,6 +38,18 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
     """Lead links from the repository's paths to the site's."""
     del config, files
     return LINK.sub(partial(_led, page.file.src_uri), markdown)
+
+
+def _notebook() -> str:
+    """The notebook's cells as a page, and where to have it."""
+    cells = json.loads((ROOT / DOCS / NOTEBOOK).read_text(encoding="utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in cells]
+    parts = [
+        f"```python\n{text}\n```" if cell["cell_type"] == "code" else text
+        for cell, text in zip(cells, texts, strict=True)
+    ]
+    title, *rest = parts
+    return "\n\n".join([title, f"[The notebook]({posixpath.basename(NOTEBOOK)}), to run it.", *rest])
 
 
 def _led(page: str, link: re.Match[str]) -> str:
