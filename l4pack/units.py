@@ -21,6 +21,7 @@ _SUFFIXES = {
     "TIB": 1024**4,
 }
 
+_UNITS = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 _THOUSANDS = {"": 1, "k": KIB, "m": MIB}
 
 
@@ -54,6 +55,11 @@ def parse_duration(text: str) -> float:
             f"'{text}' is not a time", hint="write numbers and units up to a year, for example 8h, 90min or 2d"
         )
     return seconds
+
+
+def unit_of(count: float) -> tuple[str, int]:
+    """The largest decimal unit that a byte count has one of, and its bytes: what an axis is in."""
+    return next(((unit, size) for unit, size in _UNITS if count >= size), ("B", 1))
 
 
 def human_bytes(count: float) -> str:

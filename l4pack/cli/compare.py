@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from l4pack.cli.options import (
     MaxRamOption,
     MaxVramOption,
     OnOption,
+    OutOption,
     PriceOption,
     RestartOption,
     SamplesOption,
@@ -48,6 +50,7 @@ def compare(
     samples: SamplesOption = 32,
     sequence_length: SequenceLengthOption = None,
     seed: SeedOption[int] = 0,
+    out: OutOption[Path | None] = None,
     device: DeviceOption[str] = "h100",
     context: ContextOption = None,
     weights_only: WeightsOnlyOption = False,
@@ -65,9 +68,9 @@ def compare(
     """Compare artifacts of one original with it and with each other: the original is read once for all of them.
 
     Each gets the record that `evaluate` would write. What sets two apart is measured on the same tokens, so its error bar
-    is smaller than theirs.
+    is smaller than theirs. `--out` makes one HTML page of it.
 
-    Example: `l4pack compare demo-int4 demo-fp8 --against demo`
+    Example: `l4pack compare demo-int4 demo-fp8 --against demo --out compared.html`
     """
     from l4pack.budget.devices import find_host, load_devices
     from l4pack.evaluate.inputs import EvaluationSettings
@@ -95,6 +98,8 @@ def compare(
     found, predicted = _run(artifacts, original, settings, hours)
     record = _recorded(found, artifacts, device, context)
     record["run"]["predicted_seconds"] = predicted
+    if out is not None:
+        _write_page(record, out)
     console.show_json(record) if as_json else console.show(*comparison_view(record))
 
 
@@ -152,6 +157,13 @@ def _recorded(found: Comparison, artifacts: list[Path], device: str, context: in
     for artifact, record in zip(artifacts, found.records, strict=True):
         write_accuracy(artifact, record, Gates(), {})
     return comparison_record(found, artifacts, device, context)
+
+
+def _write_page(record: dict[str, Any], out: Path) -> None:
+    from l4pack.report.comparison_page import render_comparison
+    from l4pack.work.files import write_atomic
+
+    write_atomic(out, render_comparison(record, datetime.now(UTC).date().isoformat()).encode())
 
 
 def comparison_view(record: dict[str, Any]) -> list[RenderableType]:

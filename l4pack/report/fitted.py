@@ -11,14 +11,12 @@ from markupsafe import Markup
 from l4pack.report.figure import Figure, number, with_error
 from l4pack.report.plot import Note, Point, dots, frame, joined, rings, whiskers
 from l4pack.report.scale import logarithmic, spanned
-from l4pack.units import human_bytes
-
-_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
+from l4pack.units import human_bytes, unit_of
 
 
 def frontier_figure(fitted: Mapping[str, Any], accuracy: Mapping[str, Any] | None) -> Figure:
     """Bytes of weights against KL on a logarithmic axis, where nothing lost has no place."""
-    unit, size = next(((unit, size) for unit, size in _UNITS if fitted["weight_bytes"] >= size), ("B", 1))
+    unit, size = unit_of(fitted["weight_bytes"])
     frontier, uniform = _points(fitted["frontier"], size), _points(fitted["uniform"], size)
     chosen = _points([{**fitted, "bytes": fitted["weight_bytes"]}], size)
     measured = _measured(accuracy, size)

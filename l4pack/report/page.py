@@ -51,7 +51,7 @@ def render_report(artifact: Checkpoint, records: Records, question: Question, da
     folder, accuracy, fitted = Path(artifact.name), records.accuracy, records.fitted
     manifest = read_manifest(folder) if (folder / MANIFEST_NAME).exists() else None
     pairs = size_pairs(artifact)
-    page = _environment().get_template("report.html")
+    page = environment().get_template("report.html")
     return page.render(
         name=folder.resolve().name,
         day=day,
@@ -83,7 +83,8 @@ def _refusals(accuracy: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {"rows": refusal_rows(found), "lines": refusal_lines(found)} if found else None
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """What pages are made with: the templates, and words for numbers in them."""
     page = Environment(
         loader=PackageLoader("l4pack.report"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,

@@ -13,12 +13,14 @@ import pytest
 import torch
 import whole_model
 from limits import least_ram
+from page import Page
 from whole_model import one_thread  # noqa: F401
 
 from l4pack.checkpoint.source import open_folder
 from l4pack.errors import StoppedError
 from l4pack.evaluate.compare import prepare_comparison
 from l4pack.evaluate.inputs import EvaluationSettings
+from l4pack.report.figure import with_error
 from l4pack.stream.units import load_unit
 from l4pack.stream.visitor import Progress
 from l4pack.text.choice import TextChoice
@@ -149,9 +151,17 @@ def test_stopped_it_goes_on_to_the_same_numbers(checkpoint, artifacts, text, tmp
     assert not settings.work.exists()
 
 
-def test_people_see_what_sets_them_apart(l4pack, checkpoint, artifacts, options):
-    ended = l4pack("compare", *artifacts, "--against", checkpoint("scout"), *options, "--context", "1k")
+def test_people_see_what_sets_them_apart(l4pack, checkpoint, artifacts, options, tmp_path):
+    out = tmp_path / "page.html"
+    ended = l4pack("compare", *artifacts, "--against", checkpoint("scout"), *options, "--context", "1k", "--out", out)
     assert ended.code == 0, ended.err
+    page = Page(out.read_text())
+    assert page.open == []
+    assert not {"script", "img", "link"} & set(page.tags)
+    record = json.loads((artifacts[1] / "accuracy.json").read_text())
+    assert {*NAMES, "fits", with_error(record["kl_mean"], record["kl_standard_error"])} <= {
+        word.strip(" ✓") for word in page.words
+    }
     lines = ended.out.splitlines()
     for name in NAMES:
         assert any(line.startswith(name) and "±" in line for line in lines)
