@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
 
-.PHONY: venv demo test lint format bench docs vllm-venv clean
+.PHONY: venv demo test test-clients lint format bench docs vllm-venv clean
 
 venv: $(VENV)/.installed
 
@@ -20,6 +20,10 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# llama.cpp and MLX themselves load what is exported for them; their environment is made once and kept by version.
+test-clients: venv
+	tools/clients/run.sh $(BIN)
 
 lint: venv
 	$(BIN)/ruff check .

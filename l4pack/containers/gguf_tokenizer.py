@@ -18,6 +18,7 @@ from l4pack.errors import UsageError
 
 TOKENIZER = TOKENIZERS[0]
 MAX_BYTES = 256 * 1024**2
+_AGAIN = "download the tokenizer again"
 _MODEL = "gpt2"  # llama.cpp's word for byte-level byte pairs
 # The expression of GPT-4o's tokenizer, and so of Llama 4's. llama.cpp `src/llama-vocab.cpp`, LLAMA_VOCAB_PRE_TYPE_GPT4O.
 _LLAMA4 = (
@@ -28,16 +29,23 @@ _LLAMA4 = (
 _BYTE_LEVEL, _SPLIT, _SEQUENCE = "ByteLevel", "Split", "Sequence"
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer that can be in a file: llama.cpp loads none that merges nothing."""
+    path = folder / TOKENIZER
+    model = read_json(path, MAX_BYTES, _AGAIN).get("model") if path.is_file() else None
+    return isinstance(model, dict) and bool(model.get("merges"))
+
+
 def describe_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
     """Write the keys of the tokenizer in a folder, of a model with so many rows of embeddings.
 
     A model without one is written as such: it takes token ids. Raises UsageError for a tokenizer that llama.cpp has not.
     """
     path = folder / TOKENIZER
-    if not path.is_file():
+    if not has_tokenizer(folder):
         writer.add_tokenizer_model("none")
         return
-    found = read_json(path, MAX_BYTES, "download the tokenizer again")
+    found = read_json(path, MAX_BYTES, _AGAIN)
     try:
         tokens, kinds = _tokens(found, vocabulary)
         rule = _rule(found)

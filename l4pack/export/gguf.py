@@ -27,7 +27,7 @@ from l4pack.containers.gguf import (
     text_name,
 )
 from l4pack.containers.gguf_text import check_text, context_length, describe_text, rope_factors
-from l4pack.containers.gguf_tokenizer import TOKENIZER, describe_tokenizer
+from l4pack.containers.gguf_tokenizer import describe_tokenizer, has_tokenizer
 from l4pack.errors import L4packError
 from l4pack.export.artifact import Artifact
 from l4pack.export.target import Carried, Layout, OutTensor
@@ -62,8 +62,8 @@ class Gguf:
                 f"the file says a context of {context:,} tokens, not {positions:,}: beyond it llama.cpp, which has its own "
                 "chunks and temperatures of attention, would answer otherwise"
             )
-        if TOKENIZER not in artifact.checkpoint.companions:
-            found.append("there is no tokenizer.json: the file takes token ids, not text")
+        if not has_tokenizer(_folder(artifact)):
+            found.append("there is no tokenizer that merges bytes: the file takes token ids, not text")
         return found
 
     def carrier(self, scheme: Scheme, columns: int, dtype: str) -> IntegerCarrier | str:

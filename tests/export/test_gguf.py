@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Ended, file_digests, quick_plan
-from exporting import MIX, recipe_of
+from exporting import MIX, recipe_of, with_merge
 from killing import Killed, killed_after
 from safetensors import safe_open
 from upstream import decompressed, weights
@@ -142,8 +142,9 @@ def test_keys_are_those_that_llama_cpp_reads(exported):
     assert [path.name for path in result.out.glob("*.gguf")] == ["tiny-scout-Q4_0.gguf"]
 
 
-def test_the_tokenizer_is_in_the_file(exported):
-    artifact, _, result = exported("scout")
+def test_the_tokenizer_is_in_the_file(exported, tmp_path):
+    artifact = with_merge(exported("scout")[0], tmp_path / "artifact")
+    result = run_export(plan_export(open_source(str(artifact)), Gguf()), tmp_path / "out")
     found, tokenizer = fields(result.out), json.loads((artifact / "tokenizer.json").read_text())
     tokens = found["tokenizer.ggml.tokens"]
     assert len(tokens) == 384
@@ -153,6 +154,7 @@ def test_the_tokenizer_is_in_the_file(exported):
     assert found["tokenizer.ggml.token_type"][256] == gguf.TokenType.CONTROL
     assert found["tokenizer.ggml.pre"] == "gpt-2"
     assert (found["tokenizer.ggml.bos_token_id"], found["tokenizer.ggml.eos_token_id"]) == (256, 257)
+    assert found["tokenizer.ggml.merges"] == ["t h"]
     assert "<|header_start|>" in found["tokenizer.chat_template"]
 
 
@@ -263,8 +265,7 @@ def test_the_released_models_keep_their_context():
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(exported, tmp_path):
-    artifact, _, _ = exported("scout")
-    folder = shutil.copytree(artifact, tmp_path / "other")
+    folder = with_merge(exported("scout")[0], tmp_path / "other")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))

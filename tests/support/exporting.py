@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 from l4pack.recipe import Recipe
@@ -35,3 +38,15 @@ def recipe_of(**schemes: str) -> Recipe:
 
 MIX = recipe_of(routed_expert="int4-g64", shared_expert="int8-g64", dense_mlp="int8-g64", attention="int8-channel")
 """What every runtime's container carries exactly."""
+
+
+def with_merge(source: Path, folder: Path) -> Path:
+    """A copy of a tiny checkpoint whose tokenizer merges a pair: llama.cpp loads none that has only bytes."""
+    shutil.copytree(source, folder)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    last = tokenizer["added_tokens"].pop()
+    tokenizer["model"]["vocab"]["th"] = last["id"]
+    tokenizer["model"]["merges"] = [["t", "h"]]
+    path.write_text(json.dumps(tokenizer))
+    return folder
