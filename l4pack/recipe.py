@@ -66,8 +66,8 @@ class RecipeScheme(Scheme):
 
     @model_validator(mode="after")
     def _method_fits(self) -> RecipeScheme:
-        if self.method is Method.GPTQ and not self.grid.even:
-            raise ValueError("method: gptq solves integer schemes")
+        if self.method is Method.GPTQ and not self.grid.solvable:
+            raise ValueError("method: gptq solves schemes of integers and FP4")
         if self.method is not Method.GPTQ and self.gptq is not None:
             raise ValueError("gptq: its options are for method gptq")
         if self.static and self.strategy is not Strategy.TENSOR:

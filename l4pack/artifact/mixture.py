@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from l4pack.formats.configuration import Activations
 from l4pack.model.config import Llama4Config
 from l4pack.model.tensors import Role, catalogue
+from l4pack.quant.grid import E2M1
 from l4pack.quant.scheme import Strategy
 from l4pack.recipe import KEEP, Recipe, RecipeScheme
 
@@ -16,9 +17,11 @@ _HEAVIEST_FIRST = (Role.ROUTED_EXPERT, Role.DENSE_MLP, Role.SHARED_EXPERT, Role.
 
 
 def scheme_tag(scheme: RecipeScheme) -> str:
-    """The field's short word for a scheme: `W4A16-g128`, `FP8-dynamic`, `FP8-block`."""
+    """The field's short word for a scheme: `W4A16-g128`, `FP8-dynamic`, `FP8-block`, `NVFP4A16`, `MXFP4A16`."""
     kept = scheme.activations is Activations.NONE
     kind = scheme.activations.value.partition("_")[0]
+    if scheme.grid is E2M1:
+        return f"{'NV' if scheme.globally_scaled else 'MX'}FP4{'A16' if kept else ''}"
     if scheme.type.value == "float":
         how = "block" if scheme.strategy is Strategy.BLOCK else "weight-only" if kept else kind
         return f"FP{scheme.num_bits}-{how}"

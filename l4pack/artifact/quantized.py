@@ -1,7 +1,7 @@
 """Reading an artifact's matrices back: which scheme a module has, and the weights its tensors stand for.
 
-Any compressed-tensors artifact is read, whoever wrote it. Packed integers and FP8 go through this package's kernels,
-every other format (int-quantized, nvfp4, mxfp4, activation-ordered groups) through compressed-tensors' own decompressor.
+Any compressed-tensors artifact is read, whoever wrote it. Packed integers, FP8 and FP4 go through this package's kernels,
+every other format (int-quantized, mxfp8, activation-ordered groups) through compressed-tensors' own decompressor.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def own_format(scheme: QuantizationScheme, format_name: str) -> tuple[Format, Sc
     given = weights.model_dump(mode="json")
     if given.get("actorder") in ("group", "dynamic"):
         return None
-    if given.get("strategy") != Strategy.GROUP:
+    if given.get("strategy") not in (Strategy.GROUP, Strategy.TENSOR_GROUP):
         given["group_size"] = None  # compressed-tensors has -1 for whole rows
     try:
         own = read_scheme(given)

@@ -69,8 +69,10 @@ class Subject:
     def kinds(self) -> dict[TensorKind, int]:
         """How many tensors there are of each kind."""
         named = [(tensor, *split_suffix(tensor.name)) for tensor in self.tensors]
-        told = ((module, _told(suffix, tensor.dtype)) for tensor, module, suffix in named)
-        forms = {module: form for module, form in told if form is not None}
+        dtypes: dict[str, list[tuple[str, str]]] = {}
+        for tensor, module, suffix in named:
+            dtypes.setdefault(module, []).append((suffix, tensor.dtype))
+        forms = {module: _told(tuple(found)) for module, found in dtypes.items()}
         return Counter(_kind(tensor, module, suffix, forms.get(module)) for tensor, module, suffix in named)
 
     @cached_property
@@ -105,9 +107,9 @@ def from_config(name: str, config: Llama4Config) -> Subject:
 
 
 @cache
-def _told(suffix: str, dtype: str) -> Format | None:
-    """The format that one tensor shows its module to be in, asked once for tensors alike."""
-    return format_of({suffix: dtype})
+def _told(dtypes: tuple[tuple[str, str], ...]) -> Format | None:
+    """The format that a module's tensors, dtypes by suffix, show it to be in, asked once for modules alike."""
+    return format_of(dict(dtypes))
 
 
 def _kind(tensor: ArtifactTensor, module: str, suffix: str, form: Format | None) -> TensorKind:

@@ -43,7 +43,7 @@ CUT_BY_INPUTS = {*ROW_SPLIT, VISION_DOWN}
 REPEATED = {
     CLASS_EMBEDDING, POSITIONS, NORM_BEFORE, NORM_AFTER, *LAYER_NORMS,
 }  # fmt: skip
-WHOLE = {Suffix.SHAPE, Suffix.INPUT_SCALE, *KV_SUFFIXES}
+WHOLE = {Suffix.SHAPE, Suffix.GLOBAL_SCALE, Suffix.INPUT_SCALE, Suffix.INPUT_GLOBAL_SCALE, *KV_SUFFIXES}
 
 
 def stage_layers(num_layers: int, stages: int) -> list[range]:

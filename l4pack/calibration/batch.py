@@ -24,6 +24,7 @@ from l4pack.quant.dampening import fractions
 from l4pack.quant.dtypes import FLOATS
 from l4pack.quant.grid import ScaleDtype
 from l4pack.quant.scheme import Scheme
+from l4pack.quant.torch_scales import global_scale
 
 if TYPE_CHECKING:
     from l4pack.calibration.rows import UnitRows
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from l4pack.stream.layer import LayerPass
 
 ROWS = 512  # tokens of each unit at once, on any device
-FIGURES = 3, 6, 9, 11, 13, 15  # where in a batch's record what is of matrices, of problems, and of all, begins anew
+FIGURES = 3, 6, 9, 11, 13, 15, 16  # where in a batch's record what is of matrices, of problems, and of all, begins anew
 NEAREST_IS_BETTER = "rounding to nearest has the lower loss in every output row"
 Activation = Callable[[Tensor], Tensor]
 
@@ -188,7 +189,8 @@ class UnitNotFiniteError(ValueError):
 
 @dataclass(frozen=True)
 class _Found:
-    """Figures of a batch on the host, by matrix and unit: float64 [3, units], and of the two problems [2, units]."""
+    """Figures of a batch on the host, by matrix and unit: float64 [3, units], and of the two problems [2, units]; `over`
+    are their global scales."""
 
     error: NDArray[np.float64]
     rtn_error: NDArray[np.float64]
@@ -196,6 +198,7 @@ class _Found:
     finite: NDArray[np.bool_]
     definite: NDArray[np.bool_]
     dead: NDArray[np.float64]
+    over: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -205,14 +208,14 @@ class _Attempt:
     pair: gptq_batch.Solutions
     down: gptq_batch.Solutions
     figures: Tensor
-    symmetric: bool
+    scheme: Scheme
 
     def record(self) -> _Found:
         """Wait for the device. Raises UnitNotFiniteError."""
-        error, rtn_error, kept, finite, definite, dead, sound = np.split(self.figures.cpu().numpy(), FIGURES)
+        error, rtn_error, kept, finite, definite, dead, sound, over = np.split(self.figures.cpu().numpy(), FIGURES)
         if not sound.all():
             raise UnitNotFiniteError(int(sound[0].argmin()))
-        return _Found(error, rtn_error, kept, finite > 0, definite > 0, dead)
+        return _Found(error, rtn_error, kept, finite > 0, definite > 0, dead, over)
 
     def solutions(self, found: _Found, unit: int, dampening: Sequence[float]) -> dict[str, gptq.Solution]:
         """One unit's solutions by projection."""
@@ -240,7 +243,7 @@ class _Attempt:
         return gptq.Solution(
             rounded.levels,
             rounded.scale,
-            None if self.symmetric else rounded.zero_point.to(torch.int8),
+            None if self.scheme.symmetric else rounded.zero_point.to(torch.int8),
             error,
             rtn_error,
             dampening if factored else 0.0,
@@ -248,6 +251,7 @@ class _Attempt:
             reason,
             int(kept),
             dead,
+            float(found.over[place]) if self.scheme.globally_scaled else None,
         )
 
 
@@ -262,7 +266,8 @@ def _attempt(given: _Given, dampening: Tensor) -> _Attempt:
     moments = _moments(batch, matrices.pair, batch.inputs(), options)
     first = _problems(moments, options, dampening[0], outputs=matrices.pair.shape[1])
     del moments
-    pair = gptq_batch.solve_problems(first, matrices.pair, scheme, sweeps=options.sweeps)
+    overs = torch.stack([global_scale(one.abs().amax((-2, -1))) for one in (matrices.pair, matrices.down)])
+    pair = gptq_batch.solve_problems(first, matrices.pair, scheme, sweeps=options.sweeps, over=overs[0])
     of_first = _problem_figures(first)
     del first
     solved = pair.rounded.values().to(batch.model_dtype).float()
@@ -270,10 +275,10 @@ def _attempt(given: _Given, dampening: Tensor) -> _Attempt:
     del solved
     second = _problems(moments, options, dampening[1], outputs=matrices.down.shape[1])
     del moments
-    down = gptq_batch.solve_problems(second, matrices.down, scheme, sweeps=options.sweeps)
+    down = gptq_batch.solve_problems(second, matrices.down, scheme, sweeps=options.sweeps, over=overs[1])
     problems = torch.stack((of_first, _problem_figures(second)), 1)
-    figures = (_sums(pair, down), problems.flatten(0, 1), (pair.sound & down.sound)[None])
-    return _Attempt(pair, down, torch.cat([one.double() for one in figures]), scheme.symmetric)
+    figures = (_sums(pair, down), problems.flatten(0, 1), (pair.sound & down.sound)[None], overs)
+    return _Attempt(pair, down, torch.cat([one.double() for one in figures]), scheme)
 
 
 def _moments(batch: Batch, weight: Tensor, blocks: Iterable[Block], options: GptqOptions) -> Moments:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,11 +14,14 @@ from torch import Tensor
 from l4pack.calibration.moments import Moments
 from l4pack.calibration.rows import Block
 from l4pack.model.parts import DOWN, GATE, UP
-from l4pack.quant import gptq
+from l4pack.quant import gptq, torch_ops
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.packing import pack_levels, pack_zero_points
 from l4pack.quant.quantized import Quantized
-from l4pack.quant.torch_ops import to_array
+from l4pack.quant.scales import global_scale
+from l4pack.quant.scheme import Scheme
+from l4pack.quant.torch_ops import QuantizedTensors, pack_e2m1
+from l4pack.quant.torch_scales import coded
 from l4pack.recipe import GptqOptions, RecipeScheme
 from l4pack.stream.rows import rows_at_once
 
@@ -57,7 +60,7 @@ def solve_mlp(
     first = _problem(moments, options, outputs=2 * inner)
     del moments
     solve = partial(_solve, matrices=matrices, scheme=scheme, dtypes=dtypes)
-    solutions = {name: solve(first, name) for name in (GATE, UP)}
+    solutions = {name: solve(first, name, together=(GATE, UP)) for name in (GATE, UP)}
     del first
     solved = {name: solved_weights(solution, matrices.model_dtype) for name, solution in solutions.items()}
     after = Matrices(solved, matrices.activation, matrices.model_dtype)
@@ -65,7 +68,7 @@ def solve_mlp(
     del solved, after
     second = _problem(moments, options, outputs=hidden)
     del moments
-    return solutions | {DOWN: solve(second, DOWN)}
+    return solutions | {DOWN: solve(second, DOWN, together=(DOWN,))}
 
 
 def _inner(block: Block, before: Matrices, after: Matrices) -> Block:
@@ -108,6 +111,7 @@ def _solve(
     problem: gptq.Problem,
     name: str,
     *,
+    together: Sequence[str],
     matrices: Matrices,
     scheme: RecipeScheme,
     dtypes: Mapping[str, FloatName],
@@ -121,7 +125,14 @@ def _solve(
         sweeps=scheme.gptq.sweeps,
         source_dtype=dtypes[name],
         rows_at_once=rows_at_once(weight.device.type, weight.shape[1]),
+        global_scale=_global_scale([matrices.weights[one] for one in together]) if scheme.globally_scaled else None,
     )
+
+
+def _global_scale(weights: Iterable[Tensor]) -> float:
+    """That of matrices which runtimes hold in one."""
+    amax = max(float(end.abs()) for weight in weights for end in weight.aminmax())
+    return global_scale(amax if math.isfinite(amax) else 1.0)  # solving tells which weight is not finite
 
 
 def solved_weights(solution: gptq.Solution, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -138,11 +149,19 @@ def solved_weights(solution: gptq.Solution, dtype: torch.dtype = torch.float32) 
     return values
 
 
-def stored(solution: gptq.Solution, num_bits: int) -> Quantized:
-    """A solution's arrays as an artifact stores them."""
-    zero_point = solution.zero_point
+def stored(solution: gptq.Solution, scheme: Scheme) -> Quantized:
+    """A solution's arrays as an artifact stores them; packed on the device, if it is there, for less to come over."""
+    if scheme.coded_scales:
+        step = scheme.grid.step
+        codes = coded(solution.scale / step, scheme.scale_dtype, solution.global_scale or 1.0)
+        return QuantizedTensors(pack_e2m1(solution.levels * step), codes, None, solution.global_scale).to_numpy()
+    zero_point, num_bits = solution.zero_point, scheme.num_bits
     packed = None if zero_point is None else pack_zero_points(zero_point.cpu().numpy(), num_bits)
-    return Quantized(pack_levels(solution.levels.cpu().numpy(), num_bits), to_array(solution.scale), packed)
+    if solution.levels.device.type == "cpu":
+        words = pack_levels(solution.levels.numpy(), num_bits)
+    else:
+        words = torch_ops.pack_levels(solution.levels, num_bits).cpu().numpy()
+    return Quantized(words, torch_ops.to_array(solution.scale), packed)
 
 
 def result_of(solution: gptq.Solution, own: int, borrowed: int) -> dict[str, Any]:

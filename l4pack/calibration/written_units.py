@@ -11,11 +11,8 @@ from torch import Tensor
 from l4pack.calibration.mlp import solved_weights, stored
 from l4pack.calibration.written import written_weights
 from l4pack.quant import torch_ops
-from l4pack.quant.packing import pack_zero_points
-from l4pack.quant.quantized import Quantized
 from l4pack.stream.units import LoadedUnit, Part, UnitWeights, module_names
 from l4pack.stream.weights import LinearWeight
-from l4pack.work.device import CPU
 
 if TYPE_CHECKING:
     from l4pack.calibration.inputs import InputScales
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
     from l4pack.calibration.solver import SolvedUnit
     from l4pack.checkpoint.writer import ShardWriter, Written
     from l4pack.plan.plan import Plan
-    from l4pack.quant.gptq import Solution
     from l4pack.stream.layer import LayerPass
 
 
@@ -43,8 +39,8 @@ class WrittenUnits:
         with self._writer.watched() as written:
             for local, solution in solved.solutions.items():
                 target = self._plan.targets[names[local]]
-                num_bits = self._plan.recipe.schemes[target.scheme].num_bits
-                self._executor.write_quantized(target, 0, _quantized(solution, num_bits))
+                scheme = self._plan.recipe.schemes[target.scheme]
+                self._executor.write_quantized(target, 0, stored(solution, scheme))
         return written
 
     def run(
@@ -87,13 +83,3 @@ class WrittenUnits:
         target = self._plan.targets[module]
         values = written_weights(self._writer, target, self._plan.recipe.schemes[target.scheme])
         return torch.from_numpy(values).to(self._dtype).to(self._device, torch.float32)
-
-
-def _quantized(solution: Solution, num_bits: int) -> Quantized:
-    """A solution's arrays as an artifact stores them; packed on the device, if it is there, for less to come over."""
-    if solution.levels.device.type == CPU:
-        return stored(solution, num_bits)
-    zero_point = solution.zero_point
-    packed = None if zero_point is None else pack_zero_points(zero_point.cpu().numpy(), num_bits)
-    words = torch_ops.pack_levels(solution.levels, num_bits)
-    return Quantized(words.cpu().numpy(), torch_ops.to_array(solution.scale), packed)

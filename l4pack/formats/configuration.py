@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
+from l4pack.quant.grid import ScaleDtype
 from l4pack.quant.scheme import Observer, Scheme
 
 _SCHEME_KEYS = ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric")
@@ -45,9 +46,14 @@ def arguments(**values: Any) -> dict[str, Any]:
     return {**defaults, **values}
 
 
+_CODED_SCALES = {ScaleDtype.E8M0: "torch.uint8", ScaleDtype.E4M3: "torch.float8_e4m3fn"}
+
+
 def weight_arguments(scheme: Scheme) -> dict[str, Any]:
     """How a scheme's weights are quantized."""
+    coded = _CODED_SCALES.get(scheme.scale_dtype)
     return arguments(
+        **({} if coded is None else {"scale_dtype": coded, "zp_dtype": coded}),
         num_bits=scheme.num_bits,
         type=scheme.type.value,
         symmetric=scheme.symmetric,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from l4pack.quant.quantized import Quantized
 
 SizeText = Annotated[
-    str, Field(pattern=r"^((in|out)(/(pack|group|rows|columns))?|[0-9]+)$", coerce_numbers_to_str=True)
+    str, Field(pattern=r"^((in|out)(/(byte|pack|group|rows|columns))?|[0-9]+)$", coerce_numbers_to_str=True)
 ]
 
 
@@ -52,13 +52,21 @@ class Accepts(_Data):
 
 
 class Holds(StrEnum):
-    """What a piece holds: codes, scales or zero points of the matrix, its size, or the scale of its inputs."""
+    """What a piece holds: codes, scales or zero points of the matrix, its size, or the scale of its inputs.
+
+    `unit_input_scale` is a scale of inputs that are not rounded: 1, for a runtime that asks for one all the same.
+    """
 
     VALUES = "values"
     SCALE = "scale"
+    GLOBAL_SCALE = "global_scale"
     ZERO_POINT = "zero_point"
     SHAPE = "shape"
     INPUT_SCALE = "input_scale"
+    UNIT_INPUT_SCALE = "unit_input_scale"
+
+
+_NUMBERS = (Holds.VALUES, Holds.SCALE, Holds.GLOBAL_SCALE, Holds.ZERO_POINT)  # what a matrix is decoded from
 
 
 class Piece(_Data):
@@ -68,7 +76,7 @@ class Piece(_Data):
     holds: Annotated[Holds, Field(exclude=True)]
     dtype: str  # a safetensors dtype, or 'scale' for the scheme's scale dtype
     shape: dict[Strategy, list[SizeText]]
-    when: Literal["asymmetric", "static_activations"] | None = None
+    when: Literal["asymmetric", "static_activations", "weight_only_expert"] | None = None
 
     @model_validator(mode="after")
     def _known_dtype(self) -> Piece:
@@ -122,6 +130,14 @@ class Format:
         """The piece with the codes."""
         return next(piece for piece in self.pieces if piece.holds is Holds.VALUES)
 
+    def has_dtypes(self, dtypes: Mapping[str, str]) -> bool:
+        """Whether a module's codes, and scales of one dtype, are those of the format; `dtypes` are by suffix."""
+        return dtypes.get(self.values.suffix) == self.values.dtype and all(
+            dtypes.get(piece.suffix, piece.dtype) == piece.dtype
+            for piece in self.pieces
+            if piece.holds is Holds.SCALE and piece.dtype != "scale"
+        )
+
     def check_accepts(self, scheme: Scheme, activations: str, where: str) -> None:
         """Refuse a scheme the format can't hold. Raises RecipeError naming the key."""
         accepts = self.accepts
@@ -146,10 +162,20 @@ class Format:
         return scheme.type is self.accepts.type and scheme.strategy in self.accepts.strategies
 
     def stored(
-        self, scheme: Scheme, out_features: int, in_features: int, source_dtype: str, *, static: bool = False
+        self,
+        scheme: Scheme,
+        out_features: int,
+        in_features: int,
+        source_dtype: str,
+        *,
+        static: bool = False,
+        expert: bool = False,
     ) -> tuple[StoredTensor, ...]:
-        """The tensors that stand for one matrix `[out_features, in_features]`, in the order they are written."""
-        return _stored(self, scheme, out_features, in_features, source_dtype, static)
+        """The tensors that stand for one matrix `[out_features, in_features]`, in the order they are written.
+
+        `static`: the file has a scale of its inputs; `expert`: it is a routed expert's.
+        """
+        return _stored(self, scheme, out_features, in_features, source_dtype, static, expert)
 
     def told_by(self, shapes: Mapping[str, tuple[int, ...]], out_features: int, in_features: int) -> Scheme | None:
         """The scheme of a matrix whose tensors have these shapes, by suffix; None when no scheme makes such tensors."""
@@ -167,8 +193,9 @@ class Format:
             numbers = {"num_bits": bits, "type": accepts.type, "strategy": strategy, "symmetric": symmetric}
             if strategy is Strategy.BLOCK:
                 choices: list[dict[str, object]] = [{"block_structure": one} for one in accepts.block_structures]
-            elif strategy is Strategy.GROUP:
-                choices = [{"group_size": in_features // scale[1]}] if len(scale) == 2 and scale[1] > 1 else []
+            elif strategy in (Strategy.GROUP, Strategy.TENSOR_GROUP):
+                several = len(scale) == 2 and scale[1] > (Strategy.CHANNEL in accepts.strategies)
+                choices = [{"group_size": in_features // scale[1]}] if several else []
             else:
                 choices = [{}]
             for choice in choices:
@@ -179,16 +206,21 @@ class Format:
         """How many output rows of a matrix share one row of each tensor, by suffix; 0 for all of them."""
         return {piece.suffix: piece.rows_in_one(scheme) for piece in self.pieces}
 
-    def encode(self, quantized: Quantized, out_features: int, in_features: int) -> dict[str, NDArray[Any]]:
-        """The arrays of a matrix, or of a slice of its rows, by suffix; the size is that of the whole matrix.
+    def encode(
+        self, quantized: Quantized, out_features: int, in_features: int, *, expert: bool = False
+    ) -> dict[str, NDArray[Any]]:
+        """The arrays of a matrix, or of a slice of its rows, by suffix; the size is that of the whole matrix, and `expert`
+        says that it is a routed expert's.
 
-        The scale of its inputs is not among them: calibration finds it.
+        A scale of its inputs that calibration finds is not among them.
         """
         import numpy as np
 
         held = {
             Holds.VALUES: quantized.values,
             Holds.SCALE: quantized.scale,
+            Holds.GLOBAL_SCALE: quantized.global_scale,
+            Holds.UNIT_INPUT_SCALE: np.ones(1, np.float32) if expert else None,
             Holds.ZERO_POINT: quantized.zero_point,
             Holds.SHAPE: np.array([out_features, in_features], np.int64),
         }
@@ -204,9 +236,10 @@ class Format:
         wanted = {tensor.suffix: tensor.shape for tensor in self.stored(scheme, out_features, in_features, "")}
         found: dict[Holds, NDArray[Any]] = {}
         for piece in self.pieces:
-            if piece.holds in (Holds.VALUES, Holds.SCALE, Holds.ZERO_POINT) and piece.suffix in wanted:
+            if piece.holds in _NUMBERS and piece.suffix in wanted:
                 found[piece.holds] = _shaped(arrays, piece, wanted[piece.suffix], module)
-        return Quantized(found[Holds.VALUES], found[Holds.SCALE], found.get(Holds.ZERO_POINT))
+        zero_point, over = found.get(Holds.ZERO_POINT), found.get(Holds.GLOBAL_SCALE)
+        return Quantized(found[Holds.VALUES], found[Holds.SCALE], zero_point, over)
 
     def configuration(self, scheme: Scheme, activations: Activations, targets: list[str]) -> dict[str, Any]:
         """The group of a `quantization_config` that gives the targets a scheme."""
@@ -221,9 +254,13 @@ class Format:
 
 @lru_cache(maxsize=4096)  # the experts of a model are thousands, and all alike
 def _stored(
-    form: Format, scheme: Scheme, out_features: int, in_features: int, source_dtype: str, static: bool
+    form: Format, scheme: Scheme, out_features: int, in_features: int, source_dtype: str, static: bool, expert: bool
 ) -> tuple[StoredTensor, ...]:
-    holds = {"asymmetric": not scheme.symmetric, "static_activations": static}
+    holds = {
+        "asymmetric": not scheme.symmetric,
+        "static_activations": static,
+        "weight_only_expert": expert and not static,
+    }
     sizes = matrix_sizes(scheme, out_features, in_features)
     scale_dtype = NAMES.get(scheme.scale_dtype, source_dtype)
     return tuple(
@@ -259,6 +296,7 @@ def matrix_sizes(scheme: Scheme, out_features: int, in_features: int) -> dict[st
     return {
         "out": out_features,
         "in": in_features,
+        "byte": 8 // scheme.num_bits,
         "pack": scheme.pack_factor,
         "group": scheme.group_columns(in_features),
         "rows": rows,

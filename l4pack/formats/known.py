@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from l4pack.errors import RecipeError
 from l4pack.formats.float_quantized import FLOAT_QUANTIZED
 from l4pack.formats.format import Format
+from l4pack.formats.fp4 import MXFP4_PACK_QUANTIZED, NVFP4_PACK_QUANTIZED
 from l4pack.formats.pack_quantized import PACK_QUANTIZED
 from l4pack.quant.suffixes import Suffix
 
-FORMATS = {form.name: form for form in (FLOAT_QUANTIZED, PACK_QUANTIZED)}
+FORMATS = {form.name: form for form in (FLOAT_QUANTIZED, PACK_QUANTIZED, NVFP4_PACK_QUANTIZED, MXFP4_PACK_QUANTIZED)}
 
 
 def format_names() -> list[str]:
@@ -28,10 +29,9 @@ def load_format(name: str) -> Format:
 def format_of(dtypes: Mapping[str, str]) -> Format | None:
     """The format that a module's tensors, dtypes by suffix, show it to be in; None for one that is not quantized.
 
-    A plain `weight` tells by its dtype alone, any other name of codes by itself.
+    A plain `weight` tells by its dtype alone, any other name of codes by itself; formats that share it, by their dtypes.
     """
-    for form in FORMATS.values():
-        suffix, dtype = form.values.suffix, form.values.dtype
-        if suffix in dtypes and (suffix is not Suffix.WEIGHT or dtypes[suffix] == dtype):
-            return form
-    return None
+    named = [form for form in FORMATS.values() if form.values.suffix in dtypes]
+    right = [form for form in named if form.has_dtypes(dtypes)]
+    others = [form for form in named if form.values.suffix is not Suffix.WEIGHT]
+    return next(iter(right or others), None)

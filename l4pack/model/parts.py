@@ -37,6 +37,12 @@ MLP_MATRICES = (GATE, UP, DOWN)
 QUERY_KEY_VALUE, GATE_UP = "qkv_proj", "gate_up_proj"
 FUSED_MODULES: Mapping[str, tuple[str, ...]] = {QUERY_KEY_VALUE: (QUERY, KEY, VALUE), GATE_UP: (GATE, UP)}
 
+
+def merged_with(projection: str) -> tuple[str, ...]:
+    """The projections that runtimes hold in one matrix with this one, itself among them."""
+    return next((merged for merged in FUSED_MODULES.values() if projection in merged), (projection,))
+
+
 # The vision tower and the projector.
 CLASS_EMBEDDING, POSITIONS, PATCHES = "class_embedding", "positional_embedding_vlm", "patch_embedding"
 NORM_BEFORE, NORM_AFTER = "layernorm_pre", "layernorm_post"

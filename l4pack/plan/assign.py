@@ -198,7 +198,7 @@ def _target(checkpoint: Checkpoint, recipe: Recipe, old: Linear, new: Linear, sc
 
 def divides(scheme: RecipeScheme, linear: Linear) -> bool:
     """Whether a scheme's groups divide a matrix."""
-    return scheme.strategy is not Strategy.GROUP or linear.in_features % scheme.group_columns(linear.in_features) == 0
+    return not scheme.grouped or linear.in_features % scheme.group_columns(linear.in_features) == 0
 
 
 def module_tensors(linear: Linear, name: str, scheme: RecipeScheme | None, dtype: str) -> tuple[PlannedTensor, ...]:
@@ -209,7 +209,8 @@ def module_tensors(linear: Linear, name: str, scheme: RecipeScheme | None, dtype
         ]
     else:
         form, size = load_format(scheme.format), (linear.out_features, linear.in_features)
-        stored = form.stored(scheme, *size, dtype, static=scheme.static)
+        expert = linear.role is Role.ROUTED_EXPERT
+        stored = form.stored(scheme, *size, dtype, static=scheme.static, expert=expert)
         shapes = [(tensor.suffix, tensor.dtype, tensor.shape) for tensor in stored]
     return tuple(
         PlannedTensor(f"{linear.module}.{suffix}", kind, shape, linear.role, linear.layer, linear.expert, name)
@@ -245,7 +246,7 @@ def _slices(source: MatrixSource, recipe: Recipe, targets: tuple[Target, ...], s
     action = Action.UNFUSE if scheme == KEEP else Action.QUANTIZE
     row_bytes = sum(source.nbytes(target.linear, rows=1) for target in targets)
     step = max(ROW_STEP, slab_bytes // row_bytes // ROW_STEP * ROW_STEP)
-    if action is Action.QUANTIZE and recipe.schemes[scheme].strategy is Strategy.TENSOR:
+    if action is Action.QUANTIZE and recipe.schemes[scheme].strategy in (Strategy.TENSOR, Strategy.TENSOR_GROUP):
         step = linear.out_features  # one scale for the whole matrix needs the whole matrix
     written = sum(tensor.nbytes for target in targets for tensor in target.tensors)
     for start in range(0, linear.out_features, step):

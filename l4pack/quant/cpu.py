@@ -11,17 +11,22 @@ them, and write each tile's packed words transposed: no transposed copy of the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from l4pack.quant.grid import E4M3
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from l4pack.quant.codes import (
+    E2M1_KIND,
+    E4M3_KIND,
+    e2m1_code,
+    e2m1_value,
+    e4m3_code,
+    e4m3_value,
+    int_code,
+    kernel,
+    value_of,
+)
 
 TILE = 2048  # output features of a tile: 4 KB of each source row, a page; shorter runs starve the prefetcher
 CHUNK = 64  # input features coded before their words are written: with TILE, 128 KB of codes stay in the L2 cache
@@ -29,23 +34,7 @@ CHUNK = 64  # input features coded before their words are written: with TILE, 12
 ERROR_TILE = 32  # output features transposed at once: one cache line of bfloat16
 TAIL = 16  # terms of a sum: fewer are one vector or less
 
-MAGIC = np.float32(1.5 * 2**23)  # float32 spacing here is 1: adding it rounds half to even, the integer in the low bits
-E4M3_LIMIT = np.float32(E4M3.highest)
-E4M3_SMALLEST_NORMAL = np.uint32(0x3C800000)  # 2^-6 as float32 bits
-E4M3_SUBNORMAL_MAGIC = np.float32(2.0**14)  # float32 spacing here is 2^-9, that of E4M3 subnormals
-E4M3_SUBNORMAL_BITS = np.uint32(0x46800000)  # the same as bits
-E4M3_SUBNORMAL_SPACING = np.float32(1.5 * 2.0**14)  # the same for numbers of either sign
 QUIET_NAN = np.uint32(0x7FC00000)
-E4M3_REBIAS = np.uint32((127 - 7) << 3)
-
-
-def kernel(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile on first call, into Numba's on-disk cache where a folder for it can be written."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # no writable cache folder at all
-        return numba.njit(**options)(function)  # type: ignore[no-any-return]
 
 
 @kernel
@@ -110,28 +99,10 @@ def ranges_out_in(
 
 
 @kernel
-def _value(pattern: Any, shift: Any) -> Any:
-    return np.uint32(np.uint32(pattern) << shift).view(np.float32)
-
-
-@kernel
-def _int_code(value: Any, scale: Any, zero: Any, lowest: Any, highest: Any) -> Any:
-    """Level of `value` plus 2^(bits-1), in the low bits."""
-    level = min(max(np.rint(value / scale) + zero, lowest), highest)
-    return np.uint8(np.uint32(np.float32(level + (MAGIC - lowest)).view(np.uint32)))
-
-
-@kernel
-def _e4m3_code(value: Any, scale: Any) -> Any:
-    """E4M3FN code of value / scale, rounded to nearest even and saturated at 448."""
-    bits = np.uint32(np.float32(min(max(value / scale, -E4M3_LIMIT), E4M3_LIMIT)).view(np.uint32))
-    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
-    rounded = np.uint32(magnitude + np.uint32(0x7FFFF) + ((magnitude >> np.uint32(20)) & np.uint32(1)))
-    normal = np.uint32((rounded >> np.uint32(20)) - E4M3_REBIAS)
-    shifted = np.float32(np.uint32(magnitude).view(np.float32) + E4M3_SUBNORMAL_MAGIC)
-    subnormal = np.uint32(np.uint32(np.float32(shifted).view(np.uint32)) - E4M3_SUBNORMAL_BITS)
-    code = normal if magnitude >= E4M3_SMALLEST_NORMAL else subnormal
-    return np.uint8(code | ((bits >> np.uint32(24)) & np.uint32(0x80)))
+def e4m3_codes(values: NDArray[np.float32], codes: NDArray[np.uint8]) -> None:
+    """E4M3FN codes of values [n], rounded to nearest even and saturated."""
+    for i in range(values.size):
+        codes[i] = e4m3_code(values[i], np.float32(1))
 
 
 @kernel
@@ -171,15 +142,18 @@ def _store_transposed(words: Any, packed: Any) -> None:
 
 
 @kernel
-def _encode_tile_row(row: Any, s: Any, z: Any, lowest: Any, highest: Any, fp8: bool, code: Any) -> None:
+def _encode_tile_row(row: Any, s: Any, z: Any, lowest: Any, highest: Any, kind: int, code: Any) -> None:
     """Codes of one input feature of a tile: element c has its own scale and zero point."""
     shift = np.uint32(32 - 8 * row.itemsize)
-    if fp8:
+    if kind == E4M3_KIND:
         for c in range(row.size):
-            code[c] = _e4m3_code(_value(row[c], shift), s[c])
+            code[c] = e4m3_code(value_of(row[c], shift), s[c])
+    elif kind == E2M1_KIND:
+        for c in range(row.size):
+            code[c] = e2m1_code(value_of(row[c], shift), s[c])
     else:
         for c in range(row.size):
-            code[c] = _int_code(_value(row[c], shift), s[c], z[c], lowest, highest)
+            code[c] = int_code(value_of(row[c], shift), s[c], z[c], lowest, highest)
 
 
 @kernel
@@ -191,7 +165,7 @@ def encode_in_out(
     scale: NDArray[np.float32],
     zero: NDArray[np.float32],
     bits: int,
-    fp8: bool,
+    kind: int,
     packed: NDArray[np.uint32],
 ) -> None:
     """Quantize a block with given float32 scale and zero point [out, groups] into packed words [out, words]."""
@@ -212,7 +186,7 @@ def encode_in_out(
                 rows = min(CHUNK, end - start)
                 for i in range(rows):
                     at = (start + i) * stride + first
-                    _encode_tile_row(flat[at : at + width], s, z, lowest, highest, fp8, codes[i])
+                    _encode_tile_row(flat[at : at + width], s, z, lowest, highest, kind, codes[i])
                 count = _pack_columns(codes, rows, width, bits, words)
                 at = start * bits // 32
                 _store_transposed(words, packed[first : first + width, at : at + count])
@@ -227,7 +201,7 @@ def encode_out_in(
     scale: NDArray[np.float32],
     zero: NDArray[np.float32],
     bits: int,
-    fp8: bool,
+    kind: int,
     packed: NDArray[np.uint8],
 ) -> None:
     """As `encode_in_out`, for a block stored [out, in]; `packed` is the same memory as bytes."""
@@ -244,18 +218,32 @@ def encode_out_in(
             code = codes[g * group : end]
             s = scale[o, g]
             z = zero[o, g]
-            if fp8:
+            if kind == E4M3_KIND:
                 for i in range(segment.size):
-                    code[i] = _e4m3_code(_value(segment[i], shift), s)
+                    code[i] = e4m3_code(value_of(segment[i], shift), s)
+            elif kind == E2M1_KIND:
+                for i in range(segment.size):
+                    code[i] = e2m1_code(value_of(segment[i], shift), s)
             else:
                 for i in range(segment.size):
-                    code[i] = _int_code(_value(segment[i], shift), s, z, lowest, highest)
+                    code[i] = int_code(value_of(segment[i], shift), s, z, lowest, highest)
         target = packed[o]
         if bits == 4:
             for j in range(target.size):
                 target[j] = np.uint8(pairs[j] | (pairs[j] >> 4))
         else:
             target[:] = codes
+
+
+@kernel
+def _unpack(packed: Any, bits: int, codes: Any) -> None:
+    """The codes of a row's bytes; of two in a byte the lower half comes first."""
+    if bits == 4:
+        for j in range(packed.size):
+            codes[2 * j] = packed[j] & 15
+            codes[2 * j + 1] = packed[j] >> 4
+    else:
+        codes[:] = packed
 
 
 @kernel
@@ -271,13 +259,7 @@ def dequantize_int(
     offset = np.float32(1 << (bits - 1))
     codes = np.empty(packed.shape[1] * 8 // bits, np.uint8)
     for o in range(out.shape[0]):
-        source = packed[o]
-        if bits == 4:
-            for j in range(source.size):
-                codes[2 * j] = source[j] & 15
-                codes[2 * j + 1] = source[j] >> 4
-        else:
-            codes[:] = source
+        _unpack(packed[o], bits, codes)
         for g in range(scale.shape[1]):
             start = g * group
             target = out[o, start : start + group]
@@ -290,18 +272,21 @@ def dequantize_int(
 
 @kernel
 def dequantize_table(
-    codes: NDArray[np.uint8],
+    packed: NDArray[np.uint8],
+    bits: int,
     table: NDArray[np.float32],
     group: int,
     scale: NDArray[np.float32],
     out: NDArray[np.float32],
 ) -> None:
-    """table[code] * scale into float32 [out, in]."""
+    """table[code] * scale into float32 [out, in], from the bytes of the codes."""
+    codes = np.empty(packed.shape[1] * 8 // bits, np.uint8)
     for o in range(out.shape[0]):
+        _unpack(packed[o], bits, codes)
         for g in range(scale.shape[1]):
             start = g * group
             target = out[o, start : start + group]
-            code = codes[o, start : start + target.size]
+            code = codes[start : start + target.size]
             s = scale[o, g]
             for i in range(target.size):
                 target[i] = table[code[i]] * s
@@ -317,17 +302,6 @@ def to_bfloat16(values: NDArray[np.float32]) -> None:
             bits = min(np.uint32(row[i] & np.uint32(0x7FFFFFFF)), QUIET_NAN)  # rounding up would make 0 of a larger one
             rounded = np.uint32(bits + np.uint32(0x7FFF) + np.uint32((bits >> np.uint32(16)) & np.uint32(1)))
             row[i] = np.uint32(sign | (rounded & np.uint32(0xFFFF0000)))
-
-
-@kernel
-def _e4m3_value(ratio: Any) -> Any:
-    """`ratio` rounded to the nearest E4M3FN value, half to even, saturated at 448."""
-    limited = np.float32(min(max(ratio, -E4M3_LIMIT), E4M3_LIMIT))
-    bits = np.uint32(limited.view(np.uint32))
-    rounded = np.uint32(bits + np.uint32(0x7FFFF) + ((bits >> np.uint32(20)) & np.uint32(1)))
-    normal = np.uint32(rounded & np.uint32(0xFFF00000)).view(np.float32)
-    subnormal = np.float32(np.float32(limited + E4M3_SUBNORMAL_SPACING) - E4M3_SUBNORMAL_SPACING)
-    return normal if np.uint32(bits & np.uint32(0x7FFFFFFF)) >= E4M3_SMALLEST_NORMAL else subnormal
 
 
 @kernel
@@ -361,7 +335,7 @@ def _halve_rows(rows: Any, count: int) -> None:
 
 @kernel
 def _group_errors(
-    values: Any, weight: Any, scale: Any, zero: Any, bits: int, fp8: bool, terms: Any, tails: Any, out: Any
+    values: Any, weight: Any, scale: Any, zero: Any, bits: int, kind: int, terms: Any, tails: Any, out: Any
 ) -> None:
     """Weighted squared error of one group under each candidate scale and zero point, into out[candidate].
 
@@ -375,9 +349,13 @@ def _group_errors(
         s = scale[k]
         z = zero[k]
         inverse = np.float32(1) / s
-        if fp8:
+        if kind == E4M3_KIND:
             for i in range(values.size):
-                error = _e4m3_value(values[i] * inverse) * s - values[i]
+                error = e4m3_value(values[i] * inverse) * s - values[i]
+                terms[i] = (error * error) * weight[i]
+        elif kind == E2M1_KIND:
+            for i in range(values.size):
+                error = e2m1_value(values[i] * inverse) * s - values[i]
                 terms[i] = (error * error) * weight[i]
         else:
             for i in range(values.size):
@@ -401,7 +379,7 @@ def errors_in_out(
     scale: NDArray[np.float32],
     zero: NDArray[np.float32],
     bits: int,
-    fp8: bool,
+    kind: int,
     errors: NDArray[np.float32],
 ) -> None:
     """Squared errors of each group under K candidates: scale, zero and errors are float32 [out, groups, K].
@@ -421,11 +399,11 @@ def errors_in_out(
                 at = (g * group + i) * stride + first
                 row = flat[at : at + width]
                 for c in range(width):
-                    tile[c, i] = _value(row[c], shift)
+                    tile[c, i] = value_of(row[c], shift)
             part = weight[g * group : (g + 1) * group]
             for c in range(width):
                 o = first + c
-                _group_errors(tile[c], part, scale[o, g], zero[o, g], bits, fp8, terms, tails, errors[o, g])
+                _group_errors(tile[c], part, scale[o, g], zero[o, g], bits, kind, terms, tails, errors[o, g])
 
 
 @kernel
@@ -438,7 +416,7 @@ def errors_out_in(
     scale: NDArray[np.float32],
     zero: NDArray[np.float32],
     bits: int,
-    fp8: bool,
+    kind: int,
     errors: NDArray[np.float32],
 ) -> None:
     """As `errors_in_out`, for a block stored [out, in]."""
@@ -451,7 +429,7 @@ def errors_out_in(
         for g in range(errors.shape[1]):
             segment = row[g * group : min((g + 1) * group, in_features)]
             for i in range(segment.size):
-                values[i] = _value(segment[i], shift)
+                values[i] = value_of(segment[i], shift)
             values[segment.size :] = 0
             part = weight[g * group : (g + 1) * group]
-            _group_errors(values, part, scale[o, g], zero[o, g], bits, fp8, terms, tails, errors[o, g])
+            _group_errors(values, part, scale[o, g], zero[o, g], bits, kind, terms, tails, errors[o, g])

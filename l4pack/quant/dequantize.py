@@ -9,11 +9,19 @@ from l4pack.quant.floats import Float32Array, widen
 from l4pack.quant.packing import unpack_zero_points
 from l4pack.quant.quantize import spread
 from l4pack.quant.quantized import Quantized
+from l4pack.quant.scales import values_of
 from l4pack.quant.scheme import Scheme
 
 
+def scales_of(quantized: Quantized, scheme: Scheme) -> Float32Array:
+    """What codes are multiplied by, float32 in the shape of the stored scales."""
+    if scheme.coded_scales:
+        return values_of(quantized.scale, scheme.scale_dtype, quantized.over)
+    return widen(quantized.scale)
+
+
 class Dequantizer:
-    """(level - zero point) * scale, or the E4M3 value times scale, of any rows of one matrix.
+    """(level - zero point) * scale, or the float of a code times scale, of any rows of one matrix.
 
     Products are exact in float32 for bfloat16 and float16 scales; a runtime then rounds them to its own dtype.
     """
@@ -22,7 +30,7 @@ class Dequantizer:
         self.shape = out_features, in_features
         self._bits, self._group = scheme.num_bits, scheme.group_columns(in_features)
         groups = (out_features, -(-in_features // self._group))
-        self._scale = spread(widen(quantized.scale), scheme, groups)
+        self._scale = spread(scales_of(quantized, scheme), scheme, groups)
         self._codes = np.ascontiguousarray(quantized.values).view(np.uint8)
         self._table = None if scheme.grid.even else np.array(scheme.grid.values, np.float32)
         self._zero_point = np.zeros_like(self._scale)
@@ -34,7 +42,7 @@ class Dequantizer:
         """Write some rows into `out`, float32 [rows, in_features]."""
         codes, scale = self._codes[rows], self._scale[rows]
         if self._table is not None:
-            cpu.dequantize_table(codes, self._table, self._group, scale, out)
+            cpu.dequantize_table(codes, self._bits, self._table, self._group, scale, out)
         else:
             cpu.dequantize_int(codes, self._bits, self._group, scale, self._zero_point[rows], out)
 

@@ -37,6 +37,7 @@ from l4pack.quant.grid import ScaleDtype
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, quantize_block
 from l4pack.quant.scheme import Scheme
+from l4pack.quant.torch_scales import values_of
 from l4pack.quant.triangular import (
     all_finite,
     quadratic_form,
@@ -60,7 +61,8 @@ class SolvedBy(StrEnum):
 class Solution:
     """A solved matrix, in the column order of its weights.
 
-    `levels` int8 [out, in]; `scale` [out, groups] in its stored dtype; `zero_point` int8 [out, groups] or None.
+    `levels` int8 [out, in], steps of the scheme's grid; `scale` [out, groups], that of a step, in its stored dtype, or
+    float32 where a code is stored; `zero_point` int8 [out, groups] or None; `global_scale` what codes are told over.
     `error` is the loss trace((W - Q) H (W - Q)^T) with the Hessian undamped and W the asymmetric target if there is one;
     `rtn_error` the same for rounding to nearest (both NaN if the Hessian is not finite). `dampening` is what was used,
     as a fraction of the mean diagonal. `rtn_rows` counts output rows where rounding to nearest was better and was kept.
@@ -77,11 +79,13 @@ class Solution:
     reason: str
     rtn_rows: int
     dead_columns: int
+    global_scale: float | None = None
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Levels [out, in] with the scales and zero points [out, groups] (float32) that give them meaning."""
+    """Levels [out, in], steps of a grid, with the scales of a step and zero points [out, groups] (float32) that give them
+    meaning."""
 
     levels: Tensor
     scale: Tensor
@@ -125,17 +129,27 @@ def solve(
     cross: Tensor | None = None,
     sweeps: int = 0,
     source_dtype: FloatName = "BF16",
+    global_scale: float | None = None,
 ) -> Solution:
     """Quantize `weight` (float32 [out, in]) for inputs with second moments `hessian` (float32 [in, in], any factor).
 
     `cross` [in, in] is the sum over tokens of (x' - x) x^T, with the factor of `hessian`: x' is the original model's
     input, x the quantized one's. `source_dtype` is that of the checkpoint's weights, for scale_dtype `source`. With
     observer `mse`, scales minimise the squared error weighted with the diagonal of the Hessian. No output row ends with
-    a higher loss than rounding to nearest gives it. Raises ValueError for an FP8 scheme or shapes that don't match,
+    a higher loss than rounding to nearest gives it. `global_scale` is as for `quantize_block`. Raises ValueError for an
+    FP8 scheme or shapes that don't match,
     NonFiniteError for a weight that is not finite.
     """
     problem = prepare_problem(hessian, cross=cross, act_order=act_order, dampening=dampening)
-    return solve_problem(problem, weight, scheme, block_size=block_size, sweeps=sweeps, source_dtype=source_dtype)
+    return solve_problem(
+        problem,
+        weight,
+        scheme,
+        block_size=block_size,
+        sweeps=sweeps,
+        source_dtype=source_dtype,
+        global_scale=global_scale,
+    )
 
 
 def prepare_problem(
@@ -184,19 +198,20 @@ def solve_problem(
     sweeps: int = 0,
     source_dtype: FloatName = "BF16",
     rows_at_once: int = ROWS_AT_ONCE,
+    global_scale: float | None = None,
 ) -> Solution:
     """`solve` for one matrix [out, in] of a problem, some output rows at a time: rows don't depend on each other.
 
-    Raises ValueError for a scheme that is not of integers, NonFiniteError for a weight that is not finite."""
-    if not scheme.grid.even:
-        raise ValueError("GPTQ solves integer schemes")
+    Raises ValueError for a scheme of FP8, NonFiniteError for a weight that is not finite."""
+    if not scheme.grid.solvable:
+        raise ValueError("GPTQ solves schemes of integers and four-bit floats")
     if problem.hessian.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(
             f"a Hessian of shape {tuple(problem.hessian.shape)} does not fit weights {tuple(weight.shape)}"
         )
     if scheme.scale_dtype is ScaleDtype.SOURCE:
         scheme = scheme.model_copy(update={"scale_dtype": ScaleDtype(FLOATS[source_dtype].word)})
-    settings = _Settings(scheme, block_size, sweeps)
+    settings = _Settings(scheme, block_size, sweeps, global_scale)
     pieces = range(0, len(weight), rows_at_once)
     return _joined(
         [_solve_piece(problem, weight[first : first + rows_at_once].contiguous(), settings, first) for first in pieces]
@@ -208,27 +223,28 @@ class _Settings:
     scheme: Scheme
     block_size: int
     sweeps: int
+    over: float | None
 
 
 def _solve_piece(problem: Problem, weight: Tensor, settings: _Settings, first: int) -> Solution:
     scheme = settings.scheme
     try:
-        nearest = round_to_nearest(weight, scheme, problem.diagonal if problem.finite else None)
+        nearest = round_to_nearest(weight, scheme, problem.diagonal if problem.finite else None, settings.over)
     except NonFiniteError as error:
         raise NonFiniteError(first + error.row, error.column) from error
     dead = int((problem.diagonal == 0).sum())
     if not problem.finite:
-        return _rtn(nearest, scheme, float("nan"), problem.reason, 0)
+        return _rtn(nearest, settings, float("nan"), problem.reason, 0)
     factor = problem.factor
     if factor is None:
         rtn_error = float(quadratic_form(weight - nearest.values(), problem.hessian).sum())
-        return _rtn(nearest, scheme, rtn_error, problem.reason, dead)
+        return _rtn(nearest, settings, rtn_error, problem.reason, dead)
     target, start = weight, nearest
     if problem.cross is not None:
         target = _asymmetric_target(weight, problem)
-        start = round_to_nearest(target, scheme, problem.diagonal)
+        start = round_to_nearest(target, scheme, problem.diagonal, settings.over)
     solved, loss = _solved(target, problem.hessian, factor, start, settings)
-    return _better_rows(target, problem.hessian, factor, solved, loss, nearest, scheme, dead)
+    return _better_rows(target, problem.hessian, factor, solved, loss, nearest, settings, dead)
 
 
 def _solved(
@@ -251,7 +267,7 @@ def _columns(
     """GPTQ; each row's damped loss, float64 [out]; and if sweeps follow, where they start from."""
     scheme = settings.scheme
     if isinstance(factor, ThinFactor):
-        levels, left, loss = solve_thin_columns(target, factor, start.scale, start.zero_point, scheme.num_bits)
+        levels, left, loss = solve_thin_columns(target, factor, start.scale, start.zero_point, scheme.grid)
         solved = Rounded(levels, start.scale, start.zero_point)
         return solved, loss, thin_pull(left, target - solved.values(), factor) if settings.sweeps else None
     solved, errors = solve_columns(target, factor, start, scheme, settings.block_size)
@@ -290,19 +306,30 @@ def _asymmetric_target(weight: Tensor, problem: Problem) -> Tensor:
     return shift.add_(weight)
 
 
-def round_to_nearest(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> Rounded:
+def round_to_nearest(
+    weight: Tensor, scheme: Scheme, importance: Tensor | None, global_scale: float | None = None
+) -> Rounded:
     """Scales by the scheme's observer and the nearest levels of a float32 weight [out, in]; `importance` is [in]."""
     if weight.device.type == "cpu":
         column_weight = None if importance is None else importance.float().numpy()
-        quantized = quantize_block(weight.float().numpy(), Layout.OUT_IN, "F32", scheme, column_weight=column_weight)
-        zero_words = None if quantized.zero_point is None else torch.from_numpy(quantized.zero_point)
-        tensors = torch_ops.QuantizedTensors(
-            torch.from_numpy(quantized.values),
-            torch_ops.from_array(quantized.scale),
-            zero_words,
+        quantized = quantize_block(
+            weight.float().numpy(),
+            Layout.OUT_IN,
+            "F32",
+            scheme,
+            column_weight=column_weight,
+            global_scale=global_scale,
         )
+        zero_words = None if quantized.zero_point is None else torch.from_numpy(quantized.zero_point)
+        values, scale = torch.from_numpy(quantized.values), torch_ops.from_array(quantized.scale)
+        tensors = torch_ops.QuantizedTensors(values, scale, zero_words, global_scale)
     else:
-        tensors = torch_ops.quantize(weight.float(), scheme, column_weight=importance)
+        tensors = torch_ops.quantize(weight.float(), scheme, column_weight=importance, global_scale=global_scale)
+    if scheme.coded_scales:
+        step = scheme.grid.step
+        levels = torch_ops.unpack_e2m1(tensors.values).div_(step).to(torch.int8)
+        scale = values_of(tensors.scale, scheme.scale_dtype, global_scale or 1.0) * step
+        return Rounded(levels, scale, torch.zeros_like(scale))
     levels = torch_ops.unpack_levels(tensors.values, scheme.num_bits, weight.shape[1]).to(torch.int8)
     zero_point = torch.zeros(tensors.scale.shape, device=weight.device)
     if tensors.zero_point is not None:
@@ -325,7 +352,7 @@ def solve_columns(
         last = min(first + block_size, target.shape[1])
         block = remaining[:, first:last].contiguous()
         part = upper[first:last, first:last].contiguous()
-        solved = gptq_blocks.solve_block(block, part, start.scale, start.zero_point, group[first:last], scheme.num_bits)
+        solved = gptq_blocks.solve_block(block, part, start.scale, start.zero_point, group[first:last], scheme.grid)
         levels[:, first:last] = solved.levels
         remaining[:, first:last] = solved.errors
         remaining[:, last:].addmm_(solved.errors, upper[first:last, last:], alpha=-1)
@@ -355,7 +382,7 @@ def descend(
         pull = torch.addcmul(residual @ hessian, residual, added)
     scale, zero_point = (part.to(hessian.dtype).contiguous() for part in (start.scale, start.zero_point))
     gain = gptq_blocks.descend(
-        levels, pull, hessian, added, scale, zero_point, scheme.num_bits, block_size=block_size, sweeps=sweeps
+        levels, pull, hessian, added, scale, zero_point, scheme.grid, block_size=block_size, sweeps=sweeps
     )
     return Rounded(levels, start.scale, start.zero_point), gain
 
@@ -367,7 +394,7 @@ def _better_rows(
     solved: Rounded,
     loss: Tensor,
     nearest: Rounded,
-    scheme: Scheme,
+    settings: _Settings,
     dead: int,
 ) -> Solution:
     """Keep, row by row, whichever of the solved levels, of known loss, and the nearest has the lower undamped loss."""
@@ -378,13 +405,13 @@ def _better_rows(
     rtn_error = float(rtn_loss.sum())
     if kept == len(target):
         reason = "rounding to nearest has the lower loss in every output row"
-        return _rtn(nearest, scheme, rtn_error, reason, dead, factor.dampening)
+        return _rtn(nearest, settings, rtn_error, reason, dead, factor.dampening)
     mixed = Rounded(*(torch.where(keep[:, None], a, b) for a, b in zip(_parts(nearest), _parts(solved), strict=True)))
     error = float(torch.where(keep, rtn_loss, loss).sum())
     return Solution(
         mixed.levels,
         mixed.scale,
-        _stored_zero_point(mixed, scheme),
+        _stored_zero_point(mixed, settings.scheme),
         error,
         rtn_error,
         factor.dampening,
@@ -392,6 +419,7 @@ def _better_rows(
         "",
         kept,
         dead,
+        settings.over,
     )
 
 
@@ -403,9 +431,9 @@ def _stored_zero_point(rounded: Rounded, scheme: Scheme) -> Tensor | None:
     return None if scheme.symmetric else rounded.zero_point.to(torch.int8)
 
 
-def _rtn(nearest: Rounded, scheme: Scheme, error: float, reason: str, dead: int, dampening: float = 0.0) -> Solution:
-    zero_point = _stored_zero_point(nearest, scheme)
-    rows = len(nearest.levels)
-    return Solution(
-        nearest.levels, nearest.scale, zero_point, error, error, dampening, SolvedBy.RTN, reason, rows, dead
-    )
+def _rtn(
+    nearest: Rounded, settings: _Settings, error: float, reason: str, dead: int, dampening: float = 0.0
+) -> Solution:
+    zero_point, rows = _stored_zero_point(nearest, settings.scheme), len(nearest.levels)
+    found = (error, error, dampening, SolvedBy.RTN, reason, rows, dead, settings.over)
+    return Solution(nearest.levels, nearest.scale, zero_point, *found)

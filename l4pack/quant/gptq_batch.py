@@ -19,6 +19,7 @@ from torch import Tensor
 from l4pack.quant import gptq_columns, torch_ops
 from l4pack.quant.dampening import visits
 from l4pack.quant.gptq import Rounded
+from l4pack.quant.grid import Grid
 from l4pack.quant.scheme import Scheme
 from l4pack.quant.triangular import (
     divide_by_upper_transposed,
@@ -140,14 +141,17 @@ def _columns_of(matrices: Tensor, order: Tensor) -> Tensor:
     return matrices.gather(2, order[:, None, :].expand(-1, matrices.shape[1], -1))
 
 
-def solve_problems(problems: Problems, weight: Tensor, scheme: Scheme, *, sweeps: int) -> Solutions:
-    """Round weights [matrices, out, in], float32, for the problems' inputs; `scheme` names the dtype of scales."""
+def solve_problems(
+    problems: Problems, weight: Tensor, scheme: Scheme, *, sweeps: int, over: Tensor | None = None
+) -> Solutions:
+    """Round weights [matrices, out, in], float32, for the problems' inputs; `scheme` names the dtype of scales, and `over`
+    [matrices] are global scales where it has them."""
     importance = torch.where(problems.finite[:, None], problems.diagonal, 1.0)
-    nearest = round_to_nearest(weight, scheme, importance)
+    nearest = round_to_nearest(weight, scheme, importance, over)
     target, start = weight, nearest
     if problems.cross is not None:
         target = _asymmetric_target(weight, problems, problems.cross)
-        start = round_to_nearest(target, scheme, importance)
+        start = round_to_nearest(target, scheme, importance, over)
     solved, loss = _solved(target, problems, start, scheme, sweeps)
     rtn_loss = quadratic_form(target - nearest.values(), problems.hessian)
     kept = (rtn_loss < loss) | ~(problems.finite & problems.definite)[:, None]
@@ -164,33 +168,35 @@ def _asymmetric_target(weight: Tensor, problems: Problems, cross: Tensor) -> Ten
     return shift.add_(weight)
 
 
-def round_to_nearest(weight: Tensor, scheme: Scheme, importance: Tensor) -> Rounded:
+def round_to_nearest(weight: Tensor, scheme: Scheme, importance: Tensor, over: Tensor | None = None) -> Rounded:
     """See `gptq.round_to_nearest`, of [matrices, out, in] with each one's `importance` [matrices, in]."""
-    parts = [_rounded(part, scheme, importance) for part in torch.split(weight, ROWS_AT_ONCE, 1)]
+    parts = [_rounded(part, scheme, importance, over) for part in torch.split(weight, ROWS_AT_ONCE, 1)]
     levels, scale, zero_point = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     return Rounded(levels, scale, zero_point)
 
 
-def _rounded(weight: Tensor, scheme: Scheme, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _rounded(weight: Tensor, scheme: Scheme, importance: Tensor, over: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     spread = importance[:, None].expand_as(weight)
-    qparams = torch_ops.group_qparams(weight.flatten(0, 1), scheme, spread.flatten(0, 1))
+    over_rows = 1.0 if over is None else over.repeat_interleave(weight.shape[1])[:, None]
+    qparams = torch_ops.group_qparams(weight.flatten(0, 1), scheme, spread.flatten(0, 1), over_rows)
     shape = *weight.shape[:2], qparams.scale.shape[-1]
     scale, zero_point = qparams.scale.view(shape), qparams.zero_point.view(shape)
     ratio = weight.float().view(*shape, -1) / scale.float()[..., None]
-    levels = torch_ops.nearest(ratio, scheme.grid, zero_point[..., None])
+    levels = torch_ops.nearest(ratio, scheme.grid, zero_point[..., None]) / scheme.grid.step
+    scale = scale if scheme.grid.step == 1 else scale * scheme.grid.step
     return levels.to(torch.int8).view(weight.shape), scale, zero_point
 
 
 def _solved(target: Tensor, problems: Problems, start: Rounded, scheme: Scheme, sweeps: int) -> tuple[Rounded, Tensor]:
     """GPTQ and its sweeps; each row's undamped loss, float64 [matrices, out]."""
     factors = problems.factors
-    solved, errors = solve_columns(target, factors, start, scheme.num_bits)
+    solved, errors = solve_columns(target, factors, start, scheme.grid)
     loss = (errors * errors).sum(-1, dtype=torch.float64)
     if sweeps:
         divide_by_upper_transposed(errors, factors.upper)
         pull = _columns_of(errors, torch.argsort(factors.order))
         del errors
-        solved, gain = descend(pull, problems.hessian, factors.added, solved, scheme.num_bits, sweeps)
+        solved, gain = descend(pull, problems.hessian, factors.added, solved, scheme.grid, sweeps)
         del pull
         loss -= gain
     residual = (target - solved.values()).square_()
@@ -198,7 +204,7 @@ def _solved(target: Tensor, problems: Problems, start: Rounded, scheme: Scheme, 
     return solved, loss.clamp_(min=0)
 
 
-def solve_columns(target: Tensor, factors: Factors, start: Rounded, num_bits: int) -> tuple[Rounded, Tensor]:
+def solve_columns(target: Tensor, factors: Factors, start: Rounded, grid: Grid) -> tuple[Rounded, Tensor]:
     """See `gptq.solve_columns`: GPTQ's blocked loop, and the errors [matrices, out, in] in the order of visits."""
     order, upper = factors.order, factors.upper
     remaining = _columns_of(target, order).to(upper.dtype)
@@ -208,14 +214,14 @@ def solve_columns(target: Tensor, factors: Factors, start: Rounded, num_bits: in
     for first in range(0, target.shape[-1], BLOCK):
         block = slice(first, min(first + BLOCK, target.shape[-1]))
         scales, zeros = (_columns_of(part, group[:, block]) for part in (scale, zero_point))
-        found, errors = gptq_columns.solve_block(remaining[..., block], upper[:, block, block], scales, zeros, num_bits)
+        found, errors = gptq_columns.solve_block(remaining[..., block], upper[:, block, block], scales, zeros, grid)
         levels[..., block], remaining[..., block] = found, errors
         remaining[..., block.stop :].baddbmm_(errors, upper[:, block, block.stop :], alpha=-1)
     return Rounded(_columns_of(levels, torch.argsort(order)), start.scale, start.zero_point), remaining
 
 
 def descend(
-    pull: Tensor, hessian: Tensor, added: Tensor, start: Rounded, num_bits: int, sweeps: int
+    pull: Tensor, hessian: Tensor, added: Tensor, start: Rounded, grid: Grid, sweeps: int
 ) -> tuple[Rounded, Tensor]:
     """See `gptq.descend`: sweeps of coordinate descent; `pull` [matrices, out, in] is used up."""
     width = pull.shape[-1]
@@ -230,7 +236,7 @@ def descend(
             part.diagonal(dim1=-2, dim2=-1).add_(added[:, block])
             own = levels[..., block].to(pull.dtype)
             scales, zeros = (_columns_of(one, group[:, block]) for one in (scale, zero_point))
-            found, change, fell = gptq_columns.descend_block(own, pull[..., block], part, scales, zeros, num_bits)
+            found, change, fell = gptq_columns.descend_block(own, pull[..., block], part, scales, zeros, grid)
             gain += fell
             levels[..., block] = found
             pull[..., block].addcmul_(change, added[:, None, block], value=-1)

@@ -13,10 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from l4pack.quant.cpu import kernel
+from l4pack.quant.codes import INT_KIND, KINDS, e2m1_level, kernel, level_of
+from l4pack.quant.grid import Grid
+from l4pack.quant.torch_ops import levels_of
 
 LANES = 64  # rows that go through a block together, as vectors; with fewer the compiler makes none
-NEARLY_HALF = 0.499  # of a level: a weight pulled by less stays, whatever the last bits
+NEARLY_HALF = 0.499  # of a level, or of the finest where they lie apart differently: a weight pulled by less stays, whatever the last bits
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class SolvedBlock:
 
 
 def solve_block(
-    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, num_bits: int
+    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, grid: Grid
 ) -> SolvedBlock:
     """Round the columns of a block [out, n] in turn.
 
@@ -38,25 +40,39 @@ def solve_block(
     is each column's.
     """
     solve = _solve_block_cpu if block.device.type == "cpu" else solve_block_torch
-    return solve(block, upper, scale, zero_point, group, num_bits)
+    return solve(block, upper, scale, zero_point, group, grid)
 
 
 def solve_block_torch(
-    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, num_bits: int
+    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, grid: Grid
 ) -> SolvedBlock:
     """`solve_block` in torch operations, for any device: a block [out, columns], its factor [columns, columns]."""
-    lowest, highest = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
     block = block.clone()
     scale, zero_point = (part.to(block.dtype)[:, group] for part in (scale, zero_point))
     levels, values, errors = (torch.empty_like(block) for _ in range(3))
     for i in range(block.shape[1]):
         w, s, z = block[:, i], scale[:, i], zero_point[:, i]
-        level = ((w / s).round() + z).clamp(lowest, highest)
+        level = levels_of(w / s, grid, z)
         values[:, i] = (level - z) * s
         error = (w - values[:, i]) / upper[i, i]
         levels[:, i], errors[:, i] = level, error
         block[:, i + 1 :].addr_(error, upper[i, i + 1 :], alpha=-1)
     return SolvedBlock(levels.to(torch.int8), values, errors)
+
+
+@kernel
+def _round_lanes(
+    column: NDArray[Any], s: NDArray[Any], z: NDArray[Any], num_bits: int, kind: int, level: NDArray[Any]
+) -> None:
+    """The nearest levels of a column's weights, one in each lane."""
+    number = column.dtype.type
+    lowest, highest = number(-(1 << (num_bits - 1))), number((1 << (num_bits - 1)) - 1)
+    if kind == INT_KIND:
+        for r in range(LANES):
+            level[r] = min(max(np.rint(column[r] / s[r]) + z[r], lowest), highest)
+    else:
+        for r in range(LANES):
+            level[r] = e2m1_level(column[r] / s[r])
 
 
 @kernel
@@ -67,14 +83,13 @@ def _solve_rows(
     zero_point: NDArray[Any],
     group: NDArray[np.int64],
     num_bits: int,
+    kind: int,
     levels: NDArray[np.int8],
     values: NDArray[Any],
     errors: NDArray[Any],
 ) -> None:
     """`solve_block` for some rows, in the dtype of `block`: a tile of rows at a time, turned so that what one column
     does is the same for all lanes of a vector."""
-    lowest = block.dtype.type(-(1 << (num_bits - 1)))
-    highest = block.dtype.type((1 << (num_bits - 1)) - 1)
     rows, columns = block.shape
     tile = np.zeros((columns, LANES), block.dtype)
     error, s, z = np.zeros(LANES, block.dtype), np.ones(LANES, block.dtype), np.zeros(LANES, block.dtype)
@@ -88,8 +103,8 @@ def _solve_rows(
             for r in range(width):
                 s[r] = scale[first + r, group[i]]
                 z[r] = zero_point[first + r, group[i]]
+            _round_lanes(tile[i], s, z, num_bits, kind, level)
             for r in range(LANES):
-                level[r] = min(max(np.rint(tile[i, r] / s[r]) + z[r], lowest), highest)
                 value[r] = (level[r] - z[r]) * s[r]
                 error[r] = (tile[i, r] - value[r]) / upper[i, i]
             for k in range(i + 1, columns):
@@ -103,7 +118,7 @@ def _solve_rows(
 
 
 def _solve_block_cpu(
-    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, num_bits: int
+    block: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, grid: Grid
 ) -> SolvedBlock:
     """`solve_block` by the Numba kernel, rows shared between as many threads as torch uses."""
     arrays = [part.to(block.dtype).contiguous().numpy() for part in (block, scale, zero_point)]
@@ -112,7 +127,7 @@ def _solve_block_cpu(
 
     def rows(part: slice) -> None:
         weights, scales, zeros = (array[part] for array in arrays)
-        _solve_rows(weights, factor, scales, zeros, groups, num_bits, *(array[part] for array in made))
+        _solve_rows(weights, factor, scales, zeros, groups, grid.bits, KINDS[grid], *(array[part] for array in made))
 
     _share_rows(rows, len(block))
     return SolvedBlock(*map(torch.from_numpy, made))
@@ -125,7 +140,7 @@ def descend(
     added: Tensor,
     scale: Tensor,
     zero_point: Tensor,
-    num_bits: int,
+    grid: Grid,
     *,
     block_size: int,
     sweeps: int,
@@ -136,7 +151,7 @@ def descend(
     and `zero_point` are [out, groups]. Every column takes its best level in turn, `sweeps` times.
     """
     apply = _descend_cpu if pull.device.type == "cpu" else descend_torch
-    return apply(levels, pull, hessian, added, scale, zero_point, num_bits, block_size, sweeps)
+    return apply(levels, pull, hessian, added, scale, zero_point, grid, block_size, sweeps)
 
 
 def descend_torch(
@@ -146,7 +161,7 @@ def descend_torch(
     added: Tensor,
     scale: Tensor,
     zero_point: Tensor,
-    num_bits: int,
+    grid: Grid,
     block_size: int,
     sweeps: int,
 ) -> Tensor:
@@ -161,36 +176,27 @@ def descend_torch(
             part = hessian[block, block] + torch.diag(added[block])
             scales, zeros = scale[:, group[block]], zero_point[:, group[block]]
             own = pull[:, block].clone()
-            change = _descend_block(levels[:, block], own, part, scales, zeros, num_bits, gain)
+            change = _descend_block(levels[:, block], own, part, scales, zeros, grid, gain)
             pull[:, block].addcmul_(change, added[block], value=-1)
             pull.addmm_(change, hessian[block], alpha=-1)
     return gain
 
 
 def _descend_block(
-    levels: Tensor, pull: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, gain: Tensor
+    levels: Tensor, pull: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, gain: Tensor
 ) -> Tensor:
     """One turn of a block's columns, everything given for them alone; returns how the values changed [out, n]."""
-    lowest, highest = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
     change = torch.empty_like(pull)
     for i in range(pull.shape[1]):
         s, z, old = scale[:, i], zero_point[:, i], levels[:, i].to(pull.dtype)
         wanted = (old - z) * s + pull[:, i] / hessian[i, i]
-        level = ((wanted / s).round() + z).clamp(lowest, highest)
+        level = levels_of(wanted / s, grid, z)
         moved = (level - old) * s
         gain += moved.double() * (2 * pull[:, i].double() - moved.double() * hessian[i, i].double())
         change[:, i] = moved
         pull.addr_(moved, hessian[i], alpha=-1)
         levels[:, i] = level.to(torch.int8)
     return change
-
-
-@kernel
-def _wanted(old: Any, pull: Any, curvature: Any, s: Any, z: Any, num_bits: int) -> Any:
-    """The best level of one weight, given all others."""
-    number = type(pull)
-    lowest, highest = number(-(1 << (num_bits - 1))), number((1 << (num_bits - 1)) - 1)
-    return min(max(np.rint(((old - z) * s + pull / curvature) / s) + z, lowest), highest)
 
 
 @kernel
@@ -256,6 +262,7 @@ def _take_turn(
     s: Any,
     z: Any,
     num_bits: int,
+    kind: int,
     first: int,
     columns: tuple[int, int],
     moved: NDArray[np.int32],
@@ -275,7 +282,7 @@ def _take_turn(
         if abs(own[i]) <= least * curvature[i]:
             continue
         old = own.dtype.type(levels[i])
-        level = _wanted(old, own[i], curvature[i], s, z, num_bits)
+        level = level_of(((old - z) * s + own[i] / curvature[i]) / s, z, num_bits, kind)
         if level != old:
             levels[i] = np.int8(level)
             change = (level - old) * s
@@ -300,6 +307,7 @@ def _descend_rows(
     scale: NDArray[Any],
     zero_point: NDArray[Any],
     num_bits: int,
+    kind: int,
     block_size: int,
     sweeps: int,
     gain: NDArray[np.float64],
@@ -338,6 +346,7 @@ def _descend_rows(
                         scale[o, g],
                         zero_point[o, g],
                         num_bits,
+                        kind,
                         first,
                         (start - first, stop - first),
                         moved[o][first + count : last],
@@ -355,7 +364,7 @@ def _descend_cpu(
     added: Tensor,
     scale: Tensor,
     zero_point: Tensor,
-    num_bits: int,
+    grid: Grid,
     block_size: int,
     sweeps: int,
 ) -> Tensor:
@@ -364,11 +373,11 @@ def _descend_cpu(
     products, damping, curvature = hessian.contiguous().numpy(), added.numpy(), (hessian.diagonal() + added).numpy()
     gain = np.zeros(len(pull))
 
+    options = (grid.bits, KINDS[grid], block_size, sweeps)
+
     def rows(part: slice) -> None:
         moved, pulls, scales, zeros = (array[part] for array in arrays)
-        _descend_rows(
-            moved, pulls, products, damping, curvature, scales, zeros, num_bits, block_size, sweeps, gain[part]
-        )
+        _descend_rows(moved, pulls, products, damping, curvature, scales, zeros, *options, gain[part])
 
     _share_rows(rows, len(pull))
     return torch.from_numpy(gain)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from l4pack.quant import gptq_blocks
 from l4pack.quant.dampening import added_to, fractions, visits
+from l4pack.quant.grid import Grid
 from l4pack.quant.triangular import row_parts
 
 BLOCK = 128
@@ -103,7 +104,7 @@ def asymmetric_target(weight: Tensor, difference: Tensor, factor: ThinFactor) ->
 
 
 def solve_thin_columns(
-    target: Tensor, factor: ThinFactor, scale: Tensor, zero_point: Tensor, num_bits: int
+    target: Tensor, factor: ThinFactor, scale: Tensor, zero_point: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """GPTQ's blocked loop over `target` [out, in], `scale` and `zero_point` [out, groups]: int8 levels [out, in], S
     [out, n] of all columns, and each row's loss under the damped Hessian, float64 [out]."""
@@ -115,7 +116,7 @@ def solve_thin_columns(
     for number, upper in enumerate(factor.uppers):
         visited = slice(number * BLOCK, (number + 1) * BLOCK)
         wanted = torch.addmm(remaining[:, visited], left, factor.carry[visited].T)
-        solved = gptq_blocks.solve_block(wanted, upper, scale, zero_point, group[visited], num_bits)
+        solved = gptq_blocks.solve_block(wanted, upper, scale, zero_point, group[visited], grid)
         levels[:, visited] = solved.levels
         loss += solved.errors.square_().sum(1, dtype=torch.float64)
         left.addmm_(remaining[:, visited] - solved.values, factor.inputs[:, visited].T)

@@ -1,6 +1,6 @@
 """Number grids: what a weight, divided by its scale, can be rounded to; and what the scales themselves are.
 
-What tells integers from FP8 is asked of a `Grid`. Rounding to its nearest number is `torch_ops.nearest`, and spelled out
+What tells integers from floats is asked of a `Grid`. Rounding to its nearest number is `torch_ops.nearest`, and spelled out
 again in the kernels for speed; tests hold both against the values listed here. Whether a grid is used with a zero point is the
 scheme's choice (`Scheme.symmetric`), and only evenly spaced grids can be.
 """
@@ -14,7 +14,7 @@ from functools import cached_property
 
 
 class NumberType(StrEnum):
-    """Integer levels, or the E4M3 floats of FP8."""
+    """Integer levels, or floats: E4M3 in eight bits (FP8), E2M1 in four (FP4)."""
 
     INT = "int"
     FLOAT = "float"
@@ -44,8 +44,18 @@ class Grid:
         return self.levels[-1]
 
     @cached_property
+    def step(self) -> float:
+        """What every number is a whole multiple of."""
+        return min(abs(level) for level in self.levels if level)
+
+    @property
+    def solvable(self) -> bool:
+        """Whether an int8 holds every number in steps, as GPTQ does."""
+        return self.highest / self.step <= 127
+
+    @cached_property
     def even(self) -> bool:
-        """Whether neighbours are all equally far apart: then zero points shift it, and GPTQ solves for it."""
+        """Whether neighbours are all equally far apart: then zero points shift it."""
         return len({above - below for below, above in zip(self.levels, self.levels[1:], strict=False)}) == 1
 
 
@@ -55,34 +65,39 @@ def _integers(bits: int) -> Grid:
     return Grid(NumberType.INT, bits, tuple(float(level) for level in range(-half, half)))
 
 
-def _floats(exponent_bits: int, mantissa_bits: int) -> Grid:
-    """Sign, exponent and mantissa with no infinity; the code with every bit but the sign set is NaN (the FN floats)."""
+def _floats(exponent_bits: int, mantissa_bits: int, *, nan: bool) -> Grid:
+    """Sign, exponent and mantissa with no infinity; with `nan`, the code with every bit but the sign set is NaN."""
     bias, steps = 2 ** (exponent_bits - 1) - 1, 2**mantissa_bits
     magnitudes = []
     for code in range(steps * 2**exponent_bits):
         exponent, mantissa = divmod(code, steps)
         fraction = mantissa / steps + (exponent > 0)
         magnitudes.append(fraction * 2.0 ** (max(exponent, 1) - bias))
-    magnitudes[-1] = math.nan
+    if nan:
+        magnitudes[-1] = math.nan
     return Grid(NumberType.FLOAT, 1 + exponent_bits + mantissa_bits, (*magnitudes, *(-value for value in magnitudes)))
 
 
 INT4, INT8 = _integers(4), _integers(8)
-E4M3 = _floats(4, 3)
+E4M3 = _floats(4, 3, nan=True)
 """FP8 (E4M3FN; Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433): to 448, subnormals 2^-9 apart."""
+E2M1 = _floats(2, 1, nan=False)
+"""FP4 (OCP Microscaling Formats 1.0): 0, 0.5, 1, 1.5, 2, 3, 4, 6 of either sign; every code is a number."""
 
-GRIDS = {(grid.type, grid.bits): grid for grid in (INT4, INT8, E4M3)}
+GRIDS = {(grid.type, grid.bits): grid for grid in (INT4, INT8, E4M3, E2M1)}
 """Every grid by what recipes and compressed-tensors call it: `type` and `num_bits`."""
 
 
 class ScaleDtype(StrEnum):
     """The kind of a scale: a float dtype, where `source` is that of the matrix it was made from.
 
-    A further kind of scale, such as powers of two (E8M0) or scales that have a scale of their own (NVFP4), is a member
-    here, and a way to store it in `floats.store_scale`.
+    Those of four-bit floats are a byte each, see `scales`: powers of two (E8M0, as MXFP4 has them), or E4M3 numbers over
+    a global scale that a whole matrix has (NVFP4).
     """
 
     SOURCE = "source"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FLOAT32 = "float32"
+    E8M0 = "float8_e8m0fnu"
+    E4M3 = "float8_e4m3fn"

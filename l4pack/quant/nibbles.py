@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from l4pack.quant.cpu import kernel
+from l4pack.quant.codes import kernel
 
 HALF = 8  # bytes that hold half of a block of 32 codes
 

@@ -3,6 +3,7 @@
     symmetric integers   scale = amax / ((2^bits - 1) / 2), or amax / 2^(bits-1) under Meta's rule
     asymmetric integers  scale = (high - low) / (2^bits - 1), zero point = clamp(rint(qmin - low / scale))
     FP8                  scale = amax / 448, its largest number
+    FP4                  see `scales`
 
 Scales are rounded to the dtype they are stored in first, and everything after uses the stored scale.
 """
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.floats import Float32Array, store_scale, widen
+from l4pack.quant.scales import codes_of, neighbours, values_of
 from l4pack.quant.scheme import ScaleRule, Scheme
 
 SHRINK = (*(round(1 - 0.02 * step, 2) for step in range(11)), 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3)
@@ -30,7 +32,10 @@ same asymmetric -9 to -11 %, int4 channel -39 to -57 % (only there are fractions
 
 @dataclass(frozen=True)
 class QParams:
-    """Scales as written to disk (`stored`) and as float32, and signed float32 zero points, all of one shape."""
+    """Scales as written to disk (`stored`) and as float32, and signed float32 zero points, all of one shape.
+
+    Float32 scales are what weights are divided by: codes over a global scale have been divided by it.
+    """
 
     stored: NDArray[Any]
     scale: Float32Array
@@ -43,10 +48,15 @@ def top_level(scheme: Scheme) -> float:
     return -grid.lowest if scheme.scale_rule is ScaleRule.META else (grid.highest - grid.lowest) / 2
 
 
-def qparams_of_range(low: Float32Array, high: Float32Array, scheme: Scheme, name: FloatName) -> QParams:
-    """Scale and zero point of float32 ranges that include zero, of any shape; `name` is the dtype of the scale."""
+def qparams_of_range(
+    low: Float32Array, high: Float32Array, scheme: Scheme, name: FloatName, over: float = 1.0
+) -> QParams:
+    """Scale and zero point of float32 ranges that include zero, of any shape; `name` is the dtype of the scale, and `over`
+    the global scale."""
     if scheme.symmetric:
         amax: Float32Array = np.maximum(-low, high)
+        if scheme.coded_scales:
+            return _coded(codes_of(amax, scheme.scale_dtype, over), scheme, over)
         stored = store_scale(np.divide(amax, np.float32(top_level(scheme)), dtype=np.float32), name)
         scale = widen(stored)
         return QParams(stored, scale, np.zeros_like(scale))
@@ -57,8 +67,17 @@ def qparams_of_range(low: Float32Array, high: Float32Array, scheme: Scheme, name
     return QParams(stored, scale, np.clip(np.rint(lowest - low / scale), lowest, highest))
 
 
-def candidates(low: Float32Array, high: Float32Array, scheme: Scheme, name: FloatName) -> QParams:
-    """The scales and zero points of every fraction in `SHRINK` of the ranges, along a new last axis."""
+def _coded(codes: NDArray[np.uint8], scheme: Scheme, over: float) -> QParams:
+    scale = values_of(codes, scheme.scale_dtype, over)
+    return QParams(codes, scale, np.zeros_like(scale))
+
+
+def candidates(low: Float32Array, high: Float32Array, scheme: Scheme, name: FloatName, over: float = 1.0) -> QParams:
+    """The scales and zero points of every fraction in `SHRINK` of the ranges, or the neighbours of those that are codes,
+    along a new last axis."""
+    if scheme.coded_scales:
+        codes = codes_of(np.maximum(-low, high), scheme.scale_dtype, over)
+        return _coded(neighbours(codes, scheme.scale_dtype), scheme, over)
     fractions = np.array(SHRINK, np.float32)
     return qparams_of_range(low[..., None] * fractions, high[..., None] * fractions, scheme, name)
 

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l4pack.quant import cpu
+from l4pack.quant.codes import KINDS
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.floats import HELD_AS, Float32Array, not_finite
-from l4pack.quant.grid import E4M3
+from l4pack.quant.grid import E2M1, E4M3
 from l4pack.quant.layout import Layout
 from l4pack.quant.packing import pack_zero_points, packed_columns
 from l4pack.quant.qparams import QParams, candidates, halving_sum, least_error, qparams_of_range
@@ -57,6 +58,7 @@ def quantize_block(
     *,
     amax: float | None = None,
     column_weight: Float32Array | None = None,
+    global_scale: float | None = None,
 ) -> Quantized:
     """Quantize the output rows of a matrix that `source` holds; the bytes don't depend on how rows were cut.
 
@@ -65,22 +67,23 @@ def quantize_block(
     multiples of `scheme.row_multiple()`. `amax`, the largest magnitude of the whole matrix, is needed for strategy
     `tensor` and must be `absmax` of it. `column_weight` (float32 [in], not negative) weights each input feature's
     squared error for observer `mse`: the diagonal of a Hessian; without it every feature counts the same.
+    `global_scale` is needed for strategy `tensor_group`, see `scales.global_scale`.
 
     Raises NonFiniteError for an infinite or NaN weight, ValueError for a group that does not divide the input
-    features, or a wrong `amax` or dtype.
+    features, or a wrong `amax`, `global_scale` or dtype.
     """
     out_features, in_features = _shape(source, layout)
-    check_scheme(in_features, scheme, amax)
+    check_scheme(in_features, scheme, amax, global_scale)
     words = packed_columns(in_features, scheme.num_bits)
     packed = np.empty((out_features, words), np.uint32)
     weight = _padded_weight(column_weight, in_features, scheme) if scheme.observer is Observer.MSE else None
     parts: list[QParams] = []
     for start, piece in _pieces(source, layout, dtype):
         ranges = _ranges(piece, scheme.group_columns(in_features), start)
-        part = _choose(piece, ranges, scheme, scheme.scale_float(dtype), amax, weight)
+        part = _choose(piece, ranges, scheme, scheme.scale_float(dtype), amax, weight, global_scale or 1.0)
         parts.append(part)
         _encode(piece, scheme, part, packed[start : start + piece.out_features])
-    return _assemble(packed, parts, scheme, in_features)
+    return _assemble(packed, parts, scheme, in_features, global_scale)
 
 
 def absmax(source: NDArray[Any], layout: Layout, dtype: FloatName) -> float:
@@ -100,12 +103,14 @@ def _shape(source: NDArray[Any], layout: Layout) -> tuple[int, int]:
     return (rows, columns) if layout is Layout.OUT_IN else (columns, rows)
 
 
-def check_scheme(in_features: int, scheme: Scheme, amax: float | None) -> None:
+def check_scheme(in_features: int, scheme: Scheme, amax: float | None, global_scale: float | None) -> None:
     """Raise ValueError if a matrix of `in_features` inputs can't be quantized so."""
     if scheme.group_size is not None and in_features % scheme.group_size:
         raise ValueError(f"group_size {scheme.group_size} does not divide {in_features} input features")
     if (scheme.strategy is Strategy.TENSOR) != (amax is not None):
         raise ValueError("amax goes with strategy 'tensor'")
+    if scheme.globally_scaled != (global_scale is not None):
+        raise ValueError("a global scale goes with strategy 'tensor_group'")
     if scheme.strategy is Strategy.TENSOR and scheme.observer is Observer.MSE:
         raise ValueError("observer 'mse' can't choose the scale of a whole tensor from a slice of it")
 
@@ -178,6 +183,7 @@ def _choose(
     name: FloatName,
     amax: float | None,
     weight: Float32Array | None,
+    over: float,
 ) -> QParams:
     """Scales of a piece in the shape they are stored in, from the ranges [out, groups] of its rows."""
     low, high = ranges
@@ -189,8 +195,8 @@ def _choose(
         starts = np.arange(0, len(low), scheme.block_structure[0])
         low, high = np.minimum.reduceat(low, starts, axis=0), np.maximum.reduceat(high, starts, axis=0)
     if weight is None:
-        return qparams_of_range(low, high, scheme, name)
-    tried = candidates(low, high, scheme, name)
+        return qparams_of_range(low, high, scheme, name, over)
+    tried = candidates(low, high, scheme, name, over)
     return least_error(tried, _errors(piece, tried, scheme, weight))
 
 
@@ -201,9 +207,9 @@ def _errors(piece: _Piece, tried: QParams, scheme: Scheme, weight: Float32Array)
     errors = np.empty(shape, np.float32)
     scale, zero_point = (spread(values, scheme, shape) for values in (tried.scale, tried.zero_point))
     measure = cpu.errors_out_in if piece.layout is Layout.OUT_IN else cpu.errors_in_out
-    fp8 = scheme.grid is E4M3
+    kind = KINDS[scheme.grid]
     position = (piece.flat, piece.stride, piece.in_features, group)
-    measure(*position, weight, scale, zero_point, scheme.num_bits, fp8, errors)
+    measure(*position, weight, scale, zero_point, scheme.num_bits, kind, errors)
     if scheme.block_structure is None:
         return errors
     height = scheme.block_structure[0]
@@ -216,8 +222,8 @@ def _encode(piece: _Piece, scheme: Scheme, qparams: QParams, packed: NDArray[np.
     group = scheme.group_columns(piece.in_features)
     shape = (piece.out_features, -(-piece.in_features // group))
     scale, zero_point = (spread(values, scheme, shape) for values in (qparams.scale, qparams.zero_point))
-    fp8 = scheme.grid is E4M3
-    arguments = (piece.flat, piece.stride, piece.in_features, group, scale, zero_point, scheme.num_bits, fp8)
+    kind = KINDS[scheme.grid]
+    arguments = (piece.flat, piece.stride, piece.in_features, group, scale, zero_point, scheme.num_bits, kind)
     if piece.layout is Layout.OUT_IN:
         cpu.encode_out_in(*arguments, packed.view(np.uint8))
     else:
@@ -231,10 +237,15 @@ def spread(values: Float32Array, scheme: Scheme, shape: tuple[int, ...]) -> Floa
     return np.ascontiguousarray(np.broadcast_to(values, shape))
 
 
-def _assemble(packed: NDArray[np.uint32], parts: list[QParams], scheme: Scheme, in_features: int) -> Quantized:
+def _assemble(
+    packed: NDArray[np.uint32], parts: list[QParams], scheme: Scheme, in_features: int, global_scale: float | None
+) -> Quantized:
     scale = parts[0].stored if scheme.strategy is Strategy.TENSOR else np.concatenate([p.stored for p in parts])
     if scheme.grid is E4M3:
         return Quantized(np.ascontiguousarray(packed.view(np.uint8)[:, :in_features]), scale, None)
+    if scheme.grid is E2M1:
+        over = None if global_scale is None else np.array([global_scale], np.float32)
+        return Quantized(packed.view(np.uint8), scale, None, over)
     if scheme.symmetric:
         return Quantized(packed.view(np.int32), scale, None)
     zero_point = np.concatenate([p.zero_point for p in parts])

@@ -6,21 +6,22 @@ Vocabulary and meaning follow compressed-tensors' `QuantizationArgs`.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from l4pack.quant.dtypes import NAMES, FloatName
-from l4pack.quant.grid import GRIDS, Grid, NumberType, ScaleDtype
+from l4pack.quant.grid import E2M1, GRIDS, Grid, NumberType, ScaleDtype
 
 
 class Strategy(StrEnum):
-    """Which weights of a matrix share one scale."""
+    """Which weights of a matrix share one scale; `tensor_group`: a group's, over a global one of the whole matrix."""
 
     TENSOR = "tensor"
     CHANNEL = "channel"
     GROUP = "group"
     BLOCK = "block"
+    TENSOR_GROUP = "tensor_group"
 
 
 class Observer(StrEnum):
@@ -41,6 +42,9 @@ class ScaleRule(StrEnum):
     META = "meta"
 
 
+FP4_SCALES = {Strategy.GROUP: ScaleDtype.E8M0, Strategy.TENSOR_GROUP: ScaleDtype.E4M3}
+"""What scales of four-bit floats are, by the strategy: MXFP4's and NVFP4's."""
+
 BlockSide = Annotated[int, Field(gt=0, le=65536)]
 GroupSize = Annotated[int, Field(gt=0, multiple_of=8, le=1024)]
 
@@ -60,10 +64,18 @@ class Scheme(BaseModel):
     scale_rule: ScaleRule = ScaleRule.FULL_RANGE
     scale_dtype: ScaleDtype = ScaleDtype.SOURCE
 
+    @model_validator(mode="before")
+    @classmethod
+    def _four_bit_floats_have_their_scales(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("type") == NumberType.FLOAT and values.get("num_bits") == 4:
+            strategy = values.get("strategy", Strategy.GROUP)
+            return {"scale_dtype": FP4_SCALES[strategy], **values} if strategy in FP4_SCALES else values
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> Scheme:
-        _refuse(self.strategy is Strategy.GROUP and self.group_size is None, "strategy 'group' needs a group_size")
-        _refuse(self.strategy is not Strategy.GROUP and self.group_size is not None, "group_size is for 'group'")
+        _refuse(self.grouped and self.group_size is None, f"strategy '{self.strategy}' needs a group_size")
+        _refuse(not self.grouped and self.group_size is not None, "group_size is for 'group' and 'tensor_group'")
         _refuse(
             self.strategy is Strategy.BLOCK and self.block_structure is None,
             "strategy 'block' needs block_structure",
@@ -75,7 +87,15 @@ class Scheme(BaseModel):
         _refuse(
             self.strategy is Strategy.TENSOR and self.observer is Observer.MSE, "observer 'mse' is for finer strategies"
         )
-        _refuse((self.type, self.num_bits) not in GRIDS, "type 'float' means FP8: num_bits must be 8")
+        if self.grid is E2M1:
+            _refuse(not self.symmetric, "FP4 is symmetric")
+            _refuse(self.scale_rule is not ScaleRule.FULL_RANGE, "scale_rule 'meta' is for integers")
+            _refuse(self.strategy not in FP4_SCALES, "FP4 takes strategy group (MXFP4) or tensor_group (NVFP4)")
+            kind = FP4_SCALES[self.strategy]
+            _refuse(self.scale_dtype is not kind, f"FP4 by '{self.strategy}' has scales of kind {kind}")
+            return self
+        _refuse(self.coded_scales, f"scales of kind {self.scale_dtype} are for FP4")
+        _refuse(self.strategy is Strategy.TENSOR_GROUP, "strategy 'tensor_group' is for FP4")
         if not self.grid.even:
             _refuse(not self.symmetric, "FP8 is symmetric")
             _refuse(self.strategy is Strategy.GROUP, "FP8 takes strategy tensor, channel or block")
@@ -93,18 +113,33 @@ class Scheme(BaseModel):
         """The numbers that weights are rounded to."""
         return GRIDS[self.type, self.num_bits]
 
+    @property
+    def grouped(self) -> bool:
+        """Whether some neighbouring columns share a scale."""
+        return self.strategy in (Strategy.GROUP, Strategy.TENSOR_GROUP)
+
+    @property
+    def globally_scaled(self) -> bool:
+        """Whether a whole matrix has a global scale beside those of its groups."""
+        return self.strategy is Strategy.TENSOR_GROUP
+
+    @property
+    def coded_scales(self) -> bool:
+        """Whether scales are stored as codes of a byte, see `scales`."""
+        return self.scale_dtype in (ScaleDtype.E8M0, ScaleDtype.E4M3)
+
     def scale_float(self, source: FloatName) -> FloatName:
-        """The dtype that scales are stored in, for a matrix whose weights are `source`."""
-        return source if self.scale_dtype is ScaleDtype.SOURCE else NAMES[self.scale_dtype]
+        """The float dtype that scales are stored in, for a matrix whose weights are `source`."""
+        return NAMES.get(self.scale_dtype, source)
 
     @property
     def pack_factor(self) -> int:
-        """Integer levels in one int32 word."""
+        """Codes in one int32 word."""
         return 32 // self.num_bits
 
     def group_columns(self, in_features: int) -> int:
         """Columns (input features) that share one scale."""
-        if self.strategy is Strategy.GROUP:
+        if self.grouped:
             return self.group_size or in_features
         if self.block_structure is not None:
             return self.block_structure[1]

@@ -6,6 +6,7 @@ rounded once, in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from l4pack.quant.dtypes import FLOATS, NAMES
-from l4pack.quant.grid import E4M3, Grid
+from l4pack.quant.grid import E2M1, E4M3, Grid
 from l4pack.quant.packing import packed_columns
 from l4pack.quant.qparams import SHRINK, top_level
 from l4pack.quant.quantize import NonFiniteError, check_scheme
 from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Observer, Scheme
+from l4pack.quant.torch_scales import Over, coded, codes_of, neighbours, values_of
 
 DTYPES: dict[str, torch.dtype] = {word: getattr(torch, word) for word in NAMES}
 """Torch's float dtypes by the word of configurations, recipes and torch itself."""
@@ -43,43 +45,58 @@ def from_array(array: NDArray[Any]) -> Tensor:
 
 @dataclass(frozen=True)
 class QuantizedTensors:
-    """As `Quantized`, on a device: scales in their own float dtype, FP8 values as uint8 codes."""
+    """As `Quantized`, on a device: scales in their own float dtype, FP8 values and scales that are codes as uint8."""
 
     values: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    global_scale: float | None = None
 
     def to_numpy(self) -> Quantized:
         """The same arrays on the CPU, bfloat16 scales as uint16 bit patterns."""
         zero_point = None if self.zero_point is None else self.zero_point.cpu().numpy()
-        return Quantized(self.values.cpu().numpy(), to_array(self.scale), zero_point)
+        over = None if self.global_scale is None else np.array([self.global_scale], np.float32)
+        return Quantized(self.values.cpu().numpy(), to_array(self.scale), zero_point, over)
 
 
 @dataclass(frozen=True)
 class ScaleTensors:
-    """Scale in its stored dtype and signed float32 zero point, both [out or blocks of out, groups] (or [1])."""
+    """Scale in its stored dtype (float32 where that is a code, divided by the global scale) and signed float32 zero point,
+    both [out or blocks of out, groups] (or [1])."""
 
     scale: Tensor
     zero_point: Tensor
 
 
 def quantize(
-    weight: Tensor, scheme: Scheme, *, amax: float | None = None, column_weight: Tensor | None = None
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    amax: float | None = None,
+    column_weight: Tensor | None = None,
+    global_scale: float | None = None,
 ) -> QuantizedTensors:
     """Quantize output rows of a matrix: `weight` [out, in], bfloat16, float16 or float32, any strides.
 
-    `amax` and `column_weight` [in], and the errors raised, are those of `quantize_block`. An in x out tensor is passed
+    `amax`, `column_weight` [in] and `global_scale`, and the errors raised, are those of `quantize_block`. An in x out tensor is passed
     as its transpose.
     """
-    check_scheme(weight.shape[1], scheme, amax)
-    qparams = choose_qparams(weight, scheme, amax=amax, column_weight=column_weight)
-    return encode(weight, scheme, qparams)
+    check_scheme(weight.shape[1], scheme, amax, global_scale)
+    qparams = choose_qparams(
+        weight, scheme, amax=amax, column_weight=column_weight, over=1.0 if global_scale is None else global_scale
+    )
+    return encode(weight, scheme, qparams, global_scale)
 
 
 def choose_qparams(
-    weight: Tensor, scheme: Scheme, *, amax: float | None = None, column_weight: Tensor | None = None
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    amax: float | None = None,
+    column_weight: Tensor | None = None,
+    over: float = 1.0,
 ) -> ScaleTensors:
-    """Scales and zero points of `weight` [out, in], in the shape they are stored in."""
+    """Scales and zero points of `weight` [out, in], in the shape they are stored in; `over` is the global scale."""
     refuse_non_finite(weight)
     dtype = DTYPES.get(scheme.scale_dtype, weight.dtype)
     groups = _grouped(weight.float(), scheme)
@@ -91,17 +108,18 @@ def choose_qparams(
     elif scheme.block_structure is not None:
         low, high = _by_block(low, scheme).amin(1), _by_block(high, scheme).amax(1)
     importance = torch.ones(weight.shape[1], device=weight.device) if column_weight is None else column_weight
-    return _observed(groups, importance[None], low, high, scheme, dtype)
+    return _observed(groups, importance[None], low, high, scheme, dtype, over)
 
 
-def group_qparams(weight: Tensor, scheme: Scheme, importance: Tensor) -> ScaleTensors:
-    """As `choose_qparams` for groups in rows, each row [in] with an `importance` of its own, [out, in] too.
+def group_qparams(weight: Tensor, scheme: Scheme, importance: Tensor, over: Over = 1.0) -> ScaleTensors:
+    """As `choose_qparams` for groups in rows, each row [in] with an `importance` of its own, [out, in] too, and a global
+    scale `over`, [out, 1].
 
     Nothing is asked of the device: a weight that is not finite gives a scale that means nothing.
     """
     groups = _grouped(weight.float(), scheme)
     dtype = DTYPES.get(scheme.scale_dtype, weight.dtype)
-    return _observed(groups, importance, *_ranges(groups), scheme, dtype)
+    return _observed(groups, importance, *_ranges(groups), scheme, dtype, over)
 
 
 def _ranges(groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,22 +128,35 @@ def _ranges(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _observed(
-    groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype
+    groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype, over: Over
 ) -> ScaleTensors:
     """Scales of ranges by the scheme's observer; `importance` is [rows or 1, in]."""
+    candidates = _candidates(low, high, scheme, dtype, over)
     if scheme.observer is Observer.MINMAX:
-        return _qparams_of_range(low, high, scheme, dtype)
-    return _least_error(groups, _grouped(importance.float(), scheme), low, high, scheme, dtype)
+        return next(candidates)
+    return _least_error(groups, _grouped(importance.float(), scheme), candidates, scheme)
+
+
+def _candidates(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype, over: Over) -> Iterator[ScaleTensors]:
+    """See `qparams.candidates`, one after the other: first the scales of the whole ranges."""
+    if scheme.coded_scales:
+        kind = scheme.scale_dtype
+        for codes in neighbours(codes_of(torch.maximum(-low, high), kind, over), kind):
+            scale = values_of(codes, kind, over)
+            yield ScaleTensors(scale, torch.zeros_like(scale))
+        return
+    yield _qparams_of_range(low, high, scheme, dtype)
+    for fraction in torch.tensor(SHRINK[1:], dtype=torch.float32, device=low.device):
+        yield _qparams_of_range(low * fraction, high * fraction, scheme, dtype)
 
 
 def _least_error(
-    groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype
+    groups: Tensor, importance: Tensor, candidates: Iterator[ScaleTensors], scheme: Scheme
 ) -> ScaleTensors:
-    """The scales of that fraction of each range, of those in `SHRINK`, that has the smallest squared error."""
-    best = _qparams_of_range(low, high, scheme, dtype)
+    """Of the candidates, the scales with the smallest squared error."""
+    best = next(candidates)
     least = _squared_error(groups, importance, best, scheme)
-    for fraction in torch.tensor(SHRINK[1:], dtype=torch.float32, device=groups.device):
-        tried = _qparams_of_range(low * fraction, high * fraction, scheme, dtype)
+    for tried in candidates:
         error = _squared_error(groups, importance, tried, scheme)
         better = error < least
         least = torch.where(better, error, least)
@@ -135,7 +166,9 @@ def _least_error(
     return best
 
 
-def encode(weight: Tensor, scheme: Scheme, qparams: ScaleTensors) -> QuantizedTensors:
+def encode(
+    weight: Tensor, scheme: Scheme, qparams: ScaleTensors, global_scale: float | None = None
+) -> QuantizedTensors:
     """Quantize `weight` [out, in] with given scales and zero points."""
     out_features, in_features = weight.shape
     groups = _grouped(weight.float(), scheme)
@@ -143,6 +176,10 @@ def encode(weight: Tensor, scheme: Scheme, qparams: ScaleTensors) -> QuantizedTe
     if scheme.grid in _SMALL_FLOATS:
         codes = _cast(ratio, scheme.grid).view(torch.uint8)
         return QuantizedTensors(codes.flatten(1)[:, :in_features].contiguous(), qparams.scale, None)
+    if scheme.grid is E2M1:
+        packed = pack_e2m1(nearest(ratio, E2M1).flatten(1))
+        scale = coded(qparams.scale, scheme.scale_dtype, global_scale or 1.0)
+        return QuantizedTensors(packed, scale, None, global_scale)
     levels = nearest(ratio, scheme.grid, _spread(qparams.zero_point, scheme, out_features))
     packed = pack_levels(levels.flatten(1), scheme.num_bits)
     zero_point = None
@@ -153,7 +190,12 @@ def encode(weight: Tensor, scheme: Scheme, qparams: ScaleTensors) -> QuantizedTe
 
 def dequantize(quantized: QuantizedTensors, scheme: Scheme, out_features: int, in_features: int) -> Tensor:
     """float32 [out, in] of a quantized matrix, on its device."""
-    scale = _spread(quantized.scale.float(), scheme, out_features)
+    stored = quantized.scale
+    if scheme.grid is E2M1:
+        scale = values_of(stored, scheme.scale_dtype, quantized.global_scale or 1.0)
+        values = _grouped(unpack_e2m1(quantized.values), scheme)
+        return (values * _spread(scale, scheme, out_features)).flatten(1)
+    scale = _spread(stored.float(), scheme, out_features)
     if scheme.grid in _SMALL_FLOATS:
         values = _grouped(quantized.values.view(_SMALL_FLOATS[scheme.grid]).float(), scheme)
         return (values * scale).flatten(1)[:, :in_features].contiguous()
@@ -183,6 +225,21 @@ def unpack_levels(words: Tensor, num_bits: int, columns: int) -> Tensor:
     codes = (words[..., None] >> shifts) & (2**num_bits - 1)
     levels: Tensor = codes.flatten(1)[:, :columns].float() - 2 ** (num_bits - 1)
     return levels
+
+
+def pack_e2m1(values: Tensor) -> Tensor:
+    """E2M1 numbers [rows, columns], float32, as uint8 [rows, columns / 2]: two codes in a byte, the lower half first."""
+    halves = values.abs() * 2
+    codes = torch.where(halves < 4, halves, torch.where(halves < 8, halves / 2 + 2, halves / 4 + 4)).to(torch.uint8)
+    codes = codes | ((values < 0).to(torch.uint8) << 3)
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack_e2m1(packed: Tensor) -> Tensor:
+    """The float32 numbers [rows, columns] of `pack_e2m1`'s bytes."""
+    table = torch.tensor(E2M1.values, device=packed.device)
+    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1)
+    return table[codes.int()]
 
 
 def refuse_non_finite(weight: Tensor) -> None:
@@ -232,7 +289,18 @@ def nearest(ratio: Tensor, grid: Grid, zero_point: Tensor | float = 0.0) -> Tens
     """
     if grid in _SMALL_FLOATS:
         return _cast(ratio, grid).float()
-    return (ratio.round() + zero_point).clamp(grid.lowest, grid.highest)
+    if grid is E2M1:
+        return levels_of(ratio * 2, grid) / 2
+    return levels_of(ratio, grid, zero_point)
+
+
+def levels_of(ratio: Tensor, grid: Grid, zero_point: Tensor | float = 0.0) -> Tensor:
+    """The grid's numbers, in steps, nearest to value / (scale of a step), in the dtype and shape of `ratio`."""
+    if grid is not E2M1:
+        return (ratio.round() + zero_point).clamp(grid.lowest, grid.highest)
+    magnitude = ratio.abs().clamp(max=12)
+    apart = 1.0 + (magnitude >= 4).to(ratio.dtype) + 2 * (magnitude >= 8).to(ratio.dtype)
+    return (magnitude / apart).round().mul_(apart).copysign_(ratio)
 
 
 def _cast(ratio: Tensor, grid: Grid) -> Tensor:

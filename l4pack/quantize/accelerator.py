@@ -29,11 +29,17 @@ def torch_quantizer(device: str) -> Quantizer:
     from l4pack.quant import torch_ops
 
     def quantize(
-        source: NDArray[Any], layout: Layout, dtype: FloatName, scheme: Scheme, *, amax: float | None = None
+        source: NDArray[Any],
+        layout: Layout,
+        dtype: FloatName,
+        scheme: Scheme,
+        *,
+        amax: float | None = None,
+        global_scale: float | None = None,
     ) -> Quantized:
         del dtype  # the array tells
         tensor = torch_ops.from_array(np.ascontiguousarray(source)).to(device)
         weight = tensor.T if layout is Layout.IN_OUT else tensor
-        return torch_ops.quantize(weight, scheme, amax=amax).to_numpy()
+        return torch_ops.quantize(weight, scheme, amax=amax, global_scale=global_scale).to_numpy()
 
     return quantize

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,13 +15,16 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.errors import SourceError
 from l4pack.formats.known import load_format
-from l4pack.plan.assign import COPY_CHUNK, Action, PlannedTensor, Target, Task
+from l4pack.model.parts import merged_with
+from l4pack.model.tensors import Linear, Role
+from l4pack.plan.assign import COPY_CHUNK, ROW_STEP, Action, PlannedTensor, Target, Task
 from l4pack.plan.extents import made_by_rows
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.floats import narrowed, not_finite
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, absmax, quantize_block
 from l4pack.quant.quantized import Quantized
+from l4pack.quant.scales import global_scale
 from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.recipe import Recipe
 
@@ -38,7 +41,14 @@ class Quantizer(Protocol):
     """Turns a block of weights into an artifact's arrays; CPU and CUDA give the same bytes."""
 
     def __call__(
-        self, source: NDArray[Any], layout: Layout, dtype: FloatName, scheme: Scheme, *, amax: float | None = None
+        self,
+        source: NDArray[Any],
+        layout: Layout,
+        dtype: FloatName,
+        scheme: Scheme,
+        *,
+        amax: float | None = None,
+        global_scale: float | None = None,
     ) -> Quantized: ...
 
 
@@ -57,6 +67,7 @@ class Executor:
         self._reader = reader
         self._writer = writer
         self._matrices = matrices_of(checkpoint, reader)
+        self._linears = checkpoint.layout.linears
         self._dtypes = checkpoint.float_names
         self._quantize = quantize
 
@@ -72,12 +83,13 @@ class Executor:
             self._copy(task, task.copied)
             return
         slab = self._matrices.slab([target.linear for target in task.targets], slice(*task.rows))
+        over = self._global_scale(task, slab.blocks())
         for target, block in zip(task.targets, slab.blocks(), strict=True):
             if task.action is Action.UNFUSE:
                 _refuse_non_finite(block.values, block.dtype, target.module)
                 self._write_from(target.tensors[0], task.rows[0], self._as_kept(task, block.out_in, target.tensors[0]))
             else:
-                self._quantize_block(task, target, block)
+                self._quantize_block(task, target, block, over)
 
     def _copy(self, task: Task, tensor: PlannedTensor) -> None:
         dtype = self._dtypes[task.tensor]
@@ -100,12 +112,40 @@ class Executor:
             )
         return rounded
 
-    def _quantize_block(self, task: Task, target: Target, block: MatrixBlock) -> None:
+    def _global_scale(self, task: Task, blocks: Sequence[MatrixBlock]) -> float | None:
+        """The global scale of a task's matrices, where they have one: runtimes take one for all that they merge."""
+        scheme = self._recipe.schemes.get(task.targets[0].scheme)
+        if scheme is None or not scheme.globally_scaled:
+            return None
+        own = {target.linear for target in task.targets}
+        first = task.targets[0].linear
+        others = [linear for linear in self._merged(first) if linear not in own]
+        try:
+            amax = [absmax(block.values, block.layout, block.dtype) for block in (*blocks, *self._read(others))]
+        except NonFiniteError as error:
+            raise _non_finite(f"{task.tensor}, or what is merged with it,") from error
+        return global_scale(max(amax))
+
+    def _merged(self, linear: Linear) -> Iterator[Linear]:
+        place, merged = (linear.role, linear.layer, linear.expert), merged_with(linear.projection)
+        return (
+            other
+            for other in self._linears
+            if other.projection in merged and (other.role, other.layer, other.expert) == place
+        )
+
+    def _read(self, linears: Iterable[Linear]) -> Iterator[MatrixBlock]:
+        """Matrices, a few rows at a time."""
+        for linear in linears:
+            for start in range(0, linear.out_features, ROW_STEP):
+                yield from self._matrices.slab([linear], slice(start, start + ROW_STEP)).blocks()
+
+    def _quantize_block(self, task: Task, target: Target, block: MatrixBlock, over: float | None) -> None:
         scheme = self._recipe.schemes[target.scheme]
         stored = block.values, block.layout, block.dtype
         try:
             amax = absmax(*stored) if scheme.strategy is Strategy.TENSOR else None
-            quantized = self._quantize(*stored, scheme, amax=amax)
+            quantized = self._quantize(*stored, scheme, amax=amax, global_scale=over)
         except NonFiniteError as error:
             where = f"output {task.rows[0] + error.row}, input {error.column}"
             raise _non_finite(f"{task.tensor} ({target.module}, {where})") from error
@@ -114,7 +154,8 @@ class Executor:
     def write_quantized(self, target: Target, row: int, quantized: Quantized) -> None:
         """Place a slice whose first output row is `row`; slices are cut at whole blocks and whole words."""
         linear, scheme = target.linear, self._recipe.schemes[target.scheme]
-        arrays = load_format(scheme.format).encode(quantized, linear.out_features, linear.in_features)
+        size, expert = (linear.out_features, linear.in_features), linear.role is Role.ROUTED_EXPERT
+        arrays = load_format(scheme.format).encode(quantized, *size, expert=expert)
         for tensor, rows in made_by_rows(target, scheme):
             self._write_from(tensor, row // rows if rows else 0, arrays[target.suffix(tensor)])
 

@@ -173,14 +173,14 @@ class _Solved:
         """The first block's columns."""
         scale, zero_point = self._start.scale[:, :1], self._start.zero_point[:, :1]
         return gptq_blocks.solve_block(
-            self._target, self._upper, scale, zero_point, torch.zeros(128, dtype=torch.long), 4
+            self._target, self._upper, scale, zero_point, torch.zeros(128, dtype=torch.long), INT4.grid
         )
 
     def sweep(self) -> Tensor:
         """Four sweeps from where GPTQ ended."""
         start, scale = self._rounded, self._rounded.scale.float()
         return gptq_blocks.descend(
-            start.levels.clone(), self._pull.clone(), self.hessian, self._factor.added, scale, start.zero_point, 4,
+            start.levels.clone(), self._pull.clone(), self.hessian, self._factor.added, scale, start.zero_point, INT4.grid,
             block_size=256, sweeps=4,
         )  # fmt: skip
 

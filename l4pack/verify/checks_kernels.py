@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from l4pack.quant.cpu import E4M3_LIMIT, kernel
+from l4pack.quant.codes import E2M1_KIND, E2M1_LIMIT, E4M3_KIND, E4M3_LIMIT, INT_KIND, e2m1_value, kernel
 
 SLACK = 1.06
 """How much further than half a step a weight may lie: scales and ratios rounded to bfloat16 by other writers."""
@@ -69,7 +69,7 @@ def compare(
     stored: NDArray[np.float32],
     group: int,
     bits: int,
-    fp8: bool,
+    kind: int,
     scale: NDArray[np.float32],
     zero: NDArray[np.float32],
     rtn_scale: NDArray[np.float32],
@@ -94,11 +94,12 @@ def compare(
             w, d = weight[row, start:stop], stored[row, start:stop]
             s, z, rs, rz = scale[row, g], zero[row, g], rtn_scale[row, g], rtn_zero[row, g]
             low, high = (lowest - z) * s, (highest - z) * s
-            if fp8:
-                low, high = -E4M3_LIMIT * s, E4M3_LIMIT * s
-            beyond, slopes[row, g], energies[row, g] = _too_far(w, d, low, high, s, fp8)
+            if kind != INT_KIND:
+                limit = E4M3_LIMIT if kind == E4M3_KIND else E2M1_LIMIT
+                low, high = -limit * s, limit * s
+            beyond, slopes[row, g], energies[row, g] = _too_far(w, d, low, high, s, kind)
             far += beyond
-            error, rtn, square, product = _sums(w, d, lowest, highest, rs, rz, fp8)
+            error, rtn, square, product = _sums(w, d, lowest, highest, rs, rz, kind)
             square_error += error
             square_rtn += rtn
             squares += square
@@ -117,13 +118,22 @@ def _power(value: Any) -> Any:
 
 
 @kernel
-def _too_far(w: Any, d: Any, low: Any, high: Any, scale: Any, fp8: bool) -> tuple[int, Any, Any]:
+def _half_step(magnitude: Any, scale: Any, kind: int) -> Any:
+    """Half of how far apart the numbers next to a magnitude are."""
+    if kind == E4M3_KIND:
+        return max(magnitude * np.float32(1 / 16), np.float32(1 / 1024) * scale)
+    if kind == E2M1_KIND:
+        half = np.float32(0.25) if magnitude < 2 * scale else np.float32(0.5)
+        return (half if magnitude < 4 * scale else np.float32(1)) * scale
+    return np.float32(0.5) * scale
+
+
+@kernel
+def _too_far(w: Any, d: Any, low: Any, high: Any, scale: Any, kind: int) -> tuple[int, Any, Any]:
     far, squares, products = 0, 0.0, 0.0
-    half = np.float32(0.5 * SLACK) * scale
-    subnormal = np.float32(SLACK / 1024) * scale
     for i in range(w.size):
         nearest = min(max(w[i], low), high)
-        allowed = max(abs(nearest) * np.float32(SLACK / 16), subnormal) if fp8 else half
+        allowed = np.float32(SLACK) * _half_step(abs(nearest), scale, kind)
         # Written so that a NaN counts as too far.
         far += not abs(d[i] - nearest) <= allowed
         squares += nearest * nearest
@@ -132,7 +142,7 @@ def _too_far(w: Any, d: Any, low: Any, high: Any, scale: Any, fp8: bool) -> tupl
 
 
 @kernel
-def _sums(w: Any, d: Any, lowest: Any, highest: Any, scale: Any, zero: Any, fp8: bool) -> tuple[Any, Any, Any, Any]:
+def _sums(w: Any, d: Any, lowest: Any, highest: Any, scale: Any, zero: Any, kind: int) -> tuple[Any, Any, Any, Any]:
     """Squared error, squared error of rounding to nearest, squares and products, in float64 over one group."""
     error, rtn, squares, products = 0.0, 0.0, 0.0, 0.0
     subnormal = np.float32(2.0**-6) * scale
@@ -142,9 +152,12 @@ def _sums(w: Any, d: Any, lowest: Any, highest: Any, scale: Any, zero: Any, fp8:
         error += difference * difference
         squares += w[i] * w[i]
         products += d[i] * w[i]
-        if fp8:
+        if kind == E4M3_KIND:
             step = max(_power(w[i]), subnormal) * np.float32(0.125)
             rtn += step * step * np.float32(1 / 12)
+        elif kind == E2M1_KIND:
+            miss = e2m1_value(w[i] * inverse) * scale - w[i]
+            rtn += miss * miss
         else:
             level = min(max(np.rint(w[i] * inverse) + zero, lowest), highest)
             miss = (level - zero) * scale - w[i]

@@ -25,9 +25,10 @@ from l4pack.checkpoint.reader import Reader
 from l4pack.errors import SourceError
 from l4pack.model.tensors import Linear, Role
 from l4pack.quant import cpu
+from l4pack.quant.codes import KINDS
+from l4pack.quant.dequantize import scales_of
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.floats import Float32Array, narrowed, widen
-from l4pack.quant.grid import E4M3
 from l4pack.quant.layout import Layout
 from l4pack.quant.packing import unpack_zero_points
 from l4pack.quant.qparams import QParams, qparams_of_range
@@ -138,7 +139,7 @@ class SourceChecks:
         method = made.scheme.method if made else None
         wrong = None
         if made is not None and made.exact and method is Method.RTN:
-            wrong = unequal_rows(stored, self._again(matrix.linear, made.scheme, source), made.scheme)
+            wrong = unequal_rows(stored, self._again(matrix.linear, made.scheme, source, stored), made.scheme)
             if not wrong.any():
                 tally.within_half_step += 1
                 tally.recomputed += 1
@@ -183,15 +184,20 @@ class SourceChecks:
         far = compared.rows[:, 0] > 0
         if not 0 < far.sum() <= max(1, _STRAY * far.size):
             return None
-        wrong = unequal_rows(stored, self._again(matrix.linear, matrix.scheme, source), matrix.scheme)
+        wrong = unequal_rows(stored, self._again(matrix.linear, matrix.scheme, source, stored), matrix.scheme)
         return wrong if 0 < wrong.sum() <= max(1, _STRAY * wrong.size) else None
 
-    def _again(self, linear: Linear, scheme: Scheme, source: MatrixBlock) -> Quantized:
-        """What rounding to nearest makes of the source, by the code that `quantize` runs."""
+    def _again(self, linear: Linear, scheme: Scheme, source: MatrixBlock, made: Quantized) -> Quantized:
+        """What rounding to nearest makes of the source, by the code that `quantize` runs.
+
+        Under the global scale that it has: what is merged with it has a part in that, see `merged`.
+        """
         try:
             stored = source.values, source.layout, source.dtype
             amax = absmax(*stored) if scheme.strategy is Strategy.TENSOR else None
-            return quantize_block(*stored, scheme, amax=amax)
+            return quantize_block(
+                *stored, scheme, amax=amax, global_scale=made.over if scheme.globally_scaled else None
+            )
         except NonFiniteError as error:
             raise SourceError(f"the source of {linear.module}: {error}", hint="the source is damaged") from error
 
@@ -210,7 +216,7 @@ class SourceChecks:
             stop = min(start + step, linear.out_features)
             weight, decoded = buffers[:, : stop - start]
             _widen_rows(source, start, stop, weight)
-            rtn = _rounding(weight, scheme, source.dtype, amax)
+            rtn = _rounding(weight, scheme, source.dtype, amax, stored.over)
             _compare(weight, decoded, _rows(stored, scheme, start, stop), rtn, scheme, compared.part(start, stop))
         return compared
 
@@ -258,7 +264,7 @@ def _rows(stored: Quantized, scheme: Scheme, start: int, stop: int) -> Quantized
         scale = scale[start // height : -(-stop // height)]
     if zero_point is not None:
         zero_point = zero_point[start // scheme.pack_factor : -(-stop // scheme.pack_factor)]
-    return Quantized(stored.values[start:stop], scale, zero_point)
+    return Quantized(stored.values[start:stop], scale, zero_point, stored.global_scale)
 
 
 def _compare(
@@ -273,24 +279,24 @@ def _compare(
     rows, columns = weight.shape
     group = scheme.group_columns(columns)
     shape = (rows, -(-columns // group))
-    scale = spread(widen(part.scale), scheme, shape)
+    scale = spread(scales_of(part, scheme), scheme, shape)
     zero = np.zeros(shape, np.float32)
     if part.zero_point is not None:
         zero = unpack_zero_points(part.zero_point, scheme.num_bits, rows).astype(np.float32)
     codes = part.values.view(np.uint8)
-    fp8 = scheme.grid is E4M3
-    if fp8:
-        cpu.dequantize_table(codes, np.array(E4M3.values, np.float32), group, scale, stored)
+    if not scheme.grid.even:
+        table = np.array(scheme.grid.values, np.float32)
+        cpu.dequantize_table(codes, scheme.num_bits, table, group, scale, stored)
     else:
         cpu.dequantize_int(codes, scheme.num_bits, group, scale, zero, stored)
     rtn_scale, rtn_zero = (spread(values, scheme, shape) for values in (rtn.scale, rtn.zero_point))
     rounding = (scale, zero, rtn_scale, rtn_zero)
     into = (compared.rows, compared.slopes, compared.energies)
-    compare(weight, stored, group, scheme.num_bits, fp8, *rounding, *into)
+    compare(weight, stored, group, scheme.num_bits, KINDS[scheme.grid], *rounding, *into)
 
 
-def _rounding(weight: Float32Array, scheme: Scheme, dtype: FloatName, amax: float | None) -> QParams:
-    """Scales and zero points of min-max rounding to nearest."""
+def _rounding(weight: Float32Array, scheme: Scheme, dtype: FloatName, amax: float | None, over: float) -> QParams:
+    """Scales and zero points of min-max rounding to nearest; `over` is the global scale."""
     if amax is not None:
         return qparams_of_range(np.zeros(1, np.float32), np.full(1, amax, np.float32), scheme, dtype)
     group = scheme.group_columns(weight.shape[1])
@@ -300,7 +306,7 @@ def _rounding(weight: Float32Array, scheme: Scheme, dtype: FloatName, amax: floa
     if scheme.block_structure is not None:
         starts = np.arange(0, shape[0], scheme.block_structure[0])
         low, high = np.minimum.reduceat(low, starts, axis=0), np.maximum.reduceat(high, starts, axis=0)
-    return qparams_of_range(low, high, scheme, dtype)
+    return qparams_of_range(low, high, scheme, dtype, over)
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,8 @@ class _Examiner:
             return
         scheme = group.scheme
         size = linear.out_features, linear.in_features
-        expected = group.format.stored(scheme, *size, "BF16", static=group.static)
+        expert = linear.role is Role.ROUTED_EXPERT
+        expected = group.format.stored(scheme, *size, "BF16", static=group.static, expert=expert)
         floats = {piece.suffix for piece in group.format.pieces if piece.dtype == "scale"}
         suffixes = {tensor.suffix for tensor in expected}
         good = not self.unexpected(entry.name for suffix, entry in parts.items() if suffix not in suffixes)

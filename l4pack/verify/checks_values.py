@@ -14,9 +14,10 @@ from l4pack.checkpoint.header import TensorEntry
 from l4pack.checkpoint.reader import Reader
 from l4pack.model.names import classify
 from l4pack.model.tensors import Role
+from l4pack.quant.dequantize import scales_of
 from l4pack.quant.dtypes import FLOATS, FloatName
 from l4pack.quant.floats import widen
-from l4pack.quant.grid import E4M3
+from l4pack.quant.grid import E4M3, ScaleDtype
 from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Scheme
 from l4pack.quant.suffixes import Suffix
@@ -59,14 +60,16 @@ class ValueChecks:
         if dead and not explained:
             message = "every weight of the matrix has the same code: right only if the source's are all zero"
             result.found.warning("dead", module, message)
-        _check_scales(matrix, stored.scale, dead or explained, result)
+        _check_scales(matrix, stored, dead or explained, result)
         if Suffix.INPUT_SCALE in arrays:
             _check_positive(matrix.parts[Suffix.INPUT_SCALE].name, widen(arrays[Suffix.INPUT_SCALE]), result)
+        if stored.global_scale is not None:
+            _check_positive(matrix.parts[Suffix.GLOBAL_SCALE].name, stored.global_scale, result)
         if matrix.scheme.grid is E4M3:
             bad, _ = scan(stored.values.reshape(-1), _E4M3_NAN, _E4M3_NAN)
             if bad:
                 result.found.error("not-finite", matrix.values, f"{bad:,} of its FP8 codes are NaN")
-        else:
+        elif matrix.scheme.grid.even:
             _check_packing(matrix, stored, arrays.get(Suffix.SHAPE), result)
         if matrix.linear.role is Role.ROUTED_EXPERT and not dead:
             result.fingerprints[module] = fingerprint(stored.values, stored.scale)
@@ -123,9 +126,10 @@ def is_dead(values: NDArray[Any], scheme: Scheme) -> bool:
     flat = values.reshape(-1)
     if scheme.grid is E4M3:
         return not scan(flat, _E4M3_NAN, _E4M3_NAN)[1]
-    codes = int(flat[0]) & 0xFFFFFFFF
+    width = 8 * flat.itemsize
+    codes = int(flat[0]) & ((1 << width) - 1)
     code = codes & ((1 << scheme.num_bits) - 1)
-    same = sum(code << shift for shift in range(0, 32, scheme.num_bits))
+    same = sum(code << shift for shift in range(0, width, scheme.num_bits))
     return codes == same and not bool((flat != flat[0]).any())
 
 
@@ -138,17 +142,19 @@ def _check_positive(name: str, scale: NDArray[np.float32], result: UnitResult, r
     return True
 
 
-def _check_scales(matrix: Matrix, stored: NDArray[Any], dead: bool, result: UnitResult) -> None:
-    name, scale = matrix.parts[Suffix.SCALE].name, widen(stored)
+def _check_scales(matrix: Matrix, stored: Quantized, dead: bool, result: UnitResult) -> None:
+    name = matrix.parts[Suffix.SCALE].name
+    with np.errstate(all="ignore"):  # of a global scale that is no number
+        scale = scales_of(stored, matrix.scheme)
     if not _check_positive(name, scale, result) or dead:
         return
-    top = -matrix.scheme.grid.lowest
+    top, powers_of_two = -matrix.scheme.grid.lowest, matrix.scheme.scale_dtype is ScaleDtype.E8M0
     largest, smallest = float(scale.max()), float(scale.min())
     if largest * top > _LARGEST_WEIGHT:
         result.found.error("scale", name, f"a scale of {largest:g} makes weights up to {largest * top:g}")
     elif largest * top < _SMALLEST_WEIGHT:
         result.found.error("scale", name, f"no scale above {largest:g}: the weights vanish")
-    elif scale.size >= _FEW_SCALES and largest == smallest:
+    elif scale.size >= _FEW_SCALES and largest == smallest and (largest == 1 or not powers_of_two):
         result.found.error("scale", name, f"all {scale.size:,} scales are {largest:g}: they were never computed")
 
 

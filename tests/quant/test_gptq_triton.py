@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from l4pack.quant import gptq_columns
+from l4pack.quant.grid import GRIDS, NumberType
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -46,7 +47,7 @@ def test_a_block_is_solved_as_by_the_loop(kernels, columns, num_bits):
     upper = (random(MATRICES, columns, columns, seed=2) * 0.2).triu(1) + torch.eye(columns, device=DEVICE)
     given = (block, upper, *qparams(columns), num_bits)
     levels, errors = kernels.solve_block(*given)
-    wanted, missed = gptq_columns.solve_block_torch(*given)
+    wanted, missed = gptq_columns.solve_block_torch(*given[:-1], GRIDS[NumberType.INT, num_bits])
     agree(errors, missed, levels, wanted)
 
 
@@ -58,7 +59,7 @@ def test_a_block_descends_as_by_the_loop(kernels, columns, num_bits):
     pull = random(MATRICES, OUT, columns, seed=7) * 0.05
     given = (levels, pull, hessian, *qparams(columns), num_bits)
     new, changes, gain = kernels.descend_block(*given)
-    wanted, moved, fell = gptq_columns.descend_block_torch(*given)
+    wanted, moved, fell = gptq_columns.descend_block_torch(*given[:-1], GRIDS[NumberType.INT, num_bits])
     assert (wanted != levels).float().mean() > 0.1
     agree(changes, moved, new, wanted)
     same = (new == wanted).all(-1)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schemes import SCHEMES, assert_same
 
-from l4pack.quant import cpu
+from l4pack.quant import codes, cpu
 from l4pack.quant import quantize as quantize_module
 from l4pack.quant.dequantize import dequantize
 from l4pack.quant.floats import round_to_bfloat16, widen
@@ -283,6 +283,6 @@ def test_kernels_compile_where_no_cache_can_be_written(monkeypatch):
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: compiled.append(function) or function
 
-    monkeypatch.setattr(cpu.numba, "njit", njit)
-    assert cpu.kernel(len) is len
+    monkeypatch.setattr(codes.numba, "njit", njit)
+    assert codes.kernel(len) is len
     assert compiled == [len]

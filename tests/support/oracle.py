@@ -150,20 +150,24 @@ def gptq(
     hessian: np.ndarray,
     scale: np.ndarray,
     zero_point: np.ndarray,
-    num_bits: int,
+    scheme: Scheme,
     order: np.ndarray,
 ) -> np.ndarray:
-    """Optimal brain quantization of all rows at once, one column at a time, in float64: int levels [out, in].
+    """Optimal brain quantization of all rows at once, one column at a time, in float64: int levels [out, in], those of
+    four-bit floats in halves.
 
     The textbook form: invert the (damped) Hessian, round a column, move its error onto the others, and eliminate the
     column from the inverse. `scale` and `zero_point` are given for every weight.
     """
     weight, inverse = weight.astype(np.float64), np.linalg.inv(hessian.astype(np.float64))
-    half = 2 ** (num_bits - 1)
+    half = 2 ** (scheme.num_bits - 1)
     levels = np.zeros(weight.shape, int)
     for j in order:
         step, zero = scale[:, j], zero_point[:, j]
-        levels[:, j] = np.clip(np.rint(weight[:, j] / step) + zero, -half, half - 1)
+        if scheme.type is NumberType.FLOAT:
+            levels[:, j] = [np.sign(x) * 2 * E2M1[nearest(abs(x) / 2, E2M1)] for x in weight[:, j] / step]
+        else:
+            levels[:, j] = np.clip(np.rint(weight[:, j] / step) + zero, -half, half - 1)
         error = (weight[:, j] - (levels[:, j] - zero) * step) / inverse[j, j]
         weight = weight - np.outer(error, inverse[j])
         inverse = inverse - np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
@@ -174,3 +178,34 @@ def row_losses(weight: np.ndarray, quantized: np.ndarray, hessian: np.ndarray) -
     """(w - q) H (w - q)^T of each row, in float64."""
     residual = weight.astype(np.float64) - quantized
     return np.einsum("oi,ij,oj->o", residual, hessian.astype(np.float64), residual)
+
+
+E2M1 = float_table(2, 1, 1, 6.0)
+
+
+def fp4_scale(amax: float, kind: ScaleDtype, over: float, offset: int = 0) -> tuple[int, float]:
+    """Code and value of the scale of a group of largest magnitude `amax`; `offset` codes above or below it."""
+    if kind is ScaleDtype.E8M0:
+        fraction, exponent = math.frexp(amax)  # fraction in [0.5, 1)
+        power = exponent - 1 - 2 + (fraction >= 0.875) if amax else -127
+        code = min(max(min(max(power + 127, 0), 252) + offset, 0), 252)
+        return code, 2.0 ** (code - 127)
+    ratio = np.float32(np.float32(np.float32(amax) / np.float32(6)) * np.float32(over))
+    code = nearest(float(ratio), E4M3) or 0x20
+    code = min(max(code + offset, 1), 126) if offset else code
+    return code, E4M3[code] / over
+
+
+def fp4(weight: np.ndarray, scheme: Scheme, over: float, offset: int = 0) -> Reference:
+    """Four-bit floats of float32 weights [out, in], with every group's scale `offset` codes from that of its range."""
+    out_features, size = len(weight), scheme.group_size
+    groups = weight.reshape(out_features, -1, size)
+    scale, codes = np.zeros(groups.shape[:2], int), np.zeros(groups.shape, np.uint8)
+    values = np.zeros(groups.shape)
+    for o, g in np.ndindex(scale.shape):
+        scale[o, g], step = fp4_scale(float(np.abs(groups[o, g]).max()), scheme.scale_dtype, over, offset)
+        for i, w in enumerate(groups[o, g]):
+            index = nearest(abs(float(np.float32(w / np.float32(step)))), E2M1)
+            codes[o, g, i] = index + (8 if w < 0 and index else 0)
+            values[o, g, i] = (-1 if w < 0 else 1) * E2M1[index] * step
+    return Reference(codes.reshape(weight.shape), scale, np.zeros(scale.shape, int), values.reshape(weight.shape))

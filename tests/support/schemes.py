@@ -22,7 +22,7 @@ SCHEMES = {
 
 
 def assert_same(first: Quantized, second: Quantized) -> None:
-    for name in ("values", "scale", "zero_point"):
+    for name in ("values", "scale", "zero_point", "global_scale"):
         a, b = getattr(first, name), getattr(second, name)
         assert (a is None) == (b is None)
         if a is not None:

@@ -19,6 +19,7 @@ from l4pack.quant.grid import NumberType
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import absmax, quantize_block
 from l4pack.quant.quantized import Quantized
+from l4pack.quant.scales import global_scale
 from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.recipe import Method
 from l4pack.verify.checks_kernels import SLACK, STATISTICS, scan, widen_transposed
@@ -34,6 +35,8 @@ SCHEMES = {
     "int4 asymmetric": Scheme(num_bits=4, group_size=64, symmetric=False),
     "int4 meta": Scheme(num_bits=4, group_size=128, scale_rule="meta", scale_dtype="float32"),
     "int8": Scheme(num_bits=8, strategy="channel"),
+    "mxfp4": Scheme(num_bits=4, type="float", group_size=32),
+    "nvfp4": Scheme(num_bits=4, type="float", strategy="tensor_group", group_size=16, observer="mse"),
     "fp8": Scheme(num_bits=8, type="float", strategy="channel"),
     "fp8 block": Scheme(num_bits=8, type="float", strategy="block", block_structure=(128, 128)),
     "fp8 tensor": Scheme(num_bits=8, type="float", strategy="tensor", scale_dtype="float32"),
@@ -54,7 +57,8 @@ def bits(values: np.ndarray) -> np.ndarray:
 def quantize(values: np.ndarray, scheme: Scheme) -> Quantized:
     block = bits(values)
     amax = absmax(block, Layout.OUT_IN, "BF16") if scheme.strategy is Strategy.TENSOR else None
-    return quantize_block(block, Layout.OUT_IN, "BF16", scheme, amax=amax)
+    over = global_scale(absmax(block, Layout.OUT_IN, "BF16")) if scheme.globally_scaled else None
+    return quantize_block(block, Layout.OUT_IN, "BF16", scheme, amax=amax, global_scale=over)
 
 
 def verdict(
@@ -168,7 +172,7 @@ def test_eight_bits_may_move_as_far_as_four_where_gptq_made_them() -> None:
     assert "not this matrix" in messages(verdict(values, far, scheme, method=Method.GPTQ))[0]
 
 
-@pytest.mark.parametrize("name", ["int4", "int4 clipped", "int4 asymmetric"])
+@pytest.mark.parametrize("name", ["int4", "int4 clipped", "int4 asymmetric", "mxfp4"])
 @pytest.mark.parametrize("tokens", [40, 600])
 def test_gptq_passes_as_calibrated_and_not_as_rounded(name: str, tokens: int) -> None:
     """Correlated inputs, few and many: GPTQ moves most weights away from the nearest level."""
@@ -178,7 +182,7 @@ def test_gptq_passes_as_calibrated_and_not_as_rounded(name: str, tokens: int) ->
     inputs += 0.3 * torch.randn(tokens, IN, generator=generator)
     solved = solve(torch.from_numpy(values), inputs.T @ inputs, scheme)
     assert solved.method == "gptq"
-    arrays = stored(solved, 4)
+    arrays = stored(solved, scheme)
     result = verdict(values, arrays, scheme)
     assert not messages(result)
     assert result.tally.within_half_step == 0

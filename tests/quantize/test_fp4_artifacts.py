@@ -1,0 +1,69 @@
+"""Artifacts of four-bit floats: global scales that are shared, planned bytes, and what `verify` makes of wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import quick_plan
+from safetensors.torch import load_file, save_file
+
+from l4pack.artifact.manifest import MANIFEST_NAME
+from l4pack.checkpoint.open import open_source
+from l4pack.quantize.run import run_plan
+from l4pack.recipe import Recipe, load_recipe
+from l4pack.verify.verify import verify_artifact
+
+Make = Callable[..., Path]
+GLOBAL = ".weight_global_scale"
+
+
+def rounding(name: str) -> Recipe:
+    """A shipped recipe without its calibration."""
+    values = load_recipe(name).model_dump() | {"calibration": None}
+    for scheme in values["schemes"].values():
+        scheme |= {"method": "rtn", "gptq": None}
+    return Recipe.model_validate(values)
+
+
+def global_scales(artifact: Path) -> dict[str, float]:
+    tensors = {name: value for file in artifact.glob("*.safetensors") for name, value in load_file(file).items()}
+    return {name.removesuffix(GLOBAL): float(value[0]) for name, value in tensors.items() if name.endswith(GLOBAL)}
+
+
+def errors(artifact: Path, source: Path | None = None) -> list[str]:
+    found = verify_artifact(artifact, None if source is None else open_source(str(source))).findings
+    return [f"{one.rule}: {one.message}" for one in found if one.level == "error" and one.rule != "companion"]
+
+
+@pytest.mark.parametrize("layout", ["fused", "unfused"])
+def test_what_runtimes_merge_has_one_global_scale(checkpoint: Make, tmp_path: Path, layout: str) -> None:
+    source = checkpoint("maverick", layout=layout)
+    made = run_plan(quick_plan(source, rounding("nvfp4")), tmp_path / "made").out
+    scales = global_scales(made)
+    assert len(set(scales.values())) > 1
+    for module, scale in scales.items():
+        if module.endswith("gate_proj"):
+            assert scales[module.replace("gate_proj", "up_proj")] == scale
+
+
+def test_rounded_and_solved_artifacts_are_what_was_planned(checkpoint: Make, artifact: Make, tmp_path: Path) -> None:
+    source = checkpoint("scout")
+    for recipe in ("nvfp4", "mxfp4"):
+        plan = quick_plan(source, rounding(recipe))
+        made = run_plan(plan, tmp_path / recipe).out
+        assert sum(file.stat().st_size for file in made.iterdir()) == plan.artifact_bytes
+        assert errors(made, source) == []
+        assert errors(artifact(recipe, "scout"), source) == []
+
+
+def test_a_global_scale_that_is_not_shared_is_found(checkpoint: Make, tmp_path: Path) -> None:
+    made = run_plan(quick_plan(checkpoint("scout"), rounding("nvfp4")), tmp_path / "made").out
+    file = next(made.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(f"experts.1.up_proj{GLOBAL}"))
+    tensors[name] = 2 * tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    (made / MANIFEST_NAME).unlink()
+    assert any("runtimes take one for both" in message for message in errors(made))
