@@ -79,6 +79,10 @@ def _target(name: str) -> Target:
         from l4pack.export.gguf import Gguf
 
         return Gguf()
+    if name == "mlx":
+        from l4pack.export.mlx import Mlx
+
+        return Mlx()
     raise UsageError(f"no container is called '{name}'", hint="--to gguf or --to mlx")
 
 

@@ -14,42 +14,30 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter
 
-from l4pack.errors import UsageError
+from l4pack.containers.assumed import refuse_others
 from l4pack.model.config import Llama4Config, rope_numbers
 from l4pack.quant.floats import Float32Array
 
-CHUNK, FLOOR, TEMPERATURE, PERIOD, WITHOUT_NORMS = 8192, 8192, 0.1, 4, 128
-_ACTIVATION = "silu"
+CHUNK, FLOOR, TEMPERATURE, WITHOUT_NORMS = 8192, 8192, 0.1, 128
 
 
 def check_text(config: Llama4Config) -> None:
     """Raise UsageError naming a value of the configuration that llama.cpp would answer wrongly with, saying nothing."""
-    text, raw = config.text, config.text_raw
-    pattern = frozenset(layer for layer in range(text.num_hidden_layers) if (layer + 1) % PERIOD)
-    step = text.interleave_moe_layer_step
-    rope = rope_numbers(config.raw, "text_config")
-    wrong = [
-        (text.rope_layers != pattern, "no_rope_layers", f"every {PERIOD}th layer goes without rotary positions"),
-        (
-            text.use_qk_norm != (text.num_local_experts != WITHOUT_NORMS),
-            "use_qk_norm",
-            f"queries and keys are normed unless there are {WITHOUT_NORMS} experts",
-        ),
-        (
-            text.moe_layers != frozenset(range(step - 1, text.num_hidden_layers, step)),
-            "moe_layers",
-            "experts lie in every layer, or in every n-th",
-        ),
-        (text.attention_bias, "attention_bias", "attention has no biases"),
-        (raw.get("hidden_act", _ACTIVATION) != _ACTIVATION, "hidden_act", f"MLPs use {_ACTIVATION}"),
-        (rope["rope_type"] not in ("default", "llama3"), "rope_scaling", "it scales positions as llama3 or not at all"),
-    ]
-    for differs, key, rule in wrong:
-        if differs:
-            raise UsageError(
-                f"config.json: {key} is not what llama.cpp takes for granted of Llama 4: {rule}",
-                hint="it would answer wrongly and say nothing; such a model can't be exported to GGUF",
-            )
+    text = config.text
+    kind = rope_numbers(config.raw, "text_config")["rope_type"]
+    refuse_others(
+        config,
+        "llama.cpp",
+        [
+            (
+                text.use_qk_norm != (text.num_local_experts != WITHOUT_NORMS),
+                "use_qk_norm",
+                f"queries and keys are normed unless there are {WITHOUT_NORMS} experts",
+            ),
+            (text.attention_bias, "attention_bias", "attention has no biases"),
+            (kind not in ("default", "llama3"), "rope_scaling", "it scales positions as llama3 or not at all"),
+        ],
+    )
 
 
 def context_length(config: Llama4Config) -> int:

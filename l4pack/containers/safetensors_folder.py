@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,16 @@ from l4pack.model.config import CONFIG_NAME, STANZA_KEYS
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _SUFFIX = ".safetensors"
-_METADATA = {"format": "pt"}  # transformers refuses files without it
 
 
+@dataclass(frozen=True)
 class SafetensorsFolder:
-    """The container: which files there are, what is in each, and what each weighs."""
+    """The container: which files there are, what is in each, and what each weighs.
+
+    `framework` stands in every file; transformers refuses files without it.
+    """
+
+    framework: str = "pt"
 
     single_name = SINGLE_NAME
     index_name = INDEX_NAME
@@ -54,7 +60,7 @@ class SafetensorsFolder:
         shards, places = [], {}
         for number, tensors in enumerate(filled, start=1):
             file = SINGLE_NAME if len(filled) == 1 else f"model-{number:05d}-of-{len(filled):05d}{_SUFFIX}"
-            shard, placed = _shard(file, tensors)
+            shard, placed = _shard(file, tensors, self.framework)
             shards.append(shard)
             places.update(placed)
         return shards, places
@@ -76,9 +82,9 @@ CONTAINER = SafetensorsFolder()
 """The one that artifacts are written in."""
 
 
-def _shard(file: str, tensors: list[Sized]) -> tuple[Shard, dict[str, FilePlace]]:
+def _shard(file: str, tensors: list[Sized], framework: str) -> tuple[Shard, dict[str, FilePlace]]:
     ordered = sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype])
-    header: dict[str, Any] = {"__metadata__": _METADATA}
+    header: dict[str, Any] = {"__metadata__": {"format": framework}}
     offsets: dict[str, tuple[int, int]] = {}
     end = 0
     for tensor in ordered:
