@@ -371,10 +371,12 @@ class _Chain:
 
 def _check_text(checkpoint: Checkpoint, text: TextChoice) -> None:
     """Raise what evaluation would raise about its text, before hours of work."""
+    from l4pack.text.images import ImageReader
     from l4pack.text.sequences import load_text
     from l4pack.text.tokenizer import load_tokenizer
 
-    load_text(text, load_tokenizer(checkpoint), checkpoint.config.text.max_position_embeddings)
+    longest = checkpoint.config.text.max_position_embeddings
+    load_text(text, load_tokenizer(checkpoint), longest, ImageReader(checkpoint))
 
 
 def accuracy_line(record: Mapping[str, Any]) -> str:

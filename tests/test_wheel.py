@@ -220,6 +220,7 @@ def test_every_library_comes_with_the_core_or_with_the_extra_it_is_said_to_be_in
         "ray",
         "triton",
         "mlx",
+        "PIL",
     }  # where one is missing, the user is told so in other words, or what it does is done without it
     used = libraries_of_the_package() - asked_for
     with_core = {library for library in used if brings.get(library, set()) & closure(project["dependencies"]).keys()}

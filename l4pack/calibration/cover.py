@@ -26,6 +26,7 @@ from l4pack.stream.visitor import Progress, Visit, Visitor
 from l4pack.stream.walk import Walk
 from l4pack.stream.weights import Weights
 from l4pack.text.choice import DEMO_CALIBRATION, TextChoice
+from l4pack.text.images import ImageReader
 from l4pack.text.sequences import TokenText, load_text
 from l4pack.text.tokenizer import load_tokenizer
 from l4pack.work import machine
@@ -114,7 +115,8 @@ def cover(
         wanted.sequence_length,
         usual.seed if wanted.seed is None else wanted.seed,
     )
-    text = load_text(choice, load_tokenizer(checkpoint), checkpoint.config.text.max_position_embeddings)
+    longest = checkpoint.config.text.max_position_embeddings
+    text = load_text(choice, load_tokenizer(checkpoint), longest, ImageReader(checkpoint))
     where = Compute.of(compute)
     computing = computing_on(where, checkpoint.config.text, text.sequences)
     ram, device = machine.memory(wanted.max_ram), where.device_room(wanted.max_vram)

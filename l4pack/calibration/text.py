@@ -18,6 +18,7 @@ def with_text(plan: Plan, source: str | None = None) -> Plan:
     # Imported here because commands import this module, and torch takes seconds.
     from l4pack.text.choice import DEMO_CALIBRATION, NAMED_SETS, TextChoice
     from l4pack.text.files import list_files
+    from l4pack.text.images import ImageReader
     from l4pack.text.sequences import load_text
     from l4pack.text.tokenizer import load_tokenizer
 
@@ -33,4 +34,5 @@ def with_text(plan: Plan, source: str | None = None) -> Plan:
     choice = TextChoice(
         DEMO_CALIBRATION if source is None else source, asked.samples, asked.sequence_length, asked.seed
     )
-    return plan.with_text(load_text(choice, tokenizer, plan.checkpoint.config.text.max_position_embeddings))
+    longest = plan.checkpoint.config.text.max_position_embeddings
+    return plan.with_text(load_text(choice, tokenizer, longest, ImageReader(plan.checkpoint)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
@@ -13,6 +14,7 @@ from l4pack.cli.options import (
     AgainstOption,
     AsJsonOption,
     ComputeOption,
+    ImageOption,
     MaxRamOption,
     MaxVramOption,
     PromptOption,
@@ -33,6 +35,7 @@ def chat(
     source: SourceOption,
     against: AgainstOption = None,
     prompt: PromptOption = None,
+    image: ImageOption = None,
     tokens: TokensOption = 32,
     compute: ComputeOption = "auto",
     max_ram: MaxRamOption = None,
@@ -56,9 +59,9 @@ def chat(
     asking = Asking(tokens, compute, *limits)
     artifact, original = open_source(source), open_source(against) if against else None
     total = tokens * sum(one.weight_bytes for one in (artifact, original) if one is not None)
-    messages: list[dict[str, str]] = []
+    messages: list[dict[str, Any]] = []
     for said in _said(prompt):
-        messages.append({"role": "user", "content": said})
+        messages.append({"role": "user", "content": said if messages else _with_images(said, image or [])})
         with console.progress("answering", total) as bar, stop_signals() as stop:
             found = converse(artifact, original, messages, asking, Progress.of(bar.shown, stop))
         messages.append({"role": "assistant", "content": found.answer.text})
@@ -66,6 +69,12 @@ def chat(
             console.show_json({"prompt": said, **found.record()})
         else:
             console.show(*_view(found))
+
+
+def _with_images(said: str, images: list[Path]) -> str | list[dict[str, str]]:
+    """What is said first, after the images it is about."""
+    parts = [{"type": "image", "path": str(path)} for path in images]
+    return [*parts, {"type": "text", "text": said}] if parts else said
 
 
 def _said(prompt: str | None) -> Iterator[str]:

@@ -341,6 +341,10 @@ PromptOption = Annotated[
     str | None,
     typer.Option("--prompt", "-p", metavar="TEXT", help="What is said to it; asked for, line by line, unless given."),
 ]
+ImageOption = Annotated[
+    list[Path] | None,
+    typer.Option("--image", metavar="FILE", help="An image that the first prompt is about; may be repeated."),
+]
 TokensOption = Annotated[
     int, typer.Option("--tokens", "-n", metavar="N", min=1, max=4096, help="Most tokens of an answer.")
 ]

@@ -48,6 +48,7 @@ from l4pack.stream.modules import Skeleton
 from l4pack.stream.visitor import Progress
 from l4pack.stream.walk import Walk
 from l4pack.stream.weights import Weights, stored_itemsize
+from l4pack.text.images import ImageReader
 from l4pack.text.sequences import load_text, token_digest
 from l4pack.text.tokenizer import load_tokenizer
 from l4pack.work import machine
@@ -289,14 +290,19 @@ def total_bytes(*checkpoints: Checkpoint | None) -> int:
 
 
 def _tokenizer(artifact: Checkpoint, original: Checkpoint | None) -> PreTrainedTokenizerBase:
-    return load_tokenizer(original if original is not None and original.store is not None else artifact)
+    return load_tokenizer(_first(artifact, original))
+
+
+def _first(artifact: Checkpoint, original: Checkpoint | None) -> Checkpoint:
+    """Whose tokenizer and processor read the text."""
+    return original if original is not None and original.store is not None else artifact
 
 
 def _inputs(
     artifact: Checkpoint, original: Checkpoint | None, settings: EvaluationSettings, tokenizer: PreTrainedTokenizerBase
 ) -> EvaluationInputs:
     longest = artifact.config.text.max_position_embeddings
-    text = load_text(settings.text, tokenizer, longest)
+    text = load_text(settings.text, tokenizer, longest, ImageReader(_first(artifact, original)))
     if original is not None:
         check_same_tokens(artifact, original, text, tokenizer)
     tasks = tuple(load_task(path) for path in settings.tasks)
@@ -308,7 +314,7 @@ def _inputs(
         spans[f"task {task.name}"] = slice(len(sequences), len(sequences) + len(more))
         sequences += more
     if settings.needle is not None:
-        haystack = [token for sequence in text.sequences for token in sequence.tokens[1:]]
+        haystack = [token for sequence in text.sequences if sequence.images is None for token in sequence.tokens[1:]]
         found = tuple(needles(settings.needle, haystack, tokenizer, settings.text.seed, longest))
         more = needle_sequences(list(found))
         spans["needle"] = slice(len(sequences), len(sequences) + len(more))
@@ -343,6 +349,7 @@ def _reference_identity(inputs: EvaluationInputs, original: Checkpoint | None) -
         "tokens_sha256": token_digest([sequence.tokens for sequence in inputs.sequences]),
         "scored_sha256": token_digest([[sequence.score_from for sequence in inputs.sequences]]),
         "text": inputs.text.record,
+        **({"images_sha256": inputs.text.record["sha256"]} if inputs.text.record.get("images") else {}),
         **({} if original is None else original_record(original)),
     }
 

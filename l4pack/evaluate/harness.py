@@ -69,7 +69,7 @@ class StreamedScorer:
                 targets = packed.targets()
                 found = score(answers, packed.scored_rows(), targets)
         shutil.rmtree(self._work)
-        lengths = [len(item.tokens) - item.score_from for item in sequences]
+        lengths = packed.scored_lengths()
         likeliest = found.likeliest == targets
         return list(zip(torch.split(found.log_probability, lengths), torch.split(likeliest, lengths), strict=True))
 

@@ -71,8 +71,8 @@ def scores_record(
         "artifact_weight_bytes": artifact.weight_bytes,
         "against_weight_bytes": None if original is None else original.weight_bytes,
     }
-    lengths = [len(item.tokens) - item.score_from for item in packed.sequences]
-    record |= _text_record(inputs.spans["text"], lengths, scored)
+    lengths = packed.scored_lengths()
+    record |= _text_record(packed, inputs.spans["text"], lengths, scored)
     record["text"] = inputs.text.record
     record["tasks"] = {
         task.name: _task(task, inputs.spans[f"task {task.name}"], lengths, scored) for task in inputs.tasks
@@ -89,11 +89,11 @@ def rows_of(lengths: Sequence[int], sequences: slice) -> slice:
     return slice(sum(lengths[: sequences.start]), sum(lengths[: sequences.stop]))
 
 
-def _text_record(sequences: slice, lengths: Sequence[int], scored: Scored) -> dict[str, Any]:
+def _text_record(packed: Packed, sequences: slice, lengths: Sequence[int], scored: Scored) -> dict[str, Any]:
     rows, lengths = rows_of(lengths, sequences), lengths[sequences]
     if scored.paired is not None:
         part = PairedScores(_cut(scored.paired.reference, rows), _cut(scored.artifact, rows), scored.paired.kl[rows])
-        positions = torch.cat([torch.arange(length) for length in lengths])
+        positions = torch.cat([item.scored() - 1 for item in packed.sequences[sequences]])
         return summarize(part, lengths, positions)
     cluster = clusters(lengths)
     value, error = perplexity(scored.artifact.log_probability[rows], cluster)

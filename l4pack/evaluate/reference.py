@@ -146,7 +146,7 @@ def save_reference(
 def load_reference(folder: Path, identity: Mapping[str, Any], device: torch.device) -> StoredReference:
     """Kept answers, if they are whole and of the tokens that `identity` names; reads them once. Raises UsageError."""
     record = _read_record(folder)
-    if any(record.get(key) != identity[key] for key in ("tokens_sha256", "scored_sha256")):
+    if any(record.get(key) != identity.get(key) for key in ("tokens_sha256", "scored_sha256", "images_sha256")):
         raise UsageError(
             f"{folder} was kept for another text, tokenizer, task, --samples, --sequence-length or --seed",
             hint="repeat the options it was made with, or make another with --save-reference",

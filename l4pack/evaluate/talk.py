@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4pack.checkpoint.companions import GENERATION
@@ -16,13 +17,14 @@ from l4pack.evaluate.same_model import check_same_model
 from l4pack.evaluate.sample import PROMPTS, on_a_line, parting
 from l4pack.stream.hidden import TokenSequence
 from l4pack.stream.visitor import Progress
-from l4pack.text.layouts import Chat
+from l4pack.text.images import ImageReader
+from l4pack.text.layouts import IMAGE, Chat
 from l4pack.text.tokenizer import Template, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -75,20 +77,22 @@ def converse(
 ) -> Conversation:
     """Let both models answer messages of `role` and `content`, through the model's chat template where it has one.
 
-    Raises UsageError (messages beyond the model's context, a template that refuses them), SourceError, BudgetError,
-    StoppedError.
+    Content is a text, or a list of parts as the template has them, those of an image with its `path`. Raises UsageError
+    (messages beyond the model's context, a template that refuses them, an image that can't be read), SourceError,
+    BudgetError, StoppedError.
     """
     if original is not None:
         check_same_model(artifact, original)
-    tokenizer = speaking(artifact, original)
-    prompt = prompt_of(tokenizer, messages)
+    first = _first(artifact, original)
+    tokenizer = load_tokenizer(first)
+    prompt = prompt_of(tokenizer, messages, ImageReader(first))
     longest = artifact.config.text.max_position_embeddings
-    if len(prompt) + asking.most > longest:
+    if len(prompt.tokens) + asking.most > longest:
         raise UsageError(
-            f"{len(prompt):,} tokens and {asking.most:,} more are beyond the model's {longest:,}",
+            f"{len(prompt.tokens):,} tokens and {asking.most:,} more are beyond the model's {longest:,}",
             hint="say less, or ask for fewer tokens",
         )
-    return answers(artifact, original, [TokenSequence(prompt)], tokenizer, asking, progress)[0]
+    return answers(artifact, original, [prompt], tokenizer, asking, progress)[0]
 
 
 def answers(
@@ -119,13 +123,13 @@ def sample(
 
     A template that refuses a prompt is left out. Raises SourceError, BudgetError, StoppedError.
     """
-    tokenizer = speaking(artifact, original)
+    tokenizer = load_tokenizer(_first(artifact, original))
     prompts = [_sample_prompt(tokenizer, text) for text in PROMPTS]
-    most = min(asking.most, artifact.config.text.max_position_embeddings - max(map(len, prompts)))
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    most = min(asking.most, artifact.config.text.max_position_embeddings - longest)
     if most < 1:
         return None
-    sequences = [TokenSequence(tokens) for tokens in prompts]
-    found = answers(artifact, original, sequences, tokenizer, replace(asking, most=most), progress)
+    found = answers(artifact, original, prompts, tokenizer, replace(asking, most=most), progress)
     return {
         "tokens": most,
         "seconds": found[0].seconds,
@@ -133,11 +137,11 @@ def sample(
     }
 
 
-def _sample_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+def _sample_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenSequence:
     try:
         return prompt_of(tokenizer, [{"role": "user", "content": text}])
     except UsageError:
-        return tuple(tokenizer(text)["input_ids"])
+        return TokenSequence(tuple(tokenizer(text)["input_ids"]))
 
 
 def _sample_answer(prompt: str, found: Conversation) -> dict[str, Any]:
@@ -157,21 +161,28 @@ def _answer(
     return Answer(checkpoint.name, said, tokenizer.decode(said, skip_special_tokens=True), len(said) < len(tokens))
 
 
-def speaking(artifact: Checkpoint, original: Checkpoint | None) -> PreTrainedTokenizerBase:
-    """The tokenizer that both are asked with: the original's where it is there. Raises SourceError."""
-    return load_tokenizer(original if original is not None and original.store is not None else artifact)
+def _first(artifact: Checkpoint, original: Checkpoint | None) -> Checkpoint:
+    """Whose tokenizer and processor both are asked with."""
+    return original if original is not None and original.store is not None else artifact
 
 
-def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[int, ...]:
-    """Token ids of a conversation up to where the answer begins; without a template, of the last message as it is.
+def prompt_of(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, reader: ImageReader | None = None
+) -> TokenSequence:
+    """A conversation up to where the answer begins; without a template, the last message as it is.
 
-    Raises UsageError where the template refuses it.
+    Raises UsageError where the template refuses it, and what reading an image raises.
     """
-    template = Template(tokenizer)
-    if not template.there:
-        return tuple(tokenizer(messages[-1]["content"])["input_ids"])
-    text = template.render(Chat([dict(message) for message in messages]), "the conversation", reply=True)
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    template, chat = Template(tokenizer), Chat([dict(message) for message in messages])
+    if template.there:
+        text = template.render(chat, "the conversation", reply=True)
+    else:
+        chat = Chat(chat.messages[-1:])
+        text = "".join([*[IMAGE] * len(chat.images), *chat.texts])
+    if chat.images and reader is not None:
+        seen = reader.see(text, [Path(path) for path in chat.images], "the conversation")
+        return TokenSequence(seen.tokens, images=seen.pictures)
+    return TokenSequence(tuple(tokenizer(text, add_special_tokens=not template.there)["input_ids"]))
 
 
 def _ends(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

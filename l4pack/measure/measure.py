@@ -215,7 +215,7 @@ class _Runner:
 
     def __init__(self, shared: Shared, prepared: PreparedMeasurement, state: State) -> None:
         self._shared, self._prepared, self._state = shared, prepared, state
-        lengths = [len(item.tokens) - item.score_from for item in shared.measured.sequences]
+        lengths = [len(item.scored()) for item in shared.measured.sequences]
         self.clusters = Clusters(clusters(lengths))
 
     def run(self, changes: Sequence[Change]) -> None:

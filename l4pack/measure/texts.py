@@ -11,6 +11,7 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
 from l4pack.evaluate.statistics import clusters
 from l4pack.text.choice import DEMO_CALIBRATION, DEMO_TEXT, TextChoice
+from l4pack.text.images import ImageReader
 from l4pack.text.sequences import TokenText, load_text
 from l4pack.text.tokenizer import load_tokenizer
 
@@ -31,6 +32,7 @@ def load_texts(
     `needed` says whether there is anything to calibrate. Raises UsageError when there is too little text.
     """
     tokenizer, longest = load_tokenizer(checkpoint), checkpoint.config.text.max_position_embeddings
+    reader = ImageReader(checkpoint)
     if needed and calibration_samples < 1:
         raise UsageError(
             f"--calibration-samples {calibration_samples} is no number of sequences", hint="take at least 1"
@@ -38,12 +40,12 @@ def load_texts(
     if calibration is None and measured.source == DEMO_TEXT and not Path(DEMO_TEXT).exists():
         calibration = DEMO_CALIBRATION
     if needed and calibration is None:
-        both = load_text(replace(measured, samples=measured.samples + calibration_samples), tokenizer, longest)
+        both = load_text(replace(measured, samples=measured.samples + calibration_samples), tokenizer, longest, reader)
         return _checked(_split(both, measured, calibration_samples))
-    text = load_text(measured, tokenizer, longest)
+    text = load_text(measured, tokenizer, longest, reader)
     if not needed or calibration is None:
         return _checked(Texts(text, None))
-    other = load_text(replace(measured, source=calibration, samples=calibration_samples), tokenizer, longest)
+    other = load_text(replace(measured, source=calibration, samples=calibration_samples), tokenizer, longest, reader)
     return _checked(Texts(text, _apart(other, text)))
 
 
@@ -77,7 +79,7 @@ def _apart(calibration: TokenText, measured: TokenText) -> TokenText:
 
 
 def _checked(texts: Texts) -> Texts:
-    lengths = [len(item.tokens) - item.score_from for item in texts.measured.sequences]
+    lengths = [len(item.scored()) for item in texts.measured.sequences]
     if int(clusters(lengths).max()) < 1:
         raise UsageError(
             f"{texts.measured.record['source']} gives {sum(lengths)} tokens to measure on, too few for an error bar",

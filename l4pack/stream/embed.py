@@ -15,6 +15,7 @@ from l4pack.stream.hidden import Packed, Rows, TokenSequence
 from l4pack.stream.modules import Skeleton, upstream_config
 from l4pack.stream.weights import Weights
 
+TILES_AT_ONCE = 8  # of images: their states are there together, and all layers' weights are read for them
 ROWS_AT_ONCE = 4096  # 84 MB at a width of 5,120: less than any unit that is loaded later
 
 
@@ -38,8 +39,9 @@ def embed(weights: Weights, skeleton: Skeleton, packed: Packed, target: Rows) ->
             target.data[at] = table[place[at] - first].to(target.data)
             target.release()
     for start, item in zip(packed.starts, packed.sequences, strict=False):
-        if item.pixel_values is not None:
-            _embed_images(weights, skeleton, item, target.data[start : start + len(item.tokens)])
+        if item.images is not None:
+            pixels = item.images.pixel_values()
+            _embed_images(weights, skeleton, item, pixels, target.data[start : start + len(item.tokens)])
 
 
 def _runs(numbers: Tensor) -> list[tuple[int, int]]:
@@ -49,11 +51,10 @@ def _runs(numbers: Tensor) -> list[tuple[int, int]]:
     return [(int(numbers[a]), int(numbers[b - 1]) + 1) for a, b in itertools.pairwise(edges)]
 
 
-def _embed_images(weights: Weights, skeleton: Skeleton, item: TokenSequence, rows: Tensor) -> None:
+def _embed_images(weights: Weights, skeleton: Skeleton, item: TokenSequence, pixels: Tensor, rows: Tensor) -> None:
     config = upstream_config(weights.checkpoint.config)
-    assert item.pixel_values is not None
     at = torch.tensor(item.tokens) == getattr(config, "image_token_id", -1)
-    features = image_features(weights, skeleton, item.pixel_values, config)
+    features = image_features(weights, skeleton, pixels, config)
     if int(at.sum()) != len(features):
         raise UsageError(
             f"{int(at.sum())} image tokens stand for {len(features)} image features",
@@ -65,7 +66,8 @@ def _embed_images(weights: Weights, skeleton: Skeleton, item: TokenSequence, row
 def image_features(weights: Weights, skeleton: Skeleton, pixel_values: Tensor, config: Any) -> Tensor:
     """Projected features [tiles * features, hidden] of pixels [tiles, channels, height, width], on the CPU.
 
-    transformers' vision model runs; the weights of each of its layers are there only while that layer runs.
+    transformers' vision model runs, a few tiles at a time; the weights of each of its layers are there only while that
+    layer runs.
     """
     from transformers.models.llama4.modeling_llama4 import Llama4MultiModalProjector, Llama4VisionModel
 
@@ -80,10 +82,12 @@ def image_features(weights: Weights, skeleton: Skeleton, pixel_values: Tensor, c
     _fill(weights, model, naming.vision, leave=f"{VISION_LAYERS}.")
     for number, layer in enumerate(model.model.layers):
         _fill_while_running(weights, layer, f"{naming.vision}{VISION_LAYERS}.{number}.")
-    pixels = pixel_values.to(skeleton.device, skeleton.dtype)
-    seen = model(pixel_values=pixels, return_dict=True).last_hidden_state
-    features: Tensor = projector(seen.reshape(-1, seen.shape[-1]))
-    return features.cpu()
+    found = []
+    for tiles in torch.split(pixel_values, TILES_AT_ONCE):
+        pixels = tiles.to(skeleton.device, skeleton.dtype)
+        seen = model(pixel_values=pixels, return_dict=True).last_hidden_state
+        found.append(projector(seen.reshape(-1, seen.shape[-1])).cpu())
+    return torch.cat(found)
 
 
 def _fill(weights: Weights, module: nn.Module, prefix: str, leave: str | None = None) -> None:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,17 +22,44 @@ from l4pack.units import human_bytes
 from l4pack.work.files import open_own
 
 
+class Images(Protocol):
+    """The images of a sequence, whose pixels are there when they are asked for."""
+
+    @property
+    def tiles(self) -> int:
+        """Pieces that the vision tower sees."""
+        ...
+
+    @property
+    def pixels(self) -> int:
+        """Of the largest image as its file has it."""
+        ...
+
+    def pixel_values(self) -> Tensor:
+        """Float [tiles, channels, height, width]."""
+        ...
+
+
 @dataclass(frozen=True)
 class TokenSequence:
-    """One sequence to run: token ids, the first whose token is scored, and images for its image tokens.
+    """One sequence to run: token ids, the first that is scored, and images for its image tokens.
 
-    `position` is that of the first token where keys and values of those before it are kept (`kv.KeptCache`).
+    `unscored` tokens are not scored wherever they stand. `position` is that of the first token where keys and values of
+    those before it are kept (`kv.KeptCache`).
     """
 
     tokens: tuple[int, ...]
     score_from: int = 1
     position: int = 0
-    pixel_values: Tensor | None = field(default=None, compare=False)  # float [tiles, channels, height, width]
+    unscored: frozenset[int] = frozenset()
+    images: Images | None = field(default=None, compare=False)
+
+    def scored(self) -> Tensor:
+        """Positions of tokens that are scored, int64."""
+        positions = torch.arange(self.score_from, len(self.tokens))
+        if not self.unscored:
+            return positions
+        return positions[[self.tokens[position] not in self.unscored for position in positions.tolist()]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +97,17 @@ class Packed:
 
     def scored_rows(self) -> Tensor:
         """Rows whose NEXT token is scored, int64, in order."""
-        spans = [
-            torch.arange(start + item.score_from - 1, start + len(item.tokens) - 1)
-            for start, item in zip(self.starts, self.sequences, strict=False)
-        ]
+        spans = [start + item.scored() - 1 for start, item in zip(self.starts, self.sequences, strict=False)]
         return torch.cat(spans)
 
     def targets(self) -> Tensor:
         """The token that follows each of `scored_rows`, int64."""
-        spans = [torch.tensor(item.tokens[item.score_from :], dtype=torch.long) for item in self.sequences]
+        spans = [torch.tensor(item.tokens, dtype=torch.long)[item.scored()] for item in self.sequences]
         return torch.cat(spans)
+
+    def scored_lengths(self) -> list[int]:
+        """How many tokens of each sequence are scored."""
+        return [len(item.scored()) for item in self.sequences]
 
 
 def batches(pieces: Sequence[AttendedRows], most: int) -> Iterator[list[AttendedRows]]:

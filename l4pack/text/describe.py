@@ -11,13 +11,21 @@ def text_lines(record: Mapping[str, Any]) -> list[str]:
     rows = record.get("rows")
     many = "sequence" if record["sequences"] == 1 else "sequences"
     lines = [f"{record['source']}: {record['tokens']:,} tokens in {record['sequences']:,} {many}"]
+    if record.get("images"):
+        lines[0] += f", {record['image_tokens']:,} of them for {record['images']:,} images"
     if rows is None:
         return lines
     lines[0] += f", of {rows['used']:,} of {rows['read']:,} {'row' if rows['read'] == 1 else 'rows'}"
     left = [f"{record['tokens_left']:,} tokens not drawn"] if record["tokens_left"] else []
-    reasons = {"empty": "empty", "with_images": "with images, which are not read"}
+    reasons = {
+        "empty": "empty",
+        "with_images": "with images that are in no file, sound or their tokens",
+        "with_images_too_long": "with images, longer than a sequence",
+    }
     left += [
-        f"{rows[key]:,} {'row' if rows[key] == 1 else 'rows'} {words}" for key, words in reasons.items() if rows[key]
+        f"{rows[key]:,} {'row' if rows[key] == 1 else 'rows'} {words}"
+        for key, words in reasons.items()
+        if rows.get(key)
     ]
     files = record.get("files", {})
     if files.get("left"):

@@ -27,7 +27,8 @@ KNOWN_KEYS = frozenset((*CHATS, *PLAIN, *ASKED, *ANSWERED, *BESIDE, *SYSTEM, *ME
 LAYOUTS = "messages or conversations, instruction and output, prompt and completion, question and answer, or text"
 
 # The tokens that stand for pixels in Llama 4's vocabulary, and LLaVA's mark in the text of a row.
-IMAGE_TOKENS = ("<|image|>", "<|image_start|>", "<|image_end|>", "<|patch|>",
+IMAGE = "<|image|>"
+IMAGE_TOKENS = (IMAGE, "<|image_start|>", "<|image_end|>", "<|patch|>",
                 "<|tile_x_separator|>", "<|tile_y_separator|>")  # fmt: skip
 _IMAGE_MARK = "<image>"
 _MEDIA_PARTS = ("image", "input_image", "image_url", "video", "video_url", "audio", "input_audio", "file")
@@ -45,14 +46,30 @@ class Left(StrEnum):
 
     EMPTY = "empty"
     IMAGES = "with_images"
+    LONG = "with_images_too_long"
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Messages with `role` and `content`, and tools they may call."""
+    """Messages with `role` and `content`, and tools they may call. Content with images is a list of parts."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
+
+    @property
+    def images(self) -> list[str]:
+        """Paths of its images, as they are written there, in order."""
+        return [part["path"] for part in self._parts() if part["type"] == "image"]
+
+    @property
+    def texts(self) -> list[str]:
+        """Everything that is said."""
+        whole = [message["content"] for message in self.messages if isinstance(message["content"], str)]
+        return whole + [part["text"] for part in self._parts() if part["type"] == "text"]
+
+    def _parts(self) -> list[dict[str, str]]:
+        lists = [message["content"] for message in self.messages if isinstance(message["content"], list)]
+        return [part for parts in lists for part in parts]
 
 
 def has_layout(names: Collection[str]) -> bool:
@@ -166,23 +183,36 @@ def _message(value: Any, where: str) -> dict[str, Any] | None:
     content = value.get(key)
     if content is None and rest.get("tool_calls"):
         content = ""
-    text = _content(content, where)
-    return None if text is None else {**rest, "role": _ROLES[role.lower()], "content": text}
+    said = _content(content, where)
+    return None if said is None else {**rest, "role": _ROLES[role.lower()], "content": said}
 
 
-def _content(content: Any, where: str) -> str | None:
-    """The text of a message, of its parts one after another; None where there is an image."""
-    parts = content if isinstance(content, list) else [content]
-    texts = []
-    for part in parts:
+def _content(content: Any, where: str) -> str | list[dict[str, str]] | None:
+    """The text of a message, of its parts one after another; with images the parts; None where something is no text and
+    no image in a file."""
+    found: list[dict[str, str]] = []
+    for part in content if isinstance(content, list) else [content]:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if kind in _MEDIA_PARTS:
-            return None
-        if kind not in _TEXT_PARTS:
-            raise UsageError(f"{where} has a part of type {str(kind)[:40]}", hint="parts are text")
-        texts.append(_string(part.get("text") if isinstance(part, dict) else part, f"{where}: its content"))
-    text = "".join(texts)
-    return None if _IMAGE_MARK in text else text
+            path = _image_path(part) if kind == "image" else None
+            if path is None:
+                return None
+            found.append({"type": "image", "path": path})
+        elif kind not in _TEXT_PARTS:
+            raise UsageError(f"{where} has a part of type {str(kind)[:40]}", hint="parts are text or image")
+        else:
+            text = _string(part.get("text") if isinstance(part, dict) else part, f"{where}: its content")
+            found.append({"type": "text", "text": text})
+    text = "".join(part.get("text", "") for part in found)
+    if _IMAGE_MARK in text:
+        return None
+    return found if any(part["type"] == "image" for part in found) else text
+
+
+def _image_path(part: Mapping[str, Any]) -> str | None:
+    """Where an image lies, if it is in a file: as transformers' processors take it, an address on the web left out."""
+    named = next((part[key] for key in ("path", "image", "url") if part.get(key)), None)
+    return named if isinstance(named, str) and "://" not in named and not named.startswith("data:") else None
 
 
 def _listed(value: Any, key: str, where: str) -> list[Any]:

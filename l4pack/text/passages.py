@@ -10,6 +10,7 @@ from typing import TextIO
 
 from l4pack.errors import UsageError
 from l4pack.text.files import FileKind, Meter, digest_file, kind_of, opened
+from l4pack.text.images import ImageReader, Seen, inside
 from l4pack.text.json_rows import json_rows
 from l4pack.text.layouts import IMAGE_TOKENS, Chat, Left, read_row
 from l4pack.text.tables import column_rows, table_rows
@@ -20,11 +21,13 @@ PIECE = 1 << 18  # characters of a text tokenized at once
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Text of row number `row`, or why the row is left; passages of one row follow each other."""
+    """Text of row number `row`, or why the row is left; passages of one row follow each other. A row with images is one,
+    and has its tokens already."""
 
     row: int
     text: str = ""
     left: Left | None = None
+    seen: Seen | None = None
 
 
 def rows_of(path: Path, meter: Meter) -> Iterator[tuple[str, object]]:
@@ -40,8 +43,10 @@ def rows_of(path: Path, meter: Meter) -> Iterator[tuple[str, object]]:
         yield from (json_rows if kind is FileKind.JSON else table_rows)(stream, path)
 
 
-def passages(files: Sequence[Path], template: Template, meter: Meter) -> Iterator[Passage]:
-    """All passages of all files, rows numbered from 0. Raises UsageError."""
+def passages(
+    files: Sequence[Path], template: Template, meter: Meter, reader: ImageReader | None = None
+) -> Iterator[Passage]:
+    """All passages of all files, rows numbered from 0; without a `reader`, rows with images are left. Raises UsageError."""
     row = -1
     for path in files:
         if kind_of(path) is FileKind.PLAIN:
@@ -52,8 +57,24 @@ def passages(files: Sequence[Path], template: Template, meter: Meter) -> Iterato
         for where, value in rows_of(path, meter):
             row += 1
             said = read_row(value, where)
+            if isinstance(said, Chat) and said.images:
+                yield _with_images(row, said, where, path.parent, template, meter, reader)
+                continue
             text = template.render(said, where) if isinstance(said, Chat) else said
             yield from [Passage(row, left=text)] if isinstance(text, Left) else _passages(row, text, where)
+
+
+def _with_images(
+    row: int, chat: Chat, where: str, folder: Path, template: Template, meter: Meter, reader: ImageReader | None
+) -> Passage:
+    """A conversation with images in files of `folder`, whose digests are counted as the rows' own bytes are."""
+    if reader is None or any(map(has_images, chat.texts)):
+        return Passage(row, left=Left.IMAGES)
+    files = [inside(folder, named, where) for named in chat.images]
+    seen = reader.see(check_characters(template.render(chat, where), where), files, where)
+    for file in seen.pictures.files:
+        meter.digest.update(bytes.fromhex(file.sha256))
+    return Passage(row, seen=seen)
 
 
 def _passages(row: int, text: str, where: str) -> Iterator[Passage]:

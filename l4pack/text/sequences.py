@@ -21,6 +21,7 @@ from l4pack.errors import UsageError
 from l4pack.stream.hidden import TokenSequence
 from l4pack.text.choice import DEFAULT_LENGTH, NAMED_SETS, TextChoice
 from l4pack.text.files import UNDERSTOOD, Meter, list_files
+from l4pack.text.images import ImageReader, Pictures, Seen
 from l4pack.text.layouts import Left
 from l4pack.text.passages import PIECE, Passage, passages
 from l4pack.text.tokenizer import Template, first_line
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 LOOKED_AT, LEAST_LOOKED_AT = 8, 1 << 21
 _BATCH = 256
 _SHOWN_FILES, _SHOWN_NAME = 8, 24
+_ALWAYS = (Left.EMPTY, Left.IMAGES)  # reasons that a record counts even where no row was left for them
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class TokenText:
         origin = self.origin and RowOrigin(
             tuple(rows[number] for number in numbers), self.origin.of_row, self.origin.read, self.origin.tokens
         )
-        ids = [sequence.tokens for sequence in chosen]
-        return TokenText(chosen, {**self.record, **_counts(ids, origin)}, origin)
+        record = {key: value for key, value in self.record.items() if key not in ("images", "image_tokens")}
+        return TokenText(chosen, {**record, **_counts(chosen, origin)}, origin)
 
 
 class _Pool:
@@ -74,6 +76,7 @@ class _Pool:
             array("q"),
             bytearray(),
         )  # of each sequence: its row, and whether it is a document's rest
+        self.pictures: dict[int, Pictures] = {}  # by sequence
         self.read: Counter[str] = Counter()
         self._row, self._dropped, self._whole = -1, False, False
 
@@ -100,12 +103,24 @@ class _Pool:
         if passage.left:
             self._drop(passage.left)
             return
+        if passage.seen is not None:
+            self._add_seen(passage.seen)
+            return
         while self._bos is not None and self._bos in ids:
             at = ids.index(self._bos)
             self._extend(ids[:at])
             self._end_document()
             ids = ids[at + 1 :]
         self._extend(ids)
+
+    def _add_seen(self, seen: Seen) -> None:
+        """A row with images is one sequence, or none where it is too long."""
+        ids = [token for token in seen.tokens if token != self._bos]
+        if len(ids) > self._step:
+            self._drop(Left.LONG)
+            return
+        self.pictures[len(self.rows)] = seen.pictures
+        self._keep(array("i", ids), tail=False)
 
     def close(self) -> None:
         """End the row."""
@@ -147,27 +162,42 @@ class _Pool:
         self.read[reason] += 1
 
 
-def load_text(choice: TextChoice, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> TokenText:
-    """Token sequences of the chosen text. Raises UsageError for text that is missing, empty or not understood."""
+def load_text(
+    choice: TextChoice,
+    tokenizer: PreTrainedTokenizerBase,
+    max_positions: int,
+    reader: ImageReader | None = None,
+) -> TokenText:
+    """Token sequences of the chosen text; without a `reader`, rows with images are left.
+
+    Raises UsageError for text that is missing, empty or not understood.
+    """
     length = choice.sequence_length or min(DEFAULT_LENGTH, max_positions)
     _check(choice, length, max_positions)
     if choice.source in NAMED_SETS and not Path(choice.source).exists():
         return _named_set(choice, tokenizer, length)
     listing, meter = list_files(choice.source), Meter()
-    pool, ended = _pool(passages(listing.files, Template(tokenizer), meter), tokenizer, choice, length)
+    pool, ended = _pool(passages(listing.files, Template(tokenizer), meter, reader), tokenizer, choice, length)
     if not pool.rows:
         raise _nothing(choice.source, pool)
     taken = _draw(pool.lengths(), np.array(pool.tails, bool), choice, length)
     rows = tuple(pool.rows[number] for number in taken)
     given = Counter(pool.rows)
     origin = RowOrigin(rows, {row: given[row] for row in rows}, dict(pool.read), pool.tokens)
-    sequences = [pool.sequence(number) for number in taken]
+    sequences = [_sequence(pool, number, reader) for number in taken]
     record = {
         **_record(choice, length, sequences, meter.digest.hexdigest(), origin),
         "read_to_end": ended,
         "files": {"read": len(listing.files), "left": len(listing.left), "left_names": _shown(listing.left)},
     }
-    return TokenText(tuple(TokenSequence(ids) for ids in sequences), record, origin)
+    return TokenText(tuple(sequences), record, origin)
+
+
+def _sequence(pool: _Pool, number: int, reader: ImageReader | None) -> TokenSequence:
+    tokens, pictures = pool.sequence(number), pool.pictures.get(number)
+    if pictures is None or reader is None:
+        return TokenSequence(tokens)
+    return TokenSequence(tokens, unscored=reader.tokens, images=pictures)
 
 
 def _check(choice: TextChoice, length: int, max_positions: int) -> None:
@@ -208,6 +238,7 @@ def _batches(found: Iterator[Passage]) -> Iterator[list[Passage]]:
 
 
 def _tokenized(batch: Sequence[Passage], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each passage's text, of none where it has its tokens."""
     ids: list[list[int]] = tokenizer([one.text for one in batch], add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
@@ -216,8 +247,14 @@ def _nothing(source: str, pool: _Pool) -> UsageError:
     images = pool.read[Left.IMAGES]
     if images:
         return UsageError(
-            f"{source} holds no row of text alone: {images} of {pool.read['read']} have images, sound or their tokens",
-            hint="images are not read; take rows without",
+            f"{source} holds no row that is read: {images} of {pool.read['read']} have images that are in no file, sound or "
+            "their tokens",
+            hint="name image files in the rows, see docs/reference/texts.md, or take rows without",
+        )
+    if long := pool.read[Left.LONG]:
+        return UsageError(
+            f"{source} holds no row that fits: {long} of {pool.read['read']} have images and are longer than a sequence",
+            hint="raise --sequence-length",
         )
     return UsageError(f"{source} holds no text", hint=f"what is read: {UNDERSTOOD}")
 
@@ -243,7 +280,7 @@ def _draw(
 
 
 def _record(
-    choice: TextChoice, length: int, chosen: Sequence[Sequence[int]], digest: str, origin: RowOrigin | None
+    choice: TextChoice, length: int, chosen: Sequence[TokenSequence], digest: str, origin: RowOrigin | None
 ) -> dict[str, Any]:
     return {
         "source": Path(choice.source).name,
@@ -254,14 +291,15 @@ def _record(
     }
 
 
-def _counts(chosen: Sequence[Sequence[int]], origin: RowOrigin | None) -> dict[str, Any]:
+def _counts(chosen: Sequence[TokenSequence], origin: RowOrigin | None) -> dict[str, Any]:
     """What is taken, and of what."""
-    tokens = sum(map(len, chosen))
-    counts = {"sequences": len(chosen), "tokens": tokens, "tokens_sha256": token_digest(chosen)}
+    ids = [sequence.tokens for sequence in chosen]
+    tokens = sum(map(len, ids))
+    counts = {"sequences": len(chosen), "tokens": tokens, "tokens_sha256": token_digest(ids), **_seen(chosen)}
     if origin is None:
         return counts
     used = Counter(origin.rows)
-    left = {reason.value: origin.read.get(reason, 0) for reason in Left}
+    left = {reason.value: origin.read.get(reason, 0) for reason in Left if reason in _ALWAYS or reason in origin.read}
     rows = {
         "read": origin.read["read"],
         "used": len(used),
@@ -270,6 +308,16 @@ def _counts(chosen: Sequence[Sequence[int]], origin: RowOrigin | None) -> dict[s
         **left,
     }
     return {**counts, "tokens_left": origin.tokens - tokens, "rows": rows}
+
+
+def _seen(chosen: Sequence[TokenSequence]) -> dict[str, int]:
+    """Images and their tokens, where there are any."""
+    with_images = [sequence for sequence in chosen if isinstance(sequence.images, Pictures)]
+    if not with_images:
+        return {}
+    tokens = sum(token in sequence.unscored for sequence in with_images for token in sequence.tokens)
+    images = sum(len(sequence.images.files) for sequence in with_images if isinstance(sequence.images, Pictures))
+    return {"images": images, "image_tokens": tokens}
 
 
 def _shown(names: Sequence[str]) -> list[str]:
@@ -298,5 +346,5 @@ def _named_set(choice: TextChoice, tokenizer: PreTrainedTokenizerBase, length: i
             hint="it needs the network and `pip install l4pack[eval]`; a text file works without",
         ) from error
     chosen = [row["input_ids"].reshape(-1).tolist() for row in rows]
-    record = _record(choice, length, chosen, token_digest(chosen), None)
-    return TokenText(tuple(TokenSequence(tuple(ids)) for ids in chosen), record)
+    sequences = tuple(TokenSequence(tuple(ids)) for ids in chosen)
+    return TokenText(sequences, _record(choice, length, sequences, token_digest(chosen), None))

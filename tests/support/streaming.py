@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from whole_model import one_thread  # noqa: F401
 
@@ -23,6 +25,21 @@ JOB = Identity({"job": "test"})
 LENGTHS = (80, 37, 80, 5)  # longer and shorter than an attention chunk of 32
 
 
+@dataclass(frozen=True)
+class GivenImages:
+    """Images of which the pixels are there: float [tiles, channels, height, width]."""
+
+    values: torch.Tensor
+    pixels = 0
+
+    @property
+    def tiles(self):
+        return len(self.values)
+
+    def pixel_values(self):
+        return self.values
+
+
 def token_rows(seed=0, lengths=LENGTHS):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in lengths]
@@ -40,7 +57,8 @@ def lanes_of(model, packed):
 
 
 def streamed_logits(folder, sequences, work, blocks=None, images=None, **options):
-    packed = Packed([TokenSequence(tuple(ids), pixel_values=images) for ids in sequences])
+    pictures = None if images is None else GivenImages(images)
+    packed = Packed([TokenSequence(tuple(ids), images=pictures) for ids in sequences])
     model = stream_model(folder, **options)
     with model.weights, Walk(lanes_of(model, packed), work, JOB, blocks=blocks) as walk:
         walk.run()

@@ -131,7 +131,9 @@ def test_what_was_left_is_said(read):
     assert text.record["rows"] == {
         "read": 4, "used": 1, "used_in_part": 0, "not_drawn": 0, "empty": 2, "with_images": 1,
     }  # fmt: skip
-    assert text_lines(text.record)[1] == "left: 2 rows empty; 1 row with images, which are not read"
+    assert (
+        text_lines(text.record)[1] == "left: 2 rows empty; 1 row with images that are in no file, sound or their tokens"
+    )
 
 
 # What is understood
