@@ -71,7 +71,7 @@ def walked(folders: list[Path], tokens: int) -> dict[str, Any]:
         answers = [StreamAnswers(model, walk.streams[model.name].current) for model in models]
         score_models(answers, None, packed)
     found = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
-    computing = computing_on(compute, config.text, packed.sequences, models=len(models), streams=len(models))
+    computing = computing_on(compute, config, packed.sequences, models=len(models), streams=len(models))
     computing = replace(computing, tiles=compute.tiles)
     found["planned_bytes"] = computing.memory(held=2 * SAMPLED_ROWS * computing.row, scored=True).ram
     return found

@@ -95,7 +95,7 @@ def streamed(checkpoint: Checkpoint, compute: Compute, tokens: int) -> dict[str,
             torch.cuda.synchronize()
         found = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
         output = stream.following.data[:64].float() - stream.middle.data[:64].float()
-        planned = replace(computing_on(compute, config.text, packed.sequences), tiles=compute.tiles).memory()
+        planned = replace(computing_on(compute, config, packed.sequences), tiles=compute.tiles).memory()
     return {**found, **experts_seconds, "planned_bytes": planned.ram, "output": output.double().sum(1).tolist()}
 
 

@@ -47,6 +47,8 @@ def chat(
     With `--against`, the original answers the same beside it, in colour from where the two part. The first token reads the
     whole model, every other what it is routed to, so this shows that an artifact works; a server is for talking.
 
+    With `--image`, the first prompt is about an image, which goes through the model's own processor and its vision tower.
+
     Example: `l4pack chat demo --prompt "Why is the sky blue?" -n 16`
     """
     from l4pack.checkpoint.open import open_source

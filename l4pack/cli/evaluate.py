@@ -151,12 +151,15 @@ def _run(artifact: Path, against: str | None, settings: EvaluationSettings, hour
 
 def prediction_of(prepared: Sequence[PreparedEvaluation], hours: Hours) -> Prediction | None:
     """The time of evaluations that walk together; lm-eval's tasks are not in it."""
+    from l4pack.timing.counts import seeing
     from l4pack.timing.jobs import evaluating, talking
 
     first, models = prepared[0], _weights(prepared)
     lengths = [len(sequence.tokens) for sequence in first.inputs.sequences]
     text, digested = first.artifact.config.text, sum(one.artifact.weight_bytes for one in prepared)
     work = evaluating(text, models, sum(lengths), max(lengths), hours.kind, digested=digested)
+    seen = (sequence.images for sequence in first.inputs.sequences)
+    work += [seeing(first.artifact.config, sum(one.tiles for one in seen if one is not None))] * len(models)
     work.append(talking(text, models, sample_talk(first.settings.sample_tokens), hours.kind))
     return hours.predict(work, sum(model.nbytes for model in models))
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from l4pack.errors import BudgetError
-from l4pack.model.config import TextConfig
-from l4pack.model.parts import attention_shapes, mlp_shapes
+from l4pack.model.config import Llama4Config, TextConfig, VisionConfig
+from l4pack.model.parts import VISION_LAYERS, attention_shapes, mlp_shapes, projector_shapes, vision_shapes
 from l4pack.plan.assign import Action, Task
-from l4pack.stream.rows import HEAD_ROWS, TILE_OUTPUTS, TOKENS_SCORED, rows_at_once
+from l4pack.stream.rows import HEAD_ROWS, IMAGE_TILES, TILE_OUTPUTS, TOKENS_SCORED, rows_at_once
 from l4pack.units import MIB, human_bytes
 from l4pack.work.device import CPU
 from l4pack.work.machine import Room
@@ -48,6 +48,9 @@ FOLIO = 512 * 1024  # bytes of a file that are mapped at the touch of one of the
 # columns that are multiplied at once: `calibration.batch`, `quant.gptq_batch` and `quant.triangular` hold to them.
 TOGETHER_ROWS, SCALES_ROWS, PRODUCT_COLUMNS = 512, 1024, 512
 BUFFERS = 3  # of hidden states that a stream has: a layer's inputs, its outputs, and what lies between
+# States of a tile's rows in a layer of the vision tower: in, normed, queries, keys and values before and after they are
+# turned, attended, added. Copies of an image as bytes: decoded, turned and in RGB, as a tensor, resized.
+VISION_ROWS, DECODED = 12, 4
 SCORE_BLOCKS = 6  # float64 logits of a block: two models', their powers, and three on the way to a sum
 
 
@@ -64,6 +67,47 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Sight:
+    """What a vision tower sees: `tiles` of the images of one sequence at most, and `pixels` of the largest image."""
+
+    vision: VisionConfig
+    tiles: int
+    pixels: int
+
+    def running(self, text: TextConfig, itemsize: int) -> int:
+        """The tower on a few tiles: what lies outside its layers, a layer as it is stored and as it is computed with,
+        and states on their way through it."""
+        vision = self.vision
+        shapes = [*vision_shapes(vision).items(), *projector_shapes(vision, text).items()]
+        outside = _numbers(shape for name, shape in shapes if not name.startswith(f"{VISION_LAYERS}."))
+        layer = _numbers(shape for name, shape in shapes if name.startswith(f"{VISION_LAYERS}.0."))
+        rows = min(self.tiles, IMAGE_TILES) * (vision.patches + 1)
+        states = rows * (VISION_ROWS * vision.hidden_size + 3 * vision.intermediate_size)
+        features = self.tiles * vision.patches * text.hidden_size
+        return (outside + layer + states + features) * itemsize + layer * STORED
+
+    def reading(self) -> int:
+        """Images as they are decoded, in three copies on their way to tiles, and the tiles."""
+        numbers = self.vision.num_channels * self.vision.image_size**2
+        return DECODED * self.vision.num_channels * self.pixels + self.tiles * numbers * (STORED + FLOAT)
+
+
+def sight_of(vision: VisionConfig | None, sequences: Iterable[TokenSequence]) -> Sight | None:
+    """What is to be seen of the sequences' images; None where there are none."""
+    seen = [sequence.images for sequence in sequences if sequence.images is not None]
+    if vision is None or not seen:
+        return None
+    return Sight(vision, max(one.tiles for one in seen), max(one.pixels for one in seen))
+
+
+def seeing(sight: Sight, text: TextConfig, device: str, itemsize: int) -> Memory:
+    """Of images being embedded, before any layer of the text model is there."""
+    if device == CPU:
+        return Memory(MODEL_LOADED + sight.reading() + sight.running(text, itemsize))
+    return Memory(MODEL_LOADED + CUDA_LOADED + sight.reading(), CUBLAS + sight.running(text, itemsize))
+
+
+@dataclass(frozen=True)
 class Computing:
     """What decides the memory of running models layer by layer.
 
@@ -72,7 +116,7 @@ class Computing:
     states; with `ahead`, the next unit is loaded while one computes. As many experts are in use `together`; hidden states
     that are `resident` stay on the device. Where `tiles`
     threads widen a tile of a matrix at a time (0: none do), matrices of MLPs are there as they are stored, in `stored`
-    bytes a number.
+    bytes a number. With `sight`, there are images.
     """
 
     text: TextConfig
@@ -87,6 +131,7 @@ class Computing:
     resident: bool = False
     tiles: int = 0
     stored: int = STORED
+    sight: Sight | None = None
 
     @property
     def rows(self) -> int:
@@ -113,10 +158,11 @@ class Computing:
         turn with attention and MLPs; answers may be `scored` at its end."""
         widest = max(self._attending(), self.mlp + self.running(), *phases)
         computing = max(self._held() + held + widest, self._scoring() if scored else 0)
+        before = Memory(0) if self.sight is None else seeing(self.sight, self.text, self.device, self.itemsize)
         if self.device == CPU:
-            return Memory(MODEL_LOADED + self._routing() + self._mapped() + computing)
+            return Memory(MODEL_LOADED + self._routing() + self._mapped() + computing).most(before)
         held_here = self._routing() + self._mapped() + self._passing()
-        return Memory(MODEL_LOADED + CUDA_LOADED + held_here, CUBLAS + computing)
+        return Memory(MODEL_LOADED + CUDA_LOADED + held_here, CUBLAS + computing).most(before)
 
     def running(self) -> int:
         """Rows in an MLP: states before and after the norm, scaled, and out of it; gate, its activation, up, product.
@@ -164,12 +210,14 @@ class Computing:
 
 
 def computing_on(
-    compute: Compute, text: TextConfig, sequences: Sequence[TokenSequence], *, models: int = 1, streams: int = 1
+    compute: Compute, config: Llama4Config, sequences: Sequence[TokenSequence], *, models: int = 1, streams: int = 1
 ) -> Computing:
     """What decides the memory of running these sequences."""
     lengths = [len(sequence.tokens) for sequence in sequences]
-    itemsize = compute.dtype.itemsize
-    return Computing(text, compute.device.type, itemsize, max(lengths), sum(lengths), models, streams)
+    found = Computing(
+        config.text, compute.device.type, compute.dtype.itemsize, max(lengths), sum(lengths), models, streams
+    )
+    return replace(found, sight=sight_of(config.vision, sequences))
 
 
 @dataclass(frozen=True)

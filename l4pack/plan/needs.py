@@ -41,9 +41,10 @@ class Needs:
         """Resident memory at the peak."""
         return self.memory.ram
 
-    def for_tokens(self, tokens: int) -> Needs:
-        """The same with the tokens that a text really has."""
-        return replace(self, tokens=tokens, disk_bytes=self.disk_bytes * tokens // self.tokens)
+    def for_tokens(self, tokens: int, seeing: Memory | None = None) -> Needs:
+        """The same with the tokens that a text really has, and what embedding its images takes."""
+        memory = self.memory if seeing is None else self.memory.most(seeing)
+        return replace(self, memory=memory, tokens=tokens, disk_bytes=self.disk_bytes * tokens // self.tokens)
 
 
 def calibration_needs(

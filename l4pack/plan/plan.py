@@ -46,13 +46,14 @@ from l4pack.plan.assign import (
     model_dtype,
 )
 from l4pack.plan.itinerary import Itinerary, file_sizes
-from l4pack.plan.memory import Memory, check_room, kernels_loaded, rounding, workers_within
+from l4pack.plan.memory import FLOAT, Memory, check_room, kernels_loaded, rounding, seeing, sight_of, workers_within
 from l4pack.plan.needs import Needs, calibration_needs
 from l4pack.plan.options import plan_options, recipe_parts, text_options
 from l4pack.quant.dtypes import FLOATS
 from l4pack.recipe import KEEP, KV_CACHE, Recipe
 from l4pack.units import MIB, human_bytes
 from l4pack.work import machine
+from l4pack.work.device import CPU, CUDA
 from l4pack.work.identity import Identity
 
 if TYPE_CHECKING:
@@ -113,11 +114,20 @@ class Plan:
     def with_text(self, text: TokenText) -> Plan:
         """The same plan with the tokens its calibration looks at, pinned in the manifest by their digest."""
         pinned = {"text_sha256": text.record["sha256"], "tokens_sha256": text.record["tokens_sha256"]}
-        needs = self.needs and self.needs.for_tokens(text.record["tokens"])
+        config, device = self.checkpoint.config, CUDA if self.accelerated else CPU
+        sight = sight_of(config.vision, text.sequences)
+        seen = None if sight is None else seeing(sight, config.text, device, FLOAT)
+        needs = self.needs and self.needs.for_tokens(text.record["tokens"], seen)
         options = {**self.manifest.options, **text_options(self.recipe, text.record)}
         return replace(
             self, text=text, needs=needs, manifest=replace(self.manifest, calibration=pinned, options=options)
         )
+
+    @property
+    def tiles(self) -> int:
+        """Pieces of images that its calibration looks at."""
+        sequences = () if self.text is None else self.text.sequences
+        return sum(sequence.images.tiles for sequence in sequences if sequence.images is not None)
 
     def computed_on(self, parts: Mapping[str, Any]) -> Plan:
         """The same plan with what decides its bytes where it is calibrated, see `Compute.parts`."""

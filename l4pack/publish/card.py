@@ -192,6 +192,7 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
         "accuracy": _accuracy(facts.accuracy, _tasks(facts)),
         "evaluations": [_in_a_row(one) for one in facts.others],
         "gates": [_gate(gate) for one in (facts.accuracy or {}, *facts.others) for gate in one.get("gates", ())],
+        "images": max(map(_images, (facts.accuracy or {}, *facts.others))),
         "said": _said(facts.accuracy),
         "tasks_measured": bool(_tasks(facts)),
         "fits": [_fit(fit) for fit in facts.fits],
@@ -297,6 +298,12 @@ def _in_a_row(measured: Mapping[str, Any]) -> dict[str, str]:
             else "not measured"
         ),
     }
+
+
+def _images(measured: Mapping[str, Any]) -> int:
+    """Images in the text of an evaluation beside the original."""
+    count = (measured.get("text") or {}).get("images", 0) if "kl_mean" in measured else 0
+    return count if isinstance(count, int) else 0
 
 
 def _said(measured: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -13,9 +13,9 @@ from l4pack.model.parts import VISION_LAYERS
 from l4pack.model.tensors import canonical_naming
 from l4pack.stream.hidden import Packed, Rows, TokenSequence
 from l4pack.stream.modules import Skeleton, upstream_config
+from l4pack.stream.rows import IMAGE_TILES
 from l4pack.stream.weights import Weights
 
-TILES_AT_ONCE = 8  # of images: their states are there together, and all layers' weights are read for them
 ROWS_AT_ONCE = 4096  # 84 MB at a width of 5,120: less than any unit that is loaded later
 
 
@@ -83,7 +83,7 @@ def image_features(weights: Weights, skeleton: Skeleton, pixel_values: Tensor, c
     for number, layer in enumerate(model.model.layers):
         _fill_while_running(weights, layer, f"{naming.vision}{VISION_LAYERS}.{number}.")
     found = []
-    for tiles in torch.split(pixel_values, TILES_AT_ONCE):
+    for tiles in torch.split(pixel_values, IMAGE_TILES):
         pixels = tiles.to(skeleton.device, skeleton.dtype)
         seen = model(pixel_values=pixels, return_dict=True).last_hidden_state
         found.append(projector(seen.reshape(-1, seen.shape[-1])).cpu())

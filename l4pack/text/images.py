@@ -88,12 +88,12 @@ class ImageReader:
         Raises UsageError: a file that is not there, that is no image or too large, a template that left one out, a model
         without vision, no torchvision; SourceError without a processor's files.
         """
+        self._processor  # noqa: B018  what is wrong with the model is said before what is wrong with a text
         if text.count(IMAGE) != len(files) or any(token in text for token in IMAGE_TOKENS if token != IMAGE):
             raise UsageError(
                 f"{where}: the chat template has no place for its {len(files)} images, or makes more of them",
                 hint="put the model's own chat_template.jinja beside its tokenizer.json",
             )
-        self._processor  # noqa: B018  what is wrong with the model is said before what is wrong with a file
         contents = [read_file(path, where) for path in files]
         found = [picture(content, f"{where}: {path.name}") for path, content in zip(files, contents, strict=True)]
         processed = self.process(text, found, where)
@@ -164,10 +164,10 @@ def _classes() -> tuple[Any, Any]:
 
 def inside(folder: Path, named: str, where: str) -> Path:
     """The file that rows in `folder` name, links followed. Raises UsageError for one outside of it."""
-    path = (folder / named).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    path = None if "\0" in named else (folder / named).resolve()
+    if path is None or not path.is_relative_to(folder.resolve()):
         raise UsageError(
-            f"{where}: image {named[:120]} lies outside the rows' own folder",
+            f"{where}: image {named[:120]!r} lies outside the rows' own folder",
             hint="put images into the folder of the file that names them",
         )
     return path

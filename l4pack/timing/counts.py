@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from l4pack.model.config import TextConfig
-from l4pack.model.parts import attention_shapes
+from l4pack.model.config import Llama4Config, TextConfig
+from l4pack.model.parts import attention_shapes, projector_shapes, vision_shapes
 from l4pack.quant.scheme import Observer, Scheme
 from l4pack.recipe import RecipeScheme
-from l4pack.stream.rows import HEAD_ROWS, TOKENS_SCORED, rows_at_once
+from l4pack.stream.rows import HEAD_ROWS, IMAGE_TILES, TOKENS_SCORED, rows_at_once
 from l4pack.timing.work import Kind, Work
 from l4pack.work.device import CPU
 
@@ -249,4 +249,22 @@ def scoring(text: TextConfig, tokens: float, models: int) -> Work:
     work.add("scoring", Kind.LOGITS, models * tokens * text.vocab_size)
     blocks = math.ceil(tokens / TOKENS_SCORED) * math.ceil(text.vocab_size / HEAD_ROWS)
     work.add("scoring", Kind.CALL, 20 * models * blocks)
+    return work
+
+
+def seeing(config: Llama4Config, tiles: int) -> Work:
+    """Tiles of images through the vision tower and the projector, whose weights are widened for a few of them at once."""
+    work, vision = Work(), config.vision
+    if vision is None or not tiles:
+        return work
+    hidden, rows, layers = vision.hidden_size, vision.patches + 1, vision.num_hidden_layers
+    in_layers = layers * (4 * hidden * hidden + 2 * hidden * vision.intermediate_size)
+    shapes = [*vision_shapes(vision).values(), *projector_shapes(vision, config.text).values()]
+    weights, features = sum(map(math.prod, shapes)), vision.patches * vision.pixel_shuffle_ratio**2
+    work.add("images", Kind.FORWARD, tiles * product(rows, in_layers, 1))
+    work.add("images", Kind.FORWARD, tiles * 2 * layers * product(rows, rows, hidden))
+    work.add("images", Kind.FORWARD, tiles * product(features, weights - in_layers, 1))
+    work.add("images", Kind.MEMORY, FLOAT * tiles * layers * rows * (24 * hidden + 8 * vision.intermediate_size))
+    work.add("images", Kind.READ, 2 * weights)
+    work.add("images", Kind.WIDEN, math.ceil(tiles / IMAGE_TILES) * weights)
     return work

@@ -18,7 +18,7 @@ from l4pack.plan.needs import DEFAULT_LENGTH
 from l4pack.plan.plan import Plan
 from l4pack.quant.dtypes import FLOATS
 from l4pack.recipe import RecipeScheme
-from l4pack.timing.counts import FLOAT, Tokens, attending, rounding, running_mlp, scoring, solving_mlp
+from l4pack.timing.counts import FLOAT, Tokens, attending, rounding, running_mlp, scoring, seeing, solving_mlp
 from l4pack.timing.work import Kind, Work
 from l4pack.work.device import CPU
 
@@ -82,6 +82,7 @@ def quantizing(plan: Plan, device: str = CPU, tokens: int | None = None) -> list
     stages = [starting(models=plan.needs is not None), rounding_tasks(plan)]
     if plan.needs is not None:
         stages.append(calibrating(plan, device, plan.needs.tokens if tokens is None else tokens))
+        stages[-1].include(seeing(plan.checkpoint.config, plan.tiles))
     return stages
 
 

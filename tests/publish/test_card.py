@@ -294,6 +294,12 @@ def test_what_looks_like_markup_becomes_code():
         )
 
 
+def test_images_are_called_measured_only_where_they_were():
+    seen = {**ACCURACY, "text": {**ACCURACY["text"], "images": 12}}
+    assert "Image inputs: not measured." in render_card(facts(accuracy=ACCURACY))
+    assert "Image inputs: measured, 12 images." in render_card(facts(accuracy=ACCURACY, others=[seen]))
+
+
 def test_a_sample_is_bold_from_where_the_models_part():
     text = render_card(facts(accuracy={**ACCURACY, "sample": SAMPLE}))
     assert "the likeliest token each time, 16 at most" in text

@@ -290,8 +290,8 @@ def test_without_room_nothing_is_loaded_before_it_is_taken():
 
 
 def test_a_walk_that_does_not_fit_is_refused():
-    text, sequences = known_config("llama-4-maverick").text, [TokenSequence((0,) * 2048)]
-    computing = computing_on(Compute.of("cpu"), text, sequences, models=2, streams=2)
+    config, sequences = known_config("llama-4-maverick"), [TokenSequence((0,) * 2048)]
+    computing = computing_on(Compute.of("cpu"), config, sequences, models=2, streams=2)
     needed = partial(Computing.memory, scored=True)
     most, ahead = walk_within(computing, needed, Room(8_000_000_000, ASKED))
     assert ahead

@@ -375,8 +375,8 @@ REFUSED = {
     "nothing": ("a.txt", " \n", "holds no text"),
     "no rows": ("a.jsonl", "", "holds no text"),
     "no rows in a table": ("a.csv", "", "holds no text"),
-    "images alone": ("a.jsonl", '{"images": ["x.png"], "text": "a"}', "no row of text alone: 1 of 1"),
-    "image tokens": ("a.txt", "see <|image|> there", "no row of text alone: 1 of 1"),
+    "images alone": ("a.jsonl", '{"images": ["x.png"], "text": "a"}', "no row that is read: 1 of 1"),
+    "image tokens": ("a.txt", "see <|image|> there", "no row that is read: 1 of 1"),
     "LLaVA": ("a.json", '[{"conversations": [{"from": "human", "value": "<image> what?"}]}]', "no row of text alone"),
 }  # fmt: skip
 
