@@ -60,7 +60,7 @@ class PreparedComparison:
             ).run()
             folder.remove()
         records = (one.completed(record) for one, (record, _) in zip(self.evaluations, found, strict=True))
-        lengths = [len(item.tokens) - item.score_from for item in first.inputs.sequences]
+        lengths = [len(item.scored()) for item in first.inputs.sequences]
         return Comparison(tuple(records), differences([scored for _, scored in found], lengths))
 
 

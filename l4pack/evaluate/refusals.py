@@ -103,7 +103,7 @@ def refusal_sequences(suite: RefusalSuite, tokenizer: PreTrainedTokenizerBase) -
     openings = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in suite.openings]
     found = []
     for request in suite.prompts():
-        prompt = tuple(prompt_of(tokenizer, [{"role": "user", "content": request}]))
+        prompt = prompt_of(tokenizer, [{"role": "user", "content": request}]).tokens
         found += [TokenSequence(prompt + opening, score_from=len(prompt)) for opening in openings]
     return found
 

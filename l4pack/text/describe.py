@@ -19,7 +19,7 @@ def text_lines(record: Mapping[str, Any]) -> list[str]:
     left = [f"{record['tokens_left']:,} tokens not drawn"] if record["tokens_left"] else []
     reasons = {
         "empty": "empty",
-        "with_images": "with images that are in no file, sound or their tokens",
+        "with_images": "with images in no file, or sound",
         "with_images_too_long": "with images, longer than a sequence",
     }
     left += [

@@ -247,8 +247,7 @@ def _nothing(source: str, pool: _Pool) -> UsageError:
     images = pool.read[Left.IMAGES]
     if images:
         return UsageError(
-            f"{source} holds no row that is read: {images} of {pool.read['read']} have images that are in no file, sound or "
-            "their tokens",
+            f"{source} holds no row that is read: {images} of {pool.read['read']} have images in no file, or sound",
             hint="name image files in the rows, see docs/reference/texts.md, or take rows without",
         )
     if long := pool.read[Left.LONG]:

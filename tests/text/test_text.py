@@ -131,9 +131,7 @@ def test_what_was_left_is_said(read):
     assert text.record["rows"] == {
         "read": 4, "used": 1, "used_in_part": 0, "not_drawn": 0, "empty": 2, "with_images": 1,
     }  # fmt: skip
-    assert (
-        text_lines(text.record)[1] == "left: 2 rows empty; 1 row with images that are in no file, sound or their tokens"
-    )
+    assert text_lines(text.record)[1] == "left: 2 rows empty; 1 row with images in no file, or sound"
 
 
 # What is understood
@@ -377,7 +375,7 @@ REFUSED = {
     "no rows in a table": ("a.csv", "", "holds no text"),
     "images alone": ("a.jsonl", '{"images": ["x.png"], "text": "a"}', "no row that is read: 1 of 1"),
     "image tokens": ("a.txt", "see <|image|> there", "no row that is read: 1 of 1"),
-    "LLaVA": ("a.json", '[{"conversations": [{"from": "human", "value": "<image> what?"}]}]', "no row of text alone"),
+    "LLaVA": ("a.json", '[{"conversations": [{"from": "human", "value": "<image> what?"}]}]', "no row that is read"),
 }  # fmt: skip
 
 
@@ -435,7 +433,7 @@ def test_a_dry_run_reads_the_text(l4pack, tmp_path):
     ended = l4pack(*command, tmp_path / "rows.jsonl")
     assert ended.code == 0, ended.err
     assert "of 1 of 3 rows" in ended.out
-    assert "left: 1 row empty; 1 row with images, which are not read" in ended.out
+    assert "left: 1 row empty; 1 row with images in no file, or sound" in ended.out
     found = json.loads(l4pack(*command, tmp_path / "rows.jsonl", "--json").out)["calibration"]
     assert found["tokens"] == found["text"]["tokens"]
     assert found["text"]["rows"]["read"] == 3
