@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def _needles(inputs: EvaluationInputs, packed: Packed, lengths: Sequence[int], s
 def run_record(
     artifact: Checkpoint, compute: Compute, settings: EvaluationSettings, started: float, planned: Memory
 ) -> dict[str, Any]:
-    """How the numbers came about: device, dtype, versions, seconds and bytes of memory, `planned` and taken."""
+    """How the numbers came about: device, dtype, versions, date, seconds and bytes of memory, `planned` and taken."""
     rounded_cache = bool(read_stanza(artifact.config.stanza).kv_cache) and not settings.weights_only
     return {
         "device": compute.describe(),
@@ -164,6 +165,7 @@ def run_record(
         "blocks": vars(Blocks.on(compute.device, artifact.config.text.hidden_size)),
         "seed": settings.text.seed,
         "versions": {"l4pack": __version__, "python": platform.python_version(), **_versions()},
+        "date": datetime.now(UTC).date().isoformat(),
         "seconds": time.monotonic() - started,
         "peak_ram_bytes": planned.ram,
         "peak_rss_bytes": machine.peak_rss(),

@@ -101,7 +101,9 @@ class Position(_Data):
     """Mean numbers of a range of positions."""
 
     kl_mean: MeasuredKl
+    kl_standard_error: Error = None
     top1_agreement: Share
+    top1_agreement_standard_error: Error = None
     tokens: Count
 
 
@@ -125,6 +127,7 @@ class Run(_Data):
     activations: Word
     seconds: Magnitude
     peak_rss_bytes: Count
+    date: Word = ""
     versions: dict[Word, Word]
 
 

@@ -85,7 +85,7 @@ def summarize(scores: PairedScores, lengths: Sequence[int], positions: Tensor) -
         "perplexity_ratio": ratio,
         "perplexity_ratio_standard_error": ratio_error,
         "true_token_probability": _probability_change(scores),
-        "by_position": _by_position(scores.kl, agree, positions),
+        "by_position": _by_position(scores.kl, agree, positions, cluster),
         "tokens": len(scores.kl),
         "clusters": int(cluster.max()) + 1,
     }
@@ -106,19 +106,24 @@ def _histogram(kl: Tensor) -> list[int]:
     return counts
 
 
-def _by_position(kl: Tensor, agree: Tensor, positions: Tensor) -> list[dict[str, float]]:
+def _by_position(kl: Tensor, agree: Tensor, positions: Tensor, cluster: Tensor) -> list[dict[str, float | None]]:
+    """Means of ranges of positions, with standard errors by what each cluster has of a range."""
     width = max(1, math.ceil((int(positions.max()) + 1) / POSITION_BUCKETS))
-    rows = []
+    rows: list[dict[str, float | None]] = []
     for bucket in range(POSITION_BUCKETS):
         inside = positions // width == bucket
         if bool(inside.any()):
+            parts: Tensor = torch.unique(cluster[inside], return_inverse=True)[1]
+            (kl_mean, kl_error), (agreed, agreed_error) = (mean_and_error(one[inside], parts) for one in (kl, agree))
             rows.append(
                 {
                     "from": bucket * width,
                     "to": (bucket + 1) * width - 1,
                     "tokens": int(inside.sum()),
-                    "kl_mean": float(kl[inside].mean()),
-                    "top1_agreement": float(agree[inside].mean()),
+                    "kl_mean": kl_mean,
+                    "kl_standard_error": kl_error,
+                    "top1_agreement": agreed,
+                    "top1_agreement_standard_error": agreed_error,
                 }
             )
     return rows

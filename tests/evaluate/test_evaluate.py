@@ -646,6 +646,11 @@ def test_histogram_and_positions():
     assert (counts[0], counts[-1], sum(counts)) == (10, 10, 40)
     assert counts[HISTOGRAM_EDGES.index(1e-6) + 1] == 20
     assert [(row["from"], row["to"], row["tokens"]) for row in record["by_position"]][:2] == [(0, 1, 4), (2, 3, 4)]
+    first = record["by_position"][0]
+    kl_of = kl.reshape(2, 20)[:, :2].sum(dim=1)
+    assert first["kl_mean"] == pytest.approx(float(kl_of.sum()) / 4)
+    deviations = kl_of - 2 * first["kl_mean"]
+    assert first["kl_standard_error"] == pytest.approx(math.sqrt(2 * float(deviations.square().sum())) / 4)
 
 
 # Bad input
