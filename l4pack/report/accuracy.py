@@ -18,6 +18,7 @@ BLOCKS = {
 }  # fmt: skip
 MEASURED = "measured"
 _PANEL = 130  # pixels
+_HEADROOM = 1.08  # for the note over the highest point
 _MANY = 24  # points whose dots are small
 _OVER = ("above", "above-left", "above-right", "left", "right")
 
@@ -94,13 +95,9 @@ def _positions(places: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _with_errors(points: Sequence[Point], x: Scale, y: Scale | None = None) -> tuple[str, Scale]:
     """A line of points with their error bars, and the y axis that holds them."""
-    y = y or linear(_reached(points))
+    y = y or linear(point.ends[1] for point in points)
     dot = f"{'speck' if len(points) > _MANY else 'dot'} {MEASURED}"
     return joined(points, x, y, MEASURED) + whiskers(points, x, y, MEASURED) + dots(points, x, y, dot), y
-
-
-def _reached(points: Sequence[Point]) -> list[float]:
-    return [point.y + (point.error or 0.0) for point in points]
 
 
 def _layers(layers: Sequence[Mapping[str, Any]]) -> Figure | None:
@@ -111,7 +108,7 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> Figure | None:
         return None
     numbers = [layer["layer"] for layer in layers]
     x = counted(min(numbers), max(numbers))
-    y = linear(reach for points in found.values() for reach in _reached(points))
+    y = linear(_HEADROOM * point.ends[1] for points in found.values() for point in points)
     panels = "".join(f"<div><h3>{BLOCKS[key]}</h3>{_panel(points, x, y)}</div>" for key, points in found.items())
     style = "panels two" if len(found) in (2, 4) else "panels"
     rows = [(str(layer["layer"]), *(_cell(layer, key) for key in found)) for layer in layers]
@@ -121,7 +118,7 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> Figure | None:
 
 def _panel(points: Sequence[Point], x: Scale, y: Scale) -> str:
     worst = max(points, key=lambda point: point.y)
-    place = x.share(worst.x), y.share(worst.y + (worst.error or 0.0))
+    place = x.share(worst.x), y.share(worst.ends[1])
     notes = [Note(*place, f"layer {worst.x:.0f}: {worst.y:.3g}", sides=_OVER)] if worst.y else []
     return frame(_with_errors(points, x, y)[0], x, y, ("layer", "relative error"), notes, _PANEL)
 

@@ -88,7 +88,9 @@ def _bars(found: Budget, scale: float) -> Iterator[MemoryBar]:
 
 
 def _bar(name: str, start: float, low: int, high: int, scale: float, formula: str) -> MemoryBar:
-    amount = _binary(low) if low == high else f"{_binary(low)} to {_binary(high)}"
+    least, most = _binary(low), _binary(high)
+    shared = least[-4:] if least[-4:] == most[-4:] else ""
+    amount = most if low == high else f"{least.removesuffix(shared)} to {most}"
     return MemoryBar(name, amount, start, low / scale, (high - low) / scale, formula)
 
 

@@ -11,7 +11,7 @@ from l4pack import __version__
 from l4pack.report.figure import Figure, with_error
 from l4pack.report.page import environment
 from l4pack.report.plot import Note, Point, dots, frame, whiskers
-from l4pack.report.scale import logarithmic, spanned
+from l4pack.report.scale import logarithmic, widened
 from l4pack.units import human_bytes, unit_of
 
 _HEIGHT = 240  # pixels
@@ -45,12 +45,10 @@ def _sizes_and_losses(record: Mapping[str, Any]) -> Figure:
         if one["kl_mean"] > 0
     }
     points = list(found.values())
-    places = [point.x for point in points] or [0.0, 1.0]
-    x = spanned(min(places), max(places))
-    reached = [point.y + sign * (point.error or 0.0) for point in points for sign in (-1, 0, 1)]
-    y = logarithmic(reached)
-    marks = whiskers(points, x, y, "measured") + dots(points, x, y, "big measured")
-    notes = [Note(x.share(point.x), y.share(point.y), name, "strong") for name, point in found.items()]
+    x = widened([point.x for point in points] or [0.0, 1.0])
+    y = logarithmic(end for point in points for end in point.ends)
+    marks = whiskers(points, x, y, "measured") + dots(points, x, y, "dot measured")
+    notes = [Note(x.share(point.x), y.share(point.y), name, "strong", needed=True) for name, point in found.items()]
     rows = [
         (one["artifact"], human_bytes(one["weight_bytes"]), with_error(one["kl_mean"], one["kl_standard_error"]))
         for one in artifacts

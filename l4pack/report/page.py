@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,13 +122,20 @@ def _serving(question: Question, name: str) -> dict[str, Any]:
 def _checks(folder: Path) -> dict[str, Any]:
     """What `verify` finds in headers and configuration; reading every byte is left to the command."""
     found = verify_artifact(folder, headers_only=True)
+    told: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for finding in found.findings:
+        told[finding.level, finding.message].append(finding.where)
+    findings = [
+        {"level": level, "message": message, "where": where[0], "more": len(where) - 1}
+        for (level, message), where in told.items()
+    ]
     return {
         "ok": found.ok,
         "tensors": found.checked.tally.tensors,
         "modules": found.checked.modules,
         "files": found.checked.files,
-        "findings": found.findings[:_SHOWN_FINDINGS],
-        "more": max(0, len(found.findings) - _SHOWN_FINDINGS),
+        "findings": findings[:_SHOWN_FINDINGS],
+        "more": max(0, len(findings) - _SHOWN_FINDINGS),
     }
 
 

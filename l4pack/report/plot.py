@@ -12,20 +12,24 @@ from html import escape
 
 from l4pack.report.scale import Scale
 
-NARROWEST = 230  # pixels: a drawing between its axis and its edge, on the narrowest telephone
+NARROWEST, MARGIN = 250, 12  # pixels: of a drawing between its axis and its edge on a telephone, and right of it
 CHARACTER, LINE = 6.4, 15  # pixels: no less than a letter of a note takes, and the height of its line
 _FULL = 1000
 
 
 @dataclass(frozen=True)
 class Note:
-    """Words at a place, shares of the axes from the left and from the bottom; on the first of `sides` with room."""
+    """Words at a place, shares of the axes from the left and from the bottom; on the first of `sides` with room.
+
+    One that is `needed` may lie on points where there is no room.
+    """
 
     x: float
     y: float
     text: str
     style: str = ""
     sides: Sequence[str] = ("right", "left", "above", "below", "above-left", "above-right", "below-left", "below-right")
+    needed: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Point:
     x: float
     y: float
     error: float | None = None
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Where its error bar ends; the value itself where it has none."""
+        return self.y - (self.error or 0.0), self.y + (self.error or 0.0)
 
 
 def frame(
@@ -70,11 +79,6 @@ def dots(points: Iterable[Point], x: Scale, y: Scale, style: str) -> str:
     """A round dot at every point."""
     places = "".join(f"M{_across(x, point.x)} {_down(y, point.y)}h0" for point in points)
     return f'<path class="{style}" d="{places}"/>' if places else ""
-
-
-def rings(points: Sequence[Point], x: Scale, y: Scale, style: str) -> str:
-    """A small ring at every point."""
-    return dots(points, x, y, f"dot {style}") + dots(points, x, y, "hole")
 
 
 def joined(points: Sequence[Point], x: Scale, y: Scale, style: str, *, stepped: bool = False) -> str:
@@ -113,14 +117,15 @@ def upright(value: float, x: Scale) -> str:
 def _placed(notes: Sequence[Note], height: int, around: Sequence[tuple[float, float]]) -> Iterable[str]:
     """Notes beside their points where they lie on nothing even in the narrowest drawing; the rest is left out."""
     places = ((x * NARROWEST, (1 - y) * height) for x, y in around)
-    taken: list[_Box] = [(x - _DOT, y - _DOT, x + _DOT, y + _DOT) for x, y in places]
+    points: list[_Box] = [(x - _DOT, y - _DOT, x + _DOT, y + _DOT) for x, y in places]
+    taken: list[_Box] = []
     for note in notes:
-        boxes = ((side, _box(note, side, height)) for side in note.sides)
-        free = (
-            (side, box) for side, box in boxes if _inside(box, height) and not any(_overlap(box, one) for one in taken)
-        )
-        side, box = next(free, ("", None))
-        if box is not None:
+        inside = [(side, box) for side in note.sides if _inside(box := _box(note, side, height), height)]
+        free = [one for one in inside if not any(_overlap(one[1], other) for other in taken)]
+        clear = [one for one in free if not any(_overlap(one[1], other) for other in points)]
+        chosen = clear or (free if note.needed else [])
+        if chosen:
+            side, box = chosen[0]
             taken.append(box)
             at = f"left:{_percent(note.x)};bottom:{_percent(note.y)}"
             yield f'<span class="note {side} {note.style}" style="{at}">{escape(note.text)}</span>'
@@ -142,7 +147,7 @@ def _box(note: Note, side: str, height: int) -> _Box:
 
 
 def _inside(box: _Box, height: int) -> bool:
-    return box[0] >= 0 and box[2] <= NARROWEST and box[1] >= -LINE and box[3] <= height
+    return box[0] >= 0 and box[2] <= NARROWEST + MARGIN and box[1] >= -LINE and box[3] <= height
 
 
 def _overlap(one: _Box, other: _Box) -> bool:

@@ -50,6 +50,12 @@ def spanned(low: float, high: float) -> Scale:
     return Scale(low, high, _round_ticks(low, high, math.ceil, math.floor))
 
 
+def widened(values: Sequence[float]) -> Scale:
+    """A linear axis a little wider than its values, of which there is one at least."""
+    low, high = min(values), max(values)
+    return spanned(low - (high - low) / 20, high + (high - low) / 20)
+
+
 def counted(first: int, last: int) -> Scale:
     """A linear axis for things that are numbered, half a step wider than they are; ticks are whole numbers."""
     step = max(1, math.ceil(_round_step((last - first) / (_MOST_TICKS - 1)))) if last > first else 1

@@ -200,10 +200,10 @@ def test_the_frontier_has_a_row_for_every_point_and_a_mark_above_zero():
     assert [row[1] for row in alone.rows] == ["1.00 GB", "2.00 GB", "3.00 GB", "2.00 GB"]
     assert "weights, GB" in alone.drawing
     assert "measured" not in alone.drawing
-    assert 'class="speck predicted" d="M0 0h0M1000 1000h0"' in alone.drawing
+    assert 'class="speck predicted" d="M45 0h0M955 1000h0"' in alone.drawing
     measured = {"kl_mean": 0.02, "kl_standard_error": 0.001, "artifact_weight_bytes": 2 * 10**9}
     both = frontier_figure(fitted, measured)
-    assert both.rows[-1] == ("chosen, measured", "2.00 GB", "0.0200 ± 0.0010")
+    assert both.rows[-1] == ("measured: chosen", "2.00 GB", "0.0200 ± 0.0010")
     assert "whisker measured" in both.drawing
     assert "measured</span>" in both.drawing
     frontier_figure({**fitted, "frontier": [], "predicted_kl": 0.0}, None)

@@ -20,7 +20,7 @@ from l4pack.resources import data_text
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
 PLAIN, STRONG = (ImageFont.truetype(str(FONTS / f"DejaVuSans{kind}.ttf"), 11) for kind in ("", "-Bold"))
 AXIS_ROOM = 50  # pixels left of a drawing
-NARROW, WIDE = 230, 880  # pixels of a drawing on a small telephone and on a large screen
+NARROW, WIDE = 250, 880  # pixels of a drawing on a small telephone and on a large screen
 STYLE = data_text("report", "templates", "report.css")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTHS = (320, 390, 768, 1100)

@@ -9,6 +9,8 @@ import pytest
 from large_record import EXPERTS, LAYERS, large
 from page import Page
 
+from l4pack.report.figure import with_error
+
 
 def test_page_needs_nothing_else(page, made):
     text = page(made)
@@ -28,8 +30,10 @@ def test_page_shows_what_was_measured(page, made):
     record = json.loads((made / "accuracy.json").read_text())
     text = page(made)
     words = " ".join(Page(text).words)
-    assert f"{record['kl_mean']:,.3g}" in words
-    assert f"{100 * record['top1_agreement']:,.4g} %" in words
+    assert with_error(record["kl_mean"], record["kl_standard_error"]) in words
+    agreement = with_error(100 * record["top1_agreement"], 100 * record["top1_agreement_standard_error"])
+    assert f"{agreement} %" in words
+    assert f"{record['perplexity_reference']:.3f} → {record['perplexity_artifact']:.3f}" in words
     assert record["text"]["sha256"] in words
     assert record["run"]["versions"]["torch"] in words
     worst = record["worst"][0]
