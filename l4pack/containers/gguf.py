@@ -23,8 +23,7 @@ from l4pack.model.tensors import Role
 logging.getLogger("gguf").setLevel(logging.ERROR)  # it warns of templates that it reads rightly
 
 SUFFIX = ".gguf"
-ARCHITECTURE, VISION_ARCHITECTURE = "llama4", "clip"
-FLOAT_TYPES = ("BF16", "F16", "F32")
+ARCHITECTURE = "llama4"
 
 _OF_TEXT: Mapping[tuple[Role, str], MODEL_TENSOR] = {
     (Role.EMBEDDING, parts.EMBEDDING): MODEL_TENSOR.TOKEN_EMBD,

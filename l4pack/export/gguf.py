@@ -28,8 +28,10 @@ from l4pack.containers.gguf import (
 )
 from l4pack.containers.gguf_text import check_text, context_length, describe_text, rope_factors
 from l4pack.containers.gguf_tokenizer import describe_tokenizer, has_tokenizer
+from l4pack.containers.gguf_vision import ARCHITECTURE as VISION_ARCHITECTURE
+from l4pack.containers.gguf_vision import FAULT, describe_vision, is_wide, vision_name
 from l4pack.errors import L4packError
-from l4pack.export.artifact import Artifact
+from l4pack.export.artifact import Artifact, Source
 from l4pack.export.target import Carried, Layout, OutTensor
 from l4pack.formats.carrier import IntegerCarrier
 from l4pack.formats.ggml import ROUNDED_TO, carrier_of
@@ -64,6 +66,8 @@ class Gguf:
             )
         if not has_tokenizer(_folder(artifact)):
             found.append("there is no tokenizer that merges bytes: the file takes token ids, not text")
+        if artifact.config.vision is not None:
+            found.append(FAULT)
         return found
 
     def carrier(self, scheme: Scheme, columns: int, dtype: str) -> IntegerCarrier | str:
@@ -73,7 +77,8 @@ class Gguf:
 
     def holds(self, role: Role) -> bool:
         """See `Target`."""
-        return role not in _TOWER
+        del role
+        return True
 
     def carries(self, file: str) -> bool:
         """See `Target`: the tokenizer lies in the file."""
@@ -82,12 +87,15 @@ class Gguf:
 
     def tensor_name(self, artifact: Artifact, source: str, role: Role, layer: int | None, suffix: str) -> str:
         """See `Target`."""
-        del artifact, suffix
+        del suffix
+        if role in _TOWER:
+            return vision_name(source, artifact.layout.naming)
         return text_name(role, source.removesuffix(f".{WEIGHT}").rpartition(".")[2], layer)
 
-    def float_type(self, role: Role, dtype: str) -> str:
+    def float_type(self, artifact: Artifact, role: Role, source: Source, shape: tuple[int, ...]) -> str:
         """See `Target`."""
-        return "F32" if role in WIDE else dtype
+        tower = role in _TOWER and is_wide(source.name, artifact.layout.naming, len(shape))
+        return "F32" if role in WIDE or tower else source.dtype
 
     def constants(self, artifact: Artifact) -> list[Carried]:
         """See `Target`."""
@@ -99,20 +107,24 @@ class Gguf:
 
     def lay_out(self, artifact: Artifact, carried: Sequence[Carried], limit: int | None) -> Layout:
         """See `Target`."""
-        tensors = [tensor for one in carried for tensor in one.tensors]
-        kind, source = _most(tensors), _source(artifact)
-        name = source.name if source is not None else Path(artifact.checkpoint.name).absolute().name
+        text = [tensor for one in carried if one.role not in _TOWER for tensor in one.tensors]
+        tower = [tensor for one in carried if one.role in _TOWER for tensor in one.tensors]
+        config, folder = artifact.config, _folder(artifact)
 
         def describe(writer: GGUFWriter) -> None:
-            writer.add_type("model")
-            writer.add_name(name)
-            writer.add_file_type(_FILE_TYPES[kind])
-            _describe_origin(writer, artifact, source)
-            describe_text(writer, artifact.config)
-            describe_tokenizer(writer, _folder(artifact), artifact.config.text.vocab_size)
+            _describe(writer, artifact, "model", _most(text))
+            describe_text(writer, config)
+            describe_tokenizer(writer, folder, config.text.vocab_size)
 
-        stem = f"{_UNFIT.sub('-', name)}-{kind}"
-        shards, places = lay_out(tensors, stem, ARCHITECTURE, limit or 0, describe)
+        def describe_tower(writer: GGUFWriter) -> None:
+            _describe(writer, artifact, "mmproj", _most(tower))
+            describe_vision(writer, config, folder)
+
+        stem = _UNFIT.sub("-", _name(artifact))
+        shards, places = lay_out(text, f"{stem}-{_most(text)}", ARCHITECTURE, limit or 0, describe)
+        if tower:
+            of_tower = lay_out(tower, f"mmproj-{stem}-{_most(tower)}", VISION_ARCHITECTURE, 0, describe_tower)
+            shards, places = [*shards, *of_tower[0]], {**places, **of_tower[1]}
         return Layout(tuple(shards), places)
 
     @property
@@ -156,8 +168,18 @@ def _most(tensors: Sequence[OutTensor]) -> str:
     return weights.most_common(1)[0][0]
 
 
-def _describe_origin(writer: GGUFWriter, artifact: Artifact, source: SourceRecord | None) -> None:
-    """What it was made from and by, and under which licence it may be handed on."""
+def _name(artifact: Artifact) -> str:
+    """The name of what the artifact was made from, else its folder's."""
+    source = _source(artifact)
+    return source.name if source is not None else _folder(artifact).absolute().name
+
+
+def _describe(writer: GGUFWriter, artifact: Artifact, what: str, kind: str) -> None:
+    """What the file is, what it was made from and by, and under which licence it may be handed on."""
+    source = _source(artifact)
+    writer.add_type(what)
+    writer.add_name(_name(artifact))
+    writer.add_file_type(_FILE_TYPES[kind])
     terms = governing_policy(folder_materials(_folder(artifact))).metadata
     writer.add_license(terms["license"])
     writer.add_license_name(terms.get("license_name", ""))  # what is empty is not written

@@ -21,7 +21,7 @@ from l4pack.checkpoint.shards import FilePlace
 from l4pack.containers.mlx import FOLDER, NORM_EPS, check_text, configuration, tensor_name
 from l4pack.containers.safetensors_folder import DEFAULT_SHARD_BYTES
 from l4pack.errors import L4packError
-from l4pack.export.artifact import Artifact
+from l4pack.export.artifact import Artifact, Source
 from l4pack.export.target import Carried, Layout, OutTensor
 from l4pack.formats.affine import ROUNDED_TO, Affine, carrier_of
 from l4pack.formats.carrier import IntegerCarrier
@@ -72,10 +72,10 @@ class Mlx:
         """See `Target`."""
         return tensor_name(source, artifact.layout.naming, role, layer, suffix)
 
-    def float_type(self, role: Role, dtype: str) -> str:
+    def float_type(self, artifact: Artifact, role: Role, source: Source, shape: tuple[int, ...]) -> str:
         """See `Target`."""
-        del role
-        return dtype
+        del artifact, role, shape
+        return source.dtype
 
     def constants(self, artifact: Artifact) -> list[Carried]:
         """See `Target`: a head of its own, which mlx-lm wants where the embedding is tied to it."""

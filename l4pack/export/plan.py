@@ -251,7 +251,7 @@ def _integers(
 def _floats(
     artifact: Artifact, target: Target, role: Role, layer: int | None, sources: list[Source], shape: tuple[int, ...]
 ) -> Carried:
-    dtype, columns = target.float_type(role, sources[0].dtype), sources[0].columns
+    dtype, columns = target.float_type(artifact, role, sources[0], shape), sources[0].columns
     part = RowPart("", dtype, columns, columns * (4 if dtype == "F32" else 2))
     return Carried(role, tuple(sources), (_out(artifact, target, role, layer, sources, part, shape),))
 

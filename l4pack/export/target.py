@@ -85,8 +85,8 @@ class Target(Protocol):
         """Whether a file beside the artifact's weights goes along, beyond licences."""
         ...
 
-    def float_type(self, role: Role, dtype: str) -> str:
-        """The type that floats get, which has every number of theirs."""
+    def float_type(self, artifact: Artifact, role: Role, source: Source, shape: tuple[int, ...]) -> str:
+        """The type that floats of a shape get, which has every number of theirs."""
         ...
 
     def constants(self, artifact: Artifact) -> list[Carried]:

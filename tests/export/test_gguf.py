@@ -52,10 +52,10 @@ def exported(checkpoint, tmp_path_factory):
     return make
 
 
-def values_of(folder):
-    """Every tensor of an export by gguf alone, float32 in its shape."""
+def values_of(folder, files="[!m]*.gguf"):
+    """Every tensor of an export by gguf alone, float32 in its shape; those of the text model unless other files are named."""
     found = {}
-    for path in sorted(folder.glob("*.gguf")):
+    for path in sorted(folder.glob(files)):
         for tensor in gguf.GGUFReader(path).tensors:
             shape = tuple(reversed(tensor.shape.tolist()))
             found[tensor.name] = (
@@ -118,7 +118,7 @@ def test_what_was_planned_is_what_lies_there(exported, kind):
 
 
 def fields(folder):
-    reader = gguf.GGUFReader(min(folder.glob("*.gguf")))
+    reader = gguf.GGUFReader(min(folder.glob("[!m]*.gguf")))
     return {name: field.contents() for name, field in reader.fields.items()}
 
 
@@ -139,7 +139,10 @@ def test_keys_are_those_that_llama_cpp_reads(exported):
     assert found["general.license.name"] == "llama4"
     assert found["general.base_model.0.name"] == "tiny-scout"
     assert found["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_0
-    assert [path.name for path in result.out.glob("*.gguf")] == ["tiny-scout-Q4_0.gguf"]
+    assert sorted(path.name for path in result.out.glob("*.gguf")) == [
+        "mmproj-tiny-scout-BF16.gguf",
+        "tiny-scout-Q4_0.gguf",
+    ]
 
 
 def test_the_tokenizer_is_in_the_file(exported, tmp_path):
@@ -168,6 +171,41 @@ def test_rotary_factors_are_transformers(exported):
     plain = 1.0 / 500000.0 ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     factors = values_of(result.out)["rope_freqs.weight"][0]
     np.testing.assert_allclose(plain.numpy() / factors, scaled.numpy(), rtol=1e-6)
+
+
+TOWER = {
+    "vision_model.class_embedding": "v.class_embd",
+    "vision_model.positional_embedding_vlm": "v.position_embd.weight",
+    "vision_model.patch_embedding.linear.weight": "v.patch_embd.weight",
+    "vision_model.layernorm_pre.weight": "v.pre_ln.weight",
+    "vision_model.layernorm_post.bias": "v.post_ln.bias",
+    "vision_model.model.layers.1.self_attn.k_proj.bias": "v.blk.1.attn_k.bias",
+    "vision_model.model.layers.1.self_attn.o_proj.weight": "v.blk.1.attn_out.weight",
+    "vision_model.model.layers.0.input_layernorm.weight": "v.blk.0.ln1.weight",
+    "vision_model.model.layers.0.post_attention_layernorm.weight": "v.blk.0.ln2.weight",
+    "vision_model.model.layers.0.mlp.fc1.weight": "v.blk.0.ffn_up.weight",
+    "vision_model.model.layers.0.mlp.fc2.bias": "v.blk.0.ffn_down.bias",
+    "vision_model.vision_adapter.mlp.fc1.weight": "mm.model.mlp.1.weight",
+    "vision_model.vision_adapter.mlp.fc2.weight": "mm.model.mlp.2.weight",
+    "multi_modal_projector.linear_1.weight": "mm.model.fc.weight",
+}
+
+
+def test_the_vision_tower_lies_in_a_file_of_its_own(exported):
+    artifact, plan, result = exported("scout")
+    held, found = weights(artifact), values_of(result.out, "mmproj*.gguf")
+    assert len(found) == sum("vision_model" in name or "multi_modal" in name for name in held)
+    for name, theirs in TOWER.items():
+        np.testing.assert_array_equal(found[theirs][0], held[name].float().numpy(), err_msg=name)
+    assert found["v.blk.0.ffn_up.weight"][1] == "BF16"
+    assert found["v.patch_embd.weight"][1] == found["v.blk.0.ln2.weight"][1] == "F32"
+    reader = gguf.GGUFReader(next(result.out.glob("mmproj*.gguf")))
+    keys = {name: field.contents() for name, field in reader.fields.items()}
+    assert (keys["general.architecture"], keys["clip.projector_type"]) == ("clip", "llama4")
+    assert keys["clip.vision.projection_dim"] == 128
+    assert keys["clip.vision.projector.scale_factor"] == 2
+    assert keys["clip.vision.image_mean"] == [0.5, 0.5, 0.5]
+    assert any("13282" in text for text in plan.warnings)
 
 
 def test_an_unquantized_checkpoint_goes_out_too(checkpoint, tmp_path):
@@ -313,14 +351,14 @@ def test_parts_are_named_and_filled_as_llama_cpp_does(exported, tmp_path):
     artifact, _, whole = exported("scout")
     plan = plan_export(open_source(str(artifact)), Gguf(), split=200_000)
     out = run_export(plan, tmp_path / "out").out
-    parts = sorted(path.name for path in out.glob("*.gguf"))
+    parts = sorted(path.name for path in out.glob("tiny*.gguf"))
     count = len(parts)
     assert count > 2
     assert parts == [f"tiny-scout-Q4_0-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
     heads = [{name: one.contents() for name, one in gguf.GGUFReader(out / part).fields.items()} for part in parts]
     assert [head["split.no"] for head in heads] == list(range(count))
     assert {head["split.count"] for head in heads} == {count}
-    assert {head["split.tensors.count"] for head in heads} == {len(values_of(whole.out))}
+    assert {head["split.tensors.count"] for head in heads} == {len(values_of(whole.out, "tiny*.gguf"))}
     assert [("llama4.block_count" in head) for head in heads] == [True] + [False] * (count - 1)
     for name, (values, _) in values_of(whole.out).items():
         np.testing.assert_array_equal(values_of(out)[name][0], values) if name.startswith("blk.3") else None

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 class LlamaCpp:
     """A model loaded by llama.cpp, on the CPU."""
 
-    def __init__(self, file: Path, vocabulary: int, context: int = 512) -> None:
+    def __init__(self, file: Path, vocabulary: int, context: int = 512, tower: Path | None = None) -> None:
         settings = xllamacpp.CommonParams()
         settings.model.path = str(file)
+        if tower is not None:
+            settings.mmproj.path = str(tower)
         settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = context, 1, 1
         settings.warmup = settings.fit_params = False
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
