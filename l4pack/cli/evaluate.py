@@ -47,6 +47,7 @@ from l4pack.work.device import chosen
 
 if TYPE_CHECKING:
     from l4pack.evaluate.evaluate import PreparedEvaluation
+    from l4pack.evaluate.harness import CountingScorer
     from l4pack.evaluate.inputs import EvaluationSettings
     from l4pack.timing.jobs import LayerWeights
     from l4pack.timing.speeds import Prediction
@@ -149,10 +150,34 @@ def _run(artifact: Path, against: str | None, settings: EvaluationSettings, hour
     return record
 
 
-def prediction_of(prepared: Sequence[PreparedEvaluation], hours: Hours) -> Prediction | None:
-    """The time of evaluations that walk together; lm-eval's tasks are not in it."""
+def _asked(prepared: PreparedEvaluation) -> CountingScorer | None:
+    """What lm-eval's tasks would ask of a streamed model; None where there are none, or an engine runs them."""
+    from l4pack.evaluate.harness import counted
+
+    if not prepared.asked.tasks or not prepared.asked.streamed:
+        return None
+    return counted(prepared.artifact, prepared.asked, prepared.settings.limit, prepared.manager)
+
+
+def _asked_record(prepared: PreparedEvaluation, asked: CountingScorer) -> dict[str, Any]:
+    """The cost of lm-eval's tasks, as JSON."""
+    return {
+        "requests": asked.requests,
+        "tokens": asked.tokens,
+        "passes": asked.passes,
+        "read_bytes": asked.passes * sum(model.nbytes for model in _weights([prepared])),
+        "left_out": [
+            one.task for suite in prepared.asked.suites for one in suite.tasks if not prepared.asked.runs(one)
+        ],
+    }
+
+
+def prediction_of(
+    prepared: Sequence[PreparedEvaluation], hours: Hours, asked: CountingScorer | None = None
+) -> Prediction | None:
+    """The time of evaluations that walk together, with that of lm-eval's tasks where they were counted."""
     from l4pack.timing.counts import seeing
-    from l4pack.timing.jobs import evaluating, talking
+    from l4pack.timing.jobs import Asked, asking, evaluating, talking
 
     first, models = prepared[0], _weights(prepared)
     lengths = [len(sequence.tokens) for sequence in first.inputs.sequences]
@@ -161,6 +186,9 @@ def prediction_of(prepared: Sequence[PreparedEvaluation], hours: Hours) -> Predi
     seen = (sequence.images for sequence in first.inputs.sequences)
     work += [seeing(first.artifact.config, sum(one.tiles for one in seen if one is not None))] * len(models)
     work.append(talking(text, models, sample_talk(first.settings.sample_tokens), hours.kind))
+    if asked is not None:
+        requests = Asked(asked.tokens, asked.scored, asked.longest, asked.passes)
+        work.append(asking(text, models, requests, hours.kind))
     return hours.predict(work, sum(model.nbytes for model in models))
 
 
@@ -182,11 +210,14 @@ def _planned(
 
     checkpoint, original = open_folder(artifact), None if against is None else open_source(against)
     prepared = [prepare_evaluation(checkpoint, original, settings, measured=UNREAD)]
-    prediction = prediction_of(prepared, hours)
-    return plan_record(prepared, prediction), prediction
+    asked = _asked(prepared[0])
+    prediction = prediction_of(prepared, hours, asked)
+    return plan_record(prepared, prediction, asked), prediction
 
 
-def plan_record(prepared: Sequence[PreparedEvaluation], prediction: Prediction | None) -> dict[str, Any]:
+def plan_record(
+    prepared: Sequence[PreparedEvaluation], prediction: Prediction | None, asked: CountingScorer | None = None
+) -> dict[str, Any]:
     """What evaluations that walk together would take, as JSON."""
     from l4pack.evaluate.evaluate import total_bytes
 
@@ -198,6 +229,7 @@ def plan_record(prepared: Sequence[PreparedEvaluation], prediction: Prediction |
         "read_bytes": total_bytes(original, *(one.artifact for one in prepared)),
         "peak_ram_bytes": first.planned.ram,
         "sample": sample_talk(first.settings.sample_tokens).record(first.artifact.config.text, _weights(prepared)),
+        "lm_eval": None if asked is None else _asked_record(first, asked),
         **predicted_record(prediction),
     }
 
@@ -214,7 +246,19 @@ def plan_view(plan: dict[str, Any], prediction: Prediction | None) -> list[Rende
         f"plan      {plan['tokens']:,} tokens in {plan['sequences']:,} sequences; reads {reads} of weights, takes "
         f"{memory} of memory",
         *sample_line(plan["sample"]),
+        *_asked_view(plan["lm_eval"]),
         *hours_view(prediction),
+    ]
+
+
+def _asked_view(asked: dict[str, Any] | None) -> list[str]:
+    """The cost of lm-eval's tasks, for people."""
+    if asked is None:
+        return []
+    left = f"; left out, as they generate text: {', '.join(asked['left_out'])}" if asked["left_out"] else ""
+    return [
+        f"lm-eval   {asked['requests']:,} requests, {asked['tokens']:,} tokens of each model in {asked['passes']:,} "
+        f"{'pass' if asked['passes'] == 1 else 'passes'}; reads {human_bytes(asked['read_bytes'])} of weights{console.plain(left)}"
     ]
 
 
@@ -235,6 +279,8 @@ def accuracy_view(record: dict[str, Any]) -> list[RenderableType]:
     lines += _layers_view(record)
     for name, task in record["tasks"].items():
         lines.append(_task_line(name, task))
+    for name, suite in record.get("suites", {}).items():
+        lines.append(_suite_line(name, suite))
     if "needle" in record:
         lines.append(_needle_line(record["needle"]))
     lines += sample_view(record)
@@ -300,6 +346,15 @@ def _task_line(name: str, task: dict[str, Any]) -> str:
         alike = "" if "same_choice" not in task else f", same choice {task['same_choice']:.4f}"
         line += f", original {original['value']:.4f}{recovery}{alike}"
     return line
+
+
+def _suite_line(name: str, suite: dict[str, Any]) -> str:
+    line = f"suite {console.plain(name)}: mean {suite['mean']:.4f} of {len(suite['tasks'])} tasks"
+    if "mean_reference" in suite:
+        percent = suite["recovery_percent"]
+        line += f", original {suite['mean_reference']:.4f}" + ("" if percent is None else f", recovery {percent:.1f} %")
+    left = ", ".join(suite["left_out"])
+    return line + (f"; not run: {console.plain(left)}" if left else "")
 
 
 def _refusals_view(found: dict[str, Any]) -> list[RenderableType]:

@@ -360,7 +360,11 @@ SampleTokensOption = Annotated[
 ]
 SuiteOption = Annotated[
     list[str] | None,
-    typer.Option("--suite", metavar="NAME", help="Questions that come with l4pack: refusals; may be repeated."),
+    typer.Option(
+        "--suite",
+        metavar="NAME",
+        help="refusals, or lm-eval tasks with their settings: openllm, leaderboard; may be repeated.",
+    ),
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", help="Most questions of each lm-eval task.")]
 BackendOption = Annotated[

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4pack import __version__
@@ -18,15 +17,9 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
 from l4pack.evaluate.answers import Answers, StreamAnswers
 from l4pack.evaluate.generate import Asking
-from l4pack.evaluate.harness import (
-    STREAMED,
-    StreamedScorer,
-    harness_record,
-    run_engine,
-    run_tasks,
-    streamed_lm,
-    task_manager,
-)
+from l4pack.evaluate.harness import STREAMED, task_manager
+from l4pack.evaluate.harness_run import Harness
+from l4pack.evaluate.harness_suite import HARNESS_SUITES, AskedTasks, asked_tasks
 from l4pack.evaluate.inputs import EvaluationInputs, EvaluationSettings
 from l4pack.evaluate.layer_errors import ARTIFACTS, SAMPLED_ROWS, LayerErrors, worst_units
 from l4pack.evaluate.needle import Needle, needles
@@ -89,7 +82,8 @@ def prepare_evaluation(
     progress = progress or Progress()
     started = time.monotonic()
     check_suites(settings.suites)
-    manager = task_manager(settings.harness, settings.backend) if settings.harness else None
+    asked = asked_tasks(settings.harness, settings.suites, streamed=settings.backend == STREAMED)
+    manager = task_manager([one.task for one in asked.tasks], settings.backend) if asked.tasks else None
     if settings.save_reference is not None and (original is None or settings.reference is not None):
         raise UsageError("--save-reference needs the original", hint="add --against SOURCE")
     written = [folder for folder in (settings.work, settings.save_reference) if folder is not None]
@@ -110,9 +104,21 @@ def prepare_evaluation(
         measured = measured_digest(artifact, lambda: check_stop(progress.stop))
         progress.label("evaluating")
     of = _original_parts(original, stored)
-    identity = Identity({"artifact": measured, **of, **_parts(inputs, settings, compute)})
+    identity = Identity({"artifact": measured, **of, **_parts(inputs, settings, compute), **asked.parts()})
     return PreparedEvaluation(
-        artifact, original, settings, progress, inputs, compute, planned, ahead, stored, manager, identity, started
+        artifact,
+        original,
+        settings,
+        progress,
+        inputs,
+        compute,
+        planned,
+        ahead,
+        stored,
+        asked,
+        manager,
+        identity,
+        started,
     )
 
 
@@ -149,7 +155,7 @@ def _parts(inputs: EvaluationInputs, settings: EvaluationSettings, compute: Comp
         "l4pack version": __version__,
         **text_parts(inputs.text.record),
         **{f"--task {task.name}": task_digest(task) for task in inputs.tasks},
-        "lm-eval": harness if settings.harness else None,
+        "lm-eval": harness if settings.harness or set(settings.suites) & set(HARNESS_SUITES) else None,
         "--needle": settings.needle,
         **({"--suite": list(settings.suites)} if settings.suites else {}),
         **({"refusals": suite_digest()} if inputs.refusals else {}),
@@ -172,6 +178,7 @@ class PreparedEvaluation:
     planned: Memory
     ahead: bool
     stored: StoredReference | None
+    asked: AskedTasks
     manager: Any
     identity: Identity
     started: float
@@ -183,9 +190,9 @@ class PreparedEvaluation:
             claim_reference(settings.save_reference)
         with owned(settings.work, WORK_KIND, restart=settings.restart) as folder:
             record = self._walk()
-            if settings.harness:
-                harness = _Harness(settings, self.compute, self.ahead, self.progress, self.manager)
-                record["tasks"] |= harness.record(self.artifact, self.original)
+            if self.asked.tasks:
+                harness = Harness(settings, self.asked, self.compute, self.ahead, self.progress, self.manager)
+                harness.add(record, self.artifact, self.original)
             self.add_sample(record)
             folder.remove()
         return self.completed(record)
@@ -326,7 +333,7 @@ def _inputs(
     return EvaluationInputs(tuple(sequences), text, tasks, found, spans, asked)
 
 
-SUITES = (REFUSALS,)
+SUITES = (REFUSALS, *HARNESS_SUITES)
 
 
 def check_suites(names: Sequence[str]) -> None:
@@ -385,38 +392,6 @@ def _save_reference(
         return None
     rows, targets = packed.scored_rows(), packed.targets()
     return save_reference(settings.save_reference, answers, rows, targets, _reference_identity(inputs, original))
-
-
-@dataclass(frozen=True)
-class _Harness:
-    """lm-evaluation-harness on the models of one evaluation."""
-
-    settings: EvaluationSettings
-    compute: Compute
-    ahead: bool
-    progress: Progress
-    manager: Any
-
-    def record(self, artifact: Checkpoint, original: Checkpoint | None) -> dict[str, Any]:
-        """Every task's numbers; an engine runs the artifact alone."""
-        chosen = self.settings
-        if chosen.backend != STREAMED:
-            found = run_engine(chosen.backend, Path(artifact.name), chosen.harness, chosen.limit, self.manager)
-            return harness_record(found, None)
-        before = None if original is None else self._streamed(ORIGINAL, original)
-        return harness_record(self._streamed(ARTIFACT, artifact), before)
-
-    def _streamed(self, name: str, checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
-        chosen = self.settings
-        scorer = StreamedScorer(
-            checkpoint,
-            chosen.work / f"harness-{name}",
-            self.compute,
-            round_activations=not chosen.weights_only,
-            progress=self.progress,
-            ahead=self.ahead,
-        )
-        return run_tasks(streamed_lm(checkpoint, scorer), chosen.harness, chosen.limit, self.manager)
 
 
 def _reference_record(record: dict[str, Any]) -> dict[str, Any]:

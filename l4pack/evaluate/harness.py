@@ -1,80 +1,54 @@
 """lm-evaluation-harness on a streamed model, or handed to an engine that can load the artifact.
 
-Every log-likelihood request of all tasks goes through the layers in one pass. Answers are those of the harness's own
+Log-likelihood requests of all tasks go through the layers together, in blocks of bounded size. Answers are those of the harness's own
 `HFLM` on the loaded model: same tokens, same cutting to the context, same sums.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from l4pack import __version__
-from l4pack.checkpoint.parts import weight_parts
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
-from l4pack.evaluate.answers import StreamAnswers
-from l4pack.evaluate.scoring import score
-from l4pack.stream.compute import Compute
+from l4pack.evaluate.harness_suite import AskedTasks, HarnessTask
+from l4pack.evaluate.streamed_scorer import BLOCK_TOKENS, Scorer, blocks, shared
 from l4pack.stream.hidden import Packed, TokenSequence
-from l4pack.stream.lanes import Lane, Model
-from l4pack.stream.modules import Skeleton
-from l4pack.stream.visitor import Progress
-from l4pack.stream.walk import Walk
-from l4pack.stream.weights import Weights
-from l4pack.text.sequences import token_digest
-from l4pack.work.identity import Identity
 
 STREAMED = "streamed"
 ENGINES = {"vllm": "vllm", "transformers": "hf"}
 _MISSING = "the tasks of lm-evaluation-harness need it"
 
 
-class StreamedScorer:
-    """Log-likelihoods of token sequences by one checkpoint, layer by layer."""
+@dataclass
+class CountingScorer:
+    """Counts what a scorer would be asked, and answers with zeros: what tasks cost, before a weight is read."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, work: Path, compute: Compute, *,
-        round_activations: bool = True, progress: Progress | None = None, ahead: bool = True,
-    ) -> None:  # fmt: skip
-        self._checkpoint, self._work, self._compute = checkpoint, work, compute
-        self._round_activations, self._progress, self._ahead = round_activations, progress, ahead
+    requests: int = 0
+    tokens: int = 0
+    scored: int = 0
+    longest: int = 0
+    passes: int = 0
 
     def __call__(self, sequences: Sequence[TokenSequence]) -> list[tuple[Tensor, Tensor]]:
-        """For each sequence, log-probability of every scored token, and whether it was the likeliest."""
-        packed = Packed(sequences)
-        job = Identity(
-            {
-                "l4pack version": __version__,
-                "--weights-only": not self._round_activations,
-                "tokens of all tasks": token_digest([item.tokens for item in sequences]),
-                **self._compute.parts(),
-                **weight_parts(self._checkpoint, "model"),
-            }
-        )
-        device, dtype = self._compute.device, self._compute.dtype
-        with Weights(
-            self._checkpoint, device, dtype, round_activations=self._round_activations, tiled=self._compute.tiles > 0
-        ) as weights:
-            model = Model("model", weights, Skeleton(self._checkpoint.config, device, dtype))
-            lanes = [Lane(model.name, model, packed)]
-            with Walk(lanes, self._work, job, progress=self._progress, ahead=self._ahead) as walk:
-                walk.run()
-                answers = StreamAnswers(model, walk.streams[model.name].current)
-                targets = packed.targets()
-                found = score(answers, packed.scored_rows(), targets)
-        shutil.rmtree(self._work)
-        lengths = packed.scored_lengths()
-        likeliest = found.likeliest == targets
-        return list(zip(torch.split(found.log_probability, lengths), torch.split(likeliest, lengths), strict=True))
+        """As `StreamedScorer`."""
+        self.requests += len(sequences)
+        for block in blocks(sequences, BLOCK_TOKENS):
+            packed, rows, _ = shared(block)
+            self.passes, self.tokens, self.scored = self.passes + 1, self.tokens + packed.rows, self.scored + len(rows)
+            self.longest = max(self.longest, *(len(item.tokens) for item in block))
+        return [
+            (torch.zeros(length), torch.zeros(length, dtype=torch.bool))
+            for length in Packed(sequences).scored_lengths()
+        ]
 
 
-def streamed_lm(checkpoint: Checkpoint, scorer: StreamedScorer) -> Any:
+def streamed_lm(checkpoint: Checkpoint, scorer: Scorer) -> Any:
     """A `lm_eval.api.model.LM` on a streamed checkpoint. Raises UsageError when lm-eval is not installed."""
     try:
         from l4pack.evaluate.harness_model import StreamedLM
@@ -98,18 +72,36 @@ def task_manager(tasks: Sequence[str], backend: str, folder: str | None = None) 
     return manager
 
 
+def counted(checkpoint: Checkpoint, tasks: AskedTasks, limit: int | None, manager: Any) -> CountingScorer:
+    """What tasks would ask of a checkpoint; their data are read for it. Raises UsageError."""
+    scorer = CountingScorer()
+    run_tasks(streamed_lm(checkpoint, scorer), tasks.tasks, limit, manager, bootstrap_iters=0, log_samples=False)
+    return scorer
+
+
 def run_tasks(
-    model: Any, tasks: Sequence[str], limit: int | None, manager: Any, **options: Any
+    model: Any, tasks: Sequence[HarnessTask], limit: int | None, manager: Any, **options: Any
 ) -> dict[str, dict[str, float]]:
     """Numbers of each task by metric, standard errors under `NAME_stderr`, and `questions`."""
     import lm_eval
 
-    found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), limit=limit, task_manager=manager, **options)
-    counts = found["n-samples"]
-    return {
-        task: {**_numbers(values), "questions": counts.get(task, {}).get("effective", 0)}
-        for task, values in found["results"].items()
-    }
+    found: dict[str, dict[str, float]] = {}
+    for shots in dict.fromkeys(one.num_fewshot for one in tasks):
+        names = [one.task for one in tasks if one.num_fewshot == shots]
+        part = lm_eval.simple_evaluate(
+            model=model, tasks=names, num_fewshot=shots, limit=limit, task_manager=manager, **options
+        )
+        found |= {
+            task: {**_numbers(values), "questions": _questions(task, part)} for task, values in part["results"].items()
+        }
+    return found
+
+
+def _questions(task: str, found: Mapping[str, Any]) -> int:
+    """Questions of a task, or of all tasks of a group."""
+    if task in found["n-samples"]:
+        return int(found["n-samples"][task]["effective"])
+    return sum(_questions(one, found) for one in found.get("group_subtasks", {}).get(task, ()) if one != task)
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
@@ -119,19 +111,21 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def run_engine(
-    backend: str, folder: Path, tasks: Sequence[str], limit: int | None, manager: Any
+    backend: str, folder: Path, tasks: Sequence[HarnessTask], limit: int | None, manager: Any
 ) -> dict[str, dict[str, float]]:
     """The same by an engine that loads the artifact whole: `vllm` or `transformers`."""
     return run_tasks(ENGINES[backend], tasks, limit, manager, model_args={"pretrained": str(folder)})
 
 
 def harness_record(
-    artifact: Mapping[str, Mapping[str, float]], original: Mapping[str, Mapping[str, float]] | None
+    artifact: Mapping[str, Mapping[str, float]],
+    original: Mapping[str, Mapping[str, float]] | None,
+    metrics: Mapping[str, str | None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Tasks in the shape of `tasks.task_record`; the accuracy is the task's first metric."""
+    """Tasks in the shape of `tasks.task_record`; the accuracy is the metric named for the task, else its first."""
     record: dict[str, dict[str, Any]] = {}
     for task, numbers in artifact.items():
-        metric = next(key for key in numbers if "_stderr" not in key)
+        metric = (metrics or {}).get(task) or next(key for key in numbers if "_stderr" not in key)
         one: dict[str, Any] = {"questions": int(numbers["questions"]), "metric": metric}
         one["accuracy"], one["metrics"] = _value(numbers, metric), dict(numbers)
         if original is not None:

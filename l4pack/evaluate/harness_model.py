@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from torch import Tensor
 
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
+from l4pack.evaluate.streamed_scorer import Scorer
 from l4pack.stream.hidden import TokenSequence
 from l4pack.text.tokenizer import load_tokenizer
-
-Scorer = Callable[[Sequence[TokenSequence]], list[tuple[Tensor, Tensor]]]
 
 
 class StreamedLM(TemplateLM):  # type: ignore[misc] # lm-eval is optional, so mypy does not know its class

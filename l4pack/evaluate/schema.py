@@ -203,6 +203,17 @@ class Refusals(_Data):
     harmless: RefusalsOfKind
 
 
+class SuiteResult(_Data):
+    """A set of lm-evaluation-harness's tasks: its means, and how much of the original's is recovered, in per cent."""
+
+    title: str
+    tasks: Annotated[list[str], Field(max_length=1000)]
+    left_out: Annotated[list[str], Field(max_length=1000)]
+    mean: Number
+    mean_reference: Number | None = None
+    recovery_percent: Number | None = None
+
+
 class Evaluation(_Data):
     """One evaluation, as `accuracy.json` holds it. Numbers of an original are there together or not at all."""
 
@@ -234,6 +245,7 @@ class Evaluation(_Data):
     needle: dict[Word, Retrieval] | None = None
     sample: Sample | None = None
     refusals: Refusals | None = None
+    suites: dict[Word, SuiteResult] | None = None
     layers: Annotated[list[Layer], Field(max_length=1024)]
     worst: Annotated[list[Worst], Field(max_length=1000)]
     run: Run

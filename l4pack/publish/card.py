@@ -273,7 +273,16 @@ def _rows(measured: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[tuple[s
             for one in (before, after)
         ]
         rows.append((f"Task {safe(name)}, {task['questions']:,} questions, accuracy", pair[0], pair[1]))
-    return rows
+    return rows + [_suite_row(one) for one in (measured.get("suites") or {}).values()]
+
+
+def _suite_row(suite: Mapping[str, Any]) -> tuple[str, str, str]:
+    """A set of tasks: its means, and the recovery beside this model's."""
+    before, percent = suite.get("mean_reference"), suite.get("recovery_percent")
+    recovery = "" if percent is None else f", recovery {percent:.1f} %"
+    left = f", without {', '.join(map(safe, suite['left_out']))}" if suite["left_out"] else ""
+    what = f"{safe(suite['title'])}: mean of {len(suite['tasks'])} tasks{left}"
+    return what, "not measured" if before is None else f"{before:.4f}", f"{suite['mean']:.4f}{recovery}"
 
 
 def _refusals(facts: CardFacts) -> dict[str, Any] | None:

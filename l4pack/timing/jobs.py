@@ -212,6 +212,28 @@ def evaluating(
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Requests for log-likelihoods: tokens that walk, tokens that are scored, the longest request, walks over the weights."""
+
+    tokens: int
+    scored: int
+    longest: int
+    passes: int
+
+
+def asking(text: TextConfig, models: Sequence[LayerWeights], asked: Asked, device: str = CPU) -> Work:
+    """Models asked for log-likelihoods one after the other, as `evaluate.streamed_scorer` does."""
+    work = Work()
+    for model in models:
+        work.include(model.loading(asked.passes))
+    walked = Work()
+    walked.include(running(text, asked.tokens, asked.longest, Kind.FORWARD, device))
+    walked.include(scoring(text, asked.scored, 1))
+    work.include(walked, len(models))
+    return _in_one_phase(work, "tasks")
+
+
+@dataclass(frozen=True)
 class Talk:
     """So many prompts at once, each of about so many tokens, and the most tokens of their answers."""
 

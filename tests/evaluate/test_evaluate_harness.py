@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -11,11 +12,15 @@ from whole_model import one_thread  # noqa: F401
 
 from l4pack.checkpoint.source import open_folder
 from l4pack.errors import UsageError
-from l4pack.evaluate.harness import StreamedScorer, harness_record, run_tasks, streamed_lm, task_manager
+from l4pack.evaluate import evaluate, harness_suite
+from l4pack.evaluate.harness import harness_record, run_tasks, streamed_lm, task_manager
+from l4pack.evaluate.harness_suite import HarnessSuite, HarnessTask
+from l4pack.evaluate.streamed_scorer import StreamedScorer
 from l4pack.stream.compute import Compute
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
+FOXES = HarnessTask(task="foxes")
 REQUESTS = [("the quick", " brown fox"), ("", "jumps over"), ("a lazy dog ", "sleeps"), ("one", " two three four five"),
             ("<|begin_of_text|>once", " upon")]  # fmt: skip
 
@@ -73,14 +78,54 @@ def test_a_task_of_the_harness_runs_through(checkpoint, streamed, tmp_path, monk
     manager = local_task(tmp_path, ["foxes"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = run_tasks(streamed(), ["foxes"], None, manager, bootstrap_iters=0)
-        wanted = run_tasks(loaded(checkpoint("scout")), ["foxes"], None, manager, bootstrap_iters=0)
+        found = run_tasks(streamed(), [FOXES], None, manager, bootstrap_iters=0)
+        wanted = run_tasks(loaded(checkpoint("scout")), [FOXES], None, manager, bootstrap_iters=0)
     assert found["foxes"]["acc"] == wanted["foxes"]["acc"]
     assert found["foxes"]["acc_norm"] == wanted["foxes"]["acc_norm"]
     assert found["foxes"]["questions"] == 8
     record = harness_record(found, wanted)["foxes"]
     assert (record["metric"], record["questions"]) == ("acc", 8)
     assert record["recovery"] in (None, 1.0)
+
+
+@pytest.fixture
+def small_suite(tmp_path, monkeypatch):
+    """`openllm` as foxes with two shots, and a task that writes text."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    manager = local_task(tmp_path, ["foxes"])
+    tasks = (
+        HarnessTask(task="foxes", num_fewshot=2, metric="acc_norm"),
+        HarnessTask(task="tales", metric="acc", generates=True),
+    )
+    monkeypatch.setattr(harness_suite, "harness_suite", lambda name: HarnessSuite(suite=name, title="few", tasks=tasks))
+    monkeypatch.setattr(evaluate, "task_manager", lambda *_: manager)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_set_of_tasks_has_its_shots_its_cost_and_its_recovery(
+    small_suite, checkpoint, artifact, tmp_path, l4pack, monkeypatch
+):
+    made = shutil.copytree(artifact("int4-rtn"), tmp_path / "made")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox " * 40)
+    command = ["evaluate", made, "--against", checkpoint("scout"), "--suite", "openllm", "--text", text,
+               "--sequence-length", 64, "--samples", 2, "--compute", "cpu"]  # fmt: skip
+    plan = json.loads(l4pack(*command, "--dry-run", "--json").out)["plan"]["lm_eval"]
+    assert (plan["requests"], plan["passes"], plan["left_out"]) == (24, 1, ["tales"])
+    assert plan["tokens"] > 24 * 3 * len("fox number 1")  # two shots stand before each question
+    asked = []
+    real = StreamedScorer._walked
+    monkeypatch.setattr(StreamedScorer, "_walked", lambda *given: asked.append(given[1]) or real(*given))
+    ended = l4pack(*command)
+    assert ended.code == 0, ended.err
+    assert "suite openllm: mean" in ended.out
+    assert "not run: tales" in ended.out
+    assert sum(len(item.tokens) for item in asked[0]) == plan["tokens"]
+    record = json.loads((made / "accuracy.json").read_text())
+    assert record["tasks"]["foxes"]["metric"] == "acc_norm"
+    assert record["tasks"]["foxes"]["questions"] == 8
+    assert record["suites"]["openllm"]["tasks"] == ["foxes"]
 
 
 def test_tasks_and_backends_that_are_not_there(tmp_path):

@@ -364,3 +364,11 @@ def test_refusal_drift_stands_under_safeguards():
 
 def test_refusal_drift_that_was_not_measured_is_said():
     assert "Refusal drift: not measured" in render_card(facts(accuracy=ACCURACY))
+
+
+def test_a_set_of_tasks_has_a_row_with_its_recovery():
+    suite = {"title": "Open LLM Leaderboard, version 1", "tasks": ["arc_challenge", "mmlu"], "left_out": ["gsm8k"],
+             "mean": 0.7, "mean_reference": 0.71, "recovery_percent": 98.63}  # fmt: skip
+    text = render_card(facts(accuracy={**ACCURACY, "suites": {"openllm": suite}}))
+    row = "| Open LLM Leaderboard, version 1: mean of 2 tasks, without gsm8k | 0.7100 | 0.7000, recovery 98.6 % |"
+    assert row in text
