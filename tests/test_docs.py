@@ -27,7 +27,9 @@ def command_lines():
     for path, text in TEXT.items():
         for block in re.findall(r"^ *```(?:console|bash|sh|shell|)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE):
             for line in block.replace("\\\n", " ").splitlines():
-                if "[OPTIONS]" not in line and (match := re.match(r"\s*(?:\$ )?(?:\.venv/bin/)?(l4pack .*)", line)):
+                if "[OPTIONS]" not in line and (
+                    match := re.match(r"\s*(?:\$ )?(?:\.venv/bin/|uvx )?(l4pack .*)", line)
+                ):
                     yield path.relative_to(ROOT), match[1]
 
 

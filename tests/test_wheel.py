@@ -155,6 +155,7 @@ def test_a_light_install_is_small(light):
         ["plan", "demo"],
         ["plan", "llama-4-maverick", "--recipe", "maverick-fp8-8xh100"],
         ["budget", "llama-4-scout", "--recipe", "int4", "--device", "8xh100"],
+        ["budget", "scout-int4-1xh100"],
         ["licence", "ARTIFACT"],
         ["recipes"],
         ["recipes", "int4"],
