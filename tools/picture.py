@@ -17,15 +17,15 @@ from pathlib import Path
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-def picture(page: Path, out: Path, width: int, height: int, *, dark: bool) -> None:
-    """Draw `page` at a width in pixels, from its top on; a PDF is printed whole."""
+def picture(page: Path, out: Path, width: int, top: int, height: int, *, dark: bool) -> None:
+    """Draw `page` at a width in pixels, so many pixels of it below `top`; a PDF is printed whole."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         raise SystemExit(f"none of {', '.join(BROWSERS)} is installed")
     with tempfile.TemporaryDirectory() as folder:
         # A window has a least width; a frame within it has none.
         frame = Path(folder, "frame.html")
-        style = f"width:{width}px;height:{height}px;border:0"
+        style = f"width:{width}px;height:{top + height}px;margin-top:-{top}px;border:0"
         frame.write_text(f'<body style="margin:0"><iframe style="{style}" src="{page.resolve().as_uri()}"></iframe>')
         command = [
             browser,
@@ -49,7 +49,8 @@ if __name__ == "__main__":
     parser.add_argument("page", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--width", type=int, default=1060)
+    parser.add_argument("--top", type=int, default=0)
     parser.add_argument("--height", type=int, default=1400)
     parser.add_argument("--dark", action="store_true")
     given = parser.parse_args()
-    picture(given.page, given.out, given.width, given.height, dark=given.dark)
+    picture(given.page, given.out, given.width, given.top, given.height, dark=given.dark)

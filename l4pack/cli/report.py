@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4pack.cli import console
-from l4pack.cli.options import ArtifactOption, DeviceOption, FittedOption, OutOption
+from l4pack.cli.options import AgainstOption, ArtifactOption, DeviceOption, FittedOption, OutOption
 from l4pack.errors import UsageError
 
 if TYPE_CHECKING:
     from l4pack.report.page import Records
+    from l4pack.verify.verify import Verification
 
 
 def report(
@@ -19,11 +20,13 @@ def report(
     out: OutOption[Path | None] = None,
     device: DeviceOption[str | None] = None,
     fitted: FittedOption = None,
+    against: AgainstOption = None,
 ) -> None:
     """Write one HTML page about an artifact: how close it is, where it runs, how it was made. Needs no network.
 
     The page is DIR.report.html unless `--out` names another. Memory is that of the device and load that the artifact's
-    recipe promises, else of one h100.
+    recipe promises, else of one h100. With --against every byte is read and held against the source, as `verify` does;
+    without it, headers are.
 
     Example: `l4pack report demo-int4`
     """
@@ -34,7 +37,7 @@ def report(
     from l4pack.work.files import path_beside, write_atomic
 
     checkpoint = open_folder(artifact)
-    records = _records(artifact, fitted)
+    records = _records(artifact, fitted, against)
     question = question_of(Asked(str(artifact), None, device, Load()))
     page = render_report(checkpoint, records, question, datetime.now(UTC).date().isoformat())
     path = out or path_beside(artifact, ".report.html")
@@ -42,14 +45,28 @@ def report(
     console.show(f"[bold]{console.plain(path)}[/bold]  open it in a browser")
 
 
-def _records(artifact: Path, fitted: Path | None) -> Records:
-    """What was measured and fitted. Raises UsageError, QualityError for a measurement of other weights."""
+def _records(artifact: Path, fitted: Path | None, against: str | None) -> Records:
+    """What was measured, fitted and verified. Raises UsageError, QualityError for a measurement of other weights."""
     from l4pack.evaluate.record import check_current, read_evaluations
     from l4pack.report.page import Records
 
     measured = read_evaluations(artifact)
     check_current(artifact, measured)
-    return Records(measured[0] if measured else None, _fitted(artifact, fitted))
+    fit = _fitted(artifact, fitted)
+    return Records(_verified(artifact, against), measured[0] if measured else None, fit)
+
+
+def _verified(artifact: Path, against: str | None) -> Verification:
+    """What `verify` finds: beside a source by every byte, else by headers. Raises SourceError."""
+    from l4pack.checkpoint.open import open_source
+    from l4pack.containers.safetensors_folder import CONTAINER
+    from l4pack.verify.verify import verify_artifact
+
+    if against is None:
+        return verify_artifact(artifact, headers_only=True)
+    source = open_source(against)
+    with console.progress("verifying", CONTAINER.weight_bytes(artifact)) as bar:
+        return verify_artifact(artifact, source, advance=bar.advance)
 
 
 def _fitted(artifact: Path, file: Path | None) -> dict[str, Any] | None:

@@ -12,13 +12,13 @@ from markupsafe import Markup
 
 from l4pack.report.figure import Figure
 from l4pack.report.heat import Colours, colour_key, heat_map
-from l4pack.report.plot import Note, Point, dots, frame, joined
-from l4pack.report.scale import linear, logarithmic, percentile
+from l4pack.report.plot import Note, Point, dots, frame, joined, upright
+from l4pack.report.scale import Scale, linear, logarithmic, percentile
 
 FEW_TOKENS = 32
 _NAMED = 3
 _FAR = 4.0  # times the median: the axis is logarithmic then
-_MANY = 200  # experts whose dots are small
+_MANY = 200  # experts: their dots are small
 
 Grid = list[list[float | None]]
 
@@ -84,28 +84,43 @@ def _drawn(layers: Sequence[Mapping[str, Any]]) -> list[Drawn]:
 
 
 def _scatter(experts: Sequence[Drawn]) -> Figure:
-    """A dot for every expert, and the median by doublings of the tokens."""
+    """A dot for every expert; the median by doublings of the tokens, and where few tokens end, for models that have many."""
+    many = len(experts) > _MANY
     errors = [one.error for one in experts]
     far = min(errors) > 0 and max(errors) > _FAR * percentile(errors, 0.5)
     x, y = logarithmic(one.tokens for one in experts), logarithmic(errors) if far else linear(errors)
-    doubled: dict[int, list[float]] = defaultdict(list)
-    for one in experts:
-        doubled[int(math.log2(one.tokens))].append(one.error)
-    bins = sorted(doubled.items())
-    medians = [Point(2 ** (power + 0.5), percentile(found, 0.5)) for power, found in bins]
-    worst = sorted(experts, key=lambda one: -one.error)[:_NAMED]
-    notes = [Note(x.share(one.tokens), y.share(one.error), f"layer {one.layer}, expert {one.expert}") for one in worst]
-    last = medians[-1]
-    notes.append(Note(x.share(last.x), y.share(last.y), "median", "strong", ("above", "above-left", "below-left")))
     places = [Point(one.tokens, one.error) for one in experts]
-    marks = dots(places, x, y, "speck measured" if len(experts) > _MANY else "dot measured")
-    marks += joined(medians, x, y, "middle")
-    rows = [
-        (f"{2**power:,} to {2 ** (power + 1) - 1:,}", f"{len(found):,}",
-         *(f"{value:.3g}" for value in (min(found), percentile(found, 0.5), max(found))))
-        for power, found in bins
-    ]  # fmt: skip
-    columns = ("Tokens of an expert", ">Experts", ">Least error", ">Median", ">Largest")
+    doublings = _doublings(experts)
+    marks, notes = dots(places, x, y, "speck measured" if many else "dot measured"), _worst(experts, x, y)
+    if many:
+        medians = [Point(2 ** (power + 0.5), percentile(found, 0.5)) for power, found in doublings.items()]
+        last = x.share(medians[-1].x), y.share(medians[-1].y)
+        marks += joined(medians, x, y, "middle")
+        notes.append(Note(*last, "median", "strong", ("above", "above-left", "below-left"), needed=True))
+    if x.low < FEW_TOKENS < x.high:
+        marks += upright(FEW_TOKENS, x)
+        notes.append(Note(x.share(FEW_TOKENS), 0.06, f"{FEW_TOKENS} tokens", sides=("right", "left")))
     titles = ("tokens that the router sent to the expert", "relative error")
-    around = places if len(places) <= _MANY else []
-    return Figure(Markup(frame(marks, x, y, titles, notes, around=around)), columns, rows)
+    drawing = frame(marks, x, y, titles, notes, around=[] if many else places)
+    columns = ("Tokens of an expert", ">Experts", ">Least error", ">Median", ">Largest")
+    return Figure(Markup(drawing), columns, [_doubling(power, found) for power, found in doublings.items()])
+
+
+def _worst(experts: Sequence[Drawn], x: Scale, y: Scale) -> list[Note]:
+    return [
+        Note(x.share(one.tokens), y.share(one.error), f"layer {one.layer}, expert {one.expert}")
+        for one in sorted(experts, key=lambda one: -one.error)[:_NAMED]
+    ]
+
+
+def _doublings(experts: Sequence[Drawn]) -> dict[int, list[float]]:
+    """Errors by the power of two that their experts' tokens reach, the least first."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for one in sorted(experts, key=lambda one: one.tokens):
+        found[int(math.log2(one.tokens))].append(one.error)
+    return found
+
+
+def _doubling(power: int, errors: Sequence[float]) -> tuple[str, ...]:
+    numbers = (min(errors), percentile(errors, 0.5), max(errors))
+    return (f"{2**power:,} to {2 ** (power + 1) - 1:,}", f"{len(errors):,}", *(f"{value:.3g}" for value in numbers))

@@ -30,7 +30,7 @@ from l4pack.report.figure import number, with_error
 from l4pack.report.fitted import choices, frontier_figure
 from l4pack.report.making import a_line_each, making
 from l4pack.units import human_bytes, human_gib, human_seconds
-from l4pack.verify.verify import verify_artifact
+from l4pack.verify.verify import Verification
 
 RUNTIME = "vllm"
 _SHOWN_FINDINGS = 10
@@ -38,8 +38,9 @@ _SHOWN_FINDINGS = 10
 
 @dataclass(frozen=True)
 class Records:
-    """What is known beside the artifact: its most careful evaluation, and what `fit --json` said of its recipe."""
+    """What is known beside the artifact: what `verify` found, its most careful evaluation, what `fit --json` said."""
 
+    verification: Verification
     accuracy: Mapping[str, Any] | None = None
     fitted: Mapping[str, Any] | None = None
 
@@ -73,7 +74,7 @@ def render_report(artifact: Checkpoint, records: Records, question: Question, da
         size_rows=size_rows(pairs),
         serving=_serving(question, folder.resolve().name),
         making=making(folder, manifest, artifact.config) if manifest else None,
-        checks=_checks(folder),
+        checks=_checks(records.verification),
         licence=_licence(folder),
     )
 
@@ -119,9 +120,8 @@ def _serving(question: Question, name: str) -> dict[str, Any]:
     }
 
 
-def _checks(folder: Path) -> dict[str, Any]:
-    """What `verify` finds in headers and configuration; reading every byte is left to the command."""
-    found = verify_artifact(folder, headers_only=True)
+def _checks(found: Verification) -> dict[str, Any]:
+    """What `verify` found, findings of the same words at many places together."""
     told: dict[tuple[str, str], list[str]] = defaultdict(list)
     for finding in found.findings:
         told[finding.level, finding.message].append(finding.where)
@@ -131,7 +131,8 @@ def _checks(folder: Path) -> dict[str, Any]:
     ]
     return {
         "ok": found.ok,
-        "tensors": found.checked.tally.tensors,
+        "against": found.against,
+        "tally": found.checked.tally,
         "modules": found.checked.modules,
         "files": found.checked.files,
         "findings": findings[:_SHOWN_FINDINGS],

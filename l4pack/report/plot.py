@@ -12,7 +12,7 @@ from html import escape
 
 from l4pack.report.scale import Scale
 
-NARROWEST, MARGIN = 250, 12  # pixels: of a drawing between its axis and its edge on a telephone, and right of it
+NARROWEST, MARGIN = 250, 20  # pixels: of a drawing between its axis and its edge on a telephone, and right of it
 CHARACTER, LINE = 6.4, 15  # pixels: no less than a letter of a note takes, and the height of its line
 _FULL = 1000
 

@@ -136,7 +136,7 @@ def test_notes_lie_within_their_drawing_and_apart(text, width):
             top = y - 21 if side.startswith("above") else y + 6 if side.startswith("below") else y - 7.5
             boxes.append((words, start, top, start + wide, top + 15))
             assert start >= -AXIS_ROOM
-            assert start + wide <= width + 14, words
+            assert start + wide <= width + 20, words
         apart(boxes)
         notes += len(boxes)
     assert notes >= 5

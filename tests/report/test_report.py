@@ -85,7 +85,15 @@ def test_what_is_known_of_the_artifact_is_told(page, made):
         assert told in words, told
 
 
-def test_calibration_is_told(page, checkpoint, tmp_path):
+def test_every_byte_is_held_against_a_source_where_one_is_named(page, made, checkpoint):
+    words = " ".join(" ".join(Page(page(made, "--against", checkpoint("maverick"))).words).split())
+    assert "Every byte ✓ in order" in words
+    assert re.search(r"Held against .*tiny-maverick: \d+ quantized matrices, \d+ other tensors bit for bit", words)
+    plain = " ".join(" ".join(Page(page(made)).words).split())
+    assert "from their headers" in plain
+
+
+def test_calibration_is_told():
     from l4pack.report.making import _calibration
 
     told = dict(_calibration({
