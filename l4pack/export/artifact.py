@@ -15,8 +15,8 @@ from l4pack.checkpoint.matrices import matrices_of
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError, UsageError
-from l4pack.formats.carrier import IntegerRows
-from l4pack.formats.format import Format, Holds
+from l4pack.formats.carrier import SolvedRows
+from l4pack.formats.format import NUMBERS, Format, Holds
 from l4pack.model.names import detect_layout
 from l4pack.model.tensors import Linear, TensorSpec
 from l4pack.quant.dequantize import Dequantizer
@@ -44,7 +44,7 @@ class Source:
 
     @property
     def integers(self) -> bool:
-        """Whether it is quantized to integers."""
+        """Whether it is quantized to integers, whose scales are floats."""
         return self.own is not None and self.own[1].grid.even
 
     def steps(self) -> list[slice]:
@@ -80,7 +80,9 @@ class Artifact:
                 f"{linear.module} is in format {given.format}, whose numbers l4pack hands to its own library only",
                 hint="export an artifact that l4pack quantize made",
             )
-        return replace(plain, dtype=self._float(f"{linear.module}.{Suffix.SCALE}"), own=given.own)
+        scale = f"{linear.module}.{Suffix.SCALE}"
+        integers = given.own[1].grid.even
+        return replace(plain, dtype=self._float(scale) if integers else self._entries[scale].dtype, own=given.own)
 
     def tensor(self, spec: TensorSpec) -> Source:
         """Another tensor; what has one dimension is one row."""
@@ -121,10 +123,10 @@ class Rows:
         self._reader = reader
         self._matrices = matrices_of(artifact.checkpoint, reader)
 
-    def integers(self, source: Source, rows: slice) -> IntegerRows:
-        """Rows of an integer matrix as they were solved."""
+    def solved(self, source: Source, rows: slice) -> SolvedRows:
+        """Rows of a quantized matrix as they were solved."""
         assert source.own is not None
-        return IntegerRows(self._quantized(source, rows), source.own[1], source.columns)
+        return SolvedRows(self._quantized(source, rows), source.own[1], source.columns)
 
     def floats(self, source: Source, rows: slice) -> NDArray[Any]:
         """Rows [rows, columns] of what is not quantized, as it is stored (BF16 as bit patterns)."""
@@ -157,7 +159,7 @@ class Rows:
     def _quantized(self, source: Source, rows: slice) -> Quantized:
         assert source.own is not None
         form, scheme = source.own
-        arrays = self._arrays(source, rows, (Holds.VALUES, Holds.SCALE, Holds.ZERO_POINT))
+        arrays = self._arrays(source, rows, NUMBERS)
         return form.decode(arrays, scheme, rows.stop - rows.start, source.columns, source.name)
 
     def _arrays(self, source: Source, rows: slice, holds: tuple[Holds, ...]) -> dict[str, NDArray[Any]]:

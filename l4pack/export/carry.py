@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.export.artifact import Rows, Source
 from l4pack.export.target import Carried
-from l4pack.formats.carrier import IntegerRows
+from l4pack.formats.carrier import SolvedRows
 from l4pack.quant.floats import widen
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import quantize_block
@@ -31,10 +31,10 @@ def encoded(carried: Carried, source: Source, step: slice, rows: Rows) -> tuple[
     if carried.carrier is None:
         return (_floats(carried, source, step, rows),)
     if carried.rounded_to is None:
-        return carried.carrier.encode(rows.integers(source, step))
+        return carried.carrier.encode(rows.solved(source, step))
     values = rows.values(source, step)
     made = quantize_block(values, Layout.OUT_IN, "F32", carried.rounded_to)
-    return carried.carrier.encode(IntegerRows(made, carried.rounded_to, source.columns))
+    return carried.carrier.encode(SolvedRows(made, carried.rounded_to, source.columns))
 
 
 def _floats(carried: Carried, source: Source, step: slice, rows: Rows) -> NDArray[Any]:

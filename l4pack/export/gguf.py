@@ -33,7 +33,7 @@ from l4pack.containers.gguf_vision import FAULT, describe_vision, is_wide, visio
 from l4pack.errors import L4packError
 from l4pack.export.artifact import Artifact, Source
 from l4pack.export.target import Carried, Layout, OutTensor
-from l4pack.formats.carrier import IntegerCarrier
+from l4pack.formats.carrier import Carrier
 from l4pack.formats.ggml import ROUNDED_TO, carrier_of
 from l4pack.model.parts import WEIGHT
 from l4pack.model.tensors import Role
@@ -43,6 +43,7 @@ from l4pack.quant.scheme import Scheme
 
 _TOWER = (Role.VISION, Role.PROJECTOR)
 _FILE_TYPES = {"Q4_0": LlamaFileType.MOSTLY_Q4_0, "Q4_1": LlamaFileType.MOSTLY_Q4_1, "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+               "MXFP4": LlamaFileType.MOSTLY_MXFP4_MOE,
                "BF16": LlamaFileType.MOSTLY_BF16, "F16": LlamaFileType.MOSTLY_F16,
                "F32": LlamaFileType.ALL_F32}  # fmt: skip
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
@@ -70,7 +71,7 @@ class Gguf:
             found.append(FAULT)
         return found
 
-    def carrier(self, scheme: Scheme, columns: int, dtype: str) -> IntegerCarrier | str:
+    def carrier(self, scheme: Scheme, columns: int, dtype: str) -> Carrier | str:
         """See `Target`."""
         del dtype  # a block's scale is F16, whatever it was
         return carrier_of(scheme, columns)

@@ -24,7 +24,7 @@ from l4pack.errors import L4packError
 from l4pack.export.artifact import Artifact, Source
 from l4pack.export.target import Carried, Layout, OutTensor
 from l4pack.formats.affine import ROUNDED_TO, Affine, carrier_of
-from l4pack.formats.carrier import IntegerCarrier
+from l4pack.formats.carrier import Carrier
 from l4pack.model.names import split_suffix
 from l4pack.model.tensors import Role
 from l4pack.quant.dtypes import FLOATS
@@ -55,7 +55,7 @@ class Mlx:
             found.append(f"mlx-lm norms queries and keys with epsilon {NORM_EPS}, the model has {text.rms_norm_eps}")
         return found
 
-    def carrier(self, scheme: Scheme, columns: int, dtype: str) -> IntegerCarrier | str:
+    def carrier(self, scheme: Scheme, columns: int, dtype: str) -> Carrier | str:
         """See `Target`."""
         return carrier_of(scheme, columns, next(name for name in FLOATS if name == dtype))
 

@@ -27,7 +27,7 @@ from l4pack.checkpoint.source import Checkpoint, LocalStore
 from l4pack.errors import SourceError, UsageError
 from l4pack.export.artifact import STEP, Artifact, Rows, Source
 from l4pack.export.target import Carried, Layout, OutTensor, Target
-from l4pack.formats.carrier import IntegerCarrier, RowPart
+from l4pack.formats.carrier import Carrier, RowPart
 from l4pack.model.tensors import Linear, Role
 from l4pack.plan.memory import MODEL_LOADED
 from l4pack.quant.scheme import Scheme
@@ -237,7 +237,7 @@ def _stacked(linear: Linear, count: int) -> tuple[int, ...]:
 
 
 def _integers(
-    artifact: Artifact, target: Target, sources: list[Source], carrier: IntegerCarrier, rounded_to: Scheme | None
+    artifact: Artifact, target: Target, sources: list[Source], carrier: Carrier, rounded_to: Scheme | None
 ) -> Carried:
     linear = sources[0].linear
     assert linear is not None
@@ -283,7 +283,8 @@ def _inexact(artifact: Artifact, carried: Sequence[Carried]) -> list[Rounded]:
 def _lost(one: Carried, rows: Rows) -> Rounded | None:
     if one.carrier is None or one.rounded_to is not None:
         return None
-    lost = [source.name for source in one.sources if one.carrier.inexact(*rows.scales(source)).any()]
+    solved = (source for source in one.sources if source.integers)
+    lost = [source.name for source in solved if one.carrier.inexact(*rows.scales(source)).any()]
     if not lost:
         return None
     return Rounded(lost[0], f"{one.carrier.name} does not have all its scales", len(lost), one.carrier.name)

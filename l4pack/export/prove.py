@@ -101,7 +101,8 @@ def _compare(
 
 
 def _same(found: Float32Array, wanted: Float32Array, name: str) -> None:
-    if not np.array_equal(found.reshape(-1).view(np.uint32), wanted.reshape(-1).view(np.uint32)):
+    same = np.array_equal(found.reshape(-1).view(np.uint32), wanted.reshape(-1).view(np.uint32))
+    if not same and not np.array_equal(found, wanted):  # ggml's E2M1 has one zero, the artifact's has two
         raise _differs(name)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from l4pack.checkpoint.shards import FilePlace, Shard
 from l4pack.export.artifact import Artifact, Source
-from l4pack.formats.carrier import IntegerCarrier
+from l4pack.formats.carrier import Carrier
 from l4pack.model.tensors import Role
 from l4pack.quant.floats import Float32Array
 from l4pack.quant.scheme import Scheme
@@ -40,7 +40,7 @@ class Carried:
     role: Role
     sources: tuple[Source, ...]
     tensors: tuple[OutTensor, ...]
-    carrier: IntegerCarrier | None = None
+    carrier: Carrier | None = None
     rounded_to: Scheme | None = None
     constant: NDArray[np.float32] | None = None
 
@@ -69,7 +69,7 @@ class Target(Protocol):
         """What a user should know, as warnings. Raises UsageError for a model that its runtime would answer wrongly."""
         ...
 
-    def carrier(self, scheme: Scheme, columns: int, dtype: str) -> IntegerCarrier | str:
+    def carrier(self, scheme: Scheme, columns: int, dtype: str) -> Carrier | str:
         """What carries such a matrix as it was solved, or why there is nothing."""
         ...
 

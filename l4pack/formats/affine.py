@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from l4pack.formats.carrier import IntegerCarrier, IntegerRows, RowPart
+from l4pack.formats.carrier import Carrier, RowPart, SolvedRows
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.floats import HELD_AS, Float32Array, round_to_bfloat16, widen
 from l4pack.quant.grid import ScaleDtype
@@ -51,7 +51,7 @@ class Affine:
         lost: NDArray[Any] = widen(_stored(bias, self.dtype)) != bias
         return lost
 
-    def encode(self, rows: IntegerRows) -> tuple[NDArray[Any], ...]:
+    def encode(self, rows: SolvedRows) -> tuple[NDArray[Any], ...]:
         """int32 words [rows, words], scales and biases [rows, groups] as they are stored."""
         quantized, scheme, columns = rows.quantized, rows.scheme, rows.columns
         zero_point = None
@@ -73,10 +73,10 @@ ROUNDED_TO = Scheme(num_bits=8, strategy=Strategy.GROUP, group_size=32, scale_dt
 """What weights are rounded to where affine groups don't keep them and the user allows that."""
 
 
-def carrier_of(scheme: Scheme, columns: int, scale: FloatName) -> IntegerCarrier | str:
+def carrier_of(scheme: Scheme, columns: int, scale: FloatName) -> Carrier | str:
     """What carries a matrix of `columns` input features with scales in `scale` as it was solved, or why nothing does."""
     if not scheme.grid.even:
-        return f"MLX has no FP{scheme.num_bits} with scales like these"
+        return f"MLX's affine groups hold integers, not FP{scheme.num_bits}"
     own = scheme.group_columns(columns)
     group = next((size for size in GROUPS if own % size == 0 and columns % own == 0), None)
     if group is None:

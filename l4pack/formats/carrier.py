@@ -1,6 +1,6 @@
 """How another runtime's file carries the numbers of a matrix: which tensors, of which size, and when no bit is lost.
 
-Carriers take what was solved as it is, integers and scales, and round nothing but where they say so. They are read back
+Carriers take what was solved as it is, codes and scales, and round nothing but where they say so. They are read back
 with the other runtime's own library (`export.prove`), which can't share a mistake of theirs.
 """
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class IntegerRows:
-    """Some output rows of a matrix of integers; `columns` input features."""
+class SolvedRows:
+    """Some output rows of a quantized matrix; `columns` input features."""
 
     quantized: Quantized
     scheme: Scheme
@@ -37,8 +37,8 @@ class RowPart:
     nbytes: int
 
 
-class IntegerCarrier(Protocol):
-    """What carries integers with scales, and zero points or none."""
+class Carrier(Protocol):
+    """What carries codes with scales, and zero points or none."""
 
     @property
     def name(self) -> str:
@@ -49,7 +49,7 @@ class IntegerCarrier(Protocol):
         """The tensors there are, and what a row of `columns` weights takes in each."""
         ...
 
-    def encode(self, rows: IntegerRows) -> tuple[NDArray[Any], ...]:
+    def encode(self, rows: SolvedRows) -> tuple[NDArray[Any], ...]:
         """The bytes of some rows, an array [rows, ...] for each of the `parts`."""
         ...
 

@@ -66,7 +66,7 @@ class Holds(StrEnum):
     UNIT_INPUT_SCALE = "unit_input_scale"
 
 
-_NUMBERS = (Holds.VALUES, Holds.SCALE, Holds.GLOBAL_SCALE, Holds.ZERO_POINT)  # what a matrix is decoded from
+NUMBERS = (Holds.VALUES, Holds.SCALE, Holds.GLOBAL_SCALE, Holds.ZERO_POINT)  # what a matrix is decoded from
 
 
 class Piece(_Data):
@@ -236,7 +236,7 @@ class Format:
         wanted = {tensor.suffix: tensor.shape for tensor in self.stored(scheme, out_features, in_features, "")}
         found: dict[Holds, NDArray[Any]] = {}
         for piece in self.pieces:
-            if piece.holds in _NUMBERS and piece.suffix in wanted:
+            if piece.holds in NUMBERS and piece.suffix in wanted:
                 found[piece.holds] = _shaped(arrays, piece, wanted[piece.suffix], module)
         zero_point, over = found.get(Holds.ZERO_POINT), found.get(Holds.GLOBAL_SCALE)
         return Quantized(found[Holds.VALUES], found[Holds.SCALE], zero_point, over)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from l4pack.formats.carrier import IntegerCarrier, IntegerRows, RowPart
+from l4pack.formats.carrier import Carrier, RowPart, SolvedRows
 from l4pack.quant.floats import Float32Array, widen
-from l4pack.quant.grid import ScaleDtype
+from l4pack.quant.grid import NumberType, ScaleDtype
 from l4pack.quant.nibbles import interleave
 from l4pack.quant.packing import unpack_levels, unpack_zero_points
 from l4pack.quant.scheme import Scheme, Strategy
@@ -48,7 +48,7 @@ class BlockType:
         lost = _lost_in_f16(scale)
         return lost if zero_point is None else lost | _lost_in_f16(_minimum(scale, zero_point))
 
-    def encode(self, rows: IntegerRows) -> tuple[NDArray[np.uint8]]:
+    def encode(self, rows: SolvedRows) -> tuple[NDArray[np.uint8]]:
         """uint8 [rows, bytes of a row]."""
         quantized, blocks = rows.quantized, rows.columns // BLOCK
         count = len(quantized.values)
@@ -70,13 +70,42 @@ class BlockType:
         return (made.reshape(count, -1),)
 
 
+@dataclass(frozen=True)
+class MicroscalingType:
+    """ggml's MXFP4: a power of two, as its E8M0 byte, before 32 E2M1 codes; the artifact's own bytes in another order."""
+
+    name: str = "MXFP4"
+
+    def parts(self, columns: int) -> tuple[RowPart, ...]:
+        """One tensor: the blocks of a row follow each other."""
+        return (RowPart("", self.name, columns, columns // BLOCK * (1 + BLOCK // 2)),)
+
+    def inexact(self, scale: Float32Array, zero_point: Float32Array | None) -> NDArray[Any]:
+        """Nowhere: both have the same scales."""
+        del zero_point
+        return np.zeros(scale.shape, np.bool_)
+
+    def encode(self, rows: SolvedRows) -> tuple[NDArray[np.uint8]]:
+        """uint8 [rows, bytes of a row]."""
+        scale = rows.quantized.scale
+        made = np.empty((*scale.shape, 1 + BLOCK // 2), np.uint8)
+        made[..., 0] = scale
+        interleave(np.ascontiguousarray(rows.quantized.values).view(np.uint8), made, 1)
+        return (made.reshape(len(made), -1),)
+
+
+MXFP4 = MicroscalingType()
 Q4_0, Q4_1, Q8_0 = BlockType("Q4_0", 4), BlockType("Q4_1", 4, minimum=True), BlockType("Q8_0", 8)
 ROUNDED_TO = Scheme(num_bits=8, strategy=Strategy.GROUP, group_size=BLOCK, scale_dtype=ScaleDtype.FLOAT16)
 """What weights are rounded to where no type keeps them and the user allows that; Q8_0 carries it."""
 
 
-def carrier_of(scheme: Scheme, columns: int) -> IntegerCarrier | str:
+def carrier_of(scheme: Scheme, columns: int) -> Carrier | str:
     """The type that carries a matrix of `columns` input features as it was solved, or why there is none."""
+    if scheme.num_bits == 4 and scheme.type is NumberType.FLOAT and scheme.strategy is Strategy.GROUP:
+        return MXFP4
+    if scheme.strategy is Strategy.TENSOR_GROUP:
+        return "llama.cpp's Llama 4 ignores the global scales of NVFP4"
     if not scheme.grid.even:
         return f"ggml has no type for FP{scheme.num_bits}"
     group = scheme.group_columns(columns)

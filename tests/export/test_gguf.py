@@ -217,7 +217,17 @@ def test_an_unquantized_checkpoint_goes_out_too(checkpoint, tmp_path):
     assert found["blk.1.ffn_down_exps.weight"][1] == "BF16"
 
 
+def test_microscaling_floats_are_carried(checkpoint, tmp_path):
+    artifact = run_plan(quick_plan(checkpoint("scout"), recipe_of(routed_expert="mxfp4")), tmp_path / "artifact").out
+    result = run_export(plan_export(open_source(str(artifact)), Gguf()), tmp_path / "out")
+    values, kind = values_of(result.out)["blk.3.ffn_down_exps.weight"]
+    assert kind == "MXFP4"
+    np.testing.assert_array_equal(values, wanted_of(artifact)["blk.3.ffn_down_exps.weight"])
+    assert result.proof.rounded == 0
+
+
 LOST = {
+    "nvfp4": ({"routed_expert": "nvfp4"}, "llama.cpp's Llama 4 ignores the global scales of NVFP4"),
     "fp8": ({"routed_expert": "fp8"}, "ggml has no type for FP8"),
     "float32 scales": ({"routed_expert": "int4-float32"}, "Q4_0 does not have all its scales"),
     "int8 with zero points": ({"shared_expert": "int8-asym"}, "no type for integers of 8 bits with a zero point"),
