@@ -179,20 +179,27 @@ def _headers(remote: Remote) -> tuple[dict[str, dict[str, TensorEntry]], dict[st
     if weight_map:
         refuse_two_models(remote.files, weight_map, remote.repo_id)
     shards = sorted(set(weight_map.values())) if weight_map else [single_weight_file(remote.files, remote.repo_id)]
-    if len(shards) > MAX_SHARDS:
-        raise SourceError(f"{remote.repo_id}: {len(shards):,} shards are implausible", hint=IS_IT)
     missing = [file for file in shards if file not in remote.files]
     if missing:
         raise SourceError(
             f"{remote.repo_id}: {len(missing)} of {len(shards)} shards are missing, the first is {missing[0]}",
             hint="the upload was not finished: ask its owner, or choose another revision",
         )
+    lengths = header_lengths(remote, shards)
+    with ThreadPoolExecutor(HEADER_THREADS) as threads:
+        headers = list(threads.map(lambda file: _header(remote, file, lengths[file]), shards))
+    return dict(zip(shards, headers, strict=True)), weight_map
+
+
+def header_lengths(remote: Remote, shards: Sequence[str]) -> dict[str, int]:
+    """Bytes of each shard's header, as its first bytes say. Raises SourceError for what no checkpoint has."""
+    if len(shards) > MAX_SHARDS:
+        raise SourceError(f"{remote.repo_id}: {len(shards):,} shards are implausible", hint=IS_IT)
     with ThreadPoolExecutor(HEADER_THREADS) as threads:
         lengths = list(threads.map(lambda file: _header_length(remote, file), shards))
-        if sum(lengths) > MAX_REMOTE_BYTES:
-            raise SourceError(f"{remote.repo_id}: headers of {sum(lengths):,} bytes are implausible", hint=IS_IT)
-        headers = list(threads.map(lambda file, nbytes: _header(remote, file, nbytes), shards, lengths))
-    return dict(zip(shards, headers, strict=True)), weight_map
+    if sum(lengths) > MAX_REMOTE_BYTES:
+        raise SourceError(f"{remote.repo_id}: headers of {sum(lengths):,} bytes are implausible", hint=IS_IT)
+    return dict(zip(shards, lengths, strict=True))
 
 
 def _header_length(remote: Remote, file: str) -> int:
@@ -266,21 +273,27 @@ class HubStore:
             raise SourceError(f"{repo_id} has no {file}", hint="is the repository complete?")
         if self.folder is not None:
             claim(self.folder, FETCHED)
-        cached = self.folder is None and isinstance(try_to_load_from_cache(repo_id, file, revision=revision), str)
-        if not cached:
-            self._check_room(file)
+        cached = self._is_cached(file)
+        self.check_room([file])
         with hub_errors(api, repo_id, revision), transferring(self.remote.files[file].transfer(revision)):
             path = Path(patiently(lambda: api.hf_hub_download(repo_id, file, revision=revision, local_dir=self.folder)))
         self._check(file, path, digest=not cached)
         return path
 
-    def _check_room(self, file: str) -> None:
+    def _is_cached(self, file: str) -> bool:
+        found = try_to_load_from_cache(self.remote.repo_id, file, revision=self.remote.revision)
+        return self.folder is None and isinstance(found, str)
+
+    def check_room(self, files: Sequence[str]) -> None:
+        """Raise BudgetError where the disk has no room for those of the files that are not there yet."""
         folder = (self.folder or Path(constants.HF_HUB_CACHE)).absolute()
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        needed, free = self.remote.files[file].size, shutil.disk_usage(there).free
+        needed = sum(self.remote.files[file].size for file in files if not self._is_cached(file))
+        free = shutil.disk_usage(there).free
         if needed > free:
+            what = f"{files[0]} takes" if len(files) == 1 else f"{len(files)} files take"
             raise BudgetError(
-                f"{folder}: {file} takes {human_bytes(needed)}, and {human_bytes(free)} are free",
+                f"{folder}: {what} {human_bytes(needed)}, and {human_bytes(free)} are free",
                 hint="free some space, or set HF_HOME to a larger disk",
             )
 

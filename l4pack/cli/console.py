@@ -120,6 +120,11 @@ def error(message: str, hint: str = "") -> None:
         _write(f"hint: {_one_line(hint)}")
 
 
+def tell(message: str) -> None:
+    """One line on stderr of what is about to be done, whoever watches."""
+    _write(_one_line(message), spoken=not manner.quiet)
+
+
 def warning(message: str) -> None:
     """One line on stderr, whoever watches."""
     _write(f"warning: {_one_line(message)}", spoken=not manner.quiet)

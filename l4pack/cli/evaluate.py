@@ -12,8 +12,8 @@ from l4pack.cli import console
 from l4pack.cli.hours import Hours, hours_view, predicted_record, predicted_seconds
 from l4pack.cli.options import (
     AgainstOption,
-    ArtifactOption,
     AsJsonOption,
+    AuditedOption,
     BackendOption,
     ComputeOption,
     DevicesFileOption,
@@ -46,6 +46,7 @@ from l4pack.units import human_bytes, human_seconds, parse_size
 from l4pack.work.device import chosen
 
 if TYPE_CHECKING:
+    from l4pack.artifact.published import Looked
     from l4pack.evaluate.evaluate import PreparedEvaluation
     from l4pack.evaluate.harness import CountingScorer
     from l4pack.evaluate.inputs import EvaluationSettings
@@ -57,7 +58,7 @@ UNREAD = "not read"  # stands for a digest where only the plan is wanted
 
 
 def evaluate(
-    artifact: ArtifactOption,
+    artifact: AuditedOption,
     against: AgainstOption = None,
     text: TextOption = "demo",
     samples: SamplesOption = 32,
@@ -89,8 +90,11 @@ def evaluate(
 ) -> None:
     """Compare an artifact with its original, layer by layer: perplexity, KL divergence, agreement, tasks.
 
+    A repository on the Hub is fetched, and measured as it is published; its record is shown, and kept nowhere.
+
     Example: `l4pack evaluate demo-int4 --against demo --max-kl 0.05`
     """
+    from l4pack.artifact.published import look, own_path
     from l4pack.evaluate.gates import asked_gates, judge, limits_of, parse_recovery, require
     from l4pack.evaluate.inputs import EvaluationSettings, split_tasks
     from l4pack.evaluate.record import read_evaluations, write_accuracy
@@ -98,9 +102,10 @@ def evaluate(
     from l4pack.work.files import path_beside
 
     questions, harness = split_tasks(task or ())
-    hours = Hours(on, devices, price, chosen(compute), path_beside(artifact, "").parent, planned=dry_run)
+    own = own_path(artifact)
+    hours = Hours(on, devices, price, chosen(compute), path_beside(own, "").parent, planned=dry_run)
     settings = EvaluationSettings(
-        work=work or path_beside(artifact, ".evaluate.partial"),
+        work=work or path_beside(own, ".evaluate.partial"),
         text=TextChoice(text, samples, sequence_length, seed),
         tasks=questions,
         harness=harness,
@@ -119,12 +124,16 @@ def evaluate(
     )
     gates = asked_gates(max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio)
     recovery = parse_recovery(min_recovery or [])
-    read_evaluations(artifact)  # what can't be added to is said before the work, not after it
-    if dry_run:
-        show_plan(*_planned(artifact, against, settings, hours), as_json=as_json)
-        return
-    record = _run(artifact, against, settings, hours)
-    write_accuracy(artifact, record, gates, recovery)
+    with look(artifact, weights=not dry_run, say=console.tell) as looked:
+        if looked.here:
+            read_evaluations(looked.folder)  # what can't be added to is said before the work, not after it
+        if dry_run:
+            show_plan(*_planned(looked, against, settings, hours), as_json=as_json)
+            return
+        record = _run(looked.folder, against, settings, hours)
+        record["gates"] = judge(record, limits_of(gates, recovery))
+        if looked.here:
+            write_accuracy(looked.folder, record, gates, recovery)
     console.show_json(record) if as_json else console.show(*accuracy_view(record))
     require(judge(record, limits_of(gates, recovery)))
 
@@ -201,18 +210,19 @@ def _weights(prepared: Sequence[PreparedEvaluation]) -> list[LayerWeights]:
 
 
 def _planned(
-    artifact: Path, against: str | None, settings: EvaluationSettings, hours: Hours
+    looked: Looked, against: str | None, settings: EvaluationSettings, hours: Hours
 ) -> tuple[dict[str, Any], Prediction | None]:
     """What an evaluation would take, as JSON, and its time; no weight is read."""
     from l4pack.checkpoint.open import open_source
     from l4pack.checkpoint.source import open_folder
     from l4pack.evaluate.evaluate import prepare_evaluation
 
-    checkpoint, original = open_folder(artifact), None if against is None else open_source(against)
+    checkpoint, original = open_folder(looked.folder), None if against is None else open_source(against)
     prepared = [prepare_evaluation(checkpoint, original, settings, measured=UNREAD)]
     asked = _asked(prepared[0])
     prediction = prediction_of(prepared, hours, asked)
-    return plan_record(prepared, prediction, asked), prediction
+    fetched = {} if looked.here else {"fetched_bytes": looked.fetched_bytes}
+    return {**plan_record(prepared, prediction, asked), **fetched}, prediction
 
 
 def plan_record(
@@ -247,6 +257,7 @@ def plan_view(plan: dict[str, Any], prediction: Prediction | None) -> list[Rende
         f"{memory} of memory",
         *sample_line(plan["sample"]),
         *_asked_view(plan["lm_eval"]),
+        *([f"fetched   {human_bytes(plan['fetched_bytes'])} from the Hub"] if "fetched_bytes" in plan else []),
         *hours_view(prediction),
     ]
 

@@ -8,7 +8,7 @@ import typer
 from rich.console import RenderableType
 
 from l4pack.cli import console
-from l4pack.cli.options import AsJsonOption, LicenceTargetOption, NameOption
+from l4pack.cli.options import AsJsonOption, AuditedOption, NameOption
 from l4pack.errors import LicenceError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def licence(
-    target: LicenceTargetOption,
+    target: AuditedOption,
     name: NameOption = None,
     as_json: AsJsonOption = False,
 ) -> None:

@@ -51,7 +51,7 @@ RequiredSubjectOption = Annotated[
 ChecksOption = Annotated[
     list[Path] | None, typer.Argument(metavar="[FILE]...", help="The checks; l4pack-budget.yaml unless given.")
 ]
-LicenceTargetOption = Annotated[
+AuditedOption = Annotated[
     str, typer.Argument(metavar="DIR|ORG/NAME", help="A folder, or a repository on the Hub.", show_default=False)
 ]
 RepositoryOption = Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository.", show_default=False)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4pack.cli import console
-from l4pack.cli.options import AgainstOption, ArtifactOption, DeviceOption, FittedOption, OutOption
+from l4pack.cli.options import AgainstOption, AuditedOption, DeviceOption, FittedOption, OutOption
 from l4pack.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def report(
-    artifact: ArtifactOption,
+    artifact: AuditedOption,
     out: OutOption[Path | None] = None,
     device: DeviceOption[str | None] = None,
     fitted: FittedOption = None,
@@ -26,34 +26,35 @@ def report(
 
     The page is DIR.report.html unless `--out` names another. Memory is that of the device and load that the artifact's
     recipe promises, else of one h100. With --against every byte is read and held against the source, as `verify` does;
-    without it, headers are.
+    without it, headers are, and of a repository on the Hub no weight is fetched.
 
     Example: `l4pack report demo-int4`
     """
+    from l4pack.artifact.published import look, own_path
     from l4pack.budget.load import Load
     from l4pack.budget.named import Asked, question_of
     from l4pack.checkpoint.source import open_folder
     from l4pack.report.page import render_report
     from l4pack.work.files import path_beside, write_atomic
 
-    checkpoint = open_folder(artifact)
-    records = _records(artifact, fitted, against)
-    question = question_of(Asked(str(artifact), None, device, Load()))
-    page = render_report(checkpoint, records, question, datetime.now(UTC).date().isoformat())
-    path = out or path_beside(artifact, ".report.html")
+    own = own_path(artifact)
+    with look(artifact, weights=against is not None, say=console.tell) as looked:
+        records = _records(looked.folder, _fitted(own, fitted), against)
+        question = question_of(Asked(str(looked.folder), None, device, Load()))
+        page = render_report(open_folder(looked.folder), records, question, datetime.now(UTC).date().isoformat())
+    path = out or path_beside(own, ".report.html")
     write_atomic(path, page.encode())
     console.show(f"[bold]{console.plain(path)}[/bold]  open it in a browser")
 
 
-def _records(artifact: Path, fitted: Path | None, against: str | None) -> Records:
+def _records(artifact: Path, fitted: dict[str, Any] | None, against: str | None) -> Records:
     """What was measured, fitted and verified. Raises UsageError, QualityError for a measurement of other weights."""
     from l4pack.evaluate.record import check_current, read_evaluations
     from l4pack.report.page import Records
 
     measured = read_evaluations(artifact)
     check_current(artifact, measured)
-    fit = _fitted(artifact, fitted)
-    return Records(_verified(artifact, against), measured[0] if measured else None, fit)
+    return Records(_verified(artifact, against), measured[0] if measured else None, fitted)
 
 
 def _verified(artifact: Path, against: str | None) -> Verification:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -13,8 +12,8 @@ from rich.console import RenderableType
 from l4pack.cli import console
 from l4pack.cli.options import (
     AgainstOption,
-    ArtifactOption,
     AsJsonOption,
+    AuditedOption,
     HeadersOnlyOption,
     SampleOption,
     StrictOption,
@@ -29,7 +28,7 @@ _SHOWN_PLACES = 3
 
 
 def verify(
-    folder: ArtifactOption,
+    artifact: AuditedOption,
     against: AgainstOption = None,
     sample: SampleOption = None,
     headers_only: HeadersOnlyOption = False,
@@ -38,10 +37,11 @@ def verify(
 ) -> None:
     """Check an artifact: what runtimes would read, whether it is right, and with --against whether it is this model.
 
-    Exit code 0: nothing wrong. 1: something is. 4: the artifact or the source can't be opened.
+    A repository on the Hub is checked as it is published; with --headers-only, no weight of it is fetched. Exit code 0: nothing wrong. 1: something is. 4: the artifact or the source can't be opened.
 
     Example: `l4pack verify demo-int4 --against demo`
     """
+    from l4pack.artifact.published import look
     from l4pack.checkpoint.open import open_source
     from l4pack.containers.safetensors_folder import CONTAINER
     from l4pack.verify.verify import verify_artifact
@@ -51,13 +51,16 @@ def verify(
     if headers_only and against is not None:
         raise typer.BadParameter("reads nothing to hold against a source", param_hint="--headers-only")
     source = open_source(against) if against is not None else None
-    with console.progress("verifying", CONTAINER.weight_bytes(folder)) as bar:
-        result = verify_artifact(folder, source, sample, bar.advance, headers_only=headers_only)
+    with (
+        look(artifact, weights=not headers_only, say=console.tell) as looked,
+        console.progress("verifying", CONTAINER.weight_bytes(looked.folder)) as bar,
+    ):
+        result = verify_artifact(looked.folder, source, sample, bar.advance, headers_only=headers_only)
     passed = result.ok and not (strict and result.findings)
     if as_json:
         console.show_json(verification_record(result, passed=passed))
     else:
-        console.show(*verification_view(folder, result, passed=passed))
+        console.show(*verification_view(looked.name, result, passed=passed))
     if not passed:
         raise typer.Exit(1)
 
@@ -81,16 +84,15 @@ def verification_record(result: Verification, *, passed: bool) -> dict[str, obje
     }
 
 
-def verification_view(folder: Path, result: Verification, *, passed: bool) -> list[RenderableType]:
+def verification_view(name: str, result: Verification, *, passed: bool) -> list[RenderableType]:
     """A verification for people: the verdict, what was checked, and the findings grouped by rule."""
     warnings = len(result.findings) - result.errors
-    name = f"[bold]{console.plain(folder)}[/bold]"
     verdict = "[green]verified[/green]" if passed else "[red]not verified[/red]"
     notes = [f"{count} {word}{'s' * (count != 1)}" for count, word in ((result.errors, "error"), (warnings, "warning"))]
     told = ", ".join(note for note in notes if not note.startswith("0 ")) or "nothing found"
     if not passed and not result.findings:
         told = "nothing could be checked"
-    lines: list[RenderableType] = [f"{name}: {verdict}, {told}", "", _checked_table(result)]
+    lines: list[RenderableType] = [f"[bold]{console.plain(name)}[/bold]: {verdict}, {told}", "", _checked_table(result)]
     for level, title in (("error", "[red]Errors[/red]"), ("warning", "[yellow]Warnings[/yellow]")):
         found = [finding for finding in result.findings if finding.level == level]
         if found:
