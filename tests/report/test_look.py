@@ -15,6 +15,7 @@ import pytest
 from large_record import large
 from PIL import ImageFont
 
+from l4pack.cli.report import report
 from l4pack.resources import data_text
 
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
@@ -26,12 +27,16 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 WIDTHS = (320, 390, 768, 1100)
 
 
-@pytest.fixture(params=["small", "large"])
-def text(request, page, made):
+@pytest.fixture(scope="module", params=["small", "large"])
+def text(request, evaluated_once, tmp_path_factory):
+    """The page of an evaluated artifact, and of one whose record is as large as Maverick's."""
+    folder = tmp_path_factory.mktemp("look")
+    made = shutil.copytree(evaluated_once, folder / "Llama-tiny-Int4")
     if request.param == "large":
         record = large(json.loads((made / "accuracy.json").read_text()))
         (made / "accuracy.json").write_text(json.dumps(record))
-    return page(made)
+    report(made, folder / "page.html")
+    return (folder / "page.html").read_text(encoding="utf-8")
 
 
 # Contrast, as WCAG 2.2 defines it
