@@ -9,34 +9,28 @@ computed in the blocks of one machine, wherever that is, and sums are in its ord
 
 from __future__ import annotations
 
-import itertools
-import mmap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from l4pack.calibration.desk import CalibrationDesk, CalibrationJob, Shards, Solved, Stage, apart_file
-from l4pack.calibration.inputs import InputScales
-from l4pack.calibration.kv_cache import CacheRange
+from l4pack.calibration.desk import CalibrationDesk, CalibrationJob, Shards, Solved
 from l4pack.calibration.output import Output
 from l4pack.calibration.run import CalibrationRun, lane_names
 from l4pack.calibration.written import unit_key
-from l4pack.cluster.cluster import Cluster, Parcel, Piece, Work
+from l4pack.cluster.cluster import Cluster
 from l4pack.cluster.options import Share, worker_device
-from l4pack.errors import UsageError
 from l4pack.plan.plan import Plan
 from l4pack.stream.compute import float32_on
-from l4pack.stream.hidden import Buffer
-from l4pack.stream.layer import Blocks, LayerPass, Routing
+from l4pack.stream.layer import Blocks, LayerPass
+from l4pack.stream.spread import Workers, check_spreadable, joined
+from l4pack.stream.stages import Stage, StageFiles
 from l4pack.stream.units import Unit, layer_units
 from l4pack.stream.visitor import Visit
 from l4pack.work.progress import Shown
-
-TASKS_A_SLOT = 3  # so that whoever is done early takes over from whoever is late
 
 
 def parts_of(device: str) -> dict[str, Any]:
@@ -52,7 +46,7 @@ def share_of(plan: Plan, cluster: Cluster) -> Share:
 
 
 @dataclass(frozen=True)
-class Workers:
+class Opening:
     """A cluster, and with what its workers open the shards that a job writes; `shards` is what `opening` is given."""
 
     cluster: Cluster
@@ -63,9 +57,11 @@ class Workers:
 class SpreadCalibration(CalibrationRun):
     """A calibration whose layers others run. It alone says what is finished."""
 
+    elsewhere = True
+
     def __init__(
         self,
-        workers: Workers,
+        opening: Opening,
         plan: Plan,
         output: Output,
         folder: Path,
@@ -73,70 +69,53 @@ class SpreadCalibration(CalibrationRun):
         shown: Shown,
         device: str = "cpu",
     ) -> None:
-        """See `CalibrationRun`; the source's path in `plan` must mean the same on every node."""
+        """See `CalibrationRun`; the source's path in `plan` must mean the same on every node. Raises UsageError for a
+        model that can't be spread."""
         super().__init__(plan, output, folder, stop, shown, device)
+        text, cluster = self._skeleton.text, opening.cluster
+        check_spreadable(self._config.text, torch.float32.itemsize, cluster)
         self._resident = False  # others read and write the hidden states
-        self._cluster, self._share = workers.cluster, share_of(plan, workers.cluster)
-        blocks = Blocks.on(self._skeleton.device, self._skeleton.text.hidden_size)
+        blocks = Blocks.on(self._skeleton.device, text.hidden_size)
         where, lanes = worker_device(device), tuple(lane_names(plan))
-        self._job = CalibrationJob(plan, folder.absolute(), lanes, blocks, where, workers.opening, workers.shards)
+        job = CalibrationJob(plan, folder.absolute(), lanes, blocks, where, opening.opening, opening.shards)
+        self._workers = Workers(cluster, share_of(plan, cluster), f"calibrating {job.hidden}", CalibrationDesk, job)
+        self._files = StageFiles(folder, lanes, (self._packed.rows, text.hidden_size, torch.float32))
 
-    def run(self) -> None:
-        """See `CalibrationRun`. Raises UsageError too, where several hosts would write into one page of a file."""
-        text, cluster = self._config.text, self._cluster
-        if self._config.text.moe_layers and text.num_experts_per_tok != 1:
-            raise UsageError("--ray calibrates models whose tokens go to one expert each", hint="leave --ray out")
-        if text.hidden_size * torch.float32.itemsize % mmap.PAGESIZE and cluster.hosts() > 1:
-            raise UsageError(
-                f"a row of {text.hidden_size} numbers is no whole number of pages of {mmap.PAGESIZE} bytes, "
-                "and two hosts must not write into one page",
-                hint="take the nodes of one host, or leave --ray out",
-            )
-        self._folder.mkdir(exist_ok=True)
-        for lane in self._job.lanes:
-            rows, width = self._packed.rows, text.hidden_size
-            Buffer(self._folder / apart_file(lane), rows, width, torch.float32).close()
-        super().run()
-
-    def spread(self, visit: Visit, settle: Callable[[], None]) -> bool:
+    def spread(self, visits: Sequence[Visit], settle: Callable[[], None]) -> bool:
         """Run a layer, stage by stage."""
+        (visit,) = visits
         passes = list(visit.passes.values())
-        stage = Stage(visit.layer, next(iter(visit.streams.values())).side)
         _, everyones, *experts = layer_units(self._config, visit.layer)
+        stage = self._files.begin(visit.layer, next(iter(visit.streams.values())).side)
         self._attend(stage, passes[0])
-        routing = self._route(stage, visit, passes) if experts else None
-        stage = replace(stage, routing=routing)
+        if experts:
+            stage = self._route(stage, visit)
         self._solve_all(stage, everyones, experts, passes[-1])
         settle()
-        self._feed(
-            f"{everyones}", [replace(stage, units=(everyones,), some=some) for some in self._some(_blocks(passes[0]))]
-        )
+        self._files.outputs(stage)
+        blocks = self._workers.some(len(passes[0].row_blocks()))
+        self._feed(f"{everyones}", [replace(stage, units=(everyones,), some=some) for some in blocks])
         self._feed("experts", [replace(stage, units=(expert,)) for expert in experts], passes[-1])
+        self._files.finish(stage)
         return True
 
     def _attend(self, stage: Stage, one: LayerPass) -> None:
         self._cache = self._cache_range()
-        stages = [replace(stage, some=some) for some in self._some(len(one.batches()))]
-        self._run("attention", CalibrationDesk.attend, stages, lambda _, found: self._seen(found))
+        stages = [replace(stage, some=some) for some in self._workers.some(len(one.batches()))]
+        for found in self._run("attention", CalibrationDesk.attend, stages):
+            if self._cache is not None and found is not None:
+                self._cache.join(found)
 
-    def _seen(self, found: CacheRange | None) -> None:
-        if self._cache is not None and found is not None:
-            self._cache.join(found)
-
-    def _route(self, stage: Stage, visit: Visit, passes: Sequence[LayerPass]) -> Parcel:
-        found: dict[int, list[Routing]] = {}
-
-        def note(piece: Piece, routing: list[Routing]) -> None:
-            found[piece.argument.some.start] = routing
-
-        stages = [replace(stage, some=some) for some in self._some(_blocks(passes[0]))]
-        self._run("routing", CalibrationDesk.route, stages, note)
-        by_lane = zip(*(found[start] for start in sorted(found)), strict=True)
-        whole = [_joined(parts) for parts in by_lane]
-        for one, routing in zip(passes, whole, strict=True):
-            one.routing = routing
+    def _route(self, stage: Stage, visit: Visit) -> Stage:
+        """The stage with where the router sends every row."""
+        one = next(iter(visit.passes.values()))
+        stages = [replace(stage, some=some) for some in self._workers.some(len(one.row_blocks()))]
+        parts = self._run("routing", CalibrationDesk.route, stages)
+        whole = {name: joined([part[name] for part in parts]) for name in visit.passes}
+        for name, routing in whole.items():
+            visit.passes[name].routing = routing
         self.routed(visit)
-        return self._cluster.parcel(whole)
+        return replace(stage, routing=self._workers.cluster.parcel(whole))
 
     def _solve_all(self, stage: Stage, everyones: Unit, experts: Sequence[Unit], quantized: LayerPass) -> None:
         """Solve what is left, the experts in the same company as on one machine."""
@@ -148,7 +127,7 @@ class SpreadCalibration(CalibrationRun):
             if any(self._solver.targets(one) and unit_key(one) not in finished for one in units)
         ]
         stages = [replace(stage, units=units) for units in left]
-        self._run("solving", CalibrationDesk.solve, stages, lambda _, found: self._solved(found), quantized)
+        self._run("solving", CalibrationDesk.solve, stages, quantized, lambda _, found: self._solved(found))
 
     def _solved(self, found: Sequence[Solved]) -> None:
         self._output.journal.record(
@@ -159,24 +138,19 @@ class SpreadCalibration(CalibrationRun):
         self._check_fallbacks()
 
     def _feed(self, name: str, stages: Sequence[Stage], routed: LayerPass | None = None) -> None:
-        def join(_: Piece, found: InputScales) -> None:
+        for found in self._run(f"running {name}", CalibrationDesk.feed, stages, routed):
             self._inputs.join(found)
-
-        self._run(f"running {name}", CalibrationDesk.feed, stages, join, routed)
 
     def _run(
         self,
         name: str,
         work: Callable[[CalibrationDesk, Stage], Any],
         stages: Sequence[Stage],
-        done: Callable[[Piece, Any], None],
         routed: LayerPass | None = None,
-    ) -> None:
-        """Have stages done, those of most rows first."""
-        job = self._job
-        whole = Work(f"calibrating {job.hidden}", CalibrationDesk, job, work, rate="{:,.0f} tokens".format)
-        pieces = [Piece(_name(name, stage), stage, self._rows(stage, routed)) for stage in stages]
-        self._cluster.run(whole, pieces, self._share, done, self._progress.stop)
+        done: Callable[[Stage, Any], None] = lambda *_: None,
+    ) -> list[Any]:
+        """Have stages done, those of most rows first; what came of each."""
+        return self._workers.run(name, work, stages, self._progress.stop, lambda stage: self._rows(stage, routed), done)
 
     def _rows(self, stage: Stage, routed: LayerPass | None) -> int:
         """About how many rows a task goes through."""
@@ -184,24 +158,3 @@ class SpreadCalibration(CalibrationRun):
             counts = routed.routing.counts()
             return sum(counts[unit.expert] for unit in stage.units if unit.expert is not None)
         return self._packed.rows if stage.some is None else len(stage.some)
-
-    def _some(self, count: int) -> Iterator[range]:
-        """So many batches or blocks shared out."""
-        slots = self._cluster.slots(self._share)
-        wanted = min(count, TASKS_A_SLOT * slots)
-        edges = [number * count // wanted for number in range(wanted + 1)]
-        return itertools.starmap(range, itertools.pairwise(edges))
-
-
-def _blocks(one: LayerPass) -> int:
-    return len(one.row_blocks())
-
-
-def _joined(parts: Sequence[Routing]) -> Routing:
-    names = ("logits", "experts", "scores")
-    return Routing(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
-
-
-def _name(name: str, stage: Stage) -> str:
-    where = ", ".join(map(str, stage.units)) or f"layer {stage.layer}"
-    return f"{name}: {where}" + ("" if stage.some is None else f", {stage.some.start} to {stage.some.stop}")

@@ -13,6 +13,7 @@ from typing import Any
 from l4pack.work.files import write_atomic
 
 NONCE_NAME = "nonce"
+LIBRARIES = ("l4pack", "numpy", "numba", "ray")  # that decide a rounded byte, or whether nodes understand each other
 
 
 @dataclass(frozen=True)

@@ -230,11 +230,11 @@ def _calibrate(
 
         CalibrationRun(plan, output, work / _HIDDEN, stop, shown, device, supply).run()
     else:
-        from l4pack.calibration.spread import SpreadCalibration, Workers
+        from l4pack.calibration.spread import Opening, SpreadCalibration
 
         job = spread_job(plan, work / _ARTIFACT, output.journal, device)
-        workers = Workers(cluster, SlicesDesk, job)
-        SpreadCalibration(workers, job.plan, output, work / _HIDDEN, stop, shown, device).run()
+        opening = Opening(cluster, SlicesDesk, job)
+        SpreadCalibration(opening, job.plan, output, work / _HIDDEN, stop, shown, device).run()
     write_atomic(work / _ARTIFACT / RECORD_NAME, plan.calibration_json(output.journal.results))
 
 

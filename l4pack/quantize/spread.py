@@ -22,7 +22,7 @@ from l4pack.checkpoint.source import LocalStore
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.cluster.cluster import Cluster, Piece, Work
 from l4pack.cluster.options import Share, worker_device
-from l4pack.cluster.sight import Look, nonce
+from l4pack.cluster.sight import LIBRARIES, Look, nonce
 from l4pack.errors import L4packError, UsageError
 from l4pack.plan.assign import Task
 from l4pack.plan.memory import rounding
@@ -34,7 +34,6 @@ from l4pack.work.device import CPU
 
 PIECE_BYTES = 256 * MIB  # of the source: seconds of work, thousands of times what starting a task takes
 _PIECE_TASKS = 64
-LIBRARIES = ("l4pack", "numpy", "numba", "ray")  # that decide a rounded byte, or whether nodes understand each other
 
 
 @dataclass(frozen=True)

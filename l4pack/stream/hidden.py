@@ -184,3 +184,13 @@ class DeviceRows(Rows):
 
     def release(self) -> None:
         """They stay."""
+
+
+class Elsewhere(Rows):
+    """Rows that other processes have open, and this one has not."""
+
+    def __init__(self) -> None:
+        """There is nothing to look at."""
+
+    def release(self) -> None:
+        """Nothing is held here."""

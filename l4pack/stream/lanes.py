@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l4pack.stream.embed import embed
-from l4pack.stream.hidden import Buffer, Packed, Rows
+from l4pack.stream.hidden import Buffer, Elsewhere, Packed, Rows
 from l4pack.stream.modules import Skeleton
-from l4pack.stream.sides import Stream, StreamFiles, copy_rows
+from l4pack.stream.sides import Stream, StreamFiles, copy_rows, side_file
 from l4pack.stream.weights import Weights
 from l4pack.work.seal import Span
 
@@ -58,9 +58,10 @@ class Lane:
 class Lanes:
     """The hidden states of lanes in a folder."""
 
-    def __init__(self, folder: Path, lanes: Sequence[Lane], *, resident: bool = False) -> None:
-        """Nothing is made or opened yet; `resident` ones stay on their model's device."""
-        self._folder, self.lanes = folder, tuple(lanes)
+    def __init__(self, folder: Path, lanes: Sequence[Lane], *, resident: bool = False, elsewhere: bool = False) -> None:
+        """Nothing is made or opened yet; `resident` ones stay on their model's device, and those `elsewhere` are read and
+        written by other processes, see `stages`."""
+        self._folder, self.lanes, self._elsewhere = folder, tuple(lanes), elsewhere
         self.streams: dict[str, Stream] = {}
         self._files: dict[str, StreamFiles] = {}
         together: dict[str, list[Lane]] = {}
@@ -68,12 +69,16 @@ class Lanes:
             together.setdefault(lane.files or lane.name, []).append(lane)
         for name, group in together.items():
             device = group[0].model.skeleton.device if resident else None
-            self._files[name] = StreamFiles(folder, name, [lane.name for lane in group], _shape(group[0]), device)
+            self._files[name] = StreamFiles(folder, name, [lane.name for lane in group], shape_of(group[0]), device)
 
-    def open(self, side: int, *, kept: bool, begun: bool = False) -> None:
-        """Make the files, or with `kept` those of the other side, with `begun` none; see `StreamFiles.open`."""
+    def open(self, side: int, *, kept: bool) -> None:
+        """Make the files, or with `kept` those of the other side; see `StreamFiles.open`."""
+        if self._elsewhere:
+            nowhere = Elsewhere()
+            self.streams = {lane.name: Stream(lane.name, (nowhere, nowhere), nowhere, side) for lane in self.lanes}
+            return
         for files in self._files.values():
-            self.streams |= files.open(side, kept=kept, begun=begun)
+            self.streams |= files.open(side, kept=kept)
 
     def close(self) -> None:
         """Close the files, which stay."""
@@ -86,14 +91,9 @@ class Lanes:
         for stream in self.streams.values():
             stream.side = 1 - stream.side
 
-    def flush_all(self) -> None:
-        """Wait until everything is on disk."""
-        for files in self._files.values():
-            files.flush_all()
-
     def flush(self, side: int, *, release: bool) -> None:
         """Wait until one side is on disk; with `release` its pages go."""
-        for files in self._files.values():
+        for files in () if self._elsewhere else self._files.values():
             files.flush(side)
             if release:
                 files.release()
@@ -105,6 +105,9 @@ class Lanes:
 
     def embed(self) -> None:
         """Make embeddings the inputs of every lane that begins with them; those of the same sequences are made once."""
+        if self._elsewhere:
+            self._embed_for_others()
+            return
         made: dict[tuple[int, int], Rows] = {}
         for lane in self.lanes:
             target, key = self.streams[lane.name].current, (id(lane.model), id(lane.packed))
@@ -115,6 +118,13 @@ class Lanes:
             else:
                 embed(lane.model.weights, lane.model.skeleton, lane.packed, target)
             made[key] = target
+
+    def _embed_for_others(self) -> None:
+        for lane in self.lanes:
+            buffer = Buffer(self._folder / side_file(lane.name, 0), *shape_of(lane))
+            embed(lane.model.weights, lane.model.skeleton, lane.packed, Rows(buffer))
+            buffer.flush()
+            buffer.close()
 
     def copies(self, step: int) -> list[Span]:
         """Where copies of a step's inputs lie, of lanes that are kept."""
@@ -139,17 +149,17 @@ class Lanes:
         return [lane for lane in self.lanes if lane.kept and lane.alive(step)]
 
     def _copy(self, lane: Lane, *, made: bool = False) -> Buffer:
-        return Buffer(self._folder / _copy_name(lane), *_shape(lane), kept=made)
+        return Buffer(self._folder / _copy_name(lane), *shape_of(lane), kept=made)
 
 
-def _shape(lane: Lane) -> tuple[int, int, torch.dtype]:
+def shape_of(lane: Lane) -> tuple[int, int, torch.dtype]:
     """Rows, width and dtype of its hidden states."""
     skeleton = lane.model.skeleton
     return lane.packed.rows, int(skeleton.text.hidden_size), skeleton.dtype
 
 
 def _nbytes(lane: Lane) -> int:
-    rows, width, dtype = _shape(lane)
+    rows, width, dtype = shape_of(lane)
     return rows * width * dtype.itemsize
 
 

@@ -71,16 +71,15 @@ class StreamFiles:
         self._buffers: dict[int | str, Buffer] = {}
         self._there: dict[int | str, Tensor] = {}
 
-    def open(self, side: int = 0, *, kept: bool = False, begun: bool = False) -> dict[str, Stream]:
-        """The streams by name; `side` holds a layer's inputs, with `kept` those of an earlier run that is gone on from,
-        with `begun` all files are there as another process has made them.
+    def open(self, side: int = 0, *, kept: bool = False) -> dict[str, Stream]:
+        """The streams by name; `side` holds a layer's inputs, with `kept` those of an earlier run that is gone on from.
 
         Raises BudgetError when the disk is too full, UsageError when a kept file is not the job's own.
         """
         count = self._rows * len(self.names)
         for end in (*_SIDES, _MIDDLE):
             path = self._folder / self._file(end)
-            known = begun or (kept and end == side)
+            known = kept and end == side
             self._buffers[end] = Buffer(path, count, self._width, self._dtype, kept=known)
             if self._device is not None:
                 data = self._buffers[end].data
@@ -96,7 +95,7 @@ class StreamFiles:
         return DeviceRows(self._there[end][part]) if end in self._there else Rows(self._buffers[end], part)
 
     def _file(self, end: int | str) -> str:
-        return f"{self._name}-{end}.hidden"
+        return side_file(self._name, end)
 
     def span(self, stream: str, side: int) -> Span:
         """Where one side of a stream lies."""
@@ -110,11 +109,6 @@ class StreamFiles:
                 self._buffers[side].data.copy_(self._there[side])
         self._buffers[side].flush()
 
-    def flush_all(self) -> None:
-        """Wait until all files are on disk."""
-        for buffer in self._buffers.values():
-            buffer.flush()
-
     def release(self) -> None:
         """Let all pages go."""
         for buffer in self._buffers.values():
@@ -125,6 +119,11 @@ class StreamFiles:
         self._there.clear()
         while self._buffers:
             self._buffers.popitem()[1].close()
+
+
+def side_file(name: str, end: int | str) -> str:
+    """The file of one side, or of what lies between."""
+    return f"{name}-{end}.hidden"
 
 
 def _like(data: Tensor, device: torch.device) -> Tensor:

@@ -45,18 +45,20 @@ class Visitor:
     """
 
     together = 1
+    elsewhere = False  # whether other processes run the layers, and this one opens no hidden states
 
     def resume(self, records: Sequence[Mapping[str, Any]]) -> bool:
         """What `leave` gave in the layers done before; returns whether all else that they gave is there too."""
         del records
         return True
 
-    def spread(self, visit: Visit, settle: Callable[[], None]) -> bool:
-        """Have others run the whole of a layer, from attention on, if there are others; returns whether they have.
+    def spread(self, visits: Sequence[Visit], settle: Callable[[], None]) -> bool:
+        """Have others run the whole of a layer in all models, from attention on, if hidden states are `elsewhere`; returns
+        whether they have.
 
         `settle` must be called before anything is written to what follows the layer.
         """
-        del visit, settle
+        del visits, settle
         return False
 
     def visit(self, visit: Visit, unit: Unit, weights: UnitWeights) -> None:

@@ -19,6 +19,7 @@ from l4pack.stream.lanes import Lane, Lanes
 from l4pack.stream.layer import Blocks, LayerPass
 from l4pack.stream.prefetch import Prefetch
 from l4pack.stream.sides import Stream
+from l4pack.stream.stages import forget_stages
 from l4pack.stream.supply import Supply
 from l4pack.stream.transfer import beside, hand_over
 from l4pack.stream.units import LoadedUnit, Unit, expert_unit, layer_units, load_unit
@@ -65,7 +66,9 @@ class Walk:
         self._blocks = blocks or Blocks.on(skeleton.device, skeleton.text.hidden_size)
         self._release, self._keep, self._ahead = release, keep, ahead
         work.mkdir(parents=True, exist_ok=True)
-        self._lanes, self._state = Lanes(work, lanes, resident=resident), WalkState(work, job)
+        forget_stages(work)
+        self._lanes = Lanes(work, lanes, resident=resident, elsewhere=self._visitor.elsewhere)
+        self._state = WalkState(work, job)
         self.records, self.resumed_layers = self._resumed()
         self._begun = self.resumed_layers or self._kept(first)
         if not self.resumed_layers:
@@ -142,8 +145,13 @@ class Walk:
     def _layer(self, step: int, ready: _Ready) -> None:
         started, layer = time.monotonic(), self.order[step]
         used: set[int] = set()
-        for number in range(len(self.models)):
-            self._visit(self._entered(number, step), used, ready)
+        visits = [self._entered(number, step) for number in range(len(self.models))]
+        if self._visitor.spread(visits, self._settle):
+            for number in range(len(self.models)):
+                self._count(number, layer_units(self.models[number].skeleton.config, layer))
+        else:
+            for visit in visits:
+                self._visit(visit, used, ready)
         rows = sum(lane.packed.rows for lane in self._lanes.lanes if lane.walks(step))
         rate = rows / max(time.monotonic() - started, 1e-9)
         speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
@@ -164,9 +172,6 @@ class Walk:
 
     def _visit(self, visit: Visit, used: set[int], ready: _Ready) -> None:
         units = layer_units(self.models[visit.model].skeleton.config, visit.layer)
-        if self._visitor.spread(visit, self._settle):
-            self._count(visit.model, units)
-            return
         attention, everyones, *experts = units
         ready.plan((visit.model, (unit,)) for unit in (attention, everyones))
         self._run(visit, (attention,), ready)
