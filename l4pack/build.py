@@ -241,7 +241,7 @@ class _Chain:
         plan, order = self._plan, self._order
         with self._watch("quantizing", plan.read_bytes) as bar:
             if order.cluster is not None:
-                order.cluster.show_on(bar.shown.label)
+                order.cluster.show_on(bar.shown.label, bar.shown.step)
             result = run_plan(
                 plan,
                 order.out,
@@ -297,7 +297,7 @@ class _Chain:
         return Outcome.DONE, summary, record
 
     def _evaluate(self) -> StepResult:
-        text, out = self._order.text, self._order.out
+        order, text, out = self._order, self._order.text, self._order.out
         if text is None:
             return NOT_ASKED
         from l4pack.stream.visitor import Progress
@@ -306,7 +306,9 @@ class _Chain:
             prepared = self._prepared(text, Progress.of(bar.shown, stop))
             record = find(read_evaluations(out), prepared.identity.digest)
             outcome = Outcome.DONE if record is None else Outcome.KEPT
-            record = prepared.run() if record is None else record
+            if order.cluster is not None:
+                order.cluster.show_on(bar.shown.label, bar.shown.step)
+            record = prepared.run(order.cluster) if record is None else record
             prepared.add_sample(record)
         asked = self._gates()
         write_accuracy(out, record, asked, {})

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from ray_nodes import ENVIRONMENT
 
 # What this machine does a second is not measured for every test; one that wants that has a cache of its own.
 os.environ["L4PACK_CACHE"] = tempfile.mkdtemp(prefix="l4pack-tests-")
@@ -24,6 +25,9 @@ os.environ["L4PACK_CACHE"] = tempfile.mkdtemp(prefix="l4pack-tests-")
 # Before torch is there: the number of threads is part of what a calibrated job is, here and in the processes that tests
 # start and kill, and two test processes share two cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Before Ray is there, which any test may be the first to import.
+os.environ.update(ENVIRONMENT)
 
 from l4pack.__main__ import main
 from l4pack.calibration.text import with_text

@@ -158,7 +158,7 @@ def build(
     allowed = hours.limits(max_ram, max_vram, shard_size)
     wanted = _recipe(recipe, calibration, calibration_samples, sequence_length, seed, keep_float32=keep_float32)
     made, fitted = within_time(make_plan(checkpoint, wanted, allowed), allowed, hours, within, calibration_samples)
-    plan = _with_text(made, calibration)
+    plan = _with_text(made if spread is None else made.on_cluster(), calibration)
     talk = _talk(plan, sample_tokens, skip_evaluate=skip_evaluate)
     predicted = _predicted(plan, hours, None if skip_evaluate else (samples, sequence_length), talk)
     refused = refused_later(checkpoint, plan.recipe, name=name, base_model=base_model)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 
 from l4pack.cli import console
-from l4pack.cli.evaluate import UNREAD, plan_record, plan_view, prediction_of, show_plan
-from l4pack.cli.hours import Hours, predicted_seconds
+from l4pack.cli.cluster import cluster_options, joined, planned_workers, slots
+from l4pack.cli.evaluate import UNREAD
+from l4pack.cli.evaluation_plan import planned_of, show_plan
+from l4pack.cli.hours import Hours
 from l4pack.cli.options import (
     AgainstOption,
     ArtifactsOption,
@@ -20,11 +22,13 @@ from l4pack.cli.options import (
     DeviceOption,
     DevicesFileOption,
     DryRunOption,
+    GpusPerWorkerOption,
     MaxRamOption,
     MaxVramOption,
     OnOption,
     OutOption,
     PriceOption,
+    RayOption,
     RestartOption,
     SamplesOption,
     SeedOption,
@@ -39,6 +43,7 @@ from l4pack.work.device import chosen
 
 if TYPE_CHECKING:
     from l4pack.checkpoint.source import Checkpoint
+    from l4pack.cluster.cluster import Cluster
     from l4pack.evaluate.compare import Comparison
     from l4pack.evaluate.inputs import EvaluationSettings
 
@@ -58,6 +63,8 @@ def compare(
     max_ram: MaxRamOption = None,
     max_vram: MaxVramOption = None,
     work: WorkOption = None,
+    ray: RayOption = None,
+    gpus_per_worker: GpusPerWorkerOption = None,
     restart: RestartOption = False,
     on: OnOption = None,
     devices: DevicesFileOption = None,
@@ -82,7 +89,8 @@ def compare(
     find_host(device, load_devices())
     for artifact in artifacts:
         read_evaluations(artifact)  # what can't be added to is said before the work, not after it
-    hours = Hours(on, devices, price, chosen(compute), path_beside(artifacts[0], "").parent, planned=dry_run)
+    where = chosen(compute)
+    hours = Hours(on, devices, price, where, path_beside(artifacts[0], "").parent, planned=dry_run)
     settings = EvaluationSettings(
         work=work or path_beside(artifacts[0], ".compare.partial"),
         text=TextChoice(text, samples, sequence_length, seed),
@@ -93,9 +101,11 @@ def compare(
         restart=restart,
     )
     if dry_run:
-        _plan(artifacts, original, settings, hours, as_json=as_json)
+        workers = planned_workers(ray, gpus_per_worker, where, computes=True)
+        _plan(artifacts, original, settings, hours, workers, as_json=as_json)
         return
-    found, predicted = _run(artifacts, original, settings, hours)
+    with joined(cluster_options(ray, gpus_per_worker, where), computes=True) as cluster:
+        found, predicted = _run(artifacts, original, settings, hours, cluster)
     record = _recorded(found, artifacts, device, context)
     record["run"]["predicted_seconds"] = predicted
     if out is not None:
@@ -123,16 +133,23 @@ def _opened(artifacts: list[Path], against: str) -> tuple[list[Checkpoint], Chec
     return [open_folder(artifact) for artifact in artifacts], open_source(against)
 
 
-def _plan(artifacts: list[Path], against: str, settings: EvaluationSettings, hours: Hours, *, as_json: bool) -> None:
+def _plan(
+    artifacts: list[Path],
+    against: str,
+    settings: EvaluationSettings,
+    hours: Hours,
+    workers: int | None,
+    *,
+    as_json: bool,
+) -> None:
     from l4pack.evaluate.compare import prepare_comparison
 
     prepared = prepare_comparison(*_opened(artifacts, against), settings, measured=UNREAD).evaluations
-    prediction = prediction_of(prepared, hours)
-    show_plan(plan_record(prepared, prediction), prediction, as_json=as_json)
+    show_plan(planned_of(prepared, hours, workers), as_json=as_json)
 
 
 def _run(
-    artifacts: list[Path], against: str, settings: EvaluationSettings, hours: Hours
+    artifacts: list[Path], against: str, settings: EvaluationSettings, hours: Hours, cluster: Cluster | None
 ) -> tuple[Comparison, float | None]:
     """The comparison, and the seconds it was to take."""
     from l4pack.evaluate.compare import prepare_comparison
@@ -143,9 +160,12 @@ def _run(
     checkpoints, original = _opened(artifacts, against)
     with console.progress("comparing", total_bytes(original, *checkpoints)) as bar, stop_signals() as stop:
         prepared = prepare_comparison(checkpoints, original, settings, Progress.of(bar.shown, stop))
-        prediction = prediction_of(prepared.evaluations, hours)
-        console.talk(*plan_view(plan_record(prepared.evaluations, prediction), prediction))
-        return prepared.run(), predicted_seconds(prediction)
+        planned = planned_of(prepared.evaluations, hours, slots(cluster))
+        console.talk(*planned.view())
+        if cluster is not None:
+            cluster.show_on(bar.shown.label, console.warning)
+            bar.shown.step(planned.on_cluster())
+        return prepared.run(cluster), planned.seconds
 
 
 def _recorded(found: Comparison, artifacts: list[Path], device: str, context: int | None) -> dict[str, Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
 from l4pack.cli import console
-from l4pack.cli.hours import Hours, hours_view, predicted_record, predicted_seconds
+from l4pack.cli.cluster import cluster_options, joined, planned_workers, slots
+from l4pack.cli.evaluation_plan import Planned, asked_of, planned_of, show_plan
+from l4pack.cli.hours import (
+    Hours,
+)
 from l4pack.cli.options import (
     AgainstOption,
     AsJsonOption,
@@ -18,6 +21,7 @@ from l4pack.cli.options import (
     ComputeOption,
     DevicesFileOption,
     DryRunOption,
+    GpusPerWorkerOption,
     LimitOption,
     MaxKlOption,
     MaxPerplexityRatioOption,
@@ -28,6 +32,7 @@ from l4pack.cli.options import (
     NeedleOption,
     OnOption,
     PriceOption,
+    RayOption,
     ReferenceOption,
     RestartOption,
     SamplesOption,
@@ -41,17 +46,14 @@ from l4pack.cli.options import (
     WeightsOnlyOption,
     WorkOption,
 )
-from l4pack.cli.said import sample_line, sample_talk, sample_view
+from l4pack.cli.said import sample_view
 from l4pack.units import human_bytes, human_seconds, parse_size
 from l4pack.work.device import chosen
 
 if TYPE_CHECKING:
     from l4pack.artifact.published import Looked
-    from l4pack.evaluate.evaluate import PreparedEvaluation
-    from l4pack.evaluate.harness import CountingScorer
+    from l4pack.cluster.cluster import Cluster
     from l4pack.evaluate.inputs import EvaluationSettings
-    from l4pack.timing.jobs import LayerWeights
-    from l4pack.timing.speeds import Prediction
 
 
 UNREAD = "not read"  # stands for a digest where only the plan is wanted
@@ -81,6 +83,8 @@ def evaluate(
     max_ram: MaxRamOption = None,
     max_vram: MaxVramOption = None,
     work: WorkOption = None,
+    ray: RayOption = None,
+    gpus_per_worker: GpusPerWorkerOption = None,
     restart: RestartOption = False,
     on: OnOption = None,
     devices: DevicesFileOption = None,
@@ -102,8 +106,8 @@ def evaluate(
     from l4pack.work.files import path_beside
 
     questions, harness = split_tasks(task or ())
-    own = own_path(artifact)
-    hours = Hours(on, devices, price, chosen(compute), path_beside(own, "").parent, planned=dry_run)
+    own, chosen_device = own_path(artifact), chosen(compute)
+    hours = Hours(on, devices, price, chosen_device, path_beside(own, "").parent, planned=dry_run)
     settings = EvaluationSettings(
         work=work or path_beside(own, ".evaluate.partial"),
         text=TextChoice(text, samples, sequence_length, seed),
@@ -128,9 +132,11 @@ def evaluate(
         if looked.here:
             read_evaluations(looked.folder)  # what can't be added to is said before the work, not after it
         if dry_run:
-            show_plan(*_planned(looked, against, settings, hours), as_json=as_json)
+            workers = planned_workers(ray, gpus_per_worker, chosen_device, computes=True)
+            show_plan(_planned(looked, against, settings, hours, workers), as_json=as_json)
             return
-        record = _run(looked.folder, against, settings, hours)
+        with joined(cluster_options(ray, gpus_per_worker, chosen_device), computes=True) as cluster:
+            record = _run(looked.folder, against, settings, hours, cluster)
         record["gates"] = judge(record, limits_of(gates, recovery))
         if looked.here:
             write_accuracy(looked.folder, record, gates, recovery)
@@ -142,7 +148,9 @@ def _size(text: str | None) -> int | None:
     return None if text is None else parse_size(text)
 
 
-def _run(artifact: Path, against: str | None, settings: EvaluationSettings, hours: Hours) -> dict[str, Any]:
+def _run(
+    artifact: Path, against: str | None, settings: EvaluationSettings, hours: Hours, cluster: Cluster | None
+) -> dict[str, Any]:
     from l4pack.checkpoint.open import open_source
     from l4pack.checkpoint.source import open_folder
     from l4pack.evaluate.evaluate import prepare_evaluation, total_bytes
@@ -153,124 +161,27 @@ def _run(artifact: Path, against: str | None, settings: EvaluationSettings, hour
     total = total_bytes(None if settings.reference else original, checkpoint) * (1 + settings.sample_tokens)
     with console.progress("evaluating", total) as bar, stop_signals() as stop:
         prepared = prepare_evaluation(checkpoint, original, settings, Progress.of(bar.shown, stop))
-        prediction = prediction_of([prepared], hours)
-        record = prepared.run()
-    record["run"]["predicted_seconds"] = predicted_seconds(prediction)
+        planned = planned_of([prepared], hours, slots(cluster))
+        if cluster is not None:
+            cluster.show_on(bar.shown.label, console.warning)
+            bar.shown.step(planned.on_cluster())
+        record = prepared.run(cluster)
+    record["run"]["predicted_seconds"] = planned.seconds
     return record
 
 
-def _asked(prepared: PreparedEvaluation) -> CountingScorer | None:
-    """What lm-eval's tasks would ask of a streamed model; None where there are none, or an engine runs them."""
-    from l4pack.evaluate.harness import counted
-
-    if not prepared.asked.tasks or not prepared.asked.streamed:
-        return None
-    return counted(prepared.artifact, prepared.asked, prepared.settings.limit, prepared.manager)
-
-
-def _asked_record(prepared: PreparedEvaluation, asked: CountingScorer) -> dict[str, Any]:
-    """The cost of lm-eval's tasks, as JSON."""
-    return {
-        "requests": asked.requests,
-        "tokens": asked.tokens,
-        "passes": asked.passes,
-        "read_bytes": asked.passes * sum(model.nbytes for model in _weights([prepared])),
-        "left_out": [
-            one.task for suite in prepared.asked.suites for one in suite.tasks if not prepared.asked.runs(one)
-        ],
-    }
-
-
-def prediction_of(
-    prepared: Sequence[PreparedEvaluation], hours: Hours, asked: CountingScorer | None = None
-) -> Prediction | None:
-    """The time of evaluations that walk together, with that of lm-eval's tasks where they were counted."""
-    from l4pack.timing.counts import seeing
-    from l4pack.timing.jobs import Asked, asking, evaluating, talking
-
-    first, models = prepared[0], _weights(prepared)
-    lengths = [len(sequence.tokens) for sequence in first.inputs.sequences]
-    text, digested = first.artifact.config.text, sum(one.artifact.weight_bytes for one in prepared)
-    work = evaluating(text, models, sum(lengths), max(lengths), hours.kind, digested=digested)
-    seen = (sequence.images for sequence in first.inputs.sequences)
-    work += [seeing(first.artifact.config, sum(one.tiles for one in seen if one is not None))] * len(models)
-    work.append(talking(text, models, sample_talk(first.settings.sample_tokens), hours.kind))
-    if asked is not None:
-        requests = Asked(asked.tokens, asked.scored, asked.longest, asked.passes)
-        work.append(asking(text, models, requests, hours.kind))
-    return hours.predict(work, sum(model.nbytes for model in models))
-
-
-def _weights(prepared: Sequence[PreparedEvaluation]) -> list[LayerWeights]:
-    """Those of the models that walk."""
-    from l4pack.timing.jobs import layer_weights
-
-    original = None if prepared[0].settings.reference else prepared[0].original
-    return [layer_weights(one) for one in (original, *(one.artifact for one in prepared)) if one is not None]
-
-
 def _planned(
-    looked: Looked, against: str | None, settings: EvaluationSettings, hours: Hours
-) -> tuple[dict[str, Any], Prediction | None]:
-    """What an evaluation would take, as JSON, and its time; no weight is read."""
+    looked: Looked, against: str | None, settings: EvaluationSettings, hours: Hours, workers: int | None
+) -> Planned:
+    """What an evaluation would take; no weight is read."""
     from l4pack.checkpoint.open import open_source
     from l4pack.checkpoint.source import open_folder
     from l4pack.evaluate.evaluate import prepare_evaluation
 
     checkpoint, original = open_folder(looked.folder), None if against is None else open_source(against)
     prepared = [prepare_evaluation(checkpoint, original, settings, measured=UNREAD)]
-    asked = _asked(prepared[0])
-    prediction = prediction_of(prepared, hours, asked)
-    fetched = {} if looked.here else {"fetched_bytes": looked.fetched_bytes}
-    return {**plan_record(prepared, prediction, asked), **fetched}, prediction
-
-
-def plan_record(
-    prepared: Sequence[PreparedEvaluation], prediction: Prediction | None, asked: CountingScorer | None = None
-) -> dict[str, Any]:
-    """What evaluations that walk together would take, as JSON."""
-    from l4pack.evaluate.evaluate import total_bytes
-
-    first = prepared[0]
-    original = None if first.settings.reference else first.original
-    return {
-        "tokens": sum(len(sequence.tokens) for sequence in first.inputs.sequences),
-        "sequences": len(first.inputs.sequences),
-        "read_bytes": total_bytes(original, *(one.artifact for one in prepared)),
-        "peak_ram_bytes": first.planned.ram,
-        "sample": sample_talk(first.settings.sample_tokens).record(first.artifact.config.text, _weights(prepared)),
-        "lm_eval": None if asked is None else _asked_record(first, asked),
-        **predicted_record(prediction),
-    }
-
-
-def show_plan(plan: dict[str, Any], prediction: Prediction | None, *, as_json: bool) -> None:
-    """What `--dry-run` answers."""
-    console.show_json({"plan": plan}) if as_json else console.show(*plan_view(plan, prediction))
-
-
-def plan_view(plan: dict[str, Any], prediction: Prediction | None) -> list[RenderableType]:
-    """A plan of an evaluation for people."""
-    reads, memory = human_bytes(plan["read_bytes"]), human_bytes(plan["peak_ram_bytes"])
-    return [
-        f"plan      {plan['tokens']:,} tokens in {plan['sequences']:,} sequences; reads {reads} of weights, takes "
-        f"{memory} of memory",
-        *sample_line(plan["sample"]),
-        *_asked_view(plan["lm_eval"]),
-        *([f"fetched   {human_bytes(plan['fetched_bytes'])} from the Hub"] if "fetched_bytes" in plan else []),
-        *hours_view(prediction),
-    ]
-
-
-def _asked_view(asked: dict[str, Any] | None) -> list[str]:
-    """The cost of lm-eval's tasks, for people."""
-    if asked is None:
-        return []
-    left = f"; left out, as they generate text: {', '.join(asked['left_out'])}" if asked["left_out"] else ""
-    return [
-        f"lm-eval   {asked['requests']:,} requests, {asked['tokens']:,} tokens of each model in {asked['passes']:,} "
-        f"{'pass' if asked['passes'] == 1 else 'passes'}; reads {human_bytes(asked['read_bytes'])} of weights{console.plain(left)}"
-    ]
+    fetched = None if looked.here else looked.fetched_bytes
+    return planned_of(prepared, hours, workers, asked_of(prepared[0]), fetched)
 
 
 def accuracy_view(record: dict[str, Any]) -> list[RenderableType]:

@@ -16,13 +16,16 @@ from l4pack.work.device import CPU
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from l4pack.model.config import TextConfig
     from l4pack.plan.plan import Plan, RunLimits
+    from l4pack.timing.jobs import LayerWeights
     from l4pack.timing.speeds import Prediction, Speeds
     from l4pack.timing.spread import Spread
     from l4pack.timing.within import Chosen
     from l4pack.timing.work import Work
 
 WORTH_MEASURING = 10**9  # bytes that a job reads: less is done before the machine is measured
+DEFAULT_SAMPLES = 32  # of `evaluate`
 _SHOWN = 5  # phases, those that take most
 
 
@@ -95,6 +98,34 @@ class Hours:
         from l4pack.timing.spread import spread
 
         return spread(plan, workers, speeds)
+
+    def spread_evaluating(self, plan: Plan, workers: int | None) -> Spread | None:
+        """What `evaluate` takes by default of the plan's artifact beside its original, on so many workers."""
+        from l4pack.timing.jobs import both_weights, tokens_at_most
+
+        text = plan.checkpoint.config.text
+        return self.spread_over(text, both_weights(plan), tokens_at_most(text, DEFAULT_SAMPLES, None), workers)
+
+    def spread_over(
+        self, text: TextConfig, models: Sequence[LayerWeights], tokens: tuple[int, int], workers: int | None
+    ) -> Spread | None:
+        """Models evaluated on `tokens`, in sequences of the length beside them, on so many workers."""
+        speeds = None if workers is None else self.speeds(sum(model.nbytes for model in models))
+        if workers is None or speeds is None:
+            return None
+        from l4pack.timing.spread_evaluation import Evaluated, spread_evaluation
+
+        itemsize = 4 if self.kind == CPU else 2
+        return spread_evaluation(Evaluated(text, models, *tokens, itemsize), workers, speeds)
+
+    def spread_measuring(self, waves: Sequence[Sequence[Work]], workers: int, read_bytes: int) -> Spread | None:
+        """Waves of a measurement on so many workers, which read so many bytes of weights together."""
+        speeds = self.speeds(read_bytes)
+        if speeds is None:
+            return None
+        from l4pack.timing.spread_evaluation import spread_waves
+
+        return spread_waves(waves, workers, speeds, read_bytes)
 
     def largest_calibration(self, plan: Plan, within: str) -> Chosen:
         """The most calibration samples that end `within` a time. Raises UsageError, BudgetError."""
@@ -178,13 +209,15 @@ def hours_view(prediction: Prediction | None) -> list[RenderableType]:
     ]
 
 
-def spread_record(shared: Spread | None) -> dict[str, Any]:
-    """A job on a cluster, as JSON."""
-    return {} if shared is None else {"cluster": shared.record()}
+def spread_record(shared: Spread | None, evaluated: Spread | None = None) -> dict[str, Any]:
+    """A job on a cluster, as JSON, and what comes of evaluating after it."""
+    if shared is None:
+        return {}
+    return {"cluster": shared.record() | ({} if evaluated is None else {"evaluate": evaluated.record()})}
 
 
-def spread_view(shared: Spread | None) -> list[RenderableType]:
-    """A job on a cluster, for people."""
+def spread_view(shared: Spread | None, evaluated: Spread | None = None) -> list[RenderableType]:
+    """A job on a cluster, for people, and how long evaluating takes after it."""
     if shared is None:
         return []
     lines = [
@@ -194,6 +227,8 @@ def spread_view(shared: Spread | None) -> list[RenderableType]:
     ]
     if shared.layer_barrier_seconds:
         lines.append(f"          a layer's ends of stages cost {human_seconds(shared.layer_barrier_seconds)} of each")
+    if evaluated is not None:
+        lines.append(f"          `l4pack evaluate` of what comes of it takes {human_seconds(evaluated.seconds)} there")
     return [*lines]
 
 

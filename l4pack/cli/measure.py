@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
 from l4pack.cli import console
-from l4pack.cli.hours import Hours, beside_view, hours_view, predicted_record, predicted_seconds
+from l4pack.cli.cluster import cluster_options, joined, planned_workers, slots
+from l4pack.cli.hours import (
+    Hours,
+    beside_view,
+    hours_view,
+    predicted_record,
+    predicted_seconds,
+    spread_record,
+    spread_view,
+)
 from l4pack.cli.options import (
     AsJsonOption,
     CalibrationOption,
@@ -17,12 +26,14 @@ from l4pack.cli.options import (
     DevicesFileOption,
     DirectOption,
     DryRunOption,
+    GpusPerWorkerOption,
     MaxRamOption,
     MaxVramOption,
     MeasuredOptionsOption,
     OnOption,
     OutOption,
     PriceOption,
+    RayOption,
     RestartOption,
     SamplesOption,
     SeedOption,
@@ -34,6 +45,11 @@ from l4pack.cli.options import (
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds, parse_size
 from l4pack.work.device import chosen
+
+if TYPE_CHECKING:
+    from l4pack.cluster.cluster import Cluster
+    from l4pack.measure.prepare import PreparedMeasurement
+    from l4pack.timing.speeds import Prediction
 
 WORST = 8
 
@@ -53,6 +69,8 @@ def measure(
     compute: ComputeOption = "auto",
     max_ram: MaxRamOption = None,
     max_vram: MaxVramOption = None,
+    ray: RayOption = None,
+    gpus_per_worker: GpusPerWorkerOption = None,
     restart: RestartOption = False,
     on: OnOption = None,
     devices: DevicesFileOption = None,
@@ -65,8 +83,8 @@ def measure(
     Example: `l4pack measure demo --samples 8 --out sensitivity.json`
     """
     from l4pack.checkpoint.open import open_source
-    from l4pack.measure.measure import Direct as Way
-    from l4pack.measure.measure import MeasureSettings, prepare_measurement
+    from l4pack.measure.prepare import Direct as Way
+    from l4pack.measure.prepare import MeasureSettings, prepare_measurement
     from l4pack.text.choice import TextChoice
 
     if direct not in list(Way):
@@ -84,20 +102,21 @@ def measure(
         max_vram=None if max_vram is None else parse_size(max_vram),
         restart=restart,
     )
-    hours = Hours(on, devices, price, chosen(compute), out.parent, planned=dry_run)
-    prepared = prepare_measurement(open_source(source), settings)
-    texts = [text for text in (prepared.texts.measured, prepared.texts.calibration) if text is not None]
-    plan = {**prepared.costs.record(), "method": prepared.direct.value, "texts": [text.record for text in texts]}
-    prediction = hours.predict(prepared.work(hours.kind), prepared.costs.read_bytes)
-    plan |= predicted_record(prediction)
-    view = [*plan_view(plan), *hours_view(prediction)]
+    device = chosen(compute)
+    hours, checkpoint = Hours(on, devices, price, device, out.parent, planned=dry_run), open_source(source)
     if dry_run:
+        workers = planned_workers(ray, gpus_per_worker, device, computes=True)
+        prepared = prepare_measurement(checkpoint, settings, workers)
+        plan, view, _ = _planned(prepared, hours, spread=ray is not None)
         console.show_json({"plan": plan}) if as_json else console.show(*view)
         return
-    if not as_json:
-        console.talk(*view)
-    record, run = _run(prepared)
-    run["predicted_seconds"] = predicted_seconds(prediction)
+    with joined(cluster_options(ray, gpus_per_worker, device), computes=True) as cluster:
+        prepared = prepare_measurement(checkpoint, settings, slots(cluster))
+        plan, view, prediction = _planned(prepared, hours, spread=cluster is not None)
+        if not as_json:
+            console.talk(*view)
+        record, run = _run(prepared, cluster)
+    run["predicted_seconds"] = plan["cluster"]["seconds"] if "cluster" in plan else predicted_seconds(prediction)
     if as_json:
         console.show_json({**record, "plan": plan, "run": run})
     else:
@@ -106,7 +125,22 @@ def measure(
                      *beside_view(prediction, run["seconds"]))  # fmt: skip
 
 
-def _run(prepared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _planned(
+    prepared: PreparedMeasurement, hours: Hours, *, spread: bool
+) -> tuple[dict[str, Any], list[RenderableType], Prediction | None]:
+    """What a measurement takes, as JSON and for people, and its time where one machine does it."""
+    texts = [text for text in (prepared.texts.measured, prepared.texts.calibration) if text is not None]
+    costs = prepared.costs
+    plan = {**costs.record(), "method": prepared.direct.value, "texts": [text.record for text in texts]}
+    if spread:
+        shared = hours.spread_measuring(prepared.wave_works(hours.kind), costs.workers, costs.read_bytes)
+        plan |= {**predicted_record(None), **spread_record(shared)}
+        return plan, [*plan_view(plan), *spread_view(shared)], None
+    prediction = hours.predict(prepared.work(hours.kind), costs.read_bytes)
+    return plan | predicted_record(prediction), [*plan_view(plan), *hours_view(prediction)], prediction
+
+
+def _run(prepared: PreparedMeasurement, cluster: Cluster | None) -> tuple[dict[str, Any], dict[str, Any]]:
     import time
 
     from l4pack.measure.measure import measure as run
@@ -116,7 +150,9 @@ def _run(prepared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
     started = time.monotonic()
     with console.progress("measuring", prepared.costs.read_bytes) as bar, stop_signals() as stop:
-        record = run(prepared, Progress.of(bar.shown, stop)).model_dump(mode="json")
+        if cluster is not None:
+            cluster.show_on(bar.shown.label, console.warning)
+        record = run(prepared, Progress.of(bar.shown, stop), cluster).model_dump(mode="json")
     return record, {
         "device": prepared.compute.describe(), "seconds": time.monotonic() - started, "peak_rss_bytes": machine.peak_rss(),
     }  # fmt: skip
@@ -139,6 +175,8 @@ def plan_view(plan: dict[str, Any]) -> list[RenderableType]:
         ("disk meanwhile", human_bytes(plan["disk_bytes"])),
         ("peak memory", human_bytes(plan["peak_ram_bytes"])),
     ]
+    if plan["workers"] > 1:
+        rows[-1:] = [("workers", f"{plan['workers']:,}"), ("peak memory of each", rows[-1][1])]
     for row in rows:
         table.add_row(*row)
     described = [console.plain(line) for text in plan["texts"] for line in text_lines(text)]

@@ -444,7 +444,7 @@ RayOption = Annotated[
         "--ray",
         metavar="ADDRESS|N",
         help="Spread the work over a Ray cluster: HOST:PORT, `auto` for the one this machine is in, `local` for one here. "
-        "Of `plan`, how many workers there would be.",
+        "Of `plan` and with `--dry-run`, how many workers there would be.",
         rich_help_panel=_CLUSTER,
     ),
 ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 
 from l4pack.cli import console
+from l4pack.cli.cluster import worker_count
 from l4pack.cli.hours import (
     Hours,
     hours_view,
@@ -39,7 +40,6 @@ from l4pack.cli.options import (
     SourceOption,
     WithinOption,
 )
-from l4pack.errors import UsageError
 from l4pack.units import human_bytes
 from l4pack.work.device import AUTO, chosen
 
@@ -47,9 +47,6 @@ if TYPE_CHECKING:
     from l4pack.checkpoint.source import Checkpoint
     from l4pack.plan.plan import Plan
     from l4pack.publish.ahead import Refusal
-
-
-_MOST_WORKERS = 10_000
 
 
 def plan(
@@ -91,12 +88,13 @@ def plan(
     )
     made = make_plan(open_source(source, include=include or ()), wanted, allowed)
     made, fitted = within_time(made, allowed, hours, within, calibration_samples)
+    made = made if workers is None else made.on_cluster()
     if calibration is not None and made.needs is not None:
         from l4pack.calibration.text import with_text
 
         made = with_text(made, calibration)
     prediction = hours.quantizing(made)
-    shared = hours.spread(made, workers)
+    shared, evaluated = hours.spread(made, workers), hours.spread_evaluating(made, workers)
     refusals = refused_later(made.checkpoint, made.recipe)
     if as_json:
         console.show_json(
@@ -105,7 +103,7 @@ def plan(
                 **refusals_record(refusals),
                 **room_record(made),
                 **predicted_record(prediction),
-                **spread_record(shared),
+                **spread_record(shared, evaluated),
                 **within_record(fitted),
             }
         )
@@ -114,19 +112,10 @@ def plan(
             *plan_view(made),
             *refusals_view(refusals),
             *hours_view(prediction),
-            *spread_view(shared),
+            *spread_view(shared, evaluated),
             *within_view(fitted),
         )
     made.check_servable()
-
-
-def worker_count(ray: str | None) -> int | None:
-    """How many workers a plan is asked for. Raises UsageError."""
-    if ray is None:
-        return None
-    if not ray.isdecimal() or not 0 < int(ray) <= _MOST_WORKERS:
-        raise UsageError(f"--ray {ray} is no number of workers", hint="give how many there would be, for example 8")
-    return int(ray)
 
 
 def plan_view(plan: Plan) -> list[RenderableType]:

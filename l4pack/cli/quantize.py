@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l4pack.cli import console
-from l4pack.cli.cluster import cluster_options, joined
+from l4pack.cli.cluster import cluster_options, joined, planned_workers
 from l4pack.cli.hours import (
     Hours,
     beside_view,
     hours_view,
     predicted_record,
+    spread_record,
+    spread_view,
     within_record,
     within_time,
     within_view,
@@ -107,6 +109,7 @@ def quantize(
     )
     made = make_plan(open_source(source, fetch_folder=fetch_folder, include=include or ()), wanted, allowed)
     made, fitted = within_time(made, allowed, hours, within, calibration_samples)
+    made = made if spread is None else made.on_cluster()
     if made.needs is not None and not (dry_run and calibration is None and made.checkpoint.bare):
         made = with_text(made, calibration)
     prediction = hours.quantizing(made)
@@ -120,7 +123,9 @@ def quantize(
     }
     view = [*plan_view(made), *refusals_view(refusals), *hours_view(prediction), *within_view(fitted)]
     if dry_run:
-        console.show_json(record) if as_json else console.show(*view)
+        workers = planned_workers(ray, gpus_per_worker, device, computes=made.needs is not None)
+        shared = hours.spread(made, workers)
+        console.show_json(record | spread_record(shared)) if as_json else console.show(*view, *spread_view(shared))
         made.check_servable()
         return
     if not as_json:
@@ -143,7 +148,7 @@ def _run(made: Plan, out: Path, device: str, spread: ClusterOptions | None, rest
         console.progress("quantizing", made.read_bytes) as bar,
     ):
         if cluster is not None:
-            cluster.show_on(bar.label)
+            cluster.show_on(bar.label, console.warning)
         return run_plan(
             made,
             out,

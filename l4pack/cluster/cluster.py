@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from l4pack.cluster.options import ClusterOptions, Share
+from l4pack.cluster.sight import NodeDiffersError, compare
 from l4pack.cluster.worker import Done, Opened, do
-from l4pack.errors import BudgetError, ClusterError, UsageError
+from l4pack.errors import BudgetError, ClusterError
 from l4pack.units import human_bytes
 from l4pack.work.signals import check_stop
 
@@ -21,6 +22,8 @@ RETRIES = 5  # of a task whose worker or node is lost
 _LOST_SECONDS = 60.0  # that nobody need be there who could go on
 _SEEING_SECONDS = 120.0  # for a node to answer what it sees: its first worker loads everything
 _RATES = 6  # workers whose rates are told one by one
+_NODE_LABEL = "ray.io/node-id"
+_SHOWN_OF_ID = 12
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,15 @@ class Work:
     job: Any
     work: Callable[[Any, Any], Any]
     rate: Callable[[float], str] = human_bytes  # a worker's costs a second, in words
+    title: str = ""  # what is done, for whoever looks on
+
+
+@dataclass(frozen=True)
+class _Unfit:
+    """A node that did not do a task, for it does not see what it must."""
+
+    node: str
+    error: NodeDiffersError
 
 
 class Parcel:
@@ -66,19 +78,26 @@ class Cluster:
         self._jobs: dict[str, Parcel] = {}
         self._rates: dict[str, tuple[int, float]] = {}
         self._label: Callable[[str], None] = lambda _: None
+        self._warn: Callable[[str], None] = lambda _: None
+        self._sight: Parcel | None = None  # of the job under way
+        self._unfit: dict[str, NodeDiffersError] = {}
 
-    def show_on(self, label: Callable[[str], None]) -> None:
-        """Tell `label` how fast each worker is."""
-        self._label = label
+    def show_on(self, label: Callable[[str], None], warn: Callable[[str], None] = lambda _: None) -> None:
+        """Tell `label` how fast each worker is, and `warn` of nodes that are left out."""
+        self._label, self._warn = label, warn
 
     def check_nodes(self, look: Callable[[], Mapping[str, Any]], share: Share) -> None:
         """Hold what every node sees by `look`, which is sent there, against what this process sees.
 
+        A node that joins later is asked before its first task, and gets none if it differs.
+
         Raises UsageError naming a node and what differs there or is not there (None), BudgetError when no node has
         what a task takes.
         """
+        self._unfit.clear()
         self._check_share(share)
         asked, here, seen = self._ray.remote(_see), look(), {}
+        self._sight = self.parcel((look, here))
         for node in self._able(share):
             there = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             placed = asked.options(num_cpus=0, num_gpus=share.gpus, scheduling_strategy=there, name="look")
@@ -89,10 +108,10 @@ class Cluster:
                 raise ClusterError(
                     f"node {_name(node)} does not answer", hint="see `ray status`, and free or remove it"
                 )
-            if (sight := self._sight(reference)) is not None:
-                _compare(_name(node), sight, here)
+            if (sight := self._seen(reference)) is not None:
+                compare(_name(node), sight, here)
 
-    def _sight(self, reference: Any) -> Mapping[str, Any] | None:
+    def _seen(self, reference: Any) -> Mapping[str, Any] | None:
         """What a node sees; None where it is gone by now, and will do nothing of the job."""
         raised = self._ray.exceptions
         try:
@@ -120,7 +139,7 @@ class Cluster:
         running: dict[Any, Piece] = {}
         failed: Exception | None = None
         alone_since: float | None = None
-        self._rates = {}
+        self._rates, total = {}, len(waiting)
         while waiting or running:
             slots = self._slots(share)
             while waiting and len(running) < slots and failed is None and not stop.is_set():
@@ -141,8 +160,13 @@ class Cluster:
                 except Exception as error:
                     failed = failed or error
                     continue
-                self._count(work, piece, found)
+                if isinstance(found, _Unfit):
+                    failed = failed or self._leave_out(found, share)
+                    waiting.append(piece)
+                    continue
+                self._count(piece, found)
                 done(piece, found.result)
+                self._show(work, total - len(waiting) - len(running), total)
         if failed is not None:
             raise failed
         check_stop(stop)
@@ -155,14 +179,21 @@ class Cluster:
         """Have one piece done beside whatever runs; its result, or what it raised."""
         result: Future[Any] = Future()
 
-        def tell(future: Future[Done]) -> None:
+        def tell(future: Future[Done | _Unfit]) -> None:
             error = future.exception()
-            if error is None:
-                result.set_result(future.result().result)
-            else:
+            if error is not None:
                 result.set_exception(self._cause(error))
+            elif not isinstance(found := future.result(), _Unfit):
+                result.set_result(found.result)
+            elif (failed := self._leave_out(found, share)) is not None:
+                result.set_exception(failed)
+            else:
+                begin()
 
-        self._submit(work, piece, share).future().add_done_callback(tell)
+        def begin() -> None:
+            self._submit(work, piece, share).future().add_done_callback(tell)
+
+        begin()
         return result
 
     def slots(self, share: Share) -> int:
@@ -177,15 +208,24 @@ class Cluster:
     def _submit(self, work: Work, piece: Piece, share: Share) -> Any:
         if work.key not in self._jobs:
             self._jobs[work.key] = self.parcel(work.job)
+        others = {_NODE_LABEL: f"!in({','.join(self._unfit)})"} if self._unfit else None
         remote = self._remote.options(
             num_cpus=share.cpus, num_gpus=share.gpus, memory=share.ram, max_retries=RETRIES, name=piece.name,
-            scheduling_strategy="SPREAD",
+            scheduling_strategy="SPREAD", label_selector=others,
         )  # fmt: skip
-        return remote.remote(work.key, work.opening, self._jobs[work.key], work.work, piece.argument)
+        return remote.remote(work.key, work.opening, self._jobs[work.key], self._sight, work.work, piece.argument)
 
-    def _result(self, reference: Any) -> Any:
+    def _leave_out(self, unfit: _Unfit, share: Share) -> Exception | None:
+        """Give a node no more tasks; what to raise where it was the last."""
+        if unfit.node not in self._unfit:
+            self._unfit[unfit.node] = unfit.error
+            self._warn(f"{unfit.error.message}: it joined late, and gets no task")
+        return None if self._able(share) else unfit.error
+
+    def _result(self, reference: Any) -> Done | _Unfit:
         try:
-            return self._ray.get(reference)
+            found: Done | _Unfit = self._ray.get(reference)
+            return found
         except self._ray.exceptions.RayError as error:
             raise self._cause(error) from error
 
@@ -201,7 +241,7 @@ class Cluster:
 
     def _able(self, share: Share) -> list[dict[str, Any]]:
         """Nodes that are there and have what a task takes."""
-        alive = (node for node in self._ray.nodes() if node["Alive"])
+        alive = (node for node in self._ray.nodes() if node["Alive"] and node["NodeID"] not in self._unfit)
         return [node for node in alive if _fitting(node["Resources"], share)]
 
     def _slots(self, share: Share) -> int:
@@ -215,14 +255,18 @@ class Cluster:
                 hint="set OMP_NUM_THREADS to the cores a worker may take, and --gpus-per-worker to its devices",
             )
 
-    def _count(self, work: Work, piece: Piece, found: Done) -> None:
-        """Tell what each worker gets done in a second."""
+    def _count(self, piece: Piece, found: Done) -> None:
+        """Know what each worker gets done in a second."""
         cost, seconds = self._rates.get(found.worker, (0, 0.0))
         self._rates[found.worker] = cost + piece.cost, seconds + found.seconds
+
+    def _show(self, work: Work, done: int, total: int) -> None:
+        """Tell what each worker gets done in a second."""
         rates = sorted((cost / max(seconds, 1e-9) for cost, seconds in self._rates.values()), reverse=True)
         shown = ", ".join(work.rate(rate) for rate in rates[:_RATES])
         more = f" and {len(rates) - _RATES} slower" if len(rates) > _RATES else ""
-        self._label(f"{len(rates)} workers: {shown}/s{more}")
+        title = f"{work.title}, {done} of {total} tasks, " if work.title else ""
+        self._label(f"{title}{len(rates)} workers: {shown}/s{more}")
 
 
 def _see(look: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -230,9 +274,28 @@ def _see(look: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def _in_worker(
-    key: str, opening: Callable[[Any], Opened], job: Parcel, work: Callable[[Any, Any], Any], argument: Any
-) -> Done:
-    return do(key, lambda: opening(job.open()), work, argument)
+    key: str,
+    opening: Callable[[Any], Opened],
+    job: Parcel,
+    sight: Parcel | None,
+    work: Callable[[Any, Any], Any],
+    argument: Any,
+) -> Done | _Unfit:
+    """What runs in a worker: one task, before the first of a job a look at what its node sees."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+
+    def opened() -> Opened:
+        if sight is not None:
+            look, here = sight.open()
+            compare(f"{socket.gethostname()} ({node[:_SHOWN_OF_ID]})", look(), here)
+        return opening(job.open())
+
+    try:
+        return do(key, opened, work, argument)
+    except NodeDiffersError as error:
+        return _Unfit(node, error)
 
 
 def _patience(slots: int, alone_since: float | None) -> float | None:
@@ -256,21 +319,3 @@ def _fitting(resources: Mapping[str, float], share: Share) -> int:
 
 def _name(node: Mapping[str, Any]) -> str:
     return f"{node['NodeManagerHostname']} ({node['NodeName']})"
-
-
-def _compare(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    differing: defaultdict[bool, list[str]] = defaultdict(list)
-    for key, value in here.items():
-        if there.get(key) != value:
-            differing[there.get(key) is None].append(key)
-    if unseen := differing[True]:
-        raise UsageError(
-            f"node {name} does not see {unseen[0]} as this machine does",
-            hint="source, --out and --work must lie on a file system that every node has mounted at the same path",
-        )
-    if others := differing[False]:
-        key = others[0]
-        raise UsageError(
-            f"node {name} differs: {key} is {there[key]} there and {here[key]} here",
-            hint="install the same versions on every node, and take nodes of one kind",
-        )

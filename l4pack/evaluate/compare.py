@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,9 +13,13 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.evaluate.evaluate import Pass, PreparedEvaluation, prepare_evaluation
 from l4pack.evaluate.inputs import EvaluationSettings
 from l4pack.evaluate.outcome import Scored
+from l4pack.evaluate.spread import Crew
 from l4pack.evaluate.statistics import clusters, mean_and_error
 from l4pack.stream.visitor import Progress
 from l4pack.work.folder import owned
+
+if TYPE_CHECKING:
+    from l4pack.cluster.cluster import Cluster
 
 WORK_KIND = "compare"
 
@@ -50,13 +54,21 @@ class PreparedComparison:
 
     evaluations: tuple[PreparedEvaluation, ...]
 
-    def run(self) -> Comparison:
-        """Walk, score and sum up. Raises StoppedError when asked to stop; the same call goes on."""
+    def run(self, cluster: Cluster | None = None) -> Comparison:
+        """Walk, score and sum up, on the workers of a `cluster` if there is one, to the same numbers. Raises StoppedError
+        when asked to stop; the same call goes on."""
         first = self.evaluations[0]
         settings, artifacts = first.settings, tuple(one.artifact for one in self.evaluations)
         with owned(settings.work, WORK_KIND, restart=settings.restart) as folder:
             found = Pass(
-                artifacts, first.original, settings, first.progress, first.inputs, first.compute, first.ahead
+                artifacts,
+                first.original,
+                settings,
+                first.progress,
+                first.inputs,
+                first.compute,
+                first.ahead,
+                crew=None if cluster is None else Crew(cluster, first.planned),
             ).run()
             folder.remove()
         records = (one.completed(record) for one, (record, _) in zip(self.evaluations, found, strict=True))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4pack import __version__
@@ -15,32 +16,34 @@ from l4pack.checkpoint.apart import refuse_overlap
 from l4pack.checkpoint.parts import weight_parts
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
-from l4pack.evaluate.answers import Answers, StreamAnswers
+from l4pack.evaluate.answers import Answers
+from l4pack.evaluate.desk import model_of
+from l4pack.evaluate.forward import Forward, Here
 from l4pack.evaluate.generate import Asking
-from l4pack.evaluate.harness import STREAMED, task_manager
+from l4pack.evaluate.harness import task_manager
 from l4pack.evaluate.harness_run import Harness
 from l4pack.evaluate.harness_suite import HARNESS_SUITES, AskedTasks, asked_tasks
-from l4pack.evaluate.inputs import EvaluationInputs, EvaluationSettings
+from l4pack.evaluate.inputs import STREAMED, EvaluationInputs, EvaluationSettings
 from l4pack.evaluate.layer_errors import ARTIFACTS, SAMPLED_ROWS, LayerErrors, worst_units
 from l4pack.evaluate.needle import Needle, needles
 from l4pack.evaluate.needle import needle_sequences as needle_sequences
-from l4pack.evaluate.outcome import ARTIFACT, ORIGINAL, Scored, run_record, score_models, scores_record, task_digest
+from l4pack.evaluate.outcome import ARTIFACT, ORIGINAL, Scored, run_record, scores_record, task_digest
 from l4pack.evaluate.reference import StoredReference, claim_reference, load_reference, save_reference
 from l4pack.evaluate.refusals import REFUSALS, asked_requests, refusal_sequences, suite_digest
 from l4pack.evaluate.same_model import check_not_dequantized, check_reference, check_same_model, check_same_tokens
+from l4pack.evaluate.spread import Crew, SpreadForward
 from l4pack.evaluate.talk import sample
 from l4pack.evaluate.tasks import EvaluationTask, load_task, sequences_of
 from l4pack.model.names import classify
 from l4pack.model.tensors import QUANTIZABLE
-from l4pack.plan.memory import Memory, computing_on, walk_within
+from l4pack.plan.memory import BUFFERS, SPREAD_BUFFERS, Memory, computing_on, walk_within
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed
 from l4pack.stream.identity import text_parts
 from l4pack.stream.lanes import Lane, Model
-from l4pack.stream.modules import Skeleton
 from l4pack.stream.visitor import Progress
 from l4pack.stream.walk import Walk
-from l4pack.stream.weights import Weights, stored_itemsize
+from l4pack.stream.weights import stored_itemsize
 from l4pack.text.images import ImageReader
 from l4pack.text.sequences import load_text, token_digest
 from l4pack.text.tokenizer import load_tokenizer
@@ -51,6 +54,8 @@ from l4pack.work.signals import check_stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from l4pack.cluster.cluster import Cluster
 
 WORK_KIND = "evaluate"
 
@@ -183,15 +188,24 @@ class PreparedEvaluation:
     identity: Identity
     started: float
 
-    def run(self) -> dict[str, Any]:
-        """Walk, score and sum up; see `evaluate`."""
+    def disk_bytes(self, models: int, *, spread: bool) -> int:
+        """What hidden states of so many models take of the disk, more where a cluster's workers run them."""
+        rows = sum(len(sequence.tokens) for sequence in self.inputs.sequences)
+        width, buffers = self.artifact.config.text.hidden_size, SPREAD_BUFFERS if spread else BUFFERS
+        return models * buffers * rows * width * self.compute.dtype.itemsize
+
+    def run(self, cluster: Cluster | None = None) -> dict[str, Any]:
+        """Walk, score and sum up; see `evaluate`. With a `cluster`, its workers do it, to the same numbers.
+
+        Raises UsageError and BudgetError of `spread.SpreadForward` too, and ClusterError."""
         settings = self.settings
         if settings.save_reference is not None:
             claim_reference(settings.save_reference)
         with owned(settings.work, WORK_KIND, restart=settings.restart) as folder:
-            record = self._walk()
+            crew = None if cluster is None else Crew(cluster, self.planned)
+            record = self._walk(crew)
             if self.asked.tasks:
-                harness = Harness(settings, self.asked, self.compute, self.ahead, self.progress, self.manager)
+                harness = Harness(settings, self.asked, self.compute, self.ahead, self.progress, self.manager, crew)
                 harness.add(record, self.artifact, self.original)
             self.add_sample(record)
             folder.remove()
@@ -214,7 +228,7 @@ class PreparedEvaluation:
         if said is not None:
             record["sample"] = said
 
-    def _walk(self) -> dict[str, Any]:
+    def _walk(self, crew: Crew | None) -> dict[str, Any]:
         """Both models through their layers and their answers scored."""
         [(record, _)] = Pass(
             (self.artifact,),
@@ -225,6 +239,7 @@ class PreparedEvaluation:
             self.compute,
             self.ahead,
             self.stored,
+            crew,
         ).run()
         return record
 
@@ -241,6 +256,7 @@ class Pass:
     compute: Compute
     ahead: bool
     stored: StoredReference | None = None
+    crew: Crew | None = None  # who runs the layers, if not this process
 
     def run(self) -> list[tuple[dict[str, Any], Scored]]:
         """Every artifact's figures, and the scores they are made of. Raises StoppedError when asked to stop; the same call
@@ -248,15 +264,21 @@ class Pass:
         settings, stored = self.settings, self.stored
         packed = Packed(self.inputs.sequences)
         with ExitStack() as stack:
-            models = [_model(name, one, self.compute, settings, stack) for name, one in self._walking().items()]
+            models = [
+                model_of(name, one, self.compute, stack, round_activations=not settings.weights_only)
+                for name, one in self._walking().items()
+            ]
             for model in models[1:]:
                 check_not_dequantized(model.weights, models[0].weights)
-            walk = stack.enter_context(self._prepared(models, packed))
+            forward = self._forward(models, packed)
+            walk = stack.enter_context(self._prepared(models, packed, forward))
             walk.run()
             self.progress.label("scoring")
-            answers = [StreamAnswers(model, walk.streams[model.name].current) for model in models]
-            kept = _save_reference(settings, answers[0], packed, self.inputs, self.original)
-            scored = score_models(answers, stored, packed)
+            kept = None
+            if settings.save_reference is not None:
+                with forward.answers(walk) as answers:
+                    kept = _save_reference(settings.save_reference, answers[0], packed, self.inputs, self.original)
+            scored = forward.score(walk)
             layers, resumed = walk.records, walk.resumed_layers
         reference = stored.record if stored is not None else kept
         told = {} if reference is None else {"reference": _reference_record(reference)}
@@ -274,12 +296,20 @@ class Pass:
             return {**original, ARTIFACT: self.artifacts[0]}
         return original | {f"{ARTIFACT}-{number}": one for number, one in enumerate(self.artifacts, 1)}
 
-    def _prepared(self, models: Sequence[Model], packed: Packed) -> Walk:
+    def _forward(self, models: Sequence[Model], packed: Packed) -> Forward:
+        settings, paired = self.settings, len(models) > len(self.artifacts)
+        if self.crew is None:
+            return Here(models, packed, self.stored, LayerErrors(self.artifacts[0].config, paired=paired))
+        return SpreadForward(
+            self.crew, models, packed, settings.work, self.compute, self.progress,
+            paired=paired, round_activations=not settings.weights_only, stored=self.stored,
+        )  # fmt: skip
+
+    def _prepared(self, models: Sequence[Model], packed: Packed, forward: Forward) -> Walk:
         job = _job(models, _parts(self.inputs, self.settings, self.compute))
-        paired = len(models) > len(self.artifacts)
         return Walk(
             [Lane(model.name, model, packed) for model in models], self.settings.work, job,
-            LayerErrors(self.artifacts[0].config, paired=paired), progress=self.progress,
+            forward.visitor, progress=self.progress,
             release=self.settings.max_ram is not None, ahead=self.ahead,
         )  # fmt: skip
 
@@ -360,21 +390,6 @@ def _reference_identity(inputs: EvaluationInputs, original: Checkpoint | None) -
     }
 
 
-def _model(
-    name: str, checkpoint: Checkpoint, compute: Compute, settings: EvaluationSettings, stack: ExitStack
-) -> Model:
-    weights = stack.enter_context(
-        Weights(
-            checkpoint,
-            compute.device,
-            compute.dtype,
-            round_activations=not settings.weights_only,
-            tiled=compute.tiles > 0,
-        )
-    )
-    return Model(name, weights, Skeleton(checkpoint.config, compute.device, compute.dtype))
-
-
 def _job(models: Sequence[Model], parts: Mapping[str, Any]) -> Identity:
     """What an interrupted evaluation goes on with: the same figures from the same files."""
     files = [weight_parts(model.weights.checkpoint, model.name) for model in models]
@@ -382,16 +397,14 @@ def _job(models: Sequence[Model], parts: Mapping[str, Any]) -> Identity:
 
 
 def _save_reference(
-    settings: EvaluationSettings,
+    folder: Path,
     answers: Answers,
     packed: Packed,
     inputs: EvaluationInputs,
     original: Checkpoint | None,
-) -> dict[str, Any] | None:
-    if settings.save_reference is None:
-        return None
+) -> dict[str, Any]:
     rows, targets = packed.scored_rows(), packed.targets()
-    return save_reference(settings.save_reference, answers, rows, targets, _reference_identity(inputs, original))
+    return save_reference(folder, answers, rows, targets, _reference_identity(inputs, original))
 
 
 def _reference_record(record: dict[str, Any]) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from torch import Tensor
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import UsageError
 from l4pack.evaluate.harness_suite import AskedTasks, HarnessTask
+from l4pack.evaluate.inputs import STREAMED
 from l4pack.evaluate.streamed_scorer import BLOCK_TOKENS, Scorer, blocks, shared
 from l4pack.stream.hidden import Packed, TokenSequence
 
-STREAMED = "streamed"
 ENGINES = {"vllm": "vllm", "transformers": "hf"}
 _MISSING = "the tasks of lm-evaluation-harness need it"
 

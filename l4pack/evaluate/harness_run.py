@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from l4pack.checkpoint.source import Checkpoint
-from l4pack.evaluate.harness import STREAMED, harness_record, run_engine, run_tasks, streamed_lm
+from l4pack.evaluate.harness import harness_record, run_engine, run_tasks, streamed_lm
 from l4pack.evaluate.harness_suite import AskedTasks
-from l4pack.evaluate.inputs import EvaluationSettings
+from l4pack.evaluate.inputs import STREAMED, EvaluationSettings
 from l4pack.evaluate.outcome import ARTIFACT, ORIGINAL
+from l4pack.evaluate.spread import Crew
 from l4pack.evaluate.streamed_scorer import StreamedScorer
 from l4pack.stream.compute import Compute
 from l4pack.stream.visitor import Progress
@@ -26,6 +27,7 @@ class Harness:
     ahead: bool
     progress: Progress
     manager: Any
+    crew: Crew | None = None
 
     def add(self, record: dict[str, Any], artifact: Checkpoint, original: Checkpoint | None) -> None:
         """Put every task's numbers, and each set's recovery, into a record; an engine runs the artifact alone."""
@@ -56,5 +58,6 @@ class Harness:
             round_activations=not chosen.weights_only,
             progress=self.progress,
             ahead=self.ahead,
+            crew=self.crew,
         )
         return run_tasks(streamed_lm(checkpoint, scorer), self.asked.tasks, chosen.limit, self.manager)

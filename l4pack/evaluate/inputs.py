@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from l4pack.evaluate.harness import STREAMED
 from l4pack.evaluate.needle import Needle
 from l4pack.evaluate.needle import needle_sequences as needle_sequences
 from l4pack.evaluate.refusals import Requests
@@ -15,6 +14,8 @@ from l4pack.stream.hidden import TokenSequence
 from l4pack.text.choice import TextChoice
 from l4pack.text.files import JSON_SUFFIXES
 from l4pack.text.sequences import TokenText
+
+STREAMED = "streamed"  # tasks of lm-evaluation-harness run layer by layer, as all else; engines load the artifact
 
 
 @dataclass(frozen=True)

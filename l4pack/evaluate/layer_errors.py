@@ -26,40 +26,35 @@ LEAST_ROWS = 16
 SAMPLED_SHARE = 4  # of so many rows, one is in the sample
 ATTENTION_ROWS = 1024
 SAMPLED_ROWS = 2 * SAMPLE_ROWS + ATTENTION_ROWS  # of one layer: of its experts, the MLP of all tokens, and attention
+DIFFERENCE_ROWS = 4096  # of two streams, compared at once
 WORST = 5
 ARTIFACTS = "artifacts"  # the key of what a layer's record has a part a model of
 # A product rounds otherwise when other rows stand beside it: about 3e-7 of it in float32. FP8 and int8 weights err by 1e-2.
 ROUNDING = 1e-5
 
 
-class LayerErrors(Visitor):
-    """Looks on as the original and artifacts walk, one lane each (or an artifact alone)."""
+Squares = tuple[float, float]  # ||artifact's - original's||^2 and ||original's||^2, of a block of rows
 
-    def __init__(self, config: Llama4Config, *, paired: bool) -> None:
-        """`paired`: whether the original walks too, before the others."""
-        self._config, self._paired = config, paired
-        self._samples: dict[Unit, list[tuple[Tensor, Tensor]]] = {}
-        self._errors: dict[int, dict[Unit, tuple[float, float]]] = {}
-        self._routing: dict[int, Routing] = {}
 
-    def visit(self, visit: Visit, unit: Unit, weights: UnitWeights) -> None:
-        """Run a unit; keep the original's outputs on a sample, or compare an artifact's with them."""
-        for one in visit.passes.values():
-            if not self._paired:
-                one.run(unit, weights)
-            elif visit.model == 0:
-                self._samples[unit] = self._sampled(unit, one, weights)
-            else:
-                self._compare(visit.model, unit, one.run(unit, weights))
+class Samples:
+    """What units of the original made of some of their inputs, for artifacts' units to be given the same."""
+
+    def __init__(self, config: Llama4Config) -> None:
+        self._config = config
+        self._kept: dict[Unit, list[tuple[Tensor, Tensor]]] = {}
 
     @torch.inference_mode()
-    def _sampled(self, unit: Unit, layer_pass: LayerPass, weights: UnitWeights) -> list[tuple[Tensor, Tensor]]:
-        """Run the original's unit; returns some of its inputs and what it makes of them."""
+    def run(self, unit: Unit, layer_pass: LayerPass, weights: UnitWeights, before: int = 0) -> None:
+        """Run the original's unit, and keep some of its inputs and what it makes of them; so many of an MLP's rows are run
+        `before` by others."""
         if unit.part is Part.ATTENTION:
-            forward, inputs = layer_pass.run(unit, weights), layer_pass.attention_sample(ATTENTION_ROWS)
-            return [(inputs, forward(inputs))]
+            forward = layer_pass.run(unit, weights)
+            if not before:
+                inputs = layer_pass.attention_sample(ATTENTION_ROWS)
+                self._kept[unit] = [(inputs, forward(inputs))]
+            return
         kept: list[tuple[Tensor, Tensor]] = []
-        left = self._most(unit, layer_pass.count(unit))
+        left = max(0, self._most(unit, layer_pass.count(unit)) - before)
 
         def keep(inputs: Tensor, outputs: Tensor) -> None:
             nonlocal left
@@ -68,14 +63,49 @@ class LayerErrors(Visitor):
                 left = max(0, left - len(inputs))
 
         layer_pass.run(unit, weights, keep)
-        return kept
+        self._kept[unit] = kept
 
     @torch.inference_mode()
-    def _compare(self, model: int, unit: Unit, forward: Callable[[Tensor], Tensor]) -> None:
-        if sample := self._samples.get(unit):
-            difference = sum(_energy(forward(inputs) - wanted) for inputs, wanted in sample)
-            found = difference, sum(_energy(wanted) for _, wanted in sample)
-            self._errors.setdefault(model, {})[unit] = found
+    def compare(self, unit: Unit, forward: Callable[[Tensor], Tensor]) -> list[Squares]:
+        """How far an artifact's unit is from the original's, by blocks of the sample."""
+        sample = self._kept.get(unit, ())
+        return [(_energy(forward(inputs) - wanted), _energy(wanted)) for inputs, wanted in sample]
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._kept.clear()
+
+    def _most(self, unit: Unit, count: int) -> int:
+        """How many of the rows that go through an MLP are in its sample."""
+        most = SAMPLE_ROWS
+        if unit.part is Part.EXPERT:
+            most = max(LEAST_ROWS, SAMPLE_ROWS // self._config.text.num_local_experts)
+        return min(most, max(LEAST_ROWS, count // SAMPLED_SHARE))
+
+
+class LayerErrors(Visitor):
+    """Looks on as the original and artifacts walk, one lane each (or an artifact alone)."""
+
+    def __init__(self, config: Llama4Config, *, paired: bool) -> None:
+        """`paired`: whether the original walks too, before the others."""
+        self._paired, self._samples = paired, Samples(config)
+        self._errors: dict[int, dict[Unit, Squares]] = {}
+        self._routing: dict[int, Routing] = {}
+
+    def visit(self, visit: Visit, unit: Unit, weights: UnitWeights) -> None:
+        """Run a unit; keep the original's outputs on a sample, or compare an artifact's with them."""
+        for one in visit.passes.values():
+            if not self._paired:
+                one.run(unit, weights)
+            elif visit.model == 0:
+                self._samples.run(unit, one, weights)
+            else:
+                self._note(visit.model, unit, self._samples.compare(unit, one.run(unit, weights)))
+
+    def _note(self, model: int, unit: Unit, squares: Sequence[Squares]) -> None:
+        """Keep the error of a model's unit, where it had a sample."""
+        if squares:
+            self._errors.setdefault(model, {})[unit] = _summed(squares)
 
     def routed(self, visit: Visit) -> None:
         """Keep where the router sent every token."""
@@ -85,17 +115,24 @@ class LayerErrors(Visitor):
 
     def leave(self, layer: int, streams: Mapping[str, Stream]) -> dict[str, Any]:
         """Everything known of a layer, of every artifact in the order they walk."""
-        following = [stream.following.data for stream in streams.values()]
         records = []
-        for model in range(1 if self._paired else 0, len(following)):
+        for model in range(1 if self._paired else 0, len(streams)):
             record: dict[str, Any] = {"layer": layer}
             if self._paired:
-                record["residual_error"] = _difference(following[0], following[model])
+                record["residual_error"] = _ratio(*_summed(self._residual(streams, model)))
             records.append(record | self._units(model))
         self._samples.clear()
         self._errors.clear()
         self._routing.clear()
         return {ARTIFACTS: records}
+
+    def _residual(self, streams: Mapping[str, Stream], model: int) -> Sequence[Squares]:
+        """How far a model's outputs are from the original's, by blocks of rows."""
+        original, *artifacts = (stream.following.data for stream in streams.values())
+        return [
+            block_difference(original, artifacts[model - 1], number)
+            for number in range(difference_blocks(len(original)))
+        ]
 
     def _units(self, model: int) -> dict[str, Any]:
         """The errors of an artifact's units, and what its router did."""
@@ -119,13 +156,6 @@ class LayerErrors(Visitor):
         ]
         return record
 
-    def _most(self, unit: Unit, count: int) -> int:
-        """How many of the rows that go through an MLP are in its sample."""
-        most = SAMPLE_ROWS
-        if unit.part is Part.EXPERT:
-            most = max(LEAST_ROWS, SAMPLE_ROWS // self._config.text.num_local_experts)
-        return min(most, max(LEAST_ROWS, count // SAMPLED_SHARE))
-
 
 def _energy(values: Tensor) -> float:
     return float(values.double().square().sum())
@@ -137,14 +167,21 @@ def _ratio(difference: float, size: float) -> float:
     return ratio if ratio > ROUNDING else 0.0
 
 
-def _difference(reference: Tensor, artifact: Tensor) -> float:
-    difference = size = 0.0
-    for start in range(0, len(reference), 4096):
-        rows = slice(start, start + 4096)
-        expected = reference[rows].double()
-        difference += float((artifact[rows].double() - expected).square().sum())
-        size += float(expected.square().sum())
-    return _ratio(difference, size)
+def _summed(squares: Sequence[Squares]) -> Squares:
+    """Of all blocks, in their order: sums of another order would be others in the last bits."""
+    return sum(difference for difference, _ in squares), sum(size for _, size in squares)
+
+
+def difference_blocks(rows: int) -> int:
+    """How many blocks two streams of so many rows are compared in."""
+    return math.ceil(rows / DIFFERENCE_ROWS)
+
+
+def block_difference(reference: Tensor, artifact: Tensor, number: int) -> Squares:
+    """||artifact - reference||^2 and ||reference||^2 of one block of rows [rows, width]."""
+    rows = slice(number * DIFFERENCE_ROWS, (number + 1) * DIFFERENCE_ROWS)
+    expected = reference[rows].double()
+    return float((artifact[rows].double() - expected).square().sum()), float(expected.square().sum())
 
 
 def worst_units(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -48,17 +48,35 @@ class Scored:
     paired: PairedScores | None
 
 
-def score_models(answers: Sequence[Answers], stored: StoredReference | None, packed: Packed) -> list[Scored]:
-    """Score every scored token by the original, whose answers may be `stored` ones, and by each artifact after it; by an
+def score_models(
+    answers: Sequence[Answers], stored: StoredReference | None, packed: Packed, some: slice = slice(None)
+) -> list[Scored]:
+    """Score every scored token, or `some` of them, by the original, whose answers may be `stored` ones, and by each artifact after it; by an
     artifact alone where there is neither. Raises L4packError."""
-    rows, targets = packed.scored_rows(), packed.targets()
+    every = packed.scored_rows()
+    rows, targets = every[some], packed.targets()[some]
     if stored is not None:
-        found = score_against(stored, answers, (torch.arange(len(rows)), rows), targets)
+        found = score_against(stored, answers, (torch.arange(len(every))[some], rows), targets)
     elif len(answers) > 1:
         found = score_against(answers[0], answers[1:], (rows, rows), targets)
     else:
         return [Scored(score(answers[-1], rows, targets, ARTIFACT), None, None)]
     return [Scored(paired.artifact, paired.reference, paired) for paired in found]
+
+
+def joined_scores(parts: Sequence[Scored]) -> Scored:
+    """A model's scores of some tokens one after another."""
+    artifact = _joined([part.artifact for part in parts])
+    reference = [part.reference for part in parts if part.reference is not None]
+    if not reference:
+        return Scored(artifact, None, None)
+    kl = torch.cat([part.paired.kl for part in parts if part.paired is not None])
+    before = _joined(reference)
+    return Scored(artifact, before, PairedScores(before, artifact, kl))
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in ("log_probability", "likeliest")))
 
 
 def scores_record(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -13,15 +14,15 @@ from torch import Tensor
 from l4pack import __version__
 from l4pack.checkpoint.parts import weight_parts
 from l4pack.checkpoint.source import Checkpoint
-from l4pack.evaluate.answers import StreamAnswers
+from l4pack.evaluate.desk import model_of
+from l4pack.evaluate.forward import Forward, Here
 from l4pack.evaluate.scoring import score
+from l4pack.evaluate.spread import Crew, SpreadForward
 from l4pack.stream.compute import Compute
 from l4pack.stream.hidden import Packed, TokenSequence
 from l4pack.stream.lanes import Lane, Model
-from l4pack.stream.modules import Skeleton
 from l4pack.stream.visitor import Progress
 from l4pack.stream.walk import Walk
-from l4pack.stream.weights import Weights
 from l4pack.text.sequences import token_digest
 from l4pack.work.identity import Identity
 from l4pack.work.state import Found, StateFile
@@ -43,10 +44,12 @@ class StreamedScorer:
 
     def __init__(
         self, checkpoint: Checkpoint, work: Path, compute: Compute, *,
-        round_activations: bool = True, progress: Progress | None = None, ahead: bool = True,
+        round_activations: bool = True, progress: Progress | None = None, ahead: bool = True, crew: Crew | None = None,
     ) -> None:  # fmt: skip
+        """With a `crew`, others run the layers."""
         self._checkpoint, self._work, self._compute = checkpoint, work, compute
         self._round_activations, self._progress, self._ahead = round_activations, progress or Progress(), ahead
+        self._crew = crew
 
     def __call__(self, sequences: Sequence[TokenSequence]) -> Scored:
         """For each sequence, log-probability of every scored token, and whether it was the likeliest.
@@ -88,19 +91,25 @@ class StreamedScorer:
         )
 
     def _walked(self, sequences: Sequence[TokenSequence], job: Identity) -> tuple[Tensor, Tensor]:
-        device, dtype = self._compute.device, self._compute.dtype
         packed, rows, targets = shared(sequences)
-        with Weights(
-            self._checkpoint, device, dtype, round_activations=self._round_activations, tiled=self._compute.tiles > 0
-        ) as weights:
-            model = Model("model", weights, Skeleton(self._checkpoint.config, device, dtype))
-            lanes = [Lane(model.name, model, packed)]
-            work = self._work / "walk"
-            with Walk(lanes, work, job, progress=self._progress, ahead=self._ahead) as walk:
-                walk.run()
-                found = score(StreamAnswers(model, walk.streams[model.name].current), rows, targets)
+        with ExitStack() as stack:
+            model = model_of("model", self._checkpoint, self._compute, stack, round_activations=self._round_activations)
+            lanes, work = [Lane(model.name, model, packed)], self._work / "walk"
+            forward = self._forward(model, packed, work)
+            walk = Walk(lanes, work, job, forward.visitor, progress=self._progress, ahead=self._ahead)
+            stack.enter_context(walk).run()
+            (answers,) = stack.enter_context(forward.answers(walk))
+            found = score(answers, rows, targets)
         shutil.rmtree(work)
         return found.log_probability, found.likeliest == targets
+
+    def _forward(self, model: Model, packed: Packed, work: Path) -> Forward:
+        if self._crew is None:
+            return Here([model], packed)
+        return SpreadForward(
+            self._crew, [model], packed, work, self._compute, self._progress,
+            paired=False, round_activations=self._round_activations,
+        )  # fmt: skip
 
 
 def shared(sequences: Sequence[TokenSequence]) -> tuple[Packed, Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from l4pack.measure.options import MeasureOptions, bits, family
@@ -130,3 +132,14 @@ def _distinct(config: Llama4Config, made: Iterable[Mixture]) -> list[Mixture]:
         if len(changed) > 1:
             found.setdefault(changed, mixture)
     return list(found.values())
+
+
+def waves_of(changes: Sequence[Change], workers: int, most: int, layers: int) -> list[list[Change]]:
+    """Neighbouring changes in as many waves as there are workers, about as long each, or in more of at most so many
+    streams: those that change one unit in one way stay together as far as can be, for it is quantized once for them."""
+    ends = list(itertools.accumulate(layers - change.layer for change in changes))
+    wanted = max(workers, math.ceil(len(changes) / most))
+    waves: dict[int, list[Change]] = {}
+    for change, end in zip(changes, ends, strict=True):
+        waves.setdefault((end - 1) * wanted // ends[-1], []).append(change)
+    return [wave[first : first + most] for wave in waves.values() for first in range(0, len(wave), most)]

@@ -26,7 +26,8 @@ CHEAP_FLOP = 1e15  # of running altered streams: some hours of a CPU, seconds of
 
 @dataclass(frozen=True)
 class Costs:
-    """`streams` walk at once, in `waves` passes over the weights at least; bytes read, on disk and in memory.
+    """`streams` walk at once, in `waves` passes over the weights at least, on so many `workers`; bytes read and on disk, of
+    all of them, and in memory, of one.
 
     `flop` are the operations of running all streams once through the layers they walk; solving comes on top.
     """
@@ -42,6 +43,7 @@ class Costs:
     read_bytes: int
     disk_bytes: int
     peak_ram_bytes: int
+    workers: int = 1
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
@@ -58,8 +60,10 @@ def stream_bytes(text: TextConfig, rows: int, dtype: torch.dtype) -> int:
     return BUFFERS * rows * text.hidden_size * dtype.itemsize
 
 
-def streams_at_once(text: TextConfig, rows: tuple[int, int], dtype: torch.dtype, asked: int | None, work: Path) -> int:
-    """Altered streams that walk together, of measured and calibration `rows`.
+def streams_at_once(
+    text: TextConfig, rows: tuple[int, int], dtype: torch.dtype, asked: int | None, work: Path, workers: int = 1
+) -> int:
+    """Altered streams that walk together, of measured and calibration `rows`, on each of so many workers.
 
     Raises UsageError (asked for none), BudgetError (no room for one).
     """
@@ -70,7 +74,7 @@ def streams_at_once(text: TextConfig, rows: tuple[int, int], dtype: torch.dtype,
     free = shutil.disk_usage(work.parent).free
     fixed = stream_bytes(text, 2 * rows[0] + rows[1], dtype)
     one = stream_bytes(text, rows[0], dtype)
-    found = (int(free * DISK_SHARE) - fixed) // one
+    found = (int(free * DISK_SHARE) // workers - fixed) // one
     if found < 1:
         raise BudgetError(
             f"{work.parent} has {human_bytes(free)} free; hidden states of one altered stream take "

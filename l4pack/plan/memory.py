@@ -48,6 +48,7 @@ FOLIO = 512 * 1024  # bytes of a file that are mapped at the touch of one of the
 # columns that are multiplied at once: `calibration.batch`, `quant.gptq_batch` and `quant.triangular` hold to them.
 TOGETHER_ROWS, SCALES_ROWS, PRODUCT_COLUMNS = 512, 1024, 512
 BUFFERS = 3  # of hidden states that a stream has: a layer's inputs, its outputs, and what lies between
+SPREAD_BUFFERS = BUFFERS + 1  # where workers of a cluster run it: the shared expert's outputs lie apart
 # States of a tile's rows in a layer of the vision tower: in, normed, queries, keys and values before and after they are
 # turned, attended, added. Copies of an image as bytes: decoded, turned and in RGB, as a tensor, resized.
 VISION_ROWS, DECODED = 12, 4

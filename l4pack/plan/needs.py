@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.model.tensors import Role
-from l4pack.plan.memory import BUFFERS, FLOAT, Computing, Memory, SolvedKind, calibrating, fits
+from l4pack.plan.memory import BUFFERS, FLOAT, SPREAD_BUFFERS, Computing, Memory, SolvedKind, calibrating, fits
 from l4pack.recipe import KEEP
 from l4pack.work.device import CPU
 
@@ -35,6 +35,7 @@ class Needs:
     ahead: bool = True
     together: int = 0
     resident: bool = False
+    buffers: int = BUFFERS  # of hidden states that a stream has
 
     @property
     def ram_bytes(self) -> int:
@@ -45,6 +46,12 @@ class Needs:
         """The same with the tokens that a text really has, and what embedding its images takes."""
         memory = self.memory if seeing is None else self.memory.most(seeing)
         return replace(self, memory=memory, tokens=tokens, disk_bytes=self.disk_bytes * tokens // self.tokens)
+
+    def on_cluster(self) -> Needs:
+        """The same where workers of a cluster calibrate: the shared expert's outputs lie apart, and nothing stays on a
+        device."""
+        disk = self.disk_bytes // self.buffers * SPREAD_BUFFERS
+        return replace(self, disk_bytes=disk, buffers=SPREAD_BUFFERS, resident=False)
 
 
 def calibration_needs(

@@ -253,6 +253,10 @@ class Plan:
         rounded = rounding(self.tasks, self.workers, accelerated=self.accelerated)
         return rounded if self.needs is None else rounded.most(self.needs.memory)
 
+    def on_cluster(self) -> Plan:
+        """The same job where the workers of a cluster do it."""
+        return replace(self, needs=self.needs and self.needs.on_cluster())
+
     @property
     def disk_bytes(self) -> int:
         """Disk a run needs at its peak, the artifact included."""

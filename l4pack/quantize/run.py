@@ -103,6 +103,7 @@ def run_plan(
         raise SourceError(
             f"{plan.checkpoint.name} is a configuration without weights", hint="give the checkpoint itself"
         )
+    plan = plan if cluster is None else plan.on_cluster()
     started, done = time.monotonic(), RunResult(out, 0.0, 0, plan.read_bytes, machine.peak_rss(), already_done=True)
     work = work_folder(out)
     refuse_overlap([plan.checkpoint], out, work)

@@ -14,16 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from l4pack.checkpoint.everywhere import everywhere
 from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.parts import seen_digest
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.shards import Shard
-from l4pack.checkpoint.source import LocalStore
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.cluster.cluster import Cluster, Piece, Work
 from l4pack.cluster.options import Share, worker_device
 from l4pack.cluster.sight import LIBRARIES, Look, nonce
-from l4pack.errors import L4packError, UsageError
+from l4pack.errors import L4packError
 from l4pack.plan.assign import Task
 from l4pack.plan.memory import rounding
 from l4pack.plan.plan import Plan
@@ -123,10 +123,10 @@ class Spread:
 
 def check_nodes(cluster: Cluster, job: SpreadJob) -> None:
     """Refuse nodes that do not see what a job reads and writes, or have other versions. See `Cluster.check_nodes`."""
-    with nonce(job.journal.parent) as path:
-        sights = {f"the source, {job.plan.checkpoint.name},": partial(seen_digest, job.plan.checkpoint)}
-        computing = () if job.plan.needs is None else (partial(_computing, job.device),)
-        cluster.check_nodes(Look(LIBRARIES, (path,), sights, computing), _share(job, cluster))
+    sights = {f"the source, {job.plan.checkpoint.name},": partial(seen_digest, job.plan.checkpoint)}
+    computing = () if job.plan.needs is None else (partial(_computing, job.device),)
+    look = Look(LIBRARIES, (nonce(job.journal.parent),), sights, computing)
+    cluster.check_nodes(look, _share(job, cluster))
 
 
 def _computing(device: str) -> Mapping[str, Any]:
@@ -143,15 +143,8 @@ def _share(job: SpreadJob, cluster: Cluster) -> Share:
 
 def spread_job(plan: Plan, shards: Path, journal: Journal, device: str) -> SpreadJob:
     """A job with paths that mean the same everywhere. Raises UsageError for a source that is fetched as it is read."""
-    store = plan.checkpoint.store
-    if not isinstance(store, LocalStore):
-        raise UsageError(
-            "--ray needs a source that every node can read, and this one is fetched as it is read",
-            hint="download it to a folder that all nodes share, without --fetch-as-you-go",
-        )
-    checkpoint = replace(plan.checkpoint, store=LocalStore(store.folder.absolute()))
     return SpreadJob(
-        replace(plan, checkpoint=checkpoint),
+        replace(plan, checkpoint=everywhere(plan.checkpoint)),
         shards.absolute(),
         journal.path.absolute(),
         journal.identity.digest,

@@ -12,15 +12,20 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from l4pack.checkpoint.parts import seen_digest
+from l4pack.checkpoint.source import Checkpoint
 from l4pack.cluster.cluster import Cluster, Piece, Work
 from l4pack.cluster.options import Share
+from l4pack.cluster.sight import LIBRARIES, Look, nonce
 from l4pack.cluster.worker import Opened
 from l4pack.errors import UsageError
 from l4pack.model.config import TextConfig
+from l4pack.stream.compute import Compute
 from l4pack.stream.layer import Routing
 from l4pack.stream.stages import Stage
 
@@ -61,7 +66,7 @@ class Workers:
             found[number] = result
             done(stage, result)
 
-        whole = Work(self.key, self.opening, self.job, partial(_do, work), rate="{:,.0f} tokens".format)
+        whole = Work(self.key, self.opening, self.job, partial(_do, work), "{:,.0f} tokens".format, name)
         pieces = [Piece(_name(name, stage), (number, stage), rows(stage)) for number, stage in enumerate(stages)]
         self.cluster.run(whole, pieces, self.share, note, stop)
         return [found[number] for number in sorted(found)]
@@ -72,7 +77,7 @@ def _do(work: Callable[[Any, Stage], Any], opened: Any, argument: tuple[int, Sta
 
 
 def _name(name: str, stage: Stage) -> str:
-    where = ", ".join(map(str, stage.units)) or f"layer {stage.layer}"
+    where = ", ".join(map(str, stage.units)) or (f"layer {stage.layer}" if stage.mark else "answers")
     return f"{name}: {where}" + ("" if stage.some is None else f", {stage.some.start} to {stage.some.stop}")
 
 
@@ -80,6 +85,14 @@ def joined(parts: Sequence[Routing]) -> Routing:
     """That of some blocks of rows one after another."""
     names = ("logits", "experts", "scores")
     return Routing(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+def check_seen(
+    cluster: Cluster, share: Share, folder: Path, checkpoints: Sequence[Checkpoint], compute: Compute
+) -> None:
+    """Refuse nodes that do not see a job's folder and what it reads, or compute otherwise. See `Cluster.check_nodes`."""
+    sights = {f"the checkpoint {one.name}": partial(seen_digest, one) for one in checkpoints}
+    cluster.check_nodes(Look(LIBRARIES, (nonce(folder),), sights, (compute.parts,)), share)
 
 
 def check_spreadable(text: TextConfig, itemsize: int, cluster: Cluster) -> None:

@@ -144,9 +144,8 @@ def _solved(plan: Plan) -> Counter[tuple[Role, str]]:
 def _loading(plan: Plan) -> Work:
     """Reading every layer's matrices once, and those that are quantized back."""
     work = Work()
-    quantized = sum(linear.numel for linear, scheme in plan.assigned if scheme is not None)
     work.include(layer_weights(plan.checkpoint).loading())
-    work.add("reading back", Kind.UNPACK, quantized)
+    work.add("reading back", Kind.UNPACK, _quantized(plan))
     return work
 
 
@@ -299,7 +298,7 @@ def measuring(
     text: TextConfig,
     weights: LayerWeights,
     walked: Sequence[tuple[int, float]],
-    changed: Mapping[tuple[Role, RecipeScheme], int],
+    changed: Mapping[tuple[Role, RecipeScheme], float],
     tokens: tuple[int, int],
     waves: int,
     length: int,
@@ -340,7 +339,7 @@ def building(plan: Plan, device: str, evaluated: tuple[int, int] | None, talk: T
 
     Original and artifact walk beside each other; then both `talk`.
     """
-    quantized = sum(linear.numel for linear, scheme in plan.assigned if scheme is not None)
+    quantized = _quantized(plan)
     steps = {
         "quantize": quantizing(plan, device),
         "verify": verifying(plan.artifact_bytes, plan.source_weight_bytes, quantized),
@@ -354,13 +353,17 @@ def building(plan: Plan, device: str, evaluated: tuple[int, int] | None, talk: T
 
 def both_weights(plan: Plan) -> tuple[LayerWeights, LayerWeights]:
     """Those of the original and of the artifact that is planned."""
-    original = layer_weights(plan.checkpoint)
-    quantized = sum(linear.numel for linear, scheme in plan.assigned if scheme is not None)
+    original, quantized = layer_weights(plan.checkpoint), _quantized(plan)
     sizes = Counter({role: 0 for role in QUANTIZABLE})
     for tensor in plan.tensors:
         sizes[tensor.role] += tensor.nbytes
     held = sum(sizes[role] for role in QUANTIZABLE)
     return original, LayerWeights(original.plain - quantized, quantized, held, sizes[Role.ROUTED_EXPERT])
+
+
+def _quantized(plan: Plan) -> int:
+    """Weights that a plan quantizes."""
+    return sum(linear.numel for linear, scheme in plan.assigned if scheme is not None)
 
 
 def tokens_at_most(text: TextConfig, samples: int, length: int | None) -> tuple[int, int]:

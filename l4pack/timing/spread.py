@@ -23,7 +23,7 @@ from l4pack.timing.jobs import calibration_length, mlps_of, rounding_tasks, solv
 from l4pack.timing.speeds import Speeds
 from l4pack.timing.work import Kind
 
-TASKS_A_WORKER = 3  # of what is shared out by rows or sequences
+TASKS_A_WORKER = 3  # as `stream.spread` makes them, of what is shared out by rows or sequences
 HIDDEN_READ = 4  # times hidden states are read in a layer: by attention, the router, solving, and running
 HIDDEN_WRITTEN = 3  # the middle, the shared expert's outputs, the layer's
 
@@ -74,14 +74,15 @@ def spread(plan: Plan, workers: int, speeds: Speeds) -> Spread:
         for count, kind in ((moe, True), (dense, False)):
             layer = list(_layer(plan, workers, speeds, moe=kind)) if count else []
             stages += count * layer
-            barrier += sum(_waited(stage, workers) for stage in layer) if kind else 0.0
+            barrier += sum(waited(stage, workers) for stage in layer) if kind else 0.0
     alone = sum(map(sum, stages))
     whole = sum(makespan(stage, workers) for stage in stages)
     read, written = _bytes(plan, workers)
     return Spread(workers, whole, alone, max(0.0, 1 - alone / (workers * whole)), barrier, read, written)
 
 
-def _waited(stage: list[float], workers: int) -> float:
+def waited(stage: list[float], workers: int) -> float:
+    """How long each worker waits on average until a stage ends."""
     return makespan(stage, workers) - sum(stage) / workers
 
 

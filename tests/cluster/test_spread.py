@@ -13,20 +13,33 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import file_digests, quick_plan
 from killing import Killed, killed_after
 from ray_nodes import three_nodes
-from ray_tasks import Nothing, colour_of_this_node, die, fail
+from ray_tasks import Nothing, colour_of_this_node, die, fail, late_colour, where
 
+from l4pack.checkpoint.open import open_source
+from l4pack.checkpoint.source import open_folder
 from l4pack.cluster.cluster import Piece, Work
 from l4pack.cluster.connect import connected
 from l4pack.cluster.options import ClusterOptions, Share
 from l4pack.cluster.sight import Look
 from l4pack.errors import BudgetError, ClusterError, L4packError, StoppedError, UsageError
+from l4pack.evaluate.evaluate import prepare_evaluation
+from l4pack.evaluate.inputs import EvaluationSettings
+from l4pack.evaluate.spread import SpreadForward
+from l4pack.measure.measure import measure
+from l4pack.measure.prepare import MeasureSettings, prepare_measurement
+from l4pack.measure.spread import SpreadWaves
+from l4pack.measure.state import State
 from l4pack.quantize import spread
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, load_recipe
+from l4pack.stream.hidden import Buffer
 from l4pack.stream.layer import Blocks
+from l4pack.stream.stages import StageFiles
+from l4pack.text.choice import TextChoice
 from l4pack.work.progress import Shown
 
 SMALL = Share(1, 0, 1 << 20)
@@ -207,6 +220,132 @@ def test_calibrating_goes_on_after_its_driver_is_killed(
     assert file_digests(out) == calibrated_alone["int4"]
 
 
+# Evaluating and measuring: the same numbers to the last bit, and the same file.
+
+LITTLE_RTN = {
+    "title": "Little", "name": "little-rtn",
+    "schemes": {"int4": {"format": "pack-quantized", "num_bits": 4, "strategy": "group", "group_size": 32}},
+    "rules": INT4["rules"],
+}  # fmt: skip
+WORDS = " ".join(f"{number * 7919 % 1000:03} is followed by {number * 104729 % 997}" for number in range(60))
+
+
+@pytest.fixture(scope="module")
+def little_rtn(little, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rtn")
+    (folder / "text.txt").write_text(WORDS)
+    return run_plan(quick_plan(little, Recipe.model_validate(LITTLE_RTN)), folder / "out").out
+
+
+def evaluation(little, artifact, work):
+    text = TextChoice(str(artifact.parent / "text.txt"), 9, 40, 0)
+    settings = EvaluationSettings(work=work, text=text, compute="cpu")
+    return prepare_evaluation(open_folder(artifact), open_source(str(little)), settings, measured="known")
+
+
+def found_by(record):
+    """An evaluation without how long it took."""
+    return {key: value for key, value in record.items() if key not in ("run", "resumed_layers")}
+
+
+@pytest.fixture(scope="module")
+def evaluated_alone(little, little_rtn, tmp_path_factory):
+    return evaluation(little, little_rtn, tmp_path_factory.mktemp("evaluated") / "work").run()
+
+
+def test_an_evaluation_is_that_of_one_machine_whoever_is_killed(
+    nodes, cluster, little, little_rtn, evaluated_alone, tmp_path
+):
+    """A worker is killed once an expert's outputs are written, and a node in a layer's attention."""
+    told = []
+    cluster.show_on(told.append)
+    with (
+        nodes.trick("kill at flush", "layer 2, experts") as file,
+        nodes.trick("kill node at flush", "layer 2, attention") as other,
+    ):
+        record = evaluation(little, little_rtn, tmp_path / "work").run(cluster)
+        assert not file.read_text()
+        assert not other.read_text(), "somebody lives on"
+    nodes.replace("second")
+    assert found_by(record) == found_by(evaluated_alone)
+    assert record["kl_mean"] > 0
+    assert any(line.startswith("layer 2, experts, 2 of 2 tasks, ") for line in told)
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("again_on_the_cluster", [True, False])
+def test_an_evaluation_goes_on_after_its_driver_is_killed(
+    cluster, little, little_rtn, evaluated_alone, tmp_path, monkeypatch, again_on_the_cluster
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(SpreadForward, "_routed", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            evaluation(little, little_rtn, tmp_path / "work").run(cluster)
+    record = evaluation(little, little_rtn, tmp_path / "work").run(cluster if again_on_the_cluster else None)
+    assert record["resumed_layers"] == 1
+    assert found_by(record) == found_by(evaluated_alone)
+
+
+def measurement(little, text, out, workers=None):
+    settings = MeasureSettings(
+        out=out, text=TextChoice(str(text), 9, 40, 0), options=("int8-g32", "fp8"), compute="cpu"
+    )
+    return prepare_measurement(open_source(str(little)), settings, workers)
+
+
+@pytest.fixture(scope="module")
+def measured_alone(little, little_rtn, tmp_path_factory):
+    out = tmp_path_factory.mktemp("measured") / "out.json"
+    measure(measurement(little, little_rtn.parent / "text.txt", out))
+    return out.read_bytes()
+
+
+def test_a_measurement_is_that_of_one_machine_whoever_is_killed(
+    nodes, cluster, little, little_rtn, measured_alone, tmp_path
+):
+    """A worker is killed when it has a layer behind it, and a node where it has begun."""
+    prepared = measurement(little, little_rtn.parent / "text.txt", tmp_path / "out.json", 3)
+    assert prepared.costs.workers == prepared.costs.waves == 3
+    with nodes.trick("kill at flush", "wave@4") as file, nodes.trick("kill node at flush", "wave") as other:
+        measure(prepared, cluster=cluster)
+        assert not file.read_text()
+        assert not other.read_text(), "somebody lives on"
+    nodes.replace("second")
+    assert (tmp_path / "out.json").read_bytes() == measured_alone
+    assert not prepared.settings.work.exists()
+
+
+def test_a_measurement_goes_on_after_its_driver_is_killed(
+    cluster, little, little_rtn, measured_alone, tmp_path, monkeypatch
+):
+    prepared = measurement(little, little_rtn.parent / "text.txt", tmp_path / "out.json", 3)
+    write, written = State.wave_done, []
+
+    def dying(state, *found):
+        if written:
+            raise Killed
+        written.append(found)
+        write(state, *found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "wave_done", dying)
+        with pytest.raises(Killed):
+            measure(prepared, cluster=cluster)
+    begun = []
+    monkeypatch.setattr(SpreadWaves, "run", _telling(SpreadWaves.run, begun))
+    measure(prepared, cluster=cluster)
+    assert [len(waves) for waves in begun] == [2], "a wave that is measured is measured again"
+    assert (tmp_path / "out.json").read_bytes() == measured_alone
+
+
+def _telling(run, begun):
+    def told(self, waves, *others):
+        begun.append(waves)
+        return run(self, waves, *others)
+
+    return told
+
+
 # What could not end so is refused, and says which node lacks what.
 
 
@@ -278,31 +417,45 @@ def test_a_source_that_is_fetched_is_refused(plan):
         spread.spread_job(fetched, Path("shards"), None, "cpu")
 
 
-@pytest.mark.parametrize(
-    ("options", "code", "message"),
-    [
-        (["--ray", "127.0.0.1:1"], 5, "no Ray cluster answers at 127.0.0.1:1: Connection refused"),
-        (["--ray", "somewhere"], 2, "--ray somewhere is no address"),
-        (["--ray", "auto", "--gpus-per-worker", 1], 2, "--gpus-per-worker is for devices"),
-        (["--gpus-per-worker", 1], 2, "--gpus-per-worker goes with --ray"),
-    ],
-)
-def test_what_was_typed_is_refused_in_a_line(l4pack, source, tmp_path, options, code, message):
-    ended = l4pack("quantize", source, "--recipe", "int4-rtn", "--out", tmp_path / "o", "--compute", "cpu", *options)
-    assert ended.code == code
-    error, hint = ended.err.splitlines()
-    assert error.startswith(f"error: {message}")
-    assert hint.startswith("hint: ")
-    assert not (tmp_path / "o.partial").exists()
+def test_a_node_that_joins_late_and_differs_gets_no_task(nodes, cluster):
+    """It is asked before its first task; whoever is there goes on."""
+    look, warned, found, stop = Look(("l4pack",), (), {"the colour": late_colour}), [], [], threading.Event()
+    cluster.check_nodes(look, SMALL)
+    cluster.show_on(lambda _: None, warned.append)
+
+    def done(piece: Piece, node: str) -> None:
+        found.append(node)
+        if warned:
+            stop.set()
+
+    pieces = [Piece(str(number), number) for number in range(1000)]
+    with nodes.another("late"), pytest.raises(StoppedError):
+        cluster.run(Work("joining", Nothing, None, where), pieces, SMALL, done, stop)
+    assert set(found) <= {"head", "second", "third"}
+    assert len(warned) == 1
+    assert "differs: the colour is late there and none here: it joined late, and gets no task" in warned[0]
 
 
-@pytest.mark.parametrize("gpus", [0, -1, 1.5])
-def test_a_worker_takes_whole_devices_or_a_share_of_one(gpus):
-    with pytest.raises(UsageError, match="is no share of a device"):
-        ClusterOptions.of("auto", gpus, accelerated=True)
+# What was given up as lost may live on: files of hidden states are those of one layer of one run.
 
 
-def test_without_ray_it_is_said_how_to_get_it(l4pack, source, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    ended = l4pack("quantize", source, "--recipe", "int4-rtn", "--out", tmp_path / "o", "--ray", "auto")
-    assert (ended.code, ended.err.splitlines()[0]) == (2, "error: --ray needs Ray: pip install 'l4pack[ray]'")
+def test_who_comes_late_finds_no_file_of_a_layer_that_is_done(tmp_path):
+    files = StageFiles(tmp_path, ["one"], (4, 1024, torch.float32))
+    Buffer(tmp_path / "one-0.hidden", 4, 1024, torch.float32).close()
+    stage = files.begin(0, 0)
+    late = Buffer(tmp_path / "stages" / stage.mark / "one-middle.hidden", 4, 1024, torch.float32, kept=True)
+    files.outputs(stage)
+    following = Buffer(tmp_path / "stages" / stage.mark / "one-following.hidden", 4, 1024, torch.float32, kept=True)
+    following.data[:] = 1
+    files.finish(stage)
+    later = files.begin(1, 1)
+    late.data[:] = 7
+    for name in ("stages/" + later.mark + "/one-middle", "one-1"):
+        now = Buffer(tmp_path / f"{name}.hidden", 4, 1024, torch.float32, kept=True)
+        assert not (now.data == 7).any()
+        now.close()
+    assert (following.data == 1).all()
+    with pytest.raises(FileNotFoundError):
+        Buffer(tmp_path / "stages" / stage.mark / "one-middle.hidden", 4, 1024, torch.float32, kept=True)
+    again = StageFiles(tmp_path, ["one"], (4, 1024, torch.float32)).begin(1, 1)
+    assert again.mark != later.mark

@@ -29,9 +29,10 @@ from l4pack.errors import UsageError
 from l4pack.evaluate.statistics import clusters, mean_and_error
 from l4pack.measure.changes import Single
 from l4pack.measure.identity import model_fingerprint
-from l4pack.measure.measure import Direct, MeasureSettings, measure, prepare_measurement
+from l4pack.measure.measure import measure
 from l4pack.measure.options import OPTIONS, options_for
 from l4pack.measure.predict import Clusters, Predictor
+from l4pack.measure.prepare import Direct, MeasureSettings, prepare_measurement
 from l4pack.measure.record import ChangeRecord, combined, read_sensitivity
 from l4pack.measure.state import State
 from l4pack.model.tensors import Role
@@ -416,7 +417,7 @@ def test_auto_measures_everything_where_that_is_cheap(measured):
 
 
 def test_auto_measures_the_families_it_predicts_badly(measured, monkeypatch):
-    monkeypatch.setattr("l4pack.measure.measure.CHEAP_FLOP", 0)
+    monkeypatch.setattr("l4pack.measure.prepare.CHEAP_FLOP", 0)
     monkeypatch.setattr("l4pack.measure.predict.TOLERANCE", -1)
     prepared, record = measured("scout", options=INT8, streams=9)
     assert prepared.direct is Direct.AUTO

@@ -62,6 +62,15 @@ class Nodes:
         self._cluster.remove_node(self._others[number], allow_graceful=False)
         self._others[number] = self._cluster.add_node(**self._node(name))
 
+    @contextmanager
+    def another(self, name: str) -> Iterator[None]:
+        """One node more while the block lasts."""
+        node = self._cluster.add_node(**self._node(name))
+        try:
+            yield
+        finally:
+            self._cluster.remove_node(node, allow_graceful=False)
+
     def stop(self) -> None:
         """Stop all nodes."""
         self._cluster.shutdown()
@@ -70,13 +79,9 @@ class Nodes:
 @contextmanager
 def three_nodes() -> Iterator[Nodes]:
     """The cluster while the block lasts."""
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # names of sockets must be short
         nodes = Nodes(Path(folder))
         try:
             yield nodes
         finally:
             nodes.stop()
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})

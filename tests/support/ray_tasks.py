@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 from l4pack.errors import L4packError
 
@@ -32,4 +33,15 @@ def die(desk: Nothing, number: int) -> None:
 
 def colour_of_this_node() -> str:
     """Something that is not the same everywhere."""
+    return os.environ.get("L4PACK_TEST_NODE", "none")
+
+
+def late_colour() -> str:
+    """Something that is the same everywhere but on the node that joins late."""
+    return "late" if os.environ.get("L4PACK_TEST_NODE") == "late" else "none"
+
+
+def where(desk: Nothing, number: int) -> str:
+    """The node this is done on, after a while."""
+    time.sleep(0.2)
     return os.environ.get("L4PACK_TEST_NODE", "none")

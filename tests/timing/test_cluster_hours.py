@@ -12,8 +12,10 @@ from l4pack.checkpoint.open import open_source
 from l4pack.cli.hours import Hours
 from l4pack.plan.plan import make_plan
 from l4pack.recipe import load_recipe
+from l4pack.timing.jobs import both_weights
 from l4pack.timing.named import named_speeds
 from l4pack.timing.spread import makespan, spread
+from l4pack.timing.spread_evaluation import Evaluated, spread_evaluation
 
 PLAN = ("plan", "llama-4-scout", "--recipe", "int4", "--on", "h100")
 
@@ -51,8 +53,30 @@ def test_more_workers_take_less_and_wait_more(recipe):
     assert (found[2].layer_barrier_seconds > 0) is (recipe == "int4")
 
 
+def test_an_evaluation_on_more_workers_takes_less_and_each_reads_less():
+    plan, speeds = make_plan(open_source("llama-4-maverick"), load_recipe("int4")), named_speeds("h100")
+    job = Evaluated(plan.checkpoint.config.text, both_weights(plan), 65536, 2048, 2)
+    one, eight, many = (spread_evaluation(job, workers, speeds) for workers in (1, 8, 64))
+    assert one.seconds == pytest.approx(one.alone_seconds)
+    assert one.seconds > eight.seconds > many.seconds
+    assert one.waiting_share == pytest.approx(0, abs=1e-9)
+    assert eight.waiting_share <= many.waiting_share
+    weights = sum(model.nbytes for model in job.models)
+    assert one.read_bytes == weights + 5 * 2 * 65536 * 5120 * 2 * 48
+    assert weights / 64 < many.read_bytes < eight.read_bytes < one.read_bytes
+
+
+def test_the_disk_of_a_cluster_is_a_third_more(scout):
+    there = scout.on_cluster()
+    assert there.needs.disk_bytes * 3 == scout.needs.disk_bytes * 4
+    assert there.on_cluster() == there
+    assert there.disk_bytes - scout.disk_bytes == scout.needs.disk_bytes // 3
+
+
 def test_the_plan_says_what_a_cluster_takes(l4pack, scout):
     record = json.loads(l4pack(*PLAN, "--ray", 8, "--json").out)["cluster"]
+    evaluated = record.pop("evaluate")
+    assert 0 < evaluated["seconds"] < evaluated["seconds_alone"]
     assert record == json.loads(json.dumps(spread(scout, 8, named_speeds("h100")).record()))
     ended = l4pack(*PLAN, "--ray", 8)
     assert "of computing on 8 such workers" in ended.out
@@ -63,3 +87,26 @@ def test_the_plan_says_what_a_cluster_takes(l4pack, scout):
 def test_a_plan_is_asked_for_a_number_of_workers(l4pack, workers):
     ended = l4pack(*PLAN, "--ray", workers)
     assert (ended.code, ended.err.splitlines()[0]) == (2, f"error: --ray {workers} is no number of workers")
+
+
+def test_evaluating_and_measuring_say_what_a_cluster_takes(l4pack, artifact, checkpoint, tmp_path):
+    """Memory of each worker, the disk that they share, and the time; more workers, more waves side by side."""
+    made, source = artifact("int4-rtn"), checkpoint("scout")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog, 0123456789 times. " * 8)
+    chosen = ("--text", tmp_path / "text.txt", "--samples", 2, "--sequence-length", 48, "--dry-run", "--compute", "cpu")
+    alone, shared = (
+        json.loads(l4pack("evaluate", made, "--against", source, *chosen, *more, "--json").out)["plan"]
+        for more in ((), ("--ray", 4))
+    )
+    assert shared["disk_bytes"] * 3 == alone["disk_bytes"] * 4
+    assert shared["peak_ram_bytes"] == alone["peak_ram_bytes"]
+    assert (shared["workers"], shared["cluster"]["workers"]) == (4, 4)
+    assert "of computing on 4 such workers" in l4pack("evaluate", made, "--against", source, *chosen, "--ray", 4).out
+    options = ("--options", "int8-g64", "--out", tmp_path / "out.json", *chosen)
+    alone, shared = (
+        json.loads(l4pack("measure", source, *options, *more, "--json").out)["plan"] for more in ((), ("--ray", 4))
+    )
+    assert (alone["workers"], alone["waves"]) == (1, 1)
+    assert (shared["workers"], shared["waves"], shared["cluster"]["workers"]) == (4, 4, 4)
+    assert shared["read_bytes"] == 4 * alone["read_bytes"]
+    assert shared["disk_bytes"] > alone["disk_bytes"]

@@ -15,6 +15,7 @@ from pathlib import Path
 write, sync, node = os.pwrite, os.fsync, os.environ.get("L4PACK_TEST_NODE", "")
 folder = Path(os.environ.get("L4PACK_TEST_TRICKS", "/nowhere"))
 SLOW_SECONDS = 0.05
+flushed: dict[str, int] = {}
 
 
 def asked(trick: str, *, once: bool = False) -> bool:
@@ -42,16 +43,27 @@ def tricky(descriptor: int, data: memoryview, offset: int) -> int:
 
 
 def deadly(descriptor: int) -> None:
-    """`os.fsync`, but for one task of each name that a line of "kill at flush" begins: it has written, and is killed."""
-    path = folder / "kill at flush"
-    with contextlib.suppress(OSError):
-        lines = path.read_text().splitlines()
-        name = task_name()
-        left = [line for line in lines if not name.startswith(line)]
-        if left != lines:
-            path.write_text("\n".join(left))
-            os.kill(os.getpid(), signal.SIGKILL)
+    """`os.fsync`, but for one task of each name that a line of "kill at flush" begins: it has written, and is killed; of
+    "kill node at flush", with the second node. `NAME@9` is played at the ninth flush of such tasks in a process."""
+    for trick, victim in (("kill at flush", os.getpid()), ("kill node at flush", os.getppid())):
+        if victim != os.getpid() and node != "second":
+            continue
+        with contextlib.suppress(OSError):
+            lines = (folder / trick).read_text().splitlines()
+            left = [line for line in lines if not due(line)]
+            if left != lines:
+                (folder / trick).write_text("\n".join(left))
+                os.kill(victim, signal.SIGKILL)
     sync(descriptor)
+
+
+def due(line: str) -> bool:
+    """Whether a trick that is played on tasks of a name is to be played now."""
+    name, _, number = line.partition("@")
+    if not name or not task_name().startswith(name):
+        return False
+    flushed[line] = flushed.get(line, 0) + 1
+    return flushed[line] >= int(number or 1)
 
 
 def task_name() -> str:
