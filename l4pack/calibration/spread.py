@@ -9,6 +9,7 @@ computed in the blocks of one machine, wherever that is, and sums are in its ord
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -78,7 +79,9 @@ class SpreadCalibration(CalibrationRun):
         blocks = Blocks.on(self._skeleton.device, text.hidden_size)
         where, lanes = worker_device(device), tuple(lane_names(plan))
         job = CalibrationJob(plan, folder.absolute(), lanes, blocks, where, opening.opening, opening.shards)
-        self._workers = Workers(cluster, share_of(plan, cluster), f"calibrating {job.hidden}", CalibrationDesk, job)
+        self._workers = Workers(
+            cluster, share_of(plan, cluster), f"calibrating {job.hidden} {secrets.token_hex(4)}", CalibrationDesk, job
+        )
         self._files = StageFiles(folder, lanes, (self._packed.rows, text.hidden_size, torch.float32))
 
     def spread(self, visits: Sequence[Visit], settle: Callable[[], None]) -> bool:

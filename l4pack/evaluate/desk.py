@@ -89,6 +89,7 @@ class ForwardDesk:
     def _given(self, stage: Stage, opens: tuple[str, ...], units: tuple[Unit, ...], *, route: bool = False) -> Given:
         before = 0 if stage.some is None else stage.some.start * self._job.blocks.rows
         given, paired = Given({}, {}), self._job.paired
+        self._samples.clear()
         with self._files.passes(stage, opens, writes=True) as passes:
             for number, (name, one) in enumerate(passes.items()):
                 if route and (routing := one.route()) is not None:
@@ -103,7 +104,6 @@ class ForwardDesk:
                         self._samples.run(unit, one, weights, before)
                     else:
                         given.errors[number, unit] = self._samples.compare(unit, one.run(unit, weights))
-        self._samples.clear()
         return given
 
     def _load(self, name: str, unit: Unit) -> UnitWeights:

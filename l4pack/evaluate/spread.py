@@ -10,6 +10,7 @@ So the cluster reads every expert once, as one machine does, and whoever dies ta
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -86,7 +87,9 @@ class SpreadForward(LayerErrors):
             tuple(checkpoints.items()), packed, self._folder, self._blocks, place, paired, round_activations, stored
         )
         check_seen(crew.cluster, crew.share(), self._folder, list(checkpoints.values()), place)
-        self._workers = Workers(crew.cluster, crew.share(), f"evaluating {self._folder}", ForwardDesk, job)
+        self._workers = Workers(
+            crew.cluster, crew.share(), f"evaluating {self._folder} {secrets.token_hex(4)}", ForwardDesk, job
+        )
         self._files = StageFiles(folder, list(checkpoints), (packed.rows, text.hidden_size, compute.dtype))
 
     def spread(self, visits: Sequence[Visit], settle: Callable[[], None]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -60,7 +61,7 @@ class SpreadWaves:
         for path in self.job.folder.iterdir():
             if path.name not in {task.name for task in tasks}:  # of an earlier run, with other waves
                 remove_all([path])
-        key = f"measuring {self.job.folder}"
+        key = f"measuring {self.job.folder} {secrets.token_hex(4)}"
         work = Work(key, MeasuringDesk, self.job, MeasuringDesk.run, "{:,.2f} layers of streams".format, "waves")
         with self._watched(tasks):
             self.cluster.run(work, pieces, self.share, done, self.progress.stop)

@@ -83,7 +83,7 @@ def spread(plan: Plan, workers: int, speeds: Speeds) -> Spread:
 
 def waited(stage: list[float], workers: int) -> float:
     """How long each worker waits on average until a stage ends."""
-    return makespan(stage, workers) - sum(stage) / workers
+    return max(0.0, makespan(stage, workers) - sum(stage) / workers)
 
 
 def _rounding(plan: Plan, speeds: Speeds) -> list[float]:
