@@ -83,8 +83,9 @@ class SpreadForward(LayerErrors):
         checkpoints = {model.name: everywhere(model.weights.checkpoint) for model in models}
         self._blocks, self._folder = Blocks.on(compute.device, text.hidden_size), folder.absolute()
         folder.mkdir(parents=True, exist_ok=True)
+        rows = Packed([replace(one, images=None) for one in packed.sequences])  # images are embedded here
         job = ForwardJob(
-            tuple(checkpoints.items()), packed, self._folder, self._blocks, place, paired, round_activations, stored
+            tuple(checkpoints.items()), rows, self._folder, self._blocks, place, paired, round_activations, stored
         )
         check_seen(crew.cluster, crew.share(), self._folder, list(checkpoints.values()), place)
         self._workers = Workers(
