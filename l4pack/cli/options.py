@@ -518,6 +518,16 @@ TemplateOption = Annotated[
 GatedOption = Annotated[
     bool, typer.Option("--gated", help="Let readers of the repository in by request only; the card has its fields.")
 ]
+SignOption = Annotated[
+    Path | None,
+    typer.Option("--sign", metavar="KEY", help="Sign every file with this SSH key, as ssh-keygen -Y sign does."),
+]
+SignatureOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--signature", metavar="ALLOWED_SIGNERS", help="Whether one of ssh-keygen's allowed signers signed every file."
+    ),
+]
 PushOption = Annotated[str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload when all is well.")]
 PublicOption = Annotated[bool, typer.Option("--public", help="Make the repository public; private unless said.")]
 RevisionOption = Annotated[str, typer.Option("--revision", metavar="BRANCH", help="The branch to put it on.")]

@@ -13,6 +13,7 @@ from l4pack.cli.options import (
     GatedOption,
     NameOption,
     OriginalSourceOption,
+    SignOption,
     TemplateOption,
 )
 
@@ -27,6 +28,7 @@ def package(
     base_model: BaseModelOption = None,
     template: TemplateOption = None,
     gated: GatedOption = False,
+    sign: SignOption = None,
     as_json: AsJsonOption = False,
 ) -> None:
     """Complete an artifact's folder for publication: licence, notice, model card and name, all checked.
@@ -34,11 +36,13 @@ def package(
     Example: `l4pack package scout-int4 --base-model meta-llama/Llama-4-Scout-17B-16E-Instruct`
     """
     from l4pack.checkpoint.open import open_source
-    from l4pack.publish.publish import Wishes, package_artifact
+    from l4pack.publish.publish import Wishes, package_artifact, sign_artifact
 
     original = None if source is None else open_source(source)
     wishes = Wishes(name=name, base_model=base_model, template=template, gated=gated)
     result = package_artifact(folder, original, wishes)
+    if sign is not None:
+        sign_artifact(folder, sign)
     if as_json:
         console.show_json(package_record(result))
     else:

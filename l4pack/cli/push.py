@@ -19,6 +19,7 @@ from l4pack.cli.options import (
     PullRequestOption,
     RepositoryOption,
     RevisionOption,
+    SignOption,
     TagOption,
 )
 from l4pack.units import human_bytes
@@ -36,6 +37,7 @@ def push(
     tag: TagOption = None,
     collection: CollectionOption = None,
     gated: GatedOption = False,
+    sign: SignOption = None,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
     as_json: AsJsonOption = False,
@@ -44,15 +46,19 @@ def push(
 
     The same command goes on after any interruption. The token is the one `hf auth login` or HF_TOKEN gives.
 
+    `--sign` signs after the repository is in the card, so that the signature is of what is sent.
+
     Example: `l4pack push scout-int4 my-org/Llama-4-Scout-17B-16E-Instruct-W4A16-g128-mixed --dry-run`
     """
-    from l4pack.publish.publish import address_card, plan_push, who_pushes
+    from l4pack.publish.publish import address_card, plan_push, sign_artifact, who_pushes
     from l4pack.publish.upload import Destination
 
     target = Destination(repository, revision, public, pull_request, overwrite, gated, tag, collection)
     ready = _check(folder, target)
     if not dry_run:
         address_card(folder, repository)
+        if sign is not None:
+            sign_artifact(folder, sign)
     if dry_run:
         ready.append(f"account: {who_pushes(target)}")
     plan = plan_push(folder, target)

@@ -16,6 +16,7 @@ from l4pack.cli.options import (
     AuditedOption,
     HeadersOnlyOption,
     SampleOption,
+    SignatureOption,
     StrictOption,
 )
 from l4pack.units import human_bytes
@@ -32,6 +33,7 @@ def verify(
     against: AgainstOption = None,
     sample: SampleOption = None,
     headers_only: HeadersOnlyOption = False,
+    signature: SignatureOption = None,
     strict: StrictOption = False,
     as_json: AsJsonOption = False,
 ) -> None:
@@ -50,12 +52,16 @@ def verify(
         raise typer.BadParameter("needs --against", param_hint="--sample")
     if headers_only and against is not None:
         raise typer.BadParameter("reads nothing to hold against a source", param_hint="--headers-only")
+    if headers_only and signature is not None:
+        raise typer.BadParameter("reads not the bytes that are signed", param_hint="--headers-only")
     source = open_source(against) if against is not None else None
     with (
         look(artifact, weights=not headers_only, say=console.tell) as looked,
         console.progress("verifying", CONTAINER.weight_bytes(looked.folder)) as bar,
     ):
-        result = verify_artifact(looked.folder, source, sample, bar.advance, headers_only=headers_only)
+        result = verify_artifact(
+            looked.folder, source, sample, bar.advance, headers_only=headers_only, signers=signature
+        )
     passed = result.ok and not (strict and result.findings)
     if as_json:
         console.show_json(verification_record(result, passed=passed))

@@ -12,6 +12,7 @@ from typing import Any
 from l4pack.artifact.calibration_record import read_calibration
 from l4pack.artifact.manifest_schema import ManifestFile, artifact_bytes, quantized_files, read_manifest
 from l4pack.artifact.policy import Policy
+from l4pack.artifact.signature import SMALL_BYTES, broken_files, is_signed, sign
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.matrix import HOSTS, matrix
@@ -146,8 +147,15 @@ def who_pushes(target: Destination) -> str:
     return writer(hub_api(None, None), target.repo_id)
 
 
+def sign_artifact(folder: Path, key: Path) -> None:
+    """Sign every file that `push` would send. Raises UsageError, HubError."""
+    sign(folder, local_files(folder, read_manifest(folder).files), key)
+
+
 def plan_push(folder: Path, target: Destination) -> UploadPlan:
-    """What a push would do; changes nothing. Raises HubError."""
+    """What a push would do; changes nothing. Raises HubError, L4packError for a signature of other files than these."""
+    if is_signed(folder):
+        _check_still_signed(folder)
     local = local_files(folder, read_manifest(folder).files)
     return replace(plan_upload(hub_api(None, None), target, local), left_behind=left_here(folder, local))
 
@@ -156,6 +164,14 @@ def push_artifact(plan: UploadPlan, *, advance: Callable[[int], None] = lambda _
     """Upload as planned and compare digests. Raises HubError."""
     name = plan.target.repo_id.rpartition("/")[2]
     return upload(hub_api(None, None), plan, f"Upload {name} with l4pack", advance)
+
+
+def _check_still_signed(folder: Path) -> None:
+    """Nothing changed since the folder was signed; weights were held against the manifest, which is among the signed."""
+    sent = local_files(folder, read_manifest(folder).files)
+    for name, message in broken_files(folder, largest=SMALL_BYTES):
+        if name in sent or not (folder / name).exists():
+            raise L4packError(f"{name} {message}", hint="sign it again: --sign KEY")
 
 
 def _check_gating(folder: Path, *, gated: bool) -> None:

@@ -50,6 +50,7 @@ RULES: dict[str, tuple[Area, str]] = {
     "kv-scale": (Area.VALUES, "KV-cache scales that can't be right"),
     "manifest": (Area.DIGESTS, "the manifest is not whole, or its recipe is not this artifact's"),
     "digest": (Area.DIGESTS, "something is not what the manifest says"),
+    "signature": (Area.DIGESTS, "the files are not what somebody who may sign has signed"),
     "source": (Area.KEPT, "the source is not what the artifact was made from"),
     "kept": (Area.KEPT, "a tensor that was to be kept differs from the source"),
     "weights": (Area.WEIGHTS, "dequantized weights too far from the source"),

@@ -17,6 +17,7 @@ from l4pack.errors import SourceError
 from l4pack.verify.checks_config import check_config, check_config_kept, check_stanza
 from l4pack.verify.checks_files import check_files
 from l4pack.verify.checks_manifest import check_manifest, read_manifest_of
+from l4pack.verify.checks_signature import check_signature
 from l4pack.verify.checks_tensors import examine
 from l4pack.verify.checks_tokenizer import check_tokenizer
 from l4pack.verify.declared import read_declared
@@ -65,12 +66,14 @@ def verify_artifact(
     advance: Callable[[int], None] | None = None,
     *,
     headers_only: bool = False,
+    signers: Path | None = None,
 ) -> Verification:
     """Check everything in `folder`; `advance` is told the artifact's tensor bytes as they are checked.
 
     With `against`, kept tensors must equal the source's bit for bit, and `sample` quantized matrices (all of them when
     None; chosen with a fixed seed) must be as close to the source as their scheme allows. Peak memory is a few
-    matrices. With `headers_only` no tensor is read, so there is nothing to hold against a source. Raises SourceError
+    matrices. With `signers`, a file of `ssh-keygen`'s allowed signers, one of them must have signed every file as it is,
+    which reads all bytes. With `headers_only` no tensor is read, so there is nothing to hold against a source. Raises SourceError
     when the artifact or the source can't be opened at all.
     """
     assert not (headers_only and against is not None), "a source is compared by its bytes"
@@ -103,6 +106,8 @@ def verify_artifact(
         tally, sampled_of = check_values(artifact, contents, manifest, comparable, sample, report, found)
     if origin is not None:
         origin.tell(tally, found)
+    if signers is not None:
+        check_signature(folder, signers, found)
     if not contents.matrices and not any(finding.level == "error" for finding in found):
         found.error("stanza", "quantization_config", "no matrix is quantized")
     checked = Checked(len(artifact.files), contents.modules, tally, sampled_of)
