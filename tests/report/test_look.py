@@ -35,7 +35,7 @@ def text(request, evaluated_once, tmp_path_factory):
     if request.param == "large":
         record = large(json.loads((made / "accuracy.json").read_text()))
         (made / "accuracy.json").write_text(json.dumps(record))
-    report(made, folder / "page.html")
+    report(str(made), folder / "page.html")
     return (folder / "page.html").read_text(encoding="utf-8")
 
 
