@@ -137,7 +137,7 @@ def _tokens(count: int) -> str:
 
 def _count(results: Sequence[CheckResult]) -> str:
     passed = sum(result.passed for result in results)
-    return f"{passed} of {len(results)} {'check' if len(results) == 1 else 'checks'} hold"
+    return f"{passed} of {len(results)} checks hold"
 
 
 def _text(results: Sequence[CheckResult], baseline: Baseline) -> str:

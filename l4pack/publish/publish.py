@@ -197,7 +197,8 @@ def _check_measured(folder: Path) -> list[str]:
     records = _evaluations(folder)
     results = [result for record in records for result in recorded(record)]
     require(results, "make a better artifact; a gate given again to the same evaluation takes the place of the earlier")
-    return [f"measured: {len(records)} evaluations of these weights, {len(results)} gates met"] if records else []
+    evaluations = "1 evaluation" if len(records) == 1 else f"{len(records)} evaluations"
+    return [f"measured: {evaluations} of these weights, {len(results)} gates met"] if records else []
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:

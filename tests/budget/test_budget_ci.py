@@ -85,7 +85,7 @@ def test_the_action_saves_over_its_own_baseline(checks: Path, tmp_path: Path) ->
     assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
     assert "warning: there is no baseline" in ended.stderr
     assert outputs == {"passed": "1", "failed": "0", "report": "l4pack-budget.json"}
-    assert summary.startswith("### Memory budget: 1 of 1 check hold")
+    assert summary.startswith("### Memory budget: 1 of 1 checks hold")
     checks.write_text(SCOUT.replace("128k", "10M"))
     ended, outputs, summary = run_check_step(tmp_path, **inputs)
     assert ended.returncode == 3

@@ -231,7 +231,7 @@ def test_a_check_that_cannot_be_made_fails_and_says_why(l4pack: Run, folder: str
     assert ended.code == code
     assert message in ended.out
     assert "hint: " in ended.out
-    assert "0 of 1 check hold" in ended.out
+    assert "0 of 1 checks hold" in ended.out
 
 
 @pytest.fixture
@@ -267,7 +267,7 @@ def test_checks_that_hold_exit_0(l4pack: Run, checks: Path) -> None:
     file = yaml.safe_load(checks.read_text())
     checks.write_text(yaml.safe_dump({"checks": file["checks"][:1]}))
     ended = l4pack("budget", "check", checks)
-    assert (ended.code, ended.out.splitlines()[-1]) == (0, "1 of 1 check hold")
+    assert (ended.code, ended.out.splitlines()[-1]) == (0, "1 of 1 checks hold")
 
 
 def test_checks_as_json_are_their_own_baseline(l4pack: Run, checks: Path, tmp_path: Path) -> None:
