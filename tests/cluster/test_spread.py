@@ -256,12 +256,12 @@ def evaluated_alone(little, little_rtn, tmp_path_factory):
 def test_an_evaluation_is_that_of_one_machine_whoever_is_killed(
     nodes, cluster, little, little_rtn, evaluated_alone, tmp_path
 ):
-    """A worker is killed once an expert's outputs are written, and a node in a layer's attention."""
+    """A worker is killed once an expert's outputs are written, and a node at what it writes first."""
     told = []
     cluster.show_on(told.append)
     with (
         nodes.trick("kill at flush", "layer 2, experts") as file,
-        nodes.trick("kill node at flush", "layer 2, attention") as other,
+        nodes.trick("kill node at flush", "layer") as other,
     ):
         record = evaluation(little, little_rtn, tmp_path / "work").run(cluster)
         assert not file.read_text()
@@ -304,8 +304,8 @@ def test_a_measurement_is_that_of_one_machine_whoever_is_killed(
     nodes, cluster, little, little_rtn, measured_alone, tmp_path
 ):
     """A worker is killed when it has a layer behind it, and a node where it has begun."""
-    prepared = measurement(little, little_rtn.parent / "text.txt", tmp_path / "out.json", 3)
-    assert prepared.costs.workers == prepared.costs.waves == 3
+    prepared = measurement(little, little_rtn.parent / "text.txt", tmp_path / "out.json", 5)
+    assert prepared.costs.waves == 5
     with nodes.trick("kill at flush", "wave@4") as file, nodes.trick("kill node at flush", "wave") as other:
         measure(prepared, cluster=cluster)
         assert not file.read_text()
