@@ -13,7 +13,7 @@ NUMBERS_AT_ONCE = 1 << 20  # 4 MB of float32, about a core's second-level cache 
 MOST_ROWS = 4096
 HEAD_ROWS = 8192  # of the vocabulary: the head is walked in chunks
 TOKENS_SCORED = 512  # tokens whose logits over a chunk are there at once
-IMAGE_TILES = 8  # of images: their states are there together, and the vision tower's weights are read for them
+IMAGE_TILES = 4  # of images: their states are there together, and the vision tower's weights are read for them
 TILE_OUTPUTS = 256  # of a matrix that stays as it is stored: a float32 tile of them is 5 to 8 MB
 
 

@@ -22,6 +22,7 @@ from l4pack.plan.memory import (
     TOGETHER_ROWS,
     Computing,
     Memory,
+    Sight,
     measuring,
     solving,
     walk_within,
@@ -134,3 +135,14 @@ def test_narrow_rows_are_planned_with_the_pages_they_map():
     computing = Computing(text, "cpu", 4, 2048, 2_000_000)
     mapped = 2 * computing.rows * (computing.row + FOLIO) - 2 * 2048 * computing.row
     assert many - few == routed + min(mapped, many)
+
+
+@pytest.mark.parametrize(("tiles", "measured"), [(1, 580_743_168), (3, 1_027_162_112)])
+def test_seeing_takes_what_was_measured_at_scouts_size(tiles, measured):
+    """With a text model of width 128 behind Scout's tower; more tiles are seen a few at a time."""
+    config = known_config("llama-4-scout")
+    text = config.text.model_copy(update={"hidden_size": 128})
+    planned = Sight(config.vision, tiles, 0).running(text, 4)
+    assert measured < planned < 1.3 * measured
+    most = [Sight(config.vision, count, 0).running(text, 4) for count in (4, 17)]
+    assert most[1] - most[0] == 13 * config.vision.patches * 128 * 4
