@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from l4pack.datafile import digest_of, read_yaml, validate
 from l4pack.errors import RecipeError, UsageError
-from l4pack.formats.configuration import Activations
+from l4pack.formats.configuration import OBSERVED, Activations
 from l4pack.formats.known import load_format
 from l4pack.model.tensors import QUANTIZABLE, Role
 from l4pack.quant.scheme import Scheme, Strategy
@@ -70,21 +70,21 @@ class RecipeScheme(Scheme):
             raise ValueError("method: gptq solves schemes of integers and FP4")
         if self.method is not Method.GPTQ and self.gptq is not None:
             raise ValueError("gptq: its options are for method gptq")
-        if self.static and self.strategy is not Strategy.TENSOR:
+        if self.activations is Activations.STATIC_TENSOR and self.strategy is not Strategy.TENSOR:
             raise ValueError(
                 "activations: static_tensor goes with strategy tensor; no runtime reads another for experts"
             )
         return self
 
     @property
-    def static(self) -> bool:
+    def observed(self) -> bool:
         """Whether inputs are rounded with a scale that is fixed beforehand."""
-        return self.activations is Activations.STATIC_TENSOR
+        return self.activations in OBSERVED
 
     @property
     def calibrated(self) -> bool:
         """Whether a text must be run through the model to find the numbers."""
-        return self.method is Method.GPTQ or self.static
+        return self.method is Method.GPTQ or self.observed
 
 
 class Rule(_Data):

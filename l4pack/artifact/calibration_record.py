@@ -30,7 +30,7 @@ class _Data(BaseModel):
 
 
 class MatrixRecord(_Data):
-    """What became of one matrix; `input_amax` stands alone for one whose inputs only were looked at."""
+    """What became of one matrix; one whose inputs only were looked at has `input_amax` and no `error`."""
 
     method: Literal["gptq", "rtn"] | None = None
 
@@ -64,7 +64,12 @@ def record_bytes(text: TextConfig, modules: Iterable[str], cache_shapes: Iterabl
 
 def record_json(text_record: Mapping[str, Any], results: Mapping[str, Any], size: int) -> bytes:
     """The file's `size` bytes: the text, and the results of a job by unit, routed tokens among them by layer."""
-    matrices = {name: found for unit in results.values() for name, found in unit.get("matrices", {}).items()}
+    matrices: dict[str, dict[str, Any]] = {}
+    for unit in results.values():
+        for name, found in unit.get(
+            "matrices", {}
+        ).items():  # one that is solved, and its inputs looked at, has two parts
+            matrices[name] = {**matrices.get(name, {}), **found}
     lines = [f'  "{name}": {json.dumps(matrices[name])}' for name in sorted(matrices)]
     layers = [
         f'  "{name}": {json.dumps(found["tokens"])}' for name, found in sorted(results.items()) if "tokens" in found

@@ -2,13 +2,14 @@
 
 All routed experts of a layer share one scale for gate and up and one for down: runtimes fuse them and take the largest
 (vLLM's `CompressedTensorsW8A8Fp8MoEMethod`), so what is written is what is served, and an expert that the text leaves
-cold gets the scale of its layer.
+cold gets the scale of its layer. That holds for the global scales of NVFP4 inputs too, some of vLLM's kernels fuse them, and
+one that is larger than an expert needs costs it nothing: scales of groups have 15 binades.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -16,13 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from l4pack.model import parts
-from l4pack.quant.dtypes import FloatName
 from l4pack.quant.floats import store_scale
 from l4pack.quant.grid import E4M3
+from l4pack.quant.scales import input_global_scale
+from l4pack.quant.suffixes import Suffix
 from l4pack.stream.units import Part, Unit
 
 if TYPE_CHECKING:
     from l4pack.plan.assign import Target
+    from l4pack.quant.dtypes import FloatName
 
 
 class InputScales:
@@ -62,6 +65,10 @@ class InputScales:
         return found
 
 
-def stored_scale(amax: float, dtype: FloatName) -> NDArray[Any]:
-    """The scale [1] that maps `amax` to the largest E4M3 value, as stored in a safetensors dtype."""
-    return store_scale(np.array([amax / E4M3.highest], np.float32), dtype)
+def stored_scale(amax: float, target: Target) -> NDArray[Any]:
+    """The scale [1] of a target's inputs, as stored: what maps `amax` to the largest E4M3 value, or the global scale under
+    which that value is the scale of a group of FP4 numbers."""
+    tensor = target.input_scale
+    if target.suffix(tensor) == Suffix.INPUT_GLOBAL_SCALE:
+        return np.array([input_global_scale(amax)], np.float32)
+    return store_scale(np.array([amax / E4M3.highest], np.float32), cast("FloatName", tensor.dtype))

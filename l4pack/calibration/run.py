@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,6 @@ from l4pack.calibration.output import Output
 from l4pack.calibration.solver import SolvedUnit, UnitSolver
 from l4pack.calibration.written import (
     cache_key,
-    input_scale,
     input_scales_key,
     layers_of,
     unit_key,
@@ -31,8 +30,8 @@ from l4pack.calibration.written import (
 from l4pack.calibration.written_units import WrittenUnits
 from l4pack.checkpoint.writer import Written
 from l4pack.errors import QualityError
+from l4pack.plan.assign import is_calibrated
 from l4pack.plan.needs import asymmetric
-from l4pack.quant.dtypes import FloatName
 from l4pack.stream.compute import reproducible
 from l4pack.stream.hidden import Packed
 from l4pack.stream.lanes import Lane, Model
@@ -168,12 +167,13 @@ class CalibrationRun(Visitor):
         found = self._inputs.finish()
         if not found:
             return
-        matrices = {}
+        matrices: dict[str, dict[str, Any]] = {}
         with self._output.writer.watched() as written:
             for module, amax in sorted(found.items()):
-                tensor = input_scale(self._plan.targets[module])
-                self._output.writer.write(tensor.name, 0, stored_scale(amax, cast(FloatName, tensor.dtype)))
-                matrices[module] = {"method": "rtn", "input_amax": float(f"{amax:.6g}")}
+                target = self._plan.targets[module]
+                self._output.writer.write(target.input_scale.name, 0, stored_scale(amax, target))
+                rounded = {} if is_calibrated(self._plan.recipe, target) else {"method": "rtn"}
+                matrices[module] = {**rounded, "input_amax": float(f"{amax:.6g}")}
         key = input_scales_key(layer)
         self._finished({key: written}, {key: {"matrices": matrices}})
 

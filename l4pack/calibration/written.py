@@ -11,7 +11,6 @@ from l4pack.formats.known import load_format
 from l4pack.formats.weights import weights_of
 from l4pack.plan.extents import made_by_rows, target_extents
 from l4pack.quant.floats import Float32Array
-from l4pack.quant.suffixes import Suffix
 from l4pack.recipe import RecipeScheme
 from l4pack.stream.units import Unit, layer_units, module_names
 
@@ -33,11 +32,6 @@ def input_scales_key(layer: int) -> str:
 def cache_key(layer: int) -> str:
     """The scales of a layer's keys and values."""
     return f"KV cache of layer {layer}"
-
-
-def input_scale(target: Target) -> PlannedTensor:
-    """The tensor that holds the scale of an observed matrix's inputs."""
-    return target.tensor(Suffix.INPUT_SCALE)
 
 
 def written_weights(writer: ShardWriter, target: Target, scheme: RecipeScheme) -> Float32Array:
@@ -70,7 +64,7 @@ def _written(plan: Plan) -> Iterator[tuple[int, str, list[Extent]]]:
             solved = [targets[name] for name in module_names(config, unit).values() if name in targets]
             yield layer, unit_key(unit), [one for target in solved for one in target_extents(target, plan.recipe)]
         modules = sorted(name for unit in units for name in module_names(config, unit).values())
-        scales = [input_scale(observed[name]) for name in modules if name in observed]
+        scales = [observed[name].input_scale for name in modules if name in observed]
         yield layer, input_scales_key(layer), _whole(scales)
         yield layer, cache_key(layer), _whole([tensor for tensor in plan.kv_scales if tensor.layer == layer])
 

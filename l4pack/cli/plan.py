@@ -137,7 +137,7 @@ def plan_view(plan: Plan) -> list[RenderableType]:
     if plan.accelerated:
         lines.append(f"          peak device memory {human_bytes(plan.peak_vram_bytes)}")
     if plan.needs is not None:
-        calibrated = f"{len(plan.calibrated) + len(plan.observed):,} matrices"
+        calibrated = f"{len(plan.looked_at):,} matrices"
         calibrated += f" and {len(plan.kv_scales):,} scales of the KV cache" if plan.kv_scales else ""
         lines.append(
             f"calibrated  {calibrated}, with {'' if plan.text else 'at most '}"

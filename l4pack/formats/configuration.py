@@ -20,11 +20,25 @@ class Activations(StrEnum):
     DYNAMIC_TOKEN = "dynamic_token"
     DYNAMIC_GROUP = "dynamic_group"
     STATIC_TENSOR = "static_tensor"
+    LOCAL_GROUP = "local_tensor_group"
+
+
+OBSERVED = (Activations.STATIC_TENSOR, Activations.LOCAL_GROUP)
+"""Those that take a scale out of the file, which calibration finds; for `local_tensor_group` a global one."""
 
 
 _INPUTS: dict[Activations, dict[str, Any]] = {
     Activations.DYNAMIC_TOKEN: {"strategy": "token"},
     Activations.DYNAMIC_GROUP: {"strategy": "group", "group_size": 128},
+    Activations.LOCAL_GROUP: {
+        "num_bits": 4,
+        "strategy": "tensor_group",
+        "group_size": 16,
+        "dynamic": "local",
+        "observer": "static_minmax",
+        "scale_dtype": "torch.float8_e4m3fn",
+        "zp_dtype": "torch.float8_e4m3fn",
+    },
     Activations.STATIC_TENSOR: {"strategy": "tensor", "dynamic": False, "observer": _OBSERVERS[Observer.MINMAX]},
 }
 
@@ -80,4 +94,6 @@ def read_inputs(given: Mapping[str, Any] | None) -> str:
     """A group's `input_activations` as one of `Activations`, or another word put together alike."""
     if given is None:
         return Activations.NONE
-    return f"{'dynamic' if given.get('dynamic') else 'static'}_{given.get('strategy')}"
+    dynamic = given.get("dynamic")
+    when = "local" if dynamic == "local" else "dynamic" if dynamic else "static"
+    return f"{when}_{given.get('strategy')}"

@@ -19,7 +19,7 @@ FLOAT_QUANTIZED = Format(
         strategies=[_CHANNEL, _TENSOR, _BLOCK],
         block_structures=[(128, 128)],
         symmetric=[True],
-        activations=list(Activations),
+        activations=[way for way in Activations if way is not Activations.LOCAL_GROUP],
     ),
     pieces=(
         Piece(

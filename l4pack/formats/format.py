@@ -168,14 +168,14 @@ class Format:
         in_features: int,
         source_dtype: str,
         *,
-        static: bool = False,
+        observed: bool = False,
         expert: bool = False,
     ) -> tuple[StoredTensor, ...]:
         """The tensors that stand for one matrix `[out_features, in_features]`, in the order they are written.
 
-        `static`: the file has a scale of its inputs; `expert`: it is a routed expert's.
+        `observed`: the file has a scale of its inputs; `expert`: it is a routed expert's.
         """
-        return _stored(self, scheme, out_features, in_features, source_dtype, static, expert)
+        return _stored(self, scheme, out_features, in_features, source_dtype, observed, expert)
 
     def told_by(self, shapes: Mapping[str, tuple[int, ...]], out_features: int, in_features: int) -> Scheme | None:
         """The scheme of a matrix whose tensors have these shapes, by suffix; None when no scheme makes such tensors."""
@@ -254,12 +254,12 @@ class Format:
 
 @lru_cache(maxsize=4096)  # the experts of a model are thousands, and all alike
 def _stored(
-    form: Format, scheme: Scheme, out_features: int, in_features: int, source_dtype: str, static: bool, expert: bool
+    form: Format, scheme: Scheme, out_features: int, in_features: int, source_dtype: str, observed: bool, expert: bool
 ) -> tuple[StoredTensor, ...]:
     holds = {
         "asymmetric": not scheme.symmetric,
-        "static_activations": static,
-        "weight_only_expert": expert and not static,
+        "static_activations": observed,
+        "weight_only_expert": expert and not observed,
     }
     sizes = matrix_sizes(scheme, out_features, in_features)
     scale_dtype = NAMES.get(scheme.scale_dtype, source_dtype)

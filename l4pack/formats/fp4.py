@@ -24,7 +24,7 @@ NVFP4_PACK_QUANTIZED = Format(
         strategies=[_TENSOR_GROUP],
         group_sizes=[16],
         symmetric=[True],
-        activations=[Activations.NONE],
+        activations=[Activations.NONE, Activations.LOCAL_GROUP],
     ),
     pieces=(
         Piece(suffix=Suffix.PACKED, holds=Holds.VALUES, dtype="U8", shape={_TENSOR_GROUP: ["out", "in/byte"]}),
@@ -36,6 +36,13 @@ NVFP4_PACK_QUANTIZED = Format(
             dtype="F32",
             shape={_TENSOR_GROUP: ["1"]},
             when="weight_only_expert",
+        ),
+        Piece(
+            suffix=Suffix.INPUT_GLOBAL_SCALE,
+            holds=Holds.INPUT_SCALE,
+            dtype="F32",
+            shape={_TENSOR_GROUP: ["1"]},
+            when="static_activations",
         ),
     ),
 )

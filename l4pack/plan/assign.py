@@ -17,7 +17,7 @@ from l4pack.model.tensors import Linear, Role, TensorSpec, canonical_naming, cat
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.layout import Layout
 from l4pack.quant.scheme import Strategy
-from l4pack.quant.suffixes import Suffix
+from l4pack.quant.suffixes import INPUT_SCALES, Suffix
 from l4pack.recipe import KEEP, KV_CACHE, Method, Recipe, RecipeScheme
 from l4pack.units import MIB
 
@@ -68,6 +68,11 @@ class Target:
     def tensor(self, suffix: Suffix) -> PlannedTensor:
         """The one of its tensors that is called so."""
         return next(tensor for tensor in self.tensors if self.suffix(tensor) == suffix)
+
+    @property
+    def input_scale(self) -> PlannedTensor:
+        """The tensor that holds the scale of its inputs."""
+        return next(tensor for tensor in self.tensors if self.suffix(tensor) in INPUT_SCALES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +215,7 @@ def module_tensors(linear: Linear, name: str, scheme: RecipeScheme | None, dtype
     else:
         form, size = load_format(scheme.format), (linear.out_features, linear.in_features)
         expert = linear.role is Role.ROUTED_EXPERT
-        stored = form.stored(scheme, *size, dtype, static=scheme.static, expert=expert)
+        stored = form.stored(scheme, *size, dtype, observed=scheme.observed, expert=expert)
         shapes = [(tensor.suffix, tensor.dtype, tensor.shape) for tensor in stored]
     return tuple(
         PlannedTensor(f"{linear.module}.{suffix}", kind, shape, linear.role, linear.layer, linear.expert, name)

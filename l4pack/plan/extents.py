@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from l4pack.checkpoint.writer import Extent
 from l4pack.formats.known import load_format
 from l4pack.plan.assign import PlannedTensor, Target, Task
-from l4pack.quant.suffixes import Suffix
+from l4pack.quant.suffixes import INPUT_SCALES
 from l4pack.recipe import KEEP, Recipe, RecipeScheme
 
 
@@ -32,10 +32,10 @@ def target_extents(target: Target, recipe: Recipe, rows: tuple[int, int] | None 
 def made_by_rows(target: Target, scheme: RecipeScheme) -> Iterator[tuple[PlannedTensor, int]]:
     """Tensors of a quantized matrix, and how many of its rows share a row of each: 0 for all.
 
-    The scale of its inputs is not among them: calibration writes it.
+    A scale of its inputs that calibration finds is not among them: it is written when that is known.
     """
     rows_in_one = load_format(scheme.format).rows_in_one(scheme)
     for tensor in target.tensors:
         suffix = target.suffix(tensor)
-        if suffix != Suffix.INPUT_SCALE:
+        if not scheme.observed or suffix not in INPUT_SCALES:
             yield tensor, rows_in_one[suffix]

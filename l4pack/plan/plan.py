@@ -188,6 +188,11 @@ class Plan:
         return sizes
 
     @property
+    def looked_at(self) -> set[str]:
+        """Modules that calibration solves, or whose inputs it observes."""
+        return {target.module for target in (*self.calibrated, *self.observed)}
+
+    @property
     def calibration_bytes(self) -> int:
         """Size of the calibration record."""
         modules = [target.module for target in (*self.calibrated, *self.observed)]
@@ -359,7 +364,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: RunLimits | None =
     workers, tasks = _fit(checkpoint, recipe, assignment, limits)
     calibrated = tuple(target for target in assignment.targets if is_calibrated(recipe, target))
     observed = tuple(
-        target for target in assignment.targets if target.scheme != KEEP and recipe.schemes[target.scheme].static
+        target for target in assignment.targets if target.scheme != KEEP and recipe.schemes[target.scheme].observed
     )
     looked_at = (*calibrated, *observed)
     if recipe.kv_cache is not None and not looked_at:  # the walk computes with what tasks have made

@@ -91,7 +91,7 @@ def _calibration_record(plan: Plan) -> dict[str, Any] | None:
     if plan.needs is None:
         return None
     text = None if plan.text is None else plan.text.record
-    return {"matrices": len(plan.calibrated) + len(plan.observed), "tokens": plan.needs.tokens, "streams": plan.needs.streams,
+    return {"matrices": len(plan.looked_at), "tokens": plan.needs.tokens, "streams": plan.needs.streams,
             "ram_bytes": plan.needs.ram_bytes, "hidden_bytes": plan.needs.disk_bytes,
             "experts_together": plan.needs.together, "hidden_states_on_device": plan.needs.resident, "text": text}  # fmt: skip
 

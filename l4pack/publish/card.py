@@ -407,7 +407,7 @@ def _fallbacks(facts: CardFacts) -> str:
         return "none: rounding has nothing to fall back to"
     if facts.calibration is None:
         return NOT_RECORDED
-    solved = [found for found in facts.calibration.get("matrices", {}).values() if "input_amax" not in found]
+    solved = [found for found in facts.calibration.get("matrices", {}).values() if "error" in found]
     if not solved:
         return "none: rounding has nothing to fall back to"
     methods = [found.get("method") for found in solved]

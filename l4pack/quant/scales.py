@@ -43,6 +43,12 @@ def global_scale(amax: float) -> float:
     return 2.0 ** (math.frexp(float(ratio))[1] - 1)
 
 
+def input_global_scale(amax: float) -> float:
+    """The global scale of inputs up to `amax`, as compressed-tensors has it; 1 where nothing was seen."""
+    scale = E4M3.highest * E2M1.highest / amax if amax > 0 else math.inf
+    return scale if scale <= float(np.finfo(np.float32).max) else 1.0
+
+
 def codes_of(amax: Float32Array, kind: ScaleDtype, over: float) -> Codes:
     """Codes of the scales for groups of largest magnitude `amax`, in its shape; `over` is the global scale."""
     amax = np.abs(amax)  # zero may have a sign

@@ -18,3 +18,7 @@ class Suffix(StrEnum):
     INPUT_SCALE = "input_scale"
     INPUT_ZERO_POINT = "input_zero_point"
     INPUT_GLOBAL_SCALE = "input_global_scale"
+
+
+INPUT_SCALES = (Suffix.INPUT_SCALE, Suffix.INPUT_GLOBAL_SCALE)
+"""What a runtime scales a module's inputs by."""

@@ -16,7 +16,6 @@ from l4pack.checkpoint.source import Store
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.plan.assign import Task
 from l4pack.plan.plan import Plan
-from l4pack.quant.suffixes import Suffix
 from l4pack.quantize.execute import Made
 from l4pack.work.signals import check_stop
 
@@ -70,7 +69,7 @@ class Job:
         # What calibration has yet to read and to write is neither let go of nor hashed here.
         self._left_in_source.update(plan.checkpoint.entries[target.linear.tensor].file for target in plan.calibrated)
         self._left_in_source.update(held)
-        self._left_in_shard.update(plan.places[target.tensor(Suffix.INPUT_SCALE).name].file for target in plan.observed)
+        self._left_in_shard.update(plan.places[target.input_scale.name].file for target in plan.observed)
         self._left_in_shard.update(plan.places[tensor.name].file for t in plan.calibrated for tensor in t.tensors)
         self._left_in_shard.update(plan.places[tensor.name].file for tensor in plan.kv_scales)
         self._hashing: list[Future[dict[str, str]]] = []

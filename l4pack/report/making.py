@@ -72,7 +72,7 @@ def _experts(routed: Mapping[str, list[int]]) -> Facts:
 
 def _solved(matrices: Mapping[str, Mapping[str, Any]]) -> Facts:
     """Matrices that were solved, and those that fell back to rounding; others had their inputs looked at only."""
-    solved = {name: found for name, found in matrices.items() if "input_amax" not in found}
+    solved = {name: found for name, found in matrices.items() if "error" in found}
     if not solved:
         return []
     fallen = [

@@ -27,7 +27,7 @@ from l4pack.model.names import detect_layout
 from l4pack.model.tensors import Linear, canonical_naming, catalogue, rename
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.layout import Layout
-from l4pack.quant.suffixes import Suffix
+from l4pack.quant.suffixes import INPUT_SCALES, Suffix
 from l4pack.quant.torch_ops import DTYPES
 from l4pack.stream.activations import RoundedInputs, activations_of
 from l4pack.stream.kv import RoundedCache
@@ -231,8 +231,8 @@ class Weights:
         """What is done to a quantized matrix' inputs."""
         if not self._round_activations:
             return None
-        scale = arrays.get(Suffix.INPUT_SCALE)
-        stored = None if scale is None else self._torch(f"{linear.module}.{Suffix.INPUT_SCALE}", scale)
+        suffix = next((one for one in INPUT_SCALES if one in arrays), None)
+        stored = None if suffix is None else self._torch(f"{linear.module}.{suffix}", arrays[suffix])
         return activations_of(given.scheme, stored, module)
 
 

@@ -119,7 +119,7 @@ class _Examiner:
         scheme = group.scheme
         size = linear.out_features, linear.in_features
         expert = linear.role is Role.ROUTED_EXPERT
-        expected = group.format.stored(scheme, *size, "BF16", static=group.static, expert=expert)
+        expected = group.format.stored(scheme, *size, "BF16", observed=group.observed, expert=expert)
         floats = {piece.suffix for piece in group.format.pieces if piece.dtype == "scale"}
         suffixes = {tensor.suffix for tensor in expected}
         good = not self.unexpected(entry.name for suffix, entry in parts.items() if suffix not in suffixes)

@@ -20,7 +20,7 @@ from l4pack.quant.floats import widen
 from l4pack.quant.grid import E4M3, ScaleDtype
 from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Scheme
-from l4pack.quant.suffixes import Suffix
+from l4pack.quant.suffixes import INPUT_SCALES, Suffix
 from l4pack.verify.checks_kernels import scan
 from l4pack.verify.checks_tensors import Matrix
 from l4pack.verify.findings import Findings, Level
@@ -61,8 +61,9 @@ class ValueChecks:
             message = "every weight of the matrix has the same code: right only if the source's are all zero"
             result.found.warning("dead", module, message)
         _check_scales(matrix, stored, dead or explained, result)
-        if Suffix.INPUT_SCALE in arrays:
-            _check_positive(matrix.parts[Suffix.INPUT_SCALE].name, widen(arrays[Suffix.INPUT_SCALE]), result)
+        for suffix in INPUT_SCALES:
+            if suffix in arrays:
+                _check_positive(matrix.parts[suffix].name, widen(arrays[suffix]), result)
         if stored.global_scale is not None:
             _check_positive(matrix.parts[Suffix.GLOBAL_SCALE].name, stored.global_scale, result)
         if matrix.scheme.grid is E4M3:

@@ -55,7 +55,7 @@ class ConfigGroup:
     targets: tuple[str, ...]
     scheme: Scheme | None
     format: Format | None
-    static: bool  # activations have scales in the file
+    observed: bool  # activations have scales in the file
     weight_only: bool  # activations are not quantized
 
     @property
@@ -160,10 +160,10 @@ def _group(group: StanzaGroup, entries: _Entries, found: Findings) -> ConfigGrou
         found.error("scheme", where, f"format {given!r} is not one l4pack knows ({', '.join(format_names())})")
     scheme = _scheme(group.weights, where, found)
     activations = group.inputs
-    static = activations is not None and activations.get("dynamic") in (False, None)
+    observed = activations is not None and activations.get("dynamic") in (False, None, "local")
     if form is not None and scheme is not None and not _accepted(form, scheme, activations, where, found):
         scheme = None
-    return ConfigGroup(group.name, targets, scheme, form, static, weight_only=activations is None)
+    return ConfigGroup(group.name, targets, scheme, form, observed, weight_only=activations is None)
 
 
 def _scheme(weights: Mapping[str, Any] | None, where: str, found: Findings) -> Scheme | None:

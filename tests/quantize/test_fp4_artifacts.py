@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from conftest import quick_plan
 from safetensors.torch import load_file, save_file
 
+from l4pack.artifact.calibration_record import read_calibration
 from l4pack.artifact.manifest import MANIFEST_NAME
 from l4pack.checkpoint.open import open_source
 from l4pack.quantize.run import run_plan
@@ -56,6 +58,24 @@ def test_rounded_and_solved_artifacts_are_what_was_planned(checkpoint: Make, art
         assert sum(file.stat().st_size for file in made.iterdir()) == plan.artifact_bytes
         assert errors(made, source) == []
         assert errors(artifact(recipe, "scout"), source) == []
+
+
+def test_scales_of_inputs_are_those_of_the_record(checkpoint: Make, artifact: Make, tmp_path: Path) -> None:
+    source, made = checkpoint("maverick"), artifact("nvfp4-w4a4", "maverick")
+    assert errors(made, source) == []
+    record = read_calibration(made) or {}
+    assert all(found.keys() >= {"error", "input_amax"} for found in record["matrices"].values())
+    wrong = tmp_path / "wrong"
+    shutil.copytree(made, wrong)
+    file = next(wrong.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("down_proj.input_global_scale"))
+    module = name.removesuffix(".input_global_scale")
+    assert float(tensors[name][0]) == pytest.approx(448 * 6 / record["matrices"][module]["input_amax"], rel=1e-5)
+    tensors[name] = 2 * tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    (wrong / MANIFEST_NAME).unlink()
+    assert any("makes it" in message for message in errors(wrong))
 
 
 def test_a_global_scale_that_is_not_shared_is_found(checkpoint: Make, tmp_path: Path) -> None:

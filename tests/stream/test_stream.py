@@ -101,7 +101,7 @@ def test_images_that_do_not_fit_their_tokens(checkpoint, tmp_path):
         streamed_logits(checkpoint("scout"), token_rows(), tmp_path, images=torch.zeros(1, 3, 56, 56))
 
 
-@pytest.mark.parametrize("recipe", ["int4-rtn", "meta-int4"])
+@pytest.mark.parametrize("recipe", ["int4-rtn", "meta-int4", "nvfp4"])
 @pytest.mark.parametrize("kind", ["scout", "maverick"])
 def test_weight_only_artifact_is_transformers_in_bf16(artifact, tmp_path, kind, recipe):
     """Weights are rounded to BF16 as runtimes multiply them."""
