@@ -10,16 +10,19 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from rich.console import Console, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PIPED_WIDTH = 120
+_GAP, _READABLE = 2, 14  # columns between those of a table, and what words of one are wrapped to at least
 LINE_SHARE, LINE_SECONDS = 0.05, 20.0  # a job without steps says this often how far it is
 LINE_LIMIT = 1000  # characters of an error: names and values in it come from files
 
@@ -148,13 +152,68 @@ def _one_line(text: str) -> str:
 
 def table(*headings: str, title: str | None = None) -> Table:
     """A plain table; headings that start with '>' are right-aligned."""
-    result = Table(
-        title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0)
+    result = _Fitting(
+        title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, _GAP, 0, 0)
     )
     for heading in headings:
         right = heading.startswith(">")
         result.add_column(heading.removeprefix(">"), justify="right" if right else "left", overflow="fold")
     return result
+
+
+class _Fitting(Table):
+    """A table whose words and numbers stay whole: where they don't fit beside each other, each row is lines of its own.
+
+    Rich alone would cut what does not fit, and take the width from words that need it.
+    """
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        cells = [[_text(console, cell) for cell in (column.header, *column.cells)] for column in self.columns]
+        most = [max(cell.cell_len for cell in texts) for texts in cells]
+        least = [
+            max(map(_of_numbers if column.justify == "right" else _of_words, texts[1:]), default=0)
+            for column, texts in zip(self.columns, cells, strict=True)
+        ]
+        least = [max(width, _longest_word(texts[0])) for width, texts in zip(least, cells, strict=True)]
+        spare = options.max_width - sum(width + _GAP for width in least)
+        if spare < 0:
+            yield from self._apart(cells)
+            return
+        wanted = sum(most) - sum(least)
+        for column, low, high in zip(self.columns, least, most, strict=True):
+            column.width = low + min(high - low, spare * (high - low) // max(wanted, 1))
+        yield from super().__rich_console__(console, options)
+
+    def _apart(self, cells: Sequence[Sequence[Text]]) -> Iterator[RenderableType]:
+        """Each row as its first cell, and the others below it with their headings."""
+        first, *others = cells
+        for number in range(1, len(first)):
+            grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, _GAP, 0, 0))
+            grid.add_column(no_wrap=True, style="dim")
+            grid.add_column(overflow="fold")
+            for texts in others:
+                if texts[number].plain:
+                    grid.add_row(texts[0], texts[number])
+            yield Text.assemble(first[number], style="bold")
+            yield Padding(grid, (0, 0, 0, _GAP))
+
+
+def _text(console: Console, cell: RenderableType) -> Text:
+    return console.render_str(cell) if isinstance(cell, str) else cast("Text", cell)
+
+
+def _longest_word(cell: Text) -> int:
+    return max(map(cell_len, cell.plain.split()), default=0)
+
+
+def _of_words(cell: Text) -> int:
+    """Columns that words take at least: those of the longest, and enough to be read."""
+    return min(cell.cell_len, max(_longest_word(cell), _READABLE))
+
+
+def _of_numbers(cell: Text) -> int:
+    """Columns that a number takes with its unit or its error."""
+    return cell.cell_len
 
 
 def plain(text: object) -> str:
