@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from l4pack.budget.answer import Answer
     from l4pack.evaluate.inputs import EvaluationSettings
     from l4pack.evaluate.schema import Evaluation
+    from l4pack.export.run import ExportResult
     from l4pack.plan.plan import Plan
     from l4pack.publish.publish import Packaged
     from l4pack.publish.upload import Uploaded, UploadPlan
@@ -165,13 +166,15 @@ def verify(
 ) -> Verification:
     """Check every tensor, file and statement of an artifact, and with `against` hold each weight against its source.
 
-    `sample` compares so many matrices instead of all; `headers_only` reads no tensor. `advance` is told bytes of tensors as
-    they are checked. What is wrong is in `findings`, not raised. Raises SourceError (it can't be opened), UsageError.
+    An artifact may be `ORG/NAME[@REVISION]` on the Hub. `sample` compares so many matrices instead of all; `headers_only`
+    reads no tensor. `advance` is told bytes of tensors as they are checked. What is wrong is in `findings`, not raised.
+    Raises SourceError (it can't be opened), UsageError, HubError.
 
     >>> checked = l4pack.verify("demo-int4", against="demo")
     >>> checked.ok, checked.findings
     (True, ())
     """
+    from l4pack.artifact.published import look
     from l4pack.checkpoint.open import open_source
     from l4pack.errors import UsageError
     from l4pack.verify.verify import verify_artifact
@@ -181,7 +184,8 @@ def verify(
     if against is not None and headers_only:
         raise UsageError("headers_only reads nothing to hold against a source", hint="leave one of the two out")
     source = None if against is None else open_source(str(against))
-    return verify_artifact(Path(artifact), source, sample, advance, headers_only=headers_only)
+    with look(str(artifact), weights=not headers_only) as looked:
+        return verify_artifact(looked.folder, source, sample, advance, headers_only=headers_only)
 
 
 @_naming_what_lacks
@@ -310,6 +314,38 @@ def _measured(
     write_accuracy(folder, record, gates, {})
     require(judge(record, limits_of(gates, {})))
     return parse_evaluation(record, str(folder))
+
+
+@_naming_what_lacks
+def export(
+    artifact: Place,
+    out: Place,
+    to: str,
+    *,
+    split: Size | None = None,
+    lossy: bool = False,
+    max_ram: Size | None = None,
+    restart: bool = False,
+    advance: Advance | None = None,
+) -> ExportResult:
+    """Put an artifact into `gguf` or `mlx` files without rounding again, and prove that they hold its numbers.
+
+    `split` is the most bytes of a file; `lossy` rounds what the container can't carry, and says so. `advance` is told bytes as
+    they are read. Raises UsageError (it can't be carried exactly, or `out` is taken), SourceError, BudgetError, StoppedError.
+
+    >>> exported = l4pack.export("demo-int4", "demo-mlx", "mlx")
+    >>> exported.proof.rounded, exported.proof.largest_error
+    (0, 0.0)
+    """
+    from l4pack.checkpoint.open import open_source
+    from l4pack.export.known import target_named
+    from l4pack.export.plan import plan_export
+    from l4pack.export.run import run_export
+
+    planned = plan_export(
+        open_source(str(artifact)), target_named(to), split=_nbytes(split), lossy=lossy, max_ram=_nbytes(max_ram)
+    )
+    return run_export(planned, Path(out), restart=restart, shown=_shown(advance))
 
 
 @_naming_what_lacks

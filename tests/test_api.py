@@ -24,6 +24,7 @@ RESULTS = {
     "verify": "checked",
     "budget": "answer",
     "evaluate": "measured",
+    "export": "exported",
     "package": "packaged",
     "push": "pushed",
 }  # what the examples call them

@@ -131,6 +131,12 @@ RESULTS: dict[str, dict[str, str]] = {
         "gates": "each with `gate`, `limit`, `value`, `ok`",
         "plain()": "the record as `accuracy.json` holds it",
     },
+    "export": {
+        "out": "the folder",
+        "seconds": "what it took",
+        "proof": "what was read back: `matrices`, `weights`, `rounded`, `largest_error`; None where it was there before",
+        "peak_rss_bytes": "most memory taken",
+    },
     "package": {
         "name": "the name that the artifact may have",
         "written": "files that were written",

@@ -20,13 +20,11 @@ from l4pack.cli.options import (
     SourceOption,
     SplitOption,
 )
-from l4pack.errors import UsageError
 from l4pack.units import human_bytes, human_seconds, parse_size
 
 if TYPE_CHECKING:
     from l4pack.export.plan import ExportPlan
     from l4pack.export.run import ExportResult
-    from l4pack.export.target import Target
 
 _NAMED = 3  # roundings that are shown
 
@@ -47,12 +45,13 @@ def export(
     Example: `l4pack export demo-int4 --to gguf --out demo-gguf`
     """
     from l4pack.checkpoint.open import open_source
+    from l4pack.export.known import target_named
     from l4pack.export.plan import plan_export
     from l4pack.export.run import run_export
 
     made = plan_export(
         open_source(source),
-        _target(to),
+        target_named(to),
         split=None if split is None else parse_size(split),
         lossy=lossy,
         max_ram=None if max_ram is None else parse_size(max_ram),
@@ -71,19 +70,6 @@ def export(
         console.show_json({**record, **result_record(result)})
     else:
         console.show(*result_view(made, result))
-
-
-def _target(name: str) -> Target:
-    """The container of that name. Raises UsageError."""
-    if name == "gguf":
-        from l4pack.export.gguf import Gguf
-
-        return Gguf()
-    if name == "mlx":
-        from l4pack.export.mlx import Mlx
-
-        return Mlx()
-    raise UsageError(f"no container is called '{name}'", hint="--to gguf or --to mlx")
 
 
 def plan_record(plan: ExportPlan) -> dict[str, Any]:
