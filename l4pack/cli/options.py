@@ -528,10 +528,16 @@ SignatureOption = Annotated[
         "--signature", metavar="ALLOWED_SIGNERS", help="Whether one of ssh-keygen's allowed signers signed every file."
     ),
 ]
+FamilyOption = Annotated[
+    list[Path] | None,
+    typer.Option("--family", metavar="DIR", help="Another artifact of the same model, for a table; may be repeated."),
+]
 PushOption = Annotated[str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload when all is well.")]
 PublicOption = Annotated[bool, typer.Option("--public", help="Make the repository public; private unless said.")]
 RevisionOption = Annotated[str, typer.Option("--revision", metavar="BRANCH", help="The branch to put it on.")]
 PullRequestOption = Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")]
 TagOption = Annotated[str | None, typer.Option("--tag", metavar="TAG", help="Tag the commit.")]
-CollectionOption = Annotated[str | None, typer.Option("--collection", metavar="SLUG", help="Add it to a collection.")]
+CollectionOption = Annotated[
+    str | None, typer.Option("--collection", metavar="SLUG|TITLE", help="Add it to a collection; a title makes one.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that l4pack did not put there.")]

@@ -10,6 +10,7 @@ from l4pack.cli.options import (
     ArtifactOption,
     AsJsonOption,
     BaseModelOption,
+    FamilyOption,
     GatedOption,
     NameOption,
     OriginalSourceOption,
@@ -28,6 +29,7 @@ def package(
     base_model: BaseModelOption = None,
     template: TemplateOption = None,
     gated: GatedOption = False,
+    family: FamilyOption = None,
     sign: SignOption = None,
     as_json: AsJsonOption = False,
 ) -> None:
@@ -39,7 +41,7 @@ def package(
     from l4pack.publish.publish import Wishes, package_artifact, sign_artifact
 
     original = None if source is None else open_source(source)
-    wishes = Wishes(name=name, base_model=base_model, template=template, gated=gated)
+    wishes = Wishes(name=name, base_model=base_model, template=template, gated=gated, family=tuple(family or ()))
     result = package_artifact(folder, original, wishes)
     if sign is not None:
         sign_artifact(folder, sign)

@@ -235,6 +235,13 @@ class Collection(_Answer):
     items: list[CollectionItem]
 
 
+class NewCollection(_Answer):
+    """A collection that was made, or is there already."""
+
+    slug: Annotated[str, StringConstraints(pattern=r"^[\w.\-]+/[\w.\-]+$", max_length=256)]
+    items: list[CollectionItem] = []
+
+
 class Organisation(_Answer):
     """An organisation that an account belongs to, and as what."""
 
@@ -387,6 +394,10 @@ def _collection(answer: Collection, _: Asked) -> dict[str, Any]:
     return {"slug": answer.slug, "items": [item.model_dump(by_alias=True) for item in answer.items], **looks}
 
 
+def _new_collection(answer: NewCollection, _: Asked) -> dict[str, Any]:
+    return _collection(Collection(slug=answer.slug, items=answer.items), _)
+
+
 def _nothing(*_: Any) -> dict[str, Any]:
     return {}
 
@@ -401,6 +412,7 @@ def _kind(
 _ID = "([^/]+/[^/]+)"
 _MODEL = f"/api/models/{_ID}"
 CREATE = _kind("a new repository", "POST /api/repos/create()", Created, _created)
+CREATE_COLLECTION = _kind("a new collection", "POST /api/collections()", NewCollection, _new_collection)
 KINDS = (
     _kind("a model's information", f"GET {_MODEL}(?:/revision/.+)?", Info, _info),
     _kind("a list of files", f"GET {_MODEL}/tree/.+", list[TreeEntry], _tree, pages=True),
@@ -413,6 +425,7 @@ KINDS = (
     CREATE,
     _kind("an account", "GET /api/whoami-v2()", Account),
     _kind("a check of the card", "POST /api/validate-yaml()", dict[str, Any], _nothing),
+    CREATE_COLLECTION,
     _kind("a collection", f"GET /api/collections/{_ID}", Collection, _collection),
     _kind("a collection", f"POST /api/collections/{_ID}/items", Collection, _collection),
 )

@@ -22,7 +22,7 @@ from huggingface_hub.utils._http import hf_raise_for_status, hf_request_event_ho
 
 from l4pack.errors import HubError
 from l4pack.hub import exchange as exchanges
-from l4pack.hub.answers import CREATE, AnswerKind, Asked, find_kind
+from l4pack.hub.answers import CREATE, CREATE_COLLECTION, AnswerKind, Asked, find_kind
 from l4pack.hub.exchange import (
     ASTRAY,
     CALL,
@@ -172,12 +172,23 @@ def _plain_wait(response: http.Response, longest: int) -> None:
 
 def _refused(response: http.Response, exchange: Exchange) -> None:
     """An error: its status and code are what counts. What nothing is lost by is tried again by our caller alone."""
-    known = exchange.kind is CREATE and response.status_code == 409
-    _aside(response, CREATE.settle(None, exchange.asked) if known else {})
+    if exchange.kind is CREATE_COLLECTION and response.status_code == 409:
+        _there_already(response, exchange, CREATE_COLLECTION)
+    else:
+        known = exchange.kind is CREATE and response.status_code == 409
+        _aside(response, CREATE.settle(None, exchange.asked) if known else {})
     begun = exchange.transfer is not None and exchange.transfer.received > 0
     fresh = exchange.is_answer or (exchange.transfer is not None and not begun) or response.request.method == "HEAD"
     if fresh and response.status_code in TRANSIENT:
         hf_raise_for_status(response)
+
+
+def _there_already(response: http.Response, exchange: Exchange, kind: AnswerKind) -> None:
+    """What could not be made as it is there: the answer says where, and is read as the one that made it would be."""
+    try:
+        _replace(response, kind.read(_whole(response, exchange, exchanges.BOUNDS.answer_bytes), exchange.asked))
+    except ValueError as error:
+        raise exchange.bad(f"this is not {kind.title} ({error})") from None
 
 
 def _redirected(response: http.Response, exchange: Exchange) -> None:

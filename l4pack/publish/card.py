@@ -50,6 +50,17 @@ class DeviceFit:
 
 
 @dataclass(frozen=True)
+class Rung:
+    """Another artifact of the same model: its size, its most careful evaluation, and where it runs, in words."""
+
+    name: str
+    repository: str | None  # where it is on the Hub, where its card says so
+    weight_bytes: int
+    accuracy: Mapping[str, Any] | None
+    runs: str
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """All a card is made from."""
 
@@ -72,6 +83,7 @@ class CardFacts:
     repository: str | None = None  # where it is, or is about to be, on the Hub
     generation: Mapping[str, Any] = field(default_factory=dict)  # the source's own sampling
     chat: bool = False  # whether there is a template for conversations
+    family: Sequence[Rung] = ()  # other artifacts of the same model
     packaged: str = ""  # the day, as 2026-11-26
 
     @property
@@ -202,6 +214,7 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
         "sampling": _sampling(facts.generation),
         "safeguards": facts.policy.safeguards.strip(),
         "refusals": _refusals(facts),
+        "family": _family(facts, weights),
         "packaged": facts.packaged,
         "sglang_reads": set(scheme_layers(recipe, config)[Role.ATTENTION]) == {KEEP},
         "calibration": _calibration(facts),
@@ -381,6 +394,31 @@ def _verdict(facts: CardFacts, weights: int) -> dict[str, str]:
         "runs": runs or "not computed",
         "close": close,
     }
+
+
+def _family(facts: CardFacts, weights: int) -> list[tuple[str, str, str, str, str]]:
+    """A row for each artifact of the family, this one among them, from large to small."""
+    if not facts.family:
+        return []
+    here = Rung(word(facts.name), None, weights, facts.accuracy, facts.serves)
+    tokens = _tokens_measured(here)
+    rows = []
+    for one in sorted((here, *facts.family), key=lambda one: -one.weight_bytes):
+        link = f"[{one.name}](https://huggingface.co/{word(one.repository)})" if one.repository else one.name
+        measured = one.accuracy if one.accuracy and "kl_mean" in one.accuracy else None
+        other = "" if _tokens_measured(one) == tokens else ", on another text"
+        close, agree = "not measured", "not measured"
+        if measured is not None:
+            close = with_error(measured["kl_mean"], measured["kl_standard_error"]) + other
+            agree = with_error(measured["top1_agreement"], measured["top1_agreement_standard_error"])
+        name = f"**{link}** (this)" if one is here else link
+        rows.append((name, human_bytes(one.weight_bytes), close, agree, one.runs or "not computed"))
+    return rows
+
+
+def _tokens_measured(one: Rung) -> Any:
+    """Which tokens an artifact was measured on: only the same ones make its figures comparable."""
+    return ((one.accuracy or {}).get("text") or {}).get("tokens_sha256")
 
 
 def _sampling(generation: Mapping[str, Any]) -> list[str]:

@@ -18,8 +18,8 @@ _MARK = re.compile(r"^<!-- l4pack card ([0-9a-f]{64}) -->$", re.MULTILINE)
 
 
 def mark(values: Mapping[str, Any]) -> str:
-    """The line that says which values a card was made of, but for the day and the repository it is for."""
-    values = {key: value for key, value in values.items() if key not in ("packaged", "commands")}
+    """The line that says which values a card was made of, but for the day, the repository it is for, and its family."""
+    values = {key: value for key, value in values.items() if key not in ("packaged", "commands", "family")}
     text = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
     return f"<!-- l4pack card {hashlib.sha256(text.encode()).hexdigest()} -->"
 

@@ -15,11 +15,8 @@ from l4pack.artifact.policy import Policy
 from l4pack.artifact.signature import SMALL_BYTES, broken_files, is_signed, sign
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
-from l4pack.budget.matrix import HOSTS, matrix
-from l4pack.budget.model import Budget, budget
+from l4pack.budget.model import budget
 from l4pack.budget.named import open_subject
-from l4pack.budget.serve import serve_command
-from l4pack.budget.subject import Subject
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.datafile import small_object
 from l4pack.errors import BudgetError, L4packError, UsageError
@@ -29,8 +26,10 @@ from l4pack.hub.account import writer
 from l4pack.hub.client import hub_api
 from l4pack.model.config import parse_config
 from l4pack.publish.base_model import base_claim, checked_base
-from l4pack.publish.card import CardFacts, DeviceFit, card_values, render_card
+from l4pack.publish.card import CardFacts, card_values, render_card
 from l4pack.publish.card_check import carries_mark, first_difference, same_mark
+from l4pack.publish.family import USE, addressee, rungs
+from l4pack.publish.fits import device_fits, served
 from l4pack.publish.gates import check_quality, licence_error
 from l4pack.publish.licence import (
     CARD_NAME,
@@ -62,6 +61,7 @@ class Wishes:
     template: Path | None = None
     gated: bool = False
     repository: str | None = None  # where it will be on the Hub, for the commands on the card
+    family: tuple[Path, ...] = ()  # folders of other artifacts of the same model
     endpoint: str | None = field(default=None, repr=False)
 
 
@@ -135,10 +135,9 @@ def address_card(folder: Path, repo_id: str) -> None:
     """Put the repository where it goes into the card's commands, which name a placeholder until then, or another one."""
     path = folder / CARD_NAME
     text = path.read_text(encoding="utf-8")
-    part = re.search(r"^## Use it$.*?(?=^## )", text, re.MULTILINE | re.DOTALL)
-    named = re.search(r"^vllm serve ([\w.-]+/[\w.-]+)(?=\s)", part[0], re.MULTILINE) if part else None
-    if part is not None and named is not None and named[1] != repo_id:
-        told = part[0].replace(named[1], repo_id)
+    named, part = addressee(text), USE.search(text)
+    if part is not None and named is not None and named != repo_id:
+        told = part[0].replace(named, repo_id)
         write_atomic(path, f"{text[: part.start()]}{told}{text[part.end() :]}".encode())
 
 
@@ -273,7 +272,7 @@ def _facts(
     parse_config(config)
     records = _evaluations(folder)
     subject = open_subject(str(folder))
-    served, serves = _served(subject, manifest.made_with().promise, wishes.repository or f"ORG/{word(name)}")
+    commands, serves = served(subject, manifest.made_with().promise, wishes.repository or f"ORG/{word(name)}")
     return CardFacts(
         name=name,
         policy=policy,
@@ -287,15 +286,16 @@ def _facts(
         claim=base_claim(base, manifest.source, config) if base else "",
         weight_bytes=manifest.weight_bytes,
         calibration=read_calibration(folder),
-        fits=_fits(subject),
+        fits=device_fits(subject),
         gated=wishes.gated,
-        served=served,
+        served=commands,
         serves=serves,
         repository=wishes.repository,
         generation=small_object(folder / "generation_config.json", MAX_SMALL_FILE),
         chat=(folder / "chat_template.jinja").is_file()
         or "chat_template" in small_object(folder / "tokenizer_config.json", MAX_SMALL_FILE),
         packaged=_packaged_on(folder),
+        family=rungs(wishes.family, manifest),
     )
 
 
@@ -311,38 +311,6 @@ def _languages(source: Checkpoint | None) -> list[str]:
     languages = card.metadata.get("language") or []
     listed = languages if isinstance(languages, list) else [languages]
     return [language for language in listed if isinstance(language, str)]
-
-
-def _fits(subject: Subject) -> list[DeviceFit]:
-    """The largest contexts of one sequence by device, for devices from small to large."""
-    devices = load_devices()
-    hosts = [find_host(name, devices) for name in HOSTS]
-    rows = [matrix([subject], hosts, Load(kv_dtype=dtype), "vllm")[0] for dtype in ("bfloat16", "fp8")]
-    return [
-        DeviceFit(f"{host.count} x {host.device.title}", bf16.gpus, bf16.max_context, fp8.max_context)
-        for host, bf16, fp8 in zip(hosts, *(row.cells for row in rows), strict=True)
-    ]
-
-
-def _served(subject: Subject, promise: Promise | None, where: str) -> tuple[dict[str, str], str]:
-    """Servers' commands as the recipe promises, else for the smallest device that holds the usual load; and that load."""
-    load = Load(promise.context, promise.sequences, promise.kv_dtype) if promise else Load(kv_dtype="fp8")
-    for name in [promise.device] if promise else HOSTS:
-        found = {runtime: _budgeted(subject, name, load, runtime) for runtime in ("vllm", "sglang")}
-        commands = {runtime: one and serve_command(one, where) for runtime, one in found.items()}
-        if commands["vllm"] and (main := found["vllm"]):
-            kv = "FP8" if main.setting.kv_dtype == "fp8" else "BF16"
-            what = f"{main.host.count} x {main.host.device.title}, {main.setting.context:,} tokens, {kv} KV cache"
-            return {runtime: command for runtime, command in commands.items() if command}, what
-    return {}, ""
-
-
-def _budgeted(subject: Subject, device: str, load: Load, runtime: str) -> Budget | None:
-    """The budget; None for a load that the model or the runtime can't take."""
-    try:
-        return budget(subject, find_host(device, load_devices()), load, runtime)
-    except UsageError:
-        return None
 
 
 def _write(folder: Path, name: str, text: str) -> list[str]:

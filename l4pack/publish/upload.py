@@ -382,14 +382,22 @@ def _label(api: HfApi, target: Destination, commit: str) -> None:
                 hint="choose another --tag",
             )
     if target.collection is not None:
-        there = patiently(
-            lambda: api.add_collection_item(str(target.collection), target.repo_id, item_type="model", exists_ok=True)
-        )
+        slug = _collection(api, target, target.collection)
+        there = patiently(lambda: api.add_collection_item(slug, target.repo_id, item_type="model", exists_ok=True))
         if target.repo_id not in {item.item_id for item in there.items}:
             raise HubError(
                 f"{target.collection} does not hold {target.repo_id} after all; the upload itself is complete",
                 hint="add it on the collection's page",
             )
+
+
+def _collection(api: HfApi, target: Destination, named: str) -> str:
+    """The slug of a collection: as given, else of the one with that title among the repository owner's, made if need be."""
+    if "/" in named:
+        return named
+    owner = target.repo_id.partition("/")[0]
+    made = patiently(lambda: api.create_collection(named, namespace=owner, private=not target.public, exists_ok=True))
+    return str(made.slug)
 
 
 def _tags(api: HfApi, target: Destination) -> dict[str, str]:

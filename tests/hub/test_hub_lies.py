@@ -137,7 +137,7 @@ def sends(**options: Any) -> Callable[[HubServer, Path], None]:
         assert {name: there[name].content for name in SENT} == SENT
         assert options.get("tag") is None or hub.repos[REPO].tags[options["tag"]] == hub.repos[REPO].refs[revision]
         assert not options.get("gated") or hub.repos[REPO].gated
-        assert options.get("collection") is None or hub.collections[options["collection"]] == [REPO]
+        assert options.get("collection") is None or [REPO] in hub.collections.values()
 
     return send
 
@@ -169,6 +169,7 @@ PLACES: dict[str, tuple[bool, str, str, Callable[[HubServer, Path], None]]] = {
     "branches and tags": (NEW, "GET", "/refs$", sends(tag="v1")),
     "a tag": (NEW, "POST", "/tag/", sends(tag="v1")),
     "a collection": (NEW, "POST", "^/api/collections/", sends(collection="me/best")),
+    "a new collection": (NEW, "POST", "^/api/collections$", sends(collection="Best of all")),
 }
 
 
@@ -249,6 +250,7 @@ FIELDS: dict[str, list[tuple[tuple[Any, ...], list[Any]]]] = {
         (("tags",), [None, {}, [None]]), (("branches",), [7]), (("branches", 0, "targetCommit"), BAD_COMMITS),
         (("branches", 0, "name"), [7, None, "\x00", ""]),
     ],
+    "a new collection": [(("slug",), [7, None, "a", "../x/y", "a/b c"])],
     "a collection": [(("items",), [None, {}, [], [None]]), (("slug",), [7, None]), (("items", 0, "id"), [7, None, "a/b"])],
 }  # fmt: skip
 

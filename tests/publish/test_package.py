@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 from licence_texts import APACHE, LICENSE, USE_POLICY
 from measured import measured, record
-from publishing import BASE, NAME, rewrite_manifest
+from publishing import BASE, NAME, made, rewrite_manifest
 
 from l4pack.artifact.manifest import source_record
 from l4pack.artifact.manifest_schema import SCHEMA_FILE, SourceRecord, artifact_bytes, read_manifest, schema_json
@@ -20,7 +20,7 @@ from l4pack.errors import BudgetError, L4packError, LicenceError, QualityError, 
 from l4pack.evaluate.schema import PAIRED
 from l4pack.model.tensors import catalogue
 from l4pack.publish.base_model import base_claim
-from l4pack.publish.publish import Wishes, check_ready, package_artifact
+from l4pack.publish.publish import Wishes, address_card, check_ready, package_artifact
 
 pytest_plugins = ["publishing_fixtures"]
 pytestmark = pytest.mark.usefixtures("own_home")
@@ -384,3 +384,29 @@ def test_one_artifact_has_one_size(l4pack, tmp_path):
     assert l4pack("report", out, "--out", tmp_path / "page.html").code == 0
     assert f"{size:,} bytes" in (tmp_path / "page.html").read_text()
     assert f"{size:,} bytes" in l4pack("plan", "demo", "--recipe", "int4-rtn").out
+
+
+def test_a_family_stands_on_the_card_of_each(unpackaged, licensed_source, tmp_path):
+    """From large to small, with what was measured of each, and where each runs."""
+    other = made(licensed_source, tmp_path / "Llama-4-Tiny-FP8", {"extends": "fp8"})
+    measured(unpackaged)
+    measured(other, kl_mean=0.001, kl_standard_error=0.0001)
+    package_artifact(other, None, Wishes(base_model=BASE))
+    address_card(other, "me/Llama-4-Tiny-FP8")
+    package_artifact(unpackaged, None, Wishes(base_model=BASE, family=(other,)))
+    card = (unpackaged / "README.md").read_text()
+    table = card.partition("## Family")[2].partition("##")[0].splitlines()
+    rows = [line for line in table if line.startswith("| ")][1:]
+    assert len(rows) == 2
+    assert "](https://huggingface.co/me/Llama-4-Tiny-FP8)" in rows[0]
+    assert "0.00100 ± 0.00010" in rows[0]
+    assert f"**{NAME}** (this)" in rows[1]
+    assert "0.0200 ± 0.0010" in rows[1]
+    assert all("RTX 5090" in row for row in rows)
+    check_ready(unpackaged, NAME)
+
+
+def test_a_family_is_of_one_original(unpackaged, checkpoint, tmp_path):
+    stranger = made(checkpoint("maverick"), tmp_path / "Llama-4-Other", {})
+    with pytest.raises(UsageError, match="was made from another model"):
+        package_artifact(unpackaged, None, Wishes(base_model=BASE, family=(stranger,)))

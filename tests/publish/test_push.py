@@ -118,6 +118,12 @@ def test_visibility_is_never_a_surprise(hub, packaged):
         plan_push(packaged, Destination(REPO, public=True))
 
 
+def test_a_collection_is_made_by_its_title_once(hub, packaged):
+    for _ in range(2):
+        send(packaged, collection="Scout quantized")
+    assert hub.collections == {"me/scout-quantized-64f9a55bb3115b4f513ec026": [REPO]}
+
+
 def test_branches_tags_and_collections(hub, packaged):
     hub.collections["me/quantized-123"] = []
     options = {"revision": "int4", "tag": "v1", "collection": "me/quantized-123"}

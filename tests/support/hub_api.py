@@ -268,6 +268,15 @@ class HubHandler(Handler):
              "lastUpdated": "2026-01-01T00:00:00.000Z", "position": 0, "private": True, "theme": "blue", "upvotes": 0},
         )  # fmt: skip
 
+    def create_collection(self, body: bytes) -> Reply:
+        asked = json.loads(body)
+        self.need_write(f"{asked['namespace']}/")
+        slug = f"{asked['namespace']}/{asked['title'].lower().replace(' ', '-')}-64f9a55bb3115b4f513ec026"
+        if slug in self.hub.collections:
+            raise Reply(409, {"error": "Collection already exists", "slug": slug}, {"X-Error-Message": "exists"})
+        self.hub.collections[slug] = []
+        return self.collection(b"", slug)
+
     def add_to_collection(self, body: bytes, slug: str) -> Reply:
         self.need_write(slug)
         held = self.hub.collections.get(slug)
@@ -301,6 +310,7 @@ ROUTES = [
     (rf"POST /{_ID}.git/info/lfs/objects/batch", HubHandler.lfs_batch),
     (rf"POST /{_ID}.git/info/lfs/verify", HubHandler.lfs_verify),
     (r"POST /api/complete_multipart", HubHandler.complete),
+    (r"POST /api/collections", HubHandler.create_collection),
     (rf"GET /api/collections/{_ID}", HubHandler.collection),
     (rf"POST /api/collections/{_ID}/items", HubHandler.add_to_collection),
 ]
