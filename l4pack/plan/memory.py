@@ -78,7 +78,7 @@ class Sight:
     def running(self, text: TextConfig, itemsize: int) -> int:
         """The tower on a few tiles: what lies outside its layers, a layer as it is stored and as it is computed with,
         and states on their way through it. Layers and states come and go in turn, so the heap has holes: measured at
-        Scout's size, 580 MB for one tile and 1,027 for three, of which 330 for one where nothing stays in the heap."""
+        Scout's size, 580 to 673 MB for one tile and 1,027 for three; 330 for one where nothing stays in the heap."""
         vision = self.vision
         shapes = [*vision_shapes(vision).items(), *projector_shapes(vision, text).items()]
         outside = _numbers(shape for name, shape in shapes if not name.startswith(f"{VISION_LAYERS}."))
@@ -86,7 +86,7 @@ class Sight:
         rows = min(self.tiles, IMAGE_TILES) * (vision.patches + 1)
         states = rows * (VISION_ROWS * vision.hidden_size + 3 * vision.intermediate_size)
         features = self.tiles * vision.patches * text.hidden_size
-        return (outside + 2 * layer + HOLES * states + features) * itemsize + layer * STORED
+        return (outside + HOLES * (layer + states) + features) * itemsize + layer * STORED
 
     def reading(self) -> int:
         """Images as they are decoded, in three copies on their way to tiles, and the tiles."""
