@@ -61,6 +61,9 @@ def prepare(command: Any, name: str, words: tuple[str, ...]) -> None:
             prepare(part, one, (*words, name))
         return
     command.params += _shared_options()
+    for param in command.params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""  # else help shows a type, though a flag takes no value
     found = defaults_of(command, (*words, name))
     command.context_settings["default_map"] = {
         _option(command, default.option).name: default.value for default in found

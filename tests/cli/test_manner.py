@@ -140,3 +140,10 @@ def test_a_shell_completes(typed, offered):
     given = {**os.environ, "_L4PACK_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(count)}
     ended = subprocess.run([sys.executable, "-m", "l4pack"], env=given, capture_output=True, text=True, check=False)
     assert ended.stdout.split() == [offered]
+
+
+def test_help_shows_no_type_of_a_flag(l4pack):
+    lines = l4pack("verify", "--help").out.splitlines()
+    flags = [line for line in lines if any(name in line for name in ("--strict", "--headers-only", "--quiet"))]
+    assert len(flags) >= 3
+    assert not [line for line in flags if "bool" in line.lower()]
