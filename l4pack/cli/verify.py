@@ -19,6 +19,8 @@ from l4pack.cli.options import (
     SignatureOption,
     StrictOption,
 )
+from l4pack.errors import UsageError
+from l4pack.export.record import export_folder
 from l4pack.units import human_bytes
 
 if TYPE_CHECKING:
@@ -48,6 +50,9 @@ def verify(
     from l4pack.containers.safetensors_folder import CONTAINER
     from l4pack.verify.verify import verify_artifact
 
+    if (exported := export_folder(folder)) is not None:
+        _verify_export(exported, against, as_json)
+        return
     if sample is not None and against is None:
         raise typer.BadParameter("needs --against", param_hint="--sample")
     if headers_only and against is not None:
@@ -68,6 +73,30 @@ def verify(
     else:
         console.show(*verification_view(looked.name, result, passed=passed))
     if not passed:
+        raise typer.Exit(1)
+
+
+def _verify_export(folder: Path, against: str | None, as_json: bool) -> None:
+    """The same of an export, which is held against the artifact that it was made from."""
+    from l4pack.checkpoint.open import open_source
+    from l4pack.export.check import check_export
+
+    if against is None:
+        raise UsageError(f"{folder} is an export", hint="add --against and the artifact that it was made from")
+    result = check_export(folder, open_source(against))
+    if as_json:
+        proof = None if result.proof is None else asdict(result.proof)
+        faults = [asdict(fault) for fault in result.faults]
+        console.show_json(
+            {"ok": result.ok, "findings": faults, "against": against, "headers_only": False, "proof": proof}
+        )
+    elif result.proof is not None:
+        read = f"{result.proof.matrices:,} tensors read back by {result.proof.by}"
+        console.show(f"[bold]{console.plain(folder)}[/bold]: [green]verified[/green], {read}: each is the artifact's")
+    else:
+        console.show(f"[bold]{console.plain(folder)}[/bold]: [red]not verified[/red]")
+        console.show(*(f"  {console.plain(fault.where)}: {console.plain(fault.message)}" for fault in result.faults))
+    if not result.ok:
         raise typer.Exit(1)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +26,7 @@ from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint, LocalStore
 from l4pack.errors import SourceError, UsageError
 from l4pack.export.artifact import STEP, Artifact, Rows, Source
+from l4pack.export.record import RECORD_NAME, RECORD_VERSION
 from l4pack.export.target import Carried, Layout, OutTensor, Target
 from l4pack.formats.carrier import Carrier, RowPart
 from l4pack.model.tensors import Linear, Role
@@ -34,8 +35,6 @@ from l4pack.quant.scheme import Scheme
 from l4pack.work import machine
 from l4pack.work.identity import Identity
 
-RECORD_NAME = "l4pack-export.json"
-RECORD_VERSION = 1
 EXACT_RECIPE = "int4-g32"
 _NEAREST = f"--recipe {EXACT_RECIPE} makes an artifact that can be carried exactly; --lossy rounds what can't"
 _STEP_BYTES = (
@@ -66,7 +65,7 @@ class ExportPlan:
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
     workers: int
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
 
     @cached_property
     def record_json(self) -> bytes:
@@ -77,6 +76,7 @@ class ExportPlan:
             "schema_version": RECORD_VERSION,
             "l4pack_version": __version__,
             "container": self.target.name,
+            "options": {"split": self.options["--split"], "lossy": self.options["--lossy"]},
             "proved_by": self.target.proved_by,
             "artifact": {"contents_sha256": recorded_digest(folder), "source": made_from},
             "exact": not self.rounded,

@@ -56,8 +56,8 @@ class _Tally:
 
 def prove(plan: ExportPlan, folder: Path, rows: Rows, stop: threading.Event) -> Proof:
     """Read back all that was written in `folder`. Raises L4packError naming what differs, StoppedError."""
-    places = plan.target.opened(folder, plan.layout)
     _check_heads(plan, folder)
+    places = plan.target.opened(folder, plan.layout)
     lossy = {one.where for one in plan.rounded}
     tally = _Tally()
     items = [(one, number) for one in plan.carried for number in range(len(one.sources))]

@@ -15,8 +15,9 @@ from l4pack.checkpoint.writer import ShardWriter
 from l4pack.errors import SourceError, UsageError
 from l4pack.export.artifact import Rows
 from l4pack.export.carry import carry
-from l4pack.export.plan import RECORD_NAME, ExportPlan
+from l4pack.export.plan import ExportPlan
 from l4pack.export.prove import Proof, prove
+from l4pack.export.record import RECORD_NAME
 from l4pack.export.target import Carried
 from l4pack.plan.memory import check_room
 from l4pack.work import machine
