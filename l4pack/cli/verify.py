@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -50,7 +51,11 @@ def verify(
     from l4pack.containers.safetensors_folder import CONTAINER
     from l4pack.verify.verify import verify_artifact
 
-    if (exported := export_folder(folder)) is not None:
+    if (exported := export_folder(Path(artifact))) is not None:
+        if headers_only or signature is not None:
+            raise UsageError(
+                f"{artifact} is an export", hint="it is held against its artifact alone: --against ARTIFACT"
+            )
         _verify_export(exported, against, as_json)
         return
     if sample is not None and against is None:
