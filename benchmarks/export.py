@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from l4pack.checkpoint.open import open_source
+from l4pack.export.known import target_named
 from l4pack.export.plan import plan_export
 from l4pack.export.run import run_export
-from l4pack.export.targets import target_named
 from l4pack.units import human_bytes
 from l4pack.work.progress import Shown
 

@@ -48,7 +48,6 @@ def export(
     from l4pack.export.known import target_named
     from l4pack.export.plan import plan_export
     from l4pack.export.run import run_export
-    from l4pack.export.targets import target_named
 
     made = plan_export(
         open_source(source),

@@ -17,10 +17,10 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.datafile import read_json
 from l4pack.errors import L4packError, StoppedError, UsageError
 from l4pack.export.artifact import Rows
+from l4pack.export.known import target_named
 from l4pack.export.plan import ExportPlan, plan_export
 from l4pack.export.prove import Proof, prove
 from l4pack.export.record import RECORD_NAME
-from l4pack.export.targets import target_named
 
 _MAX_BYTES = 16 * 1024**2
 _HINT = "export again"

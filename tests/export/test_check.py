@@ -11,9 +11,9 @@ from conftest import quick_plan
 from exporting import MIX, recipe_of
 
 from l4pack.checkpoint.open import open_source
+from l4pack.export.known import target_named
 from l4pack.export.plan import plan_export
 from l4pack.export.run import run_export
-from l4pack.export.targets import target_named
 from l4pack.quantize.run import run_plan
 
 
