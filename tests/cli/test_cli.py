@@ -101,7 +101,7 @@ def test_results_for_people_go_to_stdout_and_talk_stays_away_from_pipes(checkpoi
 UNKNOWN = {
     "recipe": (["plan", "llama-4-scout", "-r", "int-4"], 2, "did you mean"),
     "recipe to explain": (["recipes", "fp9"], 2, "did you mean fp8"),
-    "format": (["formats", "gguf"], 2, "formats: float-quantized, pack-quantized"),
+    "format": (["formats", "gguf"], 2, "formats: float-quantized, "),
     "source": (["inspect", "llama-4-scuot"], 4, "known by name: llama-4-scout, llama-4-maverick, demo"),
 }
 
