@@ -60,10 +60,11 @@ def render_report(artifact: Checkpoint, records: Records, question: Question, da
         version=__version__,
         accuracy=accuracy,
         measures=measures(accuracy) if accuracy else [],
-        figures={
+        figures=defaultdict(
+            lambda: None,  # a record need not have what a figure shows
             **(accuracy_figures(accuracy) | expert_figures(accuracy["layers"]) if accuracy else {}),
             **({"frontier": frontier_figure(fitted, accuracy)} if fitted else {}),
-        },
+        ),
         few_tokens=FEW_TOKENS,
         sample=turns(accuracy or {}),
         refusals=_refusals(accuracy),
