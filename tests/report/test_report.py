@@ -99,8 +99,11 @@ def test_calibration_is_told():
     told = dict(_calibration({
         "text": {"source": "words", "sequences": 4, "sequence_length": 2048, "tokens": 8000},
         "routed_tokens": {"1": [0, 5], "3": [7, 9]},
-        "matrices": {"a": {"method": "rtn", "reason": "not definite"}, "b": {"method": "gptq", "borrowed_tokens": 3},
-                     "c": {"input_amax": 1.0}},
+        "matrices": {
+            "a": {"method": "rtn", "reason": "not definite", "error": 1.0},
+            "b": {"method": "gptq", "borrowed_tokens": 3, "error": 1.0},
+            "c": {"input_amax": 1.0},
+        },
     }))  # fmt: skip
     assert told["text"] == "words, 4 sequences of at most 2,048 tokens, 8,000 tokens in all"
     assert told["cold experts"] == "1 of 4 saw no token: layer 1 expert 0"
