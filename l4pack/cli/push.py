@@ -54,13 +54,12 @@ def push(
     from l4pack.publish.upload import Destination
 
     target = Destination(repository, revision, public, pull_request, overwrite, gated, tag, collection)
-    ready = _check(folder, target)
+    account = who_pushes(target)  # before the artifact is read for an hour
+    ready = [*_check(folder, target), f"account: {account}"]
     if not dry_run:
         address_card(folder, repository)
         if sign is not None:
             sign_artifact(folder, sign)
-    if dry_run:
-        ready.append(f"account: {who_pushes(target)}")
     plan = plan_push(folder, target)
     if not as_json:
         (console.show if dry_run else console.talk)(*plan_view(plan, ready))

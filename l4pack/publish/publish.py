@@ -143,7 +143,7 @@ def address_card(folder: Path, repo_id: str) -> None:
 
 def who_pushes(target: Destination) -> str:
     """Whose token would be used, in words. Raises HubError where it may not write there."""
-    return writer(hub_api(None, None), target.repo_id)
+    return writer(hub_api(None, None), target.repo_id, proposes=target.pull_request)
 
 
 def sign_artifact(folder: Path, key: Path) -> None:

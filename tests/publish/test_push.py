@@ -344,10 +344,20 @@ def test_a_dry_run_asks_who_one_is(hub, packaged, l4pack):
     assert (reading.code, "may only read" in reading.err) == (5, True)
 
 
-def test_a_dry_run_without_a_token_says_so(hub, packaged, l4pack, monkeypatch):
+def test_who_proposes_a_change_need_not_belong_to_the_owner(hub, packaged, l4pack):
+    hub.add(f"them/{NAME}", {"config.json": (packaged / "config.json").read_bytes()})
+    assert "account: as me" in l4pack("push", packaged, f"them/{NAME}", "--dry-run", "--pr").out
+    hub.token_role = "read"
+    assert l4pack("push", packaged, f"them/{NAME}", "--dry-run", "--pr").code == 5
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_without_a_token_nothing_is_begun(hub, packaged, l4pack, monkeypatch, dry):
+    before = (packaged / "README.md").read_bytes()
     monkeypatch.delenv("HF_TOKEN")
-    ended = l4pack("push", packaged, REPO, "--dry-run")
+    ended = l4pack("push", packaged, REPO, *dry)
     assert (ended.code, ended.err.splitlines()[0]) == (5, "error: there is no token to write with")
+    assert (packaged / "README.md").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -355,7 +365,7 @@ def test_a_dry_run_without_a_token_says_so(hub, packaged, l4pack, monkeypatch):
     [
         (["push", "{folder}", "my-repo"], 2, "not a repository's name"),
         (["push", "{folder}", "me/My-Llama"], 7, "must begin with 'Llama'"),
-        (["push", "{folder}", "them/Llama-4-Tiny"], 5, "has no right"),
+        (["push", "{folder}", "them/Llama-4-Tiny"], 5, "may not write to them"),
         (["package", "{folder}", "--name", "llama4"], 7, "1.b.i"),
     ],
 )
