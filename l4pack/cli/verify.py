@@ -21,7 +21,6 @@ from l4pack.cli.options import (
     StrictOption,
 )
 from l4pack.errors import UsageError
-from l4pack.export.record import export_folder
 from l4pack.units import human_bytes
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ def verify(
     from l4pack.artifact.published import look
     from l4pack.checkpoint.open import open_source
     from l4pack.containers.safetensors_folder import CONTAINER
+    from l4pack.export.record import export_folder
     from l4pack.verify.verify import verify_artifact
 
     if (exported := export_folder(Path(artifact))) is not None:

@@ -8,13 +8,14 @@ from typing import Any
 
 from markupsafe import Markup
 
+from l4pack.model.tensors import Role
 from l4pack.report.figure import Figure, number, with_error
 from l4pack.report.plot import Note, Point, bars, dots, frame, joined, upright, whiskers
 from l4pack.report.scale import Scale, counted, linear, logarithmic, spanned
 
 BLOCKS = {
-    "residual": "residual stream", "attention": "attention", "shared_expert": "shared expert",
-    "dense_mlp": "dense MLP", "routed_expert": "routed experts",
+    "residual": "residual stream", Role.ATTENTION.value: "attention", Role.SHARED_EXPERT.value: "shared expert",
+    Role.DENSE_MLP.value: "dense MLP", Role.ROUTED_EXPERT.value: "routed experts",
 }  # fmt: skip
 MEASURED = "measured"
 _PANEL = 130  # pixels

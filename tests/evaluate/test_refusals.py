@@ -61,7 +61,7 @@ def probabilities_of_whole_model(model, tokenizer):
     """Of each request, the sum over openings of the product of their tokens' probabilities."""
     found = []
     for request in SHORT.prompts():
-        prompt = list(prompt_of(tokenizer, [{"role": "user", "content": request}]))
+        prompt = list(prompt_of(tokenizer, [{"role": "user", "content": request}]).tokens)
         total = 0.0
         for opening in SHORT.openings:
             ids = tokenizer(opening, add_special_tokens=False)["input_ids"]

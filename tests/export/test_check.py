@@ -33,7 +33,7 @@ def test_an_export_is_verified(exported, name, l4pack):
     artifact, outs = exported
     ended = l4pack("verify", outs[name], "--against", artifact)
     assert ended.code == 0, ended.err
-    assert "each is the artifact's" in ended.out
+    assert "each is the artifact's" in " ".join(ended.out.split())
     file = next(path for path in outs[name].iterdir() if path.suffix in (".gguf", ".safetensors"))
     found = json.loads(l4pack("verify", file, "--against", artifact, "--json").out)
     assert (found["ok"], found["findings"]) == (True, [])

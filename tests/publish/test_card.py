@@ -85,7 +85,7 @@ def test_cold_experts_and_fallbacks_are_results():
     record = {
         "text": {"name": "calibration", "samples": 256},
         "routed_tokens": {"layers.1": [5, 0, 7], "layers.3": [0, 0, 9]},
-        "matrices": {"a": {"method": "gptq"}, "b": {"method": "rtn", "reason": "x"}},
+        "matrices": {"a": {"method": "gptq", "error": 1.0}, "b": {"method": "rtn", "reason": "x", "error": 1.0}},
     }
     text = body(render_card(facts(calibration=record)))
     assert "name calibration, samples 256; 3 of 6 experts saw no token" in text

@@ -14,9 +14,12 @@ import matplotlib
 import pytest
 from large_record import large
 from PIL import ImageFont
+from whole_model import one_thread  # noqa: F401
 
 from l4pack.cli.report import report
 from l4pack.resources import data_text
+
+pytest_plugins = ["report_fixtures"]
 
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
 PLAIN, STRONG = (ImageFont.truetype(str(FONTS / f"DejaVuSans{kind}.ttf"), 11) for kind in ("", "-Bold"))

@@ -8,8 +8,11 @@ import re
 import pytest
 from large_record import EXPERTS, LAYERS, large
 from page import Page
+from whole_model import one_thread  # noqa: F401
 
 from l4pack.report.figure import with_error
+
+pytest_plugins = ["report_fixtures"]
 
 
 def test_page_needs_nothing_else(page, made):

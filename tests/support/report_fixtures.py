@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from whole_model import one_thread  # noqa: F401
 
 
 @pytest.fixture(scope="session")
