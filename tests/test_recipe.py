@@ -142,7 +142,7 @@ MISTAKES = {
     "unknown format": (scheme(format="gguf"), "no format is named 'gguf'", "formats: float-quantized"),
     "fp8 in the int format": (scheme(**{**FP8, "format": "pack-quantized", "strategy": "channel"}), r"schemes\.a\.type: format pack-quantized can't hold float", ""),
     "fp8 in groups": (scheme(**{**FP8, "group_size": 128}), "FP8 takes strategy tensor, channel or block", ""),
-    "4-bit float": (scheme(**{**FP8, "num_bits": 4, "strategy": "channel"}), "num_bits must be 8", ""),
+    "fp4 by channel": (scheme(**{**FP8, "num_bits": 4, "strategy": "channel"}), r"FP4 takes strategy group \(MXFP4\) or tensor_group \(NVFP4\)", ""),
     "asymmetric fp8": (scheme(**FP8, strategy="channel", symmetric=False), "FP8 is symmetric", ""),
     "block without structure": (scheme(**FP8, strategy="block"), "needs block_structure", ""),
     "block of nothing": (scheme(**FP8, strategy="block", block_structure=[0, 128]), r"schemes\.a\.block_structure", ""),

@@ -36,11 +36,11 @@ _E4M3_VALUES = np.array(E4M3.values, np.float32)
 
 
 def global_scale(amax: float) -> float:
-    """The power of two that takes the scales of weights up to `amax` near to the largest E4M3 number."""
+    """The power of two that takes the scales of weights up to `amax`, a float32 number, near to the largest E4M3 number."""
     if amax == 0:
         return 1.0
-    ratio = min(max(np.float32(GLOBAL_RANGE) / np.float32(amax), np.float32(SMALLEST_OVER)), np.float32(LARGEST_OVER))
-    return 2.0 ** (math.frexp(float(ratio))[1] - 1)
+    ratio = min(max(GLOBAL_RANGE / amax, SMALLEST_OVER), LARGEST_OVER)  # of subnormal weights it is no float32 yet
+    return 2.0 ** (math.frexp(ratio)[1] - 1)
 
 
 def input_global_scale(amax: float) -> float:

@@ -184,7 +184,7 @@ def test_weights_are_bfloat16_numbers():
     assert torch.equal(values, values.bfloat16().float())
 
 
-@pytest.mark.parametrize("amax", [1e-30, 0.3, 1.0, 448 * 6, 3e38, 0.0])
+@pytest.mark.parametrize("amax", [7e-40, 1e-30, 0.3, 1.0, 448 * 6, 3e38, 0.0])
 def test_global_scales_take_the_largest_group_near_the_top(amax):
     over = global_scale(amax)
     assert over == 2.0 ** round(np.log2(over))

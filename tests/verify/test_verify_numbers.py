@@ -14,10 +14,11 @@ from l4pack.calibration.mlp import stored
 from l4pack.checkpoint.matrices import MatrixBlock
 from l4pack.formats.float_quantized import FLOAT_QUANTIZED
 from l4pack.model.tensors import Linear, Role
+from l4pack.quant.dequantize import scales_of
 from l4pack.quant.gptq import solve
-from l4pack.quant.grid import NumberType
+from l4pack.quant.grid import E2M1, E4M3
 from l4pack.quant.layout import Layout
-from l4pack.quant.quantize import absmax, quantize_block
+from l4pack.quant.quantize import absmax, quantize_block, spread
 from l4pack.quant.quantized import Quantized
 from l4pack.quant.scales import global_scale
 from l4pack.quant.scheme import Scheme, Strategy
@@ -36,7 +37,8 @@ SCHEMES = {
     "int4 meta": Scheme(num_bits=4, group_size=128, scale_rule="meta", scale_dtype="float32"),
     "int8": Scheme(num_bits=8, strategy="channel"),
     "mxfp4": Scheme(num_bits=4, type="float", group_size=32),
-    "nvfp4": Scheme(num_bits=4, type="float", strategy="tensor_group", group_size=16, observer="mse"),
+    "nvfp4": Scheme(num_bits=4, type="float", strategy="tensor_group", group_size=16),
+    "nvfp4 clipped": Scheme(num_bits=4, type="float", strategy="tensor_group", group_size=16, observer="mse"),
     "fp8": Scheme(num_bits=8, type="float", strategy="channel"),
     "fp8 block": Scheme(num_bits=8, type="float", strategy="block", block_structure=(128, 128)),
     "fp8 tensor": Scheme(num_bits=8, type="float", strategy="tensor", scale_dtype="float32"),
@@ -57,8 +59,26 @@ def bits(values: np.ndarray) -> np.ndarray:
 def quantize(values: np.ndarray, scheme: Scheme) -> Quantized:
     block = bits(values)
     amax = absmax(block, Layout.OUT_IN, "BF16") if scheme.strategy is Strategy.TENSOR else None
-    over = global_scale(absmax(block, Layout.OUT_IN, "BF16")) if scheme.globally_scaled else None
-    return quantize_block(block, Layout.OUT_IN, "BF16", scheme, amax=amax, global_scale=over)
+    return quantize_block(block, Layout.OUT_IN, "BF16", scheme, amax=amax, global_scale=scale_over(values, scheme))
+
+
+def scale_over(values: np.ndarray, scheme: Scheme) -> float | None:
+    return global_scale(float(np.abs(values).max())) if scheme.globally_scaled else None
+
+
+def rounded(values: np.ndarray, scheme: Scheme) -> oracle.Reference:
+    """What plain min-max rounding makes of the values."""
+    if scheme.grid is E2M1:
+        return oracle.fp4(values, scheme, scale_over(values, scheme) or 1.0)
+    return oracle.quantize(values, scheme.model_copy(update={"observer": "minmax"}), "BF16")
+
+
+def step_below(magnitude: float, scale: float, scheme: Scheme) -> float:
+    """How far a stored number of the grid is from the next one towards zero."""
+    if scheme.grid is E2M1:
+        number = oracle.nearest(magnitude / scale, oracle.E2M1)
+        return scale * (oracle.E2M1[number] - oracle.E2M1[number - 1] if number else 0.5)
+    return max(magnitude / 8, scale * 2**-9) if scheme.grid is E4M3 else scale
 
 
 def verdict(
@@ -88,8 +108,7 @@ def messages(result: UnitResult) -> list[str]:
 def test_statistics_are_those_of_plain_numpy(scheme: Scheme, turned: bool) -> None:
     values = weights()
     arrays = quantize(values, scheme)
-    reference = oracle.quantize(values, scheme.model_copy(update={"observer": "minmax"}), "BF16")
-    own = oracle.quantize(values, scheme, "BF16") if scheme.observer == "minmax" else None
+    reference = rounded(values, scheme)
     linear = SimpleNamespace(out_features=OUT, in_features=IN, module="m")
     checks = SourceChecks(lambda _: None)  # type: ignore[arg-type]
     block = np.ascontiguousarray(bits(values).T) if turned else bits(values)
@@ -100,11 +119,11 @@ def test_statistics_are_those_of_plain_numpy(scheme: Scheme, turned: bool) -> No
     assert not far.any()
     exact = values.astype(np.float64)
     np.testing.assert_allclose(squares, (exact**2).sum(1), rtol=1e-5)
-    if own is not None:
-        np.testing.assert_allclose(error, ((own.dequantized - exact) ** 2).sum(1), rtol=1e-4)
-        np.testing.assert_allclose(products, (own.dequantized * exact).sum(1), rtol=1e-4)
     rounding = ((reference.dequantized - exact) ** 2).sum(1)
-    if scheme.type is NumberType.FLOAT:  # estimated from the spacing of E4M3, not rounded
+    if scheme.observer == "minmax":
+        np.testing.assert_allclose(error, rounding, rtol=1e-4)
+        np.testing.assert_allclose(products, (reference.dequantized * exact).sum(1), rtol=1e-4)
+    if scheme.grid is E4M3:  # estimated from the spacing of E4M3, not rounded
         assert 0.8 < rtn.sum() / rounding.sum() < 1.25
     elif scheme.scale_rule == "full_range":
         np.testing.assert_allclose(rtn, rounding, rtol=1e-3)
@@ -118,13 +137,12 @@ def test_the_largest_error_rounding_can_make_passes_and_a_little_more_does_not(s
     assert not messages(verdict(values, arrays, scheme, method=Method.RTN))
     row, column = 5, 9
     moved = values.copy()
-    reference = oracle.quantize(values, scheme, "BF16") if scheme.observer == "minmax" else None
-    if reference is None:
+    if scheme.observer != "minmax":
         return
-    stored = reference.dequantized[row, column]
-    scale = reference.scale[min(row, len(reference.scale) - 1) if scheme.strategy is not Strategy.BLOCK else 0]
-    scale = float(scale[min(column // scheme.group_columns(IN), scale.size - 1)])
-    step = max(abs(stored) / 8, scale * 2**-9) if scheme.type is NumberType.FLOAT else scale
+    stored = rounded(values, scheme).dequantized[row, column]
+    group = scheme.group_columns(IN)
+    scale = spread(scales_of(arrays, scheme), scheme, (OUT, -(-IN // group)))[row, column // group]
+    step = step_below(abs(stored), float(scale), scheme)
     moved[row, column] = stored - np.sign(stored or 1) * step * 0.5 * 0.9
     assert not messages(verdict(round_bfloat16(moved), arrays, scheme, method=Method.RTN))
     moved[row, column] = stored - np.sign(stored or 1) * step * 0.5 * SLACK * 1.4
