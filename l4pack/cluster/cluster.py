@@ -95,9 +95,9 @@ class Cluster:
         what a task takes.
         """
         self._unfit.clear()
+        self._sight = None  # a refused job's must not be asked of the tasks of another
         self._check_share(share)
         asked, here, seen = self._ray.remote(_see), look(), {}
-        self._sight = self.parcel((look, here))
         for node in self._able(share):
             there = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             placed = asked.options(num_cpus=0, num_gpus=share.gpus, scheduling_strategy=there, name="look")
@@ -110,6 +110,7 @@ class Cluster:
                 )
             if (sight := self._seen(reference)) is not None:
                 compare(_name(node), sight, here)
+        self._sight = self.parcel((look, here))
 
     def _seen(self, reference: Any) -> Mapping[str, Any] | None:
         """What a node sees; None where it is gone by now, and will do nothing of the job."""
