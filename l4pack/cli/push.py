@@ -54,8 +54,7 @@ def push(
     from l4pack.publish.upload import Destination
 
     target = Destination(repository, revision, public, pull_request, overwrite, gated, tag, collection)
-    account = who_pushes(target)  # before the artifact is read for an hour
-    ready = [*_check(folder, target), f"account: {account}"]
+    ready = [*_check(folder, target), f"account: {who_pushes(target)}"]
     if not dry_run:
         address_card(folder, repository)
         if sign is not None:
