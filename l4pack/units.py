@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Decimal
 
@@ -34,6 +35,11 @@ def parse_size(text: str) -> int:
     return int(Decimal(match[1]) * factor)
 
 
+def given_size(text: str | None) -> int | None:
+    """Bytes of an option that may be left out. Raises UsageError."""
+    return None if text is None else parse_size(text)
+
+
 def parse_tokens(text: str) -> int:
     """Tokens meant by `131072`, `128k` or `1M`: k is 1,024 as in the names of contexts, M its square. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d{1,18})\s*([kKmM]?)\s*", text)
@@ -60,6 +66,12 @@ def parse_duration(text: str) -> float:
 def unit_of(count: float) -> tuple[str, int]:
     """The largest decimal unit that a byte count has one of, and its bytes: what an axis is in."""
     return next(((unit, size) for unit, size in _UNITS if count >= size), ("B", 1))
+
+
+def with_error(value: float, error: float) -> str:
+    """A number with its standard error, to the digits that the error leaves a meaning: `0.00970 ± 0.00026`."""
+    digits = 4 if error <= 0 else min(max(1 - math.floor(math.log10(error)), 0), 8)
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def human_bytes(count: float) -> str:

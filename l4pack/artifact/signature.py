@@ -7,12 +7,12 @@ not of the card or of records that came later; the list has all that is publishe
 
 from __future__ import annotations
 
-import hashlib
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from l4pack.checkpoint.parts import file_digest
 from l4pack.errors import L4packError, UsageError
 from l4pack.work.files import write_atomic
 
@@ -22,7 +22,6 @@ NAMES = (LIST_NAME, SIGNATURE_NAME)
 NAMESPACE = "l4pack"  # a signature made for something else is not one for an artifact
 SMALL_BYTES = 64 * 1024**2
 _MAX_LIST_BYTES = 64 * 1024**2
-_CHUNK = 8 * 1024**2
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\\\n]+)")
 _SECONDS = 600  # a key in a token waits to be touched
 
@@ -95,15 +94,6 @@ def broken_files(
             if file_digest(there[name]) != digests[name]:
                 yield name, "is not what was signed"
             advance(there[name].stat().st_size)
-
-
-def file_digest(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _listed(folder: Path) -> dict[str, str]:

@@ -63,7 +63,7 @@ from l4pack.cli.options import (
 from l4pack.cli.plan import plan_view, refusals_view, size_of
 from l4pack.cli.said import sample_line, sample_talk, sample_view
 from l4pack.errors import UsageError
-from l4pack.units import human_bytes, human_seconds, parse_size
+from l4pack.units import given_size, human_bytes, human_seconds
 from l4pack.work.device import AUTO, chosen
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ def _wish(
 
     if recipe is not None:
         raise UsageError("--fit chooses the recipe itself", hint="leave --recipe out, or --fit")
-    size = None if max_bytes is None else parse_size(max_bytes)
+    size = given_size(max_bytes)
     if size is not None or bits is not None:
         wish = Wish(max_bytes=size, bits=bits, runtime=runtime)
     else:

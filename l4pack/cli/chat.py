@@ -23,7 +23,7 @@ from l4pack.cli.options import (
 )
 from l4pack.cli.said import both
 from l4pack.errors import UsageError
-from l4pack.units import human_seconds, parse_size
+from l4pack.units import given_size, human_seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -57,7 +57,7 @@ def chat(
     from l4pack.stream.visitor import Progress
     from l4pack.work.signals import stop_signals
 
-    limits = [None if limit is None else parse_size(limit) for limit in (max_ram, max_vram)]
+    limits = [given_size(limit) for limit in (max_ram, max_vram)]
     asking = Asking(tokens, compute, *limits)
     artifact, original = open_source(source), open_source(against) if against else None
     total = tokens * sum(one.weight_bytes for one in (artifact, original) if one is not None)

@@ -38,7 +38,7 @@ from l4pack.cli.options import (
     WorkOption,
 )
 from l4pack.errors import UsageError
-from l4pack.units import human_bytes, human_gib, human_seconds, parse_size
+from l4pack.units import given_size, human_bytes, human_gib, human_seconds
 from l4pack.work.device import chosen
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def compare(
         work=work or path_beside(artifacts[0], ".compare.partial"),
         text=TextChoice(text, samples, sequence_length, seed),
         compute=compute,
-        max_ram=None if max_ram is None else parse_size(max_ram),
-        max_vram=None if max_vram is None else parse_size(max_vram),
+        max_ram=given_size(max_ram),
+        max_vram=given_size(max_vram),
         weights_only=weights_only,
         restart=restart,
     )

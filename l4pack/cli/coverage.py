@@ -25,7 +25,7 @@ from l4pack.cli.options import (
     WorkOption,
     now_called,
 )
-from l4pack.units import human_seconds, parse_size
+from l4pack.units import given_size, human_seconds
 
 
 def coverage(
@@ -55,7 +55,7 @@ def coverage(
 
     calibration = now_called("--calibration", calibration, "--text", text)
     calibration_samples = now_called("--calibration-samples", calibration_samples, "--samples", samples)
-    limits = (None if limit is None else parse_size(limit) for limit in (max_ram, max_vram))
+    limits = map(given_size, (max_ram, max_vram))
     wanted = Wanted(calibration, calibration_samples, sequence_length, seed, max_cold, *limits)
     folder = work or Path(f"{Path(source).resolve().name}.coverage.partial")
     checkpoint = open_source(source)

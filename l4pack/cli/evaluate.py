@@ -47,7 +47,7 @@ from l4pack.cli.options import (
     WorkOption,
 )
 from l4pack.cli.said import sample_view
-from l4pack.units import human_bytes, human_seconds, parse_size
+from l4pack.units import given_size, human_bytes, human_seconds
 from l4pack.work.device import chosen
 
 if TYPE_CHECKING:
@@ -119,8 +119,8 @@ def evaluate(
         sample_tokens=sample_tokens,
         suites=tuple(dict.fromkeys(suite or ())),
         compute=compute,
-        max_ram=_size(max_ram),
-        max_vram=_size(max_vram),
+        max_ram=given_size(max_ram),
+        max_vram=given_size(max_vram),
         weights_only=weights_only,
         restart=restart,
         save_reference=save_reference,
@@ -142,10 +142,6 @@ def evaluate(
             write_accuracy(looked.folder, record, gates, recovery)
     console.show_json(record) if as_json else console.show(*accuracy_view(record))
     require(judge(record, limits_of(gates, recovery)))
-
-
-def _size(text: str | None) -> int | None:
-    return None if text is None else parse_size(text)
 
 
 def _run(

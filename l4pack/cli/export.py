@@ -20,7 +20,7 @@ from l4pack.cli.options import (
     SourceOption,
     SplitOption,
 )
-from l4pack.units import human_bytes, human_seconds, parse_size
+from l4pack.units import given_size, human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from l4pack.export.plan import ExportPlan
@@ -52,9 +52,9 @@ def export(
     made = plan_export(
         open_source(source),
         target_named(to),
-        split=None if split is None else parse_size(split),
+        split=given_size(split),
         lossy=lossy,
-        max_ram=None if max_ram is None else parse_size(max_ram),
+        max_ram=given_size(max_ram),
     )
     for text in made.warnings:
         console.warning(text)

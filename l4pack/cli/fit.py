@@ -24,7 +24,7 @@ from l4pack.cli.options import (
     SequencesOption,
     SourceOption,
 )
-from l4pack.units import human_bytes, human_gib, parse_size
+from l4pack.units import given_size, human_bytes, human_gib
 
 if TYPE_CHECKING:
     from l4pack.checkpoint.source import Checkpoint
@@ -61,7 +61,7 @@ def fit(
     from l4pack.report.frontier import check_chart, draw_chart
     from l4pack.work.files import write_atomic
 
-    size = None if max_bytes is None else parse_size(max_bytes)
+    size = given_size(max_bytes)
     wish = Wish(size, bits, device, context, sequences, kv_dtype, runtime, by)
     wish.check()
     check_file(out)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from l4pack.cli import console
 from l4pack.errors import L4packError, UsageError
-from l4pack.units import human_bytes, human_seconds, parse_duration, parse_size
+from l4pack.units import given_size, human_bytes, human_seconds, parse_duration, parse_size
 from l4pack.work.device import CPU
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Hours:
         from l4pack.plan.limits import limits_here
         from l4pack.plan.plan import RunLimits
 
-        ram, vram = (None if size is None else parse_size(size) for size in (max_ram, max_vram))
+        ram, vram = map(given_size, (max_ram, max_vram))
         shard = DEFAULT_SHARD_BYTES if shard_size is None else parse_size(shard_size)
         if self.on is None:
             return limits_here(self.device, max_ram=ram, max_vram=vram, shard_bytes=shard)

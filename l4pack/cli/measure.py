@@ -43,7 +43,7 @@ from l4pack.cli.options import (
     TextOption,
 )
 from l4pack.errors import UsageError
-from l4pack.units import human_bytes, human_seconds, parse_size
+from l4pack.units import given_size, human_bytes, human_seconds
 from l4pack.work.device import chosen
 
 if TYPE_CHECKING:
@@ -98,8 +98,8 @@ def measure(
         direct=Way(direct),
         streams=streams,
         compute=compute,
-        max_ram=None if max_ram is None else parse_size(max_ram),
-        max_vram=None if max_vram is None else parse_size(max_vram),
+        max_ram=given_size(max_ram),
+        max_vram=given_size(max_vram),
         restart=restart,
     )
     device = chosen(compute)

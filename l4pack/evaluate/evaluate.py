@@ -25,8 +25,7 @@ from l4pack.evaluate.harness_run import Harness
 from l4pack.evaluate.harness_suite import HARNESS_SUITES, AskedTasks, asked_tasks
 from l4pack.evaluate.inputs import STREAMED, EvaluationInputs, EvaluationSettings
 from l4pack.evaluate.layer_errors import ARTIFACTS, SAMPLED_ROWS, LayerErrors, worst_units
-from l4pack.evaluate.needle import Needle, needles
-from l4pack.evaluate.needle import needle_sequences as needle_sequences
+from l4pack.evaluate.needle import Needle, needle_sequences, needles
 from l4pack.evaluate.outcome import ARTIFACT, ORIGINAL, Scored, run_record, scores_record, task_digest
 from l4pack.evaluate.reference import StoredReference, claim_reference, load_reference, save_reference
 from l4pack.evaluate.refusals import REFUSALS, asked_requests, refusal_sequences, suite_digest

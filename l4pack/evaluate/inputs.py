@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from l4pack.evaluate.needle import Needle
-from l4pack.evaluate.needle import needle_sequences as needle_sequences
 from l4pack.evaluate.refusals import Requests
 from l4pack.evaluate.tasks import EvaluationTask
 from l4pack.stream.hidden import TokenSequence

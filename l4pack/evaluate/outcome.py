@@ -22,7 +22,6 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.evaluate.answers import Answers
 from l4pack.evaluate.inputs import EvaluationInputs, EvaluationSettings
 from l4pack.evaluate.needle import needle_record
-from l4pack.evaluate.needle import needle_sequences as needle_sequences
 from l4pack.evaluate.reference import StoredReference
 from l4pack.evaluate.refusals import REFUSALS, Requests, refusal_record
 from l4pack.evaluate.schema import SCHEMA_VERSION

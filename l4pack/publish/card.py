@@ -6,7 +6,6 @@ block stay.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from l4pack.publish.template import render_template
 from l4pack.recipe import KEEP, KVStrategy, Recipe
 from l4pack.resources import data_text
 from l4pack.units import human_bytes
+from l4pack.units import with_error as with_digits
 
 NOT_RECORDED = "not recorded"
 MAX_TEMPLATE_BYTES = 1_000_000
@@ -352,8 +352,7 @@ def with_error(value: float, error: float | None) -> str:
     """A number with its standard error, to the digits that the error leaves a meaning."""
     if error is None:
         return f"{value:.4g} (one sequence: no error bar)"
-    digits = 4 if error <= 0 else min(max(1 - math.floor(math.log10(error)), 0), 8)
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+    return with_digits(value, error)
 
 
 def _setting(text: Any) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
+
+from l4pack.units import with_error as with_digits
 
 
 @dataclass(frozen=True)
@@ -27,5 +28,4 @@ def with_error(value: float | None, error: float | None) -> str:
     """A number with its standard error, to the digits that the error leaves a meaning."""
     if value is None or not error:
         return number(value)
-    digits = min(max(1 - math.floor(math.log10(error)), 0), 9)
-    return f"{value:,.{digits}f} ± {error:.{digits}f}"
+    return with_digits(value, error)
