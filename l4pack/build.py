@@ -43,7 +43,7 @@ from l4pack.publish.upload import Destination
 from l4pack.quantize.accelerator import quantizer
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Gates
-from l4pack.timing.jobs import NO_TALK, Talk, both_weights
+from l4pack.timing.jobs import NO_TALK, Talk, both_weights, layer_weights
 from l4pack.timing.speeds import Prediction, joined
 from l4pack.units import human_bytes, human_gib, human_seconds
 from l4pack.verify.verify import verify_artifact
@@ -323,8 +323,9 @@ class _Chain:
     def _evaluated_bytes(self) -> int:
         from l4pack.evaluate.evaluate import total_bytes
 
-        once = total_bytes(open_folder(self._order.out), self._plan.checkpoint)
-        return once * (1 + self._order.talk.tokens)
+        models = open_folder(self._order.out), self._plan.checkpoint
+        said = self._order.talk.walked_bytes(models[0].config.text, [layer_weights(one) for one in models])
+        return total_bytes(*models) + said
 
     def _prepared(self, text: TextChoice, progress: Progress) -> PreparedEvaluation:
         """The evaluation this order asks for; the step before has held the weights against the manifest."""

@@ -46,7 +46,7 @@ from l4pack.cli.options import (
     WeightsOnlyOption,
     WorkOption,
 )
-from l4pack.cli.said import sample_view
+from l4pack.cli.said import sample_talk, sample_view
 from l4pack.units import given_size, human_bytes, human_seconds
 from l4pack.work.device import chosen
 
@@ -151,10 +151,13 @@ def _run(
     from l4pack.checkpoint.source import open_folder
     from l4pack.evaluate.evaluate import prepare_evaluation, total_bytes
     from l4pack.stream.visitor import Progress
+    from l4pack.timing.jobs import layer_weights
     from l4pack.work.signals import stop_signals
 
     checkpoint, original = open_folder(artifact), None if against is None else open_source(against)
-    total = total_bytes(None if settings.reference else original, checkpoint) * (1 + settings.sample_tokens)
+    models = [one for one in (None if settings.reference else original, checkpoint) if one is not None]
+    said = sample_talk(settings.sample_tokens).walked_bytes(checkpoint.config.text, list(map(layer_weights, models)))
+    total = total_bytes(*models) + said
     with console.progress("evaluating", total) as bar, stop_signals() as stop:
         prepared = prepare_evaluation(checkpoint, original, settings, Progress.of(bar.shown, stop))
         planned = planned_of([prepared], hours, slots(cluster))
