@@ -10,7 +10,7 @@ from l4pack.artifact.manifest_schema import ManifestFile, read_manifest
 from l4pack.budget.named import open_subject
 from l4pack.errors import UsageError
 from l4pack.evaluate.record import check_current, read_evaluations
-from l4pack.publish.card import Rung
+from l4pack.publish.card_facts import Rung
 from l4pack.publish.fits import served
 from l4pack.publish.licence import CARD_NAME, folder_materials
 from l4pack.publish.markdown import word

@@ -9,7 +9,7 @@ from l4pack.budget.model import Budget, budget
 from l4pack.budget.serve import serve_command
 from l4pack.budget.subject import Subject
 from l4pack.errors import UsageError
-from l4pack.publish.card import DeviceFit
+from l4pack.publish.card_facts import DeviceFit
 from l4pack.recipe import Promise
 
 

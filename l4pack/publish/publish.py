@@ -26,8 +26,9 @@ from l4pack.hub.account import writer
 from l4pack.hub.client import hub_api
 from l4pack.model.config import parse_config
 from l4pack.publish.base_model import base_claim, checked_base
-from l4pack.publish.card import CardFacts, card_values, render_card
+from l4pack.publish.card import card_values, render_card
 from l4pack.publish.card_check import carries_mark, first_difference, same_mark
+from l4pack.publish.card_facts import CardFacts
 from l4pack.publish.family import USE, addressee, rungs
 from l4pack.publish.fits import device_fits, served
 from l4pack.publish.gates import check_quality, licence_error

@@ -15,7 +15,9 @@ from licence_texts import scout_files
 from publishing import policy_named
 
 from l4pack.errors import UsageError
-from l4pack.publish.card import DeviceFit, render_card, with_error
+from l4pack.publish.card import render_card
+from l4pack.publish.card_facts import DeviceFit
+from l4pack.publish.card_measured import with_error
 from l4pack.publish.commands import typed as _typed
 from l4pack.publish.licence import Card, audit
 from l4pack.publish.markdown import safe

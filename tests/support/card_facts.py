@@ -10,7 +10,7 @@ from publishing import policy_named
 
 from l4pack.artifact.manifest import Contents, Manifest
 from l4pack.checkpoint.open import open_source
-from l4pack.publish.card import CardFacts
+from l4pack.publish.card_facts import CardFacts
 from l4pack.recipe import load_recipe
 
 BASE = "meta-llama/Llama-4-Scout-17B-16E-Instruct"
