@@ -16,4 +16,5 @@ def everywhere(checkpoint: Checkpoint) -> Checkpoint:
             "--ray needs a source that every node can read, and this one is fetched as it is read",
             hint="download it to a folder that all nodes share, without --fetch-as-you-go",
         )
-    return replace(checkpoint, store=LocalStore(store.folder.absolute()))
+    elsewhere = {file: path.absolute() for file, path in store.elsewhere.items()}
+    return replace(checkpoint, store=LocalStore(store.folder.absolute(), elsewhere))

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from l4pack.datafile import LFS_MARK, refuse_lfs_pointer
 from l4pack.errors import SourceError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Five times what a whole unfused Maverick in one file takes. The safetensors library's own limit, 100 MB, lets a hostile
 # header take 2 GB of memory before it is refused.
@@ -27,9 +30,47 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 
+Box = tuple[tuple[int, int], ...]
+"""A part of a tensor: of each axis, the first index and the one after the last."""
+
+
+class Numbers(Protocol):
+    """Where a derivation gets numbers from; `reader.Reader` is one."""
+
+    def strided(self, file: str, start: int, strides: Sequence[int], out: NDArray[Any], name: str) -> None:
+        """Fill `out` with numbers that lie `strides` apart from byte `start` of a file on. Raises SourceError."""
+        ...
+
+    def part(self, entry: TensorEntry, box: Box) -> NDArray[Any]:
+        """A part of another tensor. Raises SourceError."""
+        ...
+
+
+class Derivation(Protocol):
+    """How a tensor comes to be that no file holds as it is: of pieces in several files, of codes and scales, merged.
+
+    A frozen dataclass of plain values: it is compared, pickled, and its `repr` is part of what a source is.
+    """
+
+    @property
+    def stored(self) -> Mapping[str, int]:
+        """The bytes that are read of each file for the whole tensor."""
+        ...
+
+    def read(self, reader: Numbers, box: Box, out: NDArray[Any]) -> None:
+        """Put a part of the tensor into `out`, an array of the part's shape and any strides, in the NumPy type of the
+        entry's dtype. The same numbers however the tensor is cut; safe to use from several threads. Raises SourceError.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: the file it is in, and its bytes' place counted from the start of that file."""
+    """Where one tensor lies: the file it is in, and its bytes' place counted from the start of that file.
+
+    A tensor with a `derived` is made as it is read: `dtype`, `shape` and `nbytes` are what it is made to be, `file` and
+    `start` where reading it begins.
+    """
 
     name: str
     file: str
@@ -37,6 +78,17 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    derived: Derivation | None = field(default=None, repr=False)
+
+    @property
+    def stored(self) -> Mapping[str, int]:
+        """Bytes that are read for it, by file."""
+        return {self.file: self.nbytes} if self.derived is None else self.derived.stored
+
+    @property
+    def identity(self) -> str:
+        """All that is said of it here; a change of it is a change of the source."""
+        return repr(self) if self.derived is None else f"{self!r} {self.derived!r}"
 
 
 class TypedTensor(Protocol):

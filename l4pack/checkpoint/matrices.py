@@ -7,7 +7,7 @@ so nothing is turned or widened on the way.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -73,8 +73,12 @@ class MatrixSource(Protocol):
         """The file, and the byte in it, where reading a matrix begins: the order in which to ask for them."""
         ...
 
+    def files(self, linear: Linear) -> Collection[str]:
+        """Every file that is read for a matrix."""
+        ...
+
     def nbytes(self, linear: Linear, rows: int | None = None) -> int:
-        """Bytes that are read for some output rows of a matrix, for all of them if not said otherwise."""
+        """Bytes of a block of some output rows of a matrix, of all of them if not said otherwise."""
         ...
 
     def slab(self, linears: Sequence[Linear], rows: slice = slice(None)) -> Slab:
@@ -91,7 +95,7 @@ def matrices_of(checkpoint: Checkpoint, reader: Reader | None = None) -> MatrixS
 
 
 class _StoredMatrices:
-    """The matrices of plain safetensors: one tensor each, or an expert's columns of a fused 3-D tensor."""
+    """The matrices of tensors named and shaped as transformers does: one each, or an expert's columns of a fused one."""
 
     def __init__(self, checkpoint: Checkpoint, reader: Reader | None) -> None:
         self._checkpoint, self._reader = checkpoint, reader
@@ -106,8 +110,12 @@ class _StoredMatrices:
         fused = linear.layout is Layout.IN_OUT
         return entry.file, entry.start + (linear.expert or 0) * (entry.nbytes // entry.shape[0]) * fused
 
+    def files(self, linear: Linear) -> Collection[str]:
+        """The tensor's."""
+        return self._checkpoint.entries[linear.tensor].stored.keys()
+
     def nbytes(self, linear: Linear, rows: int | None = None) -> int:
-        """Bytes of the rows' numbers: nothing beside them is read."""
+        """Bytes of the rows' numbers, in the tensor's dtype."""
         item = DTYPE_BITS[self._checkpoint.dtype_of(linear.tensor)] // 8
         return (linear.out_features if rows is None else rows) * linear.in_features * item
 

@@ -6,12 +6,10 @@ import hashlib
 from collections import defaultdict
 from pathlib import Path
 
-from l4pack.checkpoint.exports import without_stale_stanza
-from l4pack.checkpoint.header import read_header
 from l4pack.checkpoint.source import Checkpoint, LocalStore, Store
 from l4pack.datafile import digest_of
 from l4pack.errors import SourceError
-from l4pack.model.config import CONFIG_NAME, load_config
+from l4pack.model.config import CONFIG_NAME
 from l4pack.work.identity import Identity
 
 
@@ -51,21 +49,19 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def as_opened(checkpoint: Checkpoint, store: Store) -> bool:
+def as_opened(checkpoint: Checkpoint) -> bool:
     """Whether the files still say what the checkpoint was opened with: configuration and headers."""
-    if not isinstance(store, LocalStore):
+    if checkpoint.reopen is None:
         return True  # the Hub lists digests, and headers are compared when a file arrives
     try:
-        headers = {file: read_header(store.path(file), file) for file in checkpoint.shards}
-        config, _ = without_stale_stanza(load_config(store.path(CONFIG_NAME)), checkpoint.entries)
-        same = config.raw == checkpoint.config.raw
+        now = checkpoint.reopen()
     except SourceError:
         return False
-    return same and all(headers[entry.file].get(entry.name) == entry for entry in checkpoint.entries.values())
+    return now.config.raw == checkpoint.config.raw and now.entries == checkpoint.entries
 
 
 def _config(checkpoint: Checkpoint, store: Store) -> str:
-    if isinstance(store, LocalStore):
+    if isinstance(store, LocalStore) and store.path(CONFIG_NAME).is_file():
         return file_digest(store.path(CONFIG_NAME))
     return digest_of(checkpoint.config.raw)
 
@@ -73,7 +69,8 @@ def _config(checkpoint: Checkpoint, store: Store) -> str:
 def _shards(checkpoint: Checkpoint, store: Store) -> dict[str, str]:
     described: defaultdict[str, list[str]] = defaultdict(list)
     for entry in sorted(checkpoint.entries.values(), key=lambda entry: entry.name):
-        described[entry.file].append(repr(entry))
+        for file in entry.stored:
+            described[file].append(entry.identity)
     return {
         file: hashlib.sha256("\n".join([store.identity(file), *described[file]]).encode()).hexdigest()
         for file in sorted(described)

@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -69,9 +69,10 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class LocalStore:
-    """A folder on this machine; Hub cache folders (symbolic links) too."""
+    """A folder on this machine; Hub cache folders (symbolic links) too. `elsewhere` has files that lie in others."""
 
     folder: Path
+    elsewhere: Mapping[str, Path] = field(default_factory=dict, hash=False)
 
     @property
     def fetches(self) -> bool:
@@ -80,7 +81,7 @@ class LocalStore:
 
     def path(self, file: str) -> Path:
         """The file's path."""
-        return self.folder / file
+        return self.elsewhere.get(file, self.folder / file)
 
     def release(self, file: str) -> None:
         """Nothing: a source is never touched."""
@@ -120,6 +121,8 @@ class Checkpoint:
     included: tuple[str, ...] = ()  # companions that were asked for by name
     notes: tuple[str, ...] = ()  # what is not as the files say, in words
     tied_head: TensorEntry | None = None
+    kind: str = "safetensors"  # how the weights lie in files, in words
+    reopen: Callable[[], Checkpoint] | None = field(default=None, compare=False, repr=False)  # the same, seen now
 
     @property
     def bare(self) -> bool:
@@ -146,7 +149,7 @@ class Checkpoint:
     @cached_property
     def shards(self) -> tuple[str, ...]:
         """Names of the weight files, sorted."""
-        return tuple(sorted({entry.file for entry in self.entries.values()}))
+        return tuple(sorted({file for entry in self.entries.values() for file in entry.stored}))
 
     @cached_property
     def layout(self) -> Catalogue:
@@ -161,7 +164,7 @@ class Checkpoint:
         """Hex SHA-256 over configuration, headers and the files' identities: changes when the source does."""
         digest = hashlib.sha256(json.dumps(self.config.raw, sort_keys=True).encode())
         for entry in sorted(self.entries.values(), key=lambda entry: entry.name):
-            digest.update(repr(entry).encode())
+            digest.update(entry.identity.encode())
         if self.store is not None:
             for file in (*self.shards, *sorted(self.companions)):
                 digest.update(os.fsencode(f"{file}={self.store.identity(file)}"))
@@ -187,7 +190,7 @@ def open_folder(folder: Path, include: Sequence[str] = ()) -> Checkpoint:
     headers = {file: read_header(folder / file, file) for file in shards.shards}
     opened = assemble(str(folder), config, headers, shards.weight_map, files, include)
     check_companions(folder, opened.companions)
-    return replace(opened, store=LocalStore(folder))
+    return replace(opened, store=LocalStore(folder), reopen=partial(open_folder, folder, tuple(include)))
 
 
 def assemble(

@@ -27,9 +27,9 @@ class Itinerary:
         steps: list[set[str]] = [set() for _ in range(checkpoint.config.text.num_hidden_layers + 1)]
         for spec in checkpoint.layout.tensors:
             if spec.role is Role.EMBEDDING:
-                steps[0].add(checkpoint.entries[spec.name].file)
+                steps[0].update(checkpoint.entries[spec.name].stored)
             elif spec.layer is not None and spec.role not in _NOT_WALKED:
-                steps[spec.layer + 1].add(checkpoint.entries[spec.name].file)
+                steps[spec.layer + 1].update(checkpoint.entries[spec.name].stored)
         return cls(tuple(map(frozenset, steps)))
 
     def arriving(self, step: int, start: int = 0) -> frozenset[str]:
@@ -61,5 +61,6 @@ def file_sizes(checkpoint: Checkpoint) -> dict[str, int]:
     """Weight bytes of every file."""
     sizes: dict[str, int] = defaultdict(int)
     for entry in checkpoint.entries.values():
-        sizes[entry.file] += entry.nbytes
+        for file, nbytes in entry.stored.items():
+            sizes[file] += nbytes
     return sizes

@@ -273,15 +273,16 @@ class Plan:
     def _fetched_bytes(self) -> int:
         """Most bytes of a source that is fetched as the run goes.
 
-        Tasks hold one file for every worker, and one that is fetched ahead; a calibrated walk holds what `Itinerary`
-        says, after tasks are done with the files that it does not read.
+        Tasks hold the files of a tensor for every worker, and those that are fetched ahead; a calibrated walk holds
+        what `Itinerary` says, after tasks are done with the files that it does not read.
         """
         sizes = file_sizes(self.checkpoint)
+        at_once = (self.workers + 1) * max(len(entry.stored) for entry in self.checkpoint.entries.values())
         if self.needs is None:
-            return sum(sorted(sizes.values())[-(self.workers + 1) :])
+            return sum(sorted(sizes.values())[-at_once:])
         walk = Itinerary.of(self.checkpoint)
         others = [size for file, size in sizes.items() if file not in walk.walked()]
-        return max(sum(sorted(others)[-(self.workers + 1) :]), walk.peak_bytes(sizes))
+        return max(sum(sorted(others)[-at_once:]), walk.peak_bytes(sizes))
 
     @property
     def bits_per_weight(self) -> float:

@@ -158,6 +158,7 @@ def checkpoint_record(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "source": checkpoint.name,
         "revision": checkpoint.revision,
+        "layout": checkpoint.kind,
         "architecture": (checkpoint.config.raw.get("architectures") or [None])[0],
         "quantization": stanza.format or stanza.method,
         "parameters": layout.parameters,

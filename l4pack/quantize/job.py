@@ -64,10 +64,12 @@ class Job:
         self._todo = [task for task in plan.tasks if task.key not in journal.finished]
         # Source bytes that an earlier run of this job was done with.
         self.resumed_bytes = sum(task.read_bytes for task in plan.tasks) - sum(task.read_bytes for task in self._todo)
-        self._left_in_source = Counter(self._source_file(task) for task in self._todo)
+        self._here: set[str] = set()  # source files whose tasks were asked for
+        self._left_in_source = Counter(file for task in self._todo for file in self._source_files(task))
         self._left_in_shard = Counter(file for task in self._todo for file in self._shard_files(task))
         # What calibration has yet to read and to write is neither let go of nor hashed here.
-        self._left_in_source.update(plan.checkpoint.entries[target.linear.tensor].file for target in plan.calibrated)
+        entries = plan.checkpoint.entries
+        self._left_in_source.update(file for t in plan.calibrated for file in entries[t.linear.tensor].stored)
         self._left_in_source.update(held)
         self._left_in_shard.update(plan.places[target.input_scale.name].file for target in plan.observed)
         self._left_in_shard.update(plan.places[tensor.name].file for t in plan.calibrated for tensor in t.tensors)
@@ -75,13 +77,15 @@ class Job:
         self._hashing: list[Future[dict[str, str]]] = []
 
     def run(self, files: Collection[str] | None = None) -> None:
-        """Do every task left, or every one left of some source files. Raises a task's first error, or StoppedError."""
+        """Do every task left, or every one left of some source files and those asked for before. Raises a task's first
+        error, or StoppedError."""
         if not self._begun:
             self._advance(self.resumed_bytes)
             self._drop_left_behind()
             self._begun = True
-        chosen = [task for task in self._todo if files is None or self._source_file(task) in files]
-        self._todo = [task for task in self._todo if files is not None and self._source_file(task) not in files]
+        self._here.update(self._plan.checkpoint.shards if files is None else files)
+        chosen = [task for task in self._todo if self._here.issuperset(self._source_files(task))]
+        self._todo = [task for task in self._todo if not self._here.issuperset(self._source_files(task))]
         with self._crew.hashing() as hashing:
 
             def settle() -> None:
@@ -100,12 +104,12 @@ class Job:
                 self._store.release(file)
 
     def _note(self, task: Task, made: Made) -> None:
-        file = self._source_file(task)
+        files = self._source_files(task)
         with self._lock:
             self._finished.append((task, made))
-            self._left_in_source[file] -= 1
-            used_up = not self._left_in_source[file]
-        if used_up:  # at once, not when it is journalled: fetched shards must not pile up
+            self._left_in_source.subtract(files)
+            used_up = [file for file in files if not self._left_in_source[file]]
+        for file in used_up:  # at once, not when it is journalled: fetched shards must not pile up
             self._reader.forget(file)
             self._store.release(file)
 
@@ -135,8 +139,8 @@ class Job:
         while self._hashing:
             self._journal.record(digests=self._hashing.pop(0).result())
 
-    def _source_file(self, task: Task) -> str:
-        return self._plan.checkpoint.entries[task.tensor].file
+    def _source_files(self, task: Task) -> tuple[str, ...]:
+        return tuple(self._plan.checkpoint.entries[task.tensor].stored)
 
     def _shard_files(self, task: Task) -> set[str]:
         tensors = [task.copied] if task.copied else [tensor for target in task.targets for tensor in target.tensors]

@@ -145,7 +145,7 @@ def _work(
     folder = work / _ARTIFACT
     folder.mkdir(exist_ok=True)
     begun_as = plan.identity()
-    if not as_opened(plan.checkpoint, store):
+    if not as_opened(plan.checkpoint):
         raise _changed(plan)
     journal = Journal(work / _JOURNAL, begun_as, this_command())
     try:

@@ -32,11 +32,11 @@ MAX_WORKERS = 8
 
 @dataclass(frozen=True)
 class _Unit:
-    """A piece of work: where its bytes begin, what it does, and the source file it uses up."""
+    """A piece of work: where its bytes begin, what it does, and the source files it uses up."""
 
     place: tuple[str, int]
     run: Callable[[UnitResult], None]
-    source_file: str | None = None
+    source_files: tuple[str, ...] = ()
 
 
 _Pair = tuple[Matrix | Linear, Linear]  # the artifact's matrix, quantized or plain, and the source's
@@ -140,11 +140,11 @@ class _Work:
                 message = f"is {entry.dtype} {list(entry.shape)}, the source is {old.dtype} {list(old.shape)}"
                 result.found.error("kept", name, message)
 
-            return _Unit(_place(old), differ, old.file)
+            return _Unit(_place(old), differ, tuple(old.stored))
         return _Unit(
             _place(old),
             lambda result: self._values.kept(name, result, as_kept(reader, old, entry.dtype, result)),
-            old.file,
+            tuple(old.stored),
         )
 
     def _kept_units(self, source: Checkpoint, reader: Reader, places: Mapping[str, Linear]) -> list[_Unit]:
@@ -172,8 +172,9 @@ class _Work:
                 slabs[source.together(old)].append((linear, old))
         units = []
         for items in slabs.values():
-            file, start = min(source.begins(old) for _, old in items)
-            units.append(_Unit((file, start), self._compare(items, source, checks), file))
+            begins = min(source.begins(old) for _, old in items)
+            files = {file for _, old in items for file in source.files(old)}
+            units.append(_Unit(begins, self._compare(items, source, checks), tuple(files)))
         return units
 
     def _compare(
@@ -196,19 +197,19 @@ class _Work:
 
 def _run(units: list[_Unit], source: Checkpoint | None, reader: Reader | None) -> list[UnitResult]:
     """Do all units on a few threads; results come in the order of the units."""
-    left = Counter(unit.source_file for unit in units if unit.source_file)
+    left = Counter(file for unit in units for file in unit.source_files)
     lock = threading.Lock()
 
     def do(unit: _Unit) -> UnitResult:
         result = UnitResult()
         unit.run(result)
-        if unit.source_file and source is not None and source.store is not None and reader is not None:
+        if source is not None and source.store is not None and reader is not None:
             with lock:
-                left[unit.source_file] -= 1
-                used_up = not left[unit.source_file]
-            if used_up:
-                reader.forget(unit.source_file)
-                source.store.release(unit.source_file)
+                left.subtract(unit.source_files)
+                used_up = [file for file in unit.source_files if not left[file]]
+            for file in used_up:
+                reader.forget(file)
+                source.store.release(file)
         return result
 
     workers = min(MAX_WORKERS, machine.cores() + 1)
