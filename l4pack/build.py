@@ -1,4 +1,4 @@
-"""The whole chain on one source: fit if asked for, plan, quantize, verify, budget, evaluate, package, push.
+"""The whole chain on one source: fit if asked for, plan, quantize, verify, budget, evaluate, package, export, push.
 
 A step is left out when its result is there and still valid: results are kept beside the artifact, each bound to a
 digest of everything it depends on.
@@ -103,6 +103,7 @@ class Order:
     predicted: Mapping[str, Prediction] = field(default_factory=dict)  # of the steps that take long
     refused: Sequence[Refusal] = ()  # what packaging the artifact will refuse
     cluster: Cluster | None = None
+    exports: tuple[str, ...] = ()  # containers to put the artifact into too
 
     def sample(self, plan: Plan) -> dict[str, int] | None:
         """What the sample takes; None where none is asked for."""
@@ -137,6 +138,11 @@ class Built:
 def fetch_folder(out: Path) -> Path:
     """Where the shards of a Hub source lie that is fetched as it is read, for all steps of the chain that makes `out`."""
     return out.with_name(f"{out.name}.fetched")
+
+
+def export_place(out: Path, container: str) -> Path:
+    """Where the chain that makes `out` puts the same numbers for another runtime."""
+    return out.with_name(f"{out.name}-{container}")
 
 
 def fit_recipe(checkpoint: Checkpoint, sensitivity: Sensitivity, wish: Wish, out: Path) -> tuple[Step, Path]:
@@ -216,6 +222,7 @@ class _Chain:
                 "budget": self._budget,
                 "evaluate": self._evaluate,
                 "package": self._package,
+                "export": self._export,
                 "push": self._push,
             }
         )
@@ -348,6 +355,32 @@ class _Chain:
         record = {"name": packaged.name, "written": list(packaged.written)}
         outcome = Outcome.DONE if packaged.written else Outcome.KEPT
         return outcome, f"{packaged.name}: {packaged.audit.policy.title}, {packaged.audit.duties} duties met", record
+
+    def _export(self) -> StepResult:
+        order = self._order
+        if not order.exports:
+            return NOT_ASKED
+        from l4pack.export.known import target_named
+        from l4pack.export.plan import plan_export
+        from l4pack.export.run import run_export
+
+        made, outcome, weights = {}, Outcome.KEPT, 0
+        for name in order.exports:
+            plan = plan_export(open_folder(order.out), target_named(name), max_ram=order.max_ram)
+            weights = max(weights, plan.weights)
+            with self._watch(f"exporting {name}", plan.read_bytes) as bar:
+                result = run_export(plan, export_place(order.out, name), restart=order.restart, shown=bar.shown)
+            outcome = outcome if result.proof is None else Outcome.DONE
+            made[name] = {
+                "out": str(result.out),
+                "clients": plan.target.clients,
+                "artifact_bytes": plan.artifact_bytes,
+                "proved_by": plan.target.proved_by,
+                "peak_rss_bytes": result.peak_rss_bytes,
+                "warnings": list(plan.warnings),
+            }
+        names = " and ".join(name.upper() for name in made)
+        return outcome, f"{names} hold the artifact's numbers: all {weights:,} weights compared", {"exports": made}
 
     def _push(self) -> StepResult:
         target = self._order.push

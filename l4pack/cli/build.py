@@ -25,6 +25,7 @@ from l4pack.cli.options import (
     DeviceOption,
     DevicesFileOption,
     DryRunOption,
+    ExportsOption,
     FetchAsYouGoOption,
     FitRecipeOption,
     GpusPerWorkerOption,
@@ -108,6 +109,7 @@ def build(
     sample_tokens: SampleTokensOption[int | None] = None,
     name: NameOption = None,
     base_model: BaseModelOption = None,
+    export: ExportsOption = None,
     push: PushOption = None,
     public: PublicOption = False,
     tag: TagOption = None,
@@ -128,7 +130,7 @@ def build(
     dry_run: DryRunOption = False,
     as_json: AsJsonOption = False,
 ) -> None:
-    """Run the whole chain: fit if asked for, plan, quantize, verify, budget, evaluate, package, push; go on where it stopped.
+    """Run the whole chain: fit if asked for, plan, quantize, verify, budget, evaluate, package, export, push; go on where it stopped.
 
     The recipe is int4 unless `--recipe` or `--fit` says otherwise.
 
@@ -138,6 +140,7 @@ def build(
     from l4pack.build import build as run
     from l4pack.checkpoint.open import open_source
     from l4pack.evaluate.gates import asked_gates
+    from l4pack.export.known import containers_named
     from l4pack.plan.plan import make_plan
     from l4pack.publish.ahead import refused_later
     from l4pack.publish.publish import Wishes
@@ -145,7 +148,7 @@ def build(
 
     chosen_device = chosen(compute)
     spread = cluster_options(ray, gpus_per_worker, chosen_device)
-    target = _target(push, public=public, tag=tag)
+    target, exports = _target(push, public=public, tag=tag), containers_named(export)
     checkpoint = open_source(source, fetch_folder=fetch_folder(out) if fetch_as_you_go else None, include=include or ())
     before: list[Step] = []
     if fit:
@@ -159,6 +162,7 @@ def build(
     wanted = _recipe(recipe, calibration, calibration_samples, sequence_length, seed, keep_float32=keep_float32)
     made, fitted = within_time(make_plan(checkpoint, wanted, allowed), allowed, hours, within, calibration_samples)
     plan = _with_text(made if spread is None else made.on_cluster(), calibration)
+    _check_exports(plan, exports)
     talk = _talk(plan, sample_tokens, skip_evaluate=skip_evaluate)
     predicted = _predicted(plan, hours, None if skip_evaluate else (samples, sequence_length), talk)
     refused = refused_later(checkpoint, plan.recipe, name=name, base_model=base_model)
@@ -170,7 +174,7 @@ def build(
         gates=asked_gates(max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio),
         wishes=Wishes(name=name, base_model=base_model), push=target,
         max_ram=allowed.max_ram, max_vram=allowed.max_vram, restart=restart, dry_run=dry_run,
-        predicted=predicted, refused=refused, talk=talk,
+        predicted=predicted, refused=refused, talk=talk, exports=exports,
     )  # fmt: skip
     with joined(None if dry_run else spread, computes=True) as cluster:
         built = run(plan, replace(order, cluster=cluster), console.progress, before)
@@ -197,6 +201,14 @@ def _with_text(plan: Plan, calibration: str | None) -> Plan:
         plan = with_text(plan, calibration)
     plan.check_servable()
     return plan
+
+
+def _check_exports(plan: Plan, exports: tuple[str, ...]) -> None:
+    """Refuse containers that the artifact to come does not fit into, before it is made. Raises UsageError."""
+    if exports:
+        from l4pack.export.ahead import check_ahead
+
+        check_ahead(plan, exports)
 
 
 def _talk(plan: Plan, tokens: int | None, *, skip_evaluate: bool) -> Talk:
@@ -299,6 +311,23 @@ def build_view(plan: Plan, order: Order, built: Built) -> list[RenderableType]:
     return [table, *said, *sizes, *(_whereabouts(order, built) if built.error is None else ())]
 
 
+def _places(order: Order, built: Built) -> list[RenderableType]:
+    """Each runtime's files; where there are several, that they hold the same numbers."""
+    exports = next((step.record.get("exports") for step in built.steps if step.name == "export"), None)
+    if not exports:
+        return [Text.assemble("where    ", (str(order.out), "bold"))]
+    table = console.table("For", "Where", ">Size", "Its numbers")
+    size = next(step.record["artifact_bytes"] for step in built.steps if step.name == "plan")
+    table.add_row("vLLM, SGLang, transformers", console.plain(order.out), human_bytes(size), "solved")
+    for name, made in exports.items():
+        for text in made["warnings"]:
+            console.warning(f"{name}: {text}")
+        compared = f"the same, read back by {made['proved_by']}"
+        table.add_row(made["clients"], console.plain(made["out"]), human_bytes(made["artifact_bytes"]), compared)
+    count = "both" if len(exports) == 1 else "all three"
+    return ["", table, "", f"numbers  the same in {count}: one solve, each weight compared with the artifact's", ""]
+
+
 def _whereabouts(order: Order, built: Built) -> list[RenderableType]:
     """Where the result is, and what to type next."""
     from l4pack.budget.serve import on_lines
@@ -307,7 +336,7 @@ def _whereabouts(order: Order, built: Built) -> list[RenderableType]:
     how = on_lines(serve) if serve else f"l4pack budget {order.out} --device NAME"
     # As text, not markup, in which a backslash at a line's end is doubled.
     return [
-        Text.assemble("where    ", (str(order.out), "bold")),
+        *_places(order, built),
         Text("serve    " + "\n         ".join(how.splitlines())),
         Text(f"publish  l4pack push {order.out} ORG/NAME --dry-run"),
     ]

@@ -35,6 +35,7 @@ from l4pack.export.artifact import Artifact, Source
 from l4pack.export.target import Carried, Layout, OutTensor
 from l4pack.formats.carrier import Carrier
 from l4pack.formats.ggml import ROUNDED_TO, carrier_of
+from l4pack.model.config import Llama4Config
 from l4pack.model.parts import WEIGHT
 from l4pack.model.tensors import Role
 from l4pack.publish.licence import folder_materials, governing_policy
@@ -53,11 +54,15 @@ class Gguf:
     """See `Target`."""
 
     name = "gguf"
+    clients = "llama.cpp, Ollama, LM Studio"
     rounded_to = ROUNDED_TO
+
+    def check_model(self, config: Llama4Config) -> None:
+        """See `Target`."""
+        check_text(config)
 
     def check(self, artifact: Artifact) -> list[str]:
         """See `Target`."""
-        check_text(artifact.config)
         found, context = [], context_length(artifact.config)
         positions = artifact.config.text.max_position_embeddings
         if context < positions:

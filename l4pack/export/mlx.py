@@ -25,6 +25,7 @@ from l4pack.export.artifact import Artifact, Source
 from l4pack.export.target import Carried, Layout, OutTensor
 from l4pack.formats.affine import ROUNDED_TO, Affine, carrier_of
 from l4pack.formats.carrier import Carrier
+from l4pack.model.config import Llama4Config
 from l4pack.model.names import split_suffix
 from l4pack.model.tensors import Role
 from l4pack.quant.dtypes import FLOATS
@@ -39,15 +40,19 @@ class Mlx:
     """See `Target`."""
 
     name = "mlx"
+    clients = "MLX (mlx-lm)"
     rounded_to = ROUNDED_TO
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
 
+    def check_model(self, config: Llama4Config) -> None:
+        """See `Target`."""
+        check_text(config)
+
     def check(self, artifact: Artifact) -> list[str]:
         """See `Target`."""
         text = artifact.config.text
-        check_text(artifact.config)
         found = []
         if not self._installed:
             found.append("MLX is not installed here: what is written is proved by its arithmetic, not by MLX itself")

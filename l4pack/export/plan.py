@@ -154,6 +154,7 @@ def plan_export(
     """
     _folder(checkpoint)
     artifact = Artifact(checkpoint)
+    target.check_model(artifact.config)
     warnings = target.check(artifact)
     carried, rounded = _assign(artifact, target)
     rounded += _inexact(artifact, carried)

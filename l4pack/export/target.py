@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from l4pack.checkpoint.shards import FilePlace, Shard
 from l4pack.export.artifact import Artifact, Source
 from l4pack.formats.carrier import Carrier
+from l4pack.model.config import Llama4Config
 from l4pack.model.tensors import Role
 from l4pack.quant.floats import Float32Array
 from l4pack.quant.scheme import Scheme
@@ -63,10 +64,15 @@ class Target(Protocol):
     """A container that artifacts are exported to."""
 
     name: str
+    clients: str  # who loads it, in words
     rounded_to: Scheme
 
+    def check_model(self, config: Llama4Config) -> None:
+        """Raise UsageError for a model that its runtime would answer wrongly with, or not load."""
+        ...
+
     def check(self, artifact: Artifact) -> list[str]:
-        """What a user should know, as warnings. Raises UsageError for a model that its runtime would answer wrongly."""
+        """What a user should know of a model that it takes, as warnings."""
         ...
 
     def carrier(self, scheme: Scheme, columns: int, dtype: str) -> Carrier | str:

@@ -21,6 +21,12 @@ ShardSizeOption = Annotated[
     str | None, typer.Option("--shard-size", metavar="SIZE", help="Largest shard; 5GB unless given.")
 ]
 ExportOption = Annotated[str, typer.Option("--to", metavar="gguf|mlx", help="The container: llama.cpp's or MLX's.")]
+ExportsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--export", metavar="gguf,mlx", help="Put the artifact into other runtimes' files too: OUT-gguf, OUT-mlx."
+    ),
+]
 SplitOption = Annotated[
     str | None,
     typer.Option("--split", metavar="SIZE", help="Largest file; one GGUF file, MLX shards of 5GB unless given."),
