@@ -130,7 +130,10 @@ def result_view(plan: ExportPlan, result: ExportResult) -> list[str]:
     lines = [
         f"{where}  {human_bytes(plan.artifact_bytes)} in {human_seconds(result.seconds)}, "
         f"peak memory {human_bytes(result.peak_rss_bytes)}",
-        f"proved   {proof.matrices:,} tensors, {proof.weights:,} weights read back by {proof.by}: each is the artifact's",
+        f"proved   {proof.matrices:,} tensors, {proof.weights:,} weights read back: each is the artifact's;",
+        f"         {proof.decoded:,} of them decoded by {proof.by}, the others' codes and scales compared as integers"
+        if proof.decoded < proof.weights
+        else f"         decoded by {proof.by}",
     ]
     if proof.rounded:
         lines.append(f"rounded  {proof.rounded:,} tensors, by at most {proof.largest_error:.3g} of a matrix' rms")

@@ -32,8 +32,9 @@ from l4pack.containers.gguf_vision import ARCHITECTURE as VISION_ARCHITECTURE
 from l4pack.containers.gguf_vision import FAULT, describe_vision, is_wide, vision_name
 from l4pack.errors import L4packError
 from l4pack.export.artifact import Artifact, Source
+from l4pack.export.reread import same_codes
 from l4pack.export.target import Carried, Layout, OutTensor
-from l4pack.formats.carrier import Carrier
+from l4pack.formats.carrier import Carrier, SolvedRows
 from l4pack.formats.ggml import ROUNDED_TO, carrier_of
 from l4pack.model.config import Llama4Config
 from l4pack.model.parts import WEIGHT
@@ -147,6 +148,10 @@ class Gguf:
         if found != dict(layout.places):
             raise L4packError("gguf finds other tensors in the file than were written", hint="add --restart")
         return found
+
+    def same_codes(self, carried: Carried, rows: Sequence[NDArray[np.uint8]], solved: SolvedRows) -> bool | None:
+        """See `Target`."""
+        return None if carried.carrier is None else same_codes(carried.carrier, rows[0], solved)
 
     def decode(self, carried: Carried, rows: Sequence[NDArray[np.uint8]]) -> Float32Array:
         """See `Target`."""

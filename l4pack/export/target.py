@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from l4pack.checkpoint.shards import FilePlace, Shard
 from l4pack.export.artifact import Artifact, Source
-from l4pack.formats.carrier import Carrier
+from l4pack.formats.carrier import Carrier, SolvedRows
 from l4pack.model.config import Llama4Config
 from l4pack.model.tensors import Role
 from l4pack.quant.floats import Float32Array
@@ -110,6 +110,10 @@ class Target(Protocol):
 
     def opened(self, folder: Path, layout: Layout) -> Mapping[str, FilePlace]:
         """Where that library finds each tensor in the files written. Raises L4packError for one of another type or shape."""
+        ...
+
+    def same_codes(self, carried: Carried, rows: Sequence[NDArray[np.uint8]], solved: SolvedRows) -> bool | None:
+        """Whether the bytes of some rows hold what was solved, by their integers; None where only `decode` can tell."""
         ...
 
     def decode(self, carried: Carried, rows: Sequence[NDArray[np.uint8]]) -> Float32Array:
