@@ -4,13 +4,16 @@ Errors of the residual stream grow from layer to layer whoever made them. So eac
 of the inputs that the original's unit saw, and ||artifact's output - original's|| / ||original's|| is that unit's own.
 The original's outputs are those of its own walk, and of few rows a quarter is sampled: what this takes is at most an eighth
 of what the two walks take.
+
+The standard error of such a ratio of sums is the delta method's, with sampled rows taken as independent (Cochran, "Sampling
+techniques", 1977, section 6.3); rows of one text are not quite, so it is a little too small.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +36,23 @@ ARTIFACTS = "artifacts"  # the key of what a layer's record has a part a model o
 ROUNDING = 1e-5
 
 
-Squares = tuple[float, float]  # ||artifact's - original's||^2 and ||original's||^2, of a block of rows
+class Squares(NamedTuple):
+    """Sums over rows of d = ||artifact's - original's||^2, of s = ||original's||^2, and of their products."""
+
+    difference: float
+    size: float
+    differences_squared: float
+    difference_by_size: float
+    sizes_squared: float
+    rows: int
+
+    @classmethod
+    def of(cls, difference: Tensor, original: Tensor) -> Squares:
+        """Of a block of rows [..., width]."""
+        d, s = (one.double().square().sum(dim=-1).flatten() for one in (difference, original))
+        sums = torch.stack([d, s, d * d, d * s, s * s]).sum(dim=1).tolist()
+        difference_sum, size, differences_squared, difference_by_size, sizes_squared = sums
+        return cls(difference_sum, size, differences_squared, difference_by_size, sizes_squared, len(d))
 
 
 class Samples:
@@ -69,7 +88,7 @@ class Samples:
     def compare(self, unit: Unit, forward: Callable[[Tensor], Tensor]) -> list[Squares]:
         """How far an artifact's unit is from the original's, by blocks of the sample."""
         sample = self._kept.get(unit, ())
-        return [(_energy(forward(inputs) - wanted), _energy(wanted)) for inputs, wanted in sample]
+        return [Squares.of(forward(inputs) - wanted, wanted) for inputs, wanted in sample]
 
     def clear(self) -> None:
         """Forget all."""
@@ -119,7 +138,7 @@ class LayerErrors(Visitor):
         for model in range(1 if self._paired else 0, len(streams)):
             record: dict[str, Any] = {"layer": layer}
             if self._paired:
-                record["residual_error"] = _ratio(*_summed(self._residual(streams, model)))
+                record |= _errors("residual", _summed(self._residual(streams, model)))
             records.append(record | self._units(model))
         self._samples.clear()
         self._errors.clear()
@@ -136,20 +155,21 @@ class LayerErrors(Visitor):
 
     def _units(self, model: int) -> dict[str, Any]:
         """The errors of an artifact's units, and what its router did."""
-        squares = self._errors.get(model, {})
-        errors = {unit: _ratio(*both) for unit, both in squares.items()}
-        record = {f"{unit.part.value}_error": error for unit, error in errors.items() if unit.part is not Part.EXPERT}
-        return record | self._experts(model, errors) if self._routing else record
-
-    def _experts(self, model: int, errors: Mapping[Unit, float]) -> dict[str, Any]:
         record: dict[str, Any] = {}
-        by_expert = {unit.expert: error for unit, error in errors.items() if unit.part is Part.EXPERT}
+        for unit, squares in self._errors.get(model, {}).items():
+            if unit.part is not Part.EXPERT:
+                record |= _errors(unit.part.value, squares)
+        return record | self._experts(model) if self._routing else record
+
+    def _experts(self, model: int) -> dict[str, Any]:
+        record: dict[str, Any] = {}
+        squares = {unit.expert: one for unit, one in self._errors.get(model, {}).items() if unit.part is Part.EXPERT}
+        by_expert = {expert: _ratio(one) for expert, one in squares.items()}
         if self._paired:
             first, second = (self._routing[one].experts.sort(dim=1).values for one in (0, model))
             moved = int((first != second).any(dim=1).sum())
             record |= {"routing_moved": moved, "routing_agreement": 1 - moved / len(first)}
-            squares = [both for unit, both in self._errors.get(model, {}).items() if unit.part is Part.EXPERT]
-            record["routed_expert_error"] = _ratio(sum(a for a, _ in squares), sum(b for _, b in squares))
+            record |= _errors("routed_expert", _summed(list(squares.values())))
         record["experts"] = [
             {"expert": expert, "tokens": count, **({"error": by_expert[expert]} if expert in by_expert else {})}
             for expert, count in enumerate(self._routing[0].counts())
@@ -157,19 +177,30 @@ class LayerErrors(Visitor):
         return record
 
 
-def _energy(values: Tensor) -> float:
-    return float(values.double().square().sum())
+def _errors(key: str, squares: Squares) -> dict[str, float | None]:
+    """The relative error and its standard error, None where one row or no difference leaves none."""
+    return {f"{key}_error": _ratio(squares), f"{key}_standard_error": _ratio_error(squares)}
 
 
-def _ratio(difference: float, size: float) -> float:
+def _ratio(squares: Squares) -> float:
     """The relative error; one that rounding alone may make is none."""
-    ratio = math.sqrt(difference / size) if size > 0 else 0.0
+    ratio = math.sqrt(squares.difference / squares.size) if squares.size > 0 else 0.0
     return ratio if ratio > ROUNDING else 0.0
+
+
+def _ratio_error(squares: Squares) -> float | None:
+    ratio, rows = _ratio(squares), squares.rows
+    if not ratio or rows < 2:
+        return None
+    share = squares.difference / squares.size
+    rest = squares.differences_squared - 2 * share * squares.difference_by_size + share**2 * squares.sizes_squared
+    return math.sqrt(rows / (rows - 1) * max(0.0, rest)) / squares.size / (2 * ratio)
 
 
 def _summed(squares: Sequence[Squares]) -> Squares:
     """Of all blocks, in their order: sums of another order would be others in the last bits."""
-    return sum(difference for difference, _ in squares), sum(size for _, size in squares)
+    zero = Squares(0.0, 0.0, 0.0, 0.0, 0.0, 0)
+    return Squares(*map(sum, zip(zero, *squares, strict=True)))
 
 
 def difference_blocks(rows: int) -> int:
@@ -178,10 +209,10 @@ def difference_blocks(rows: int) -> int:
 
 
 def block_difference(reference: Tensor, artifact: Tensor, number: int) -> Squares:
-    """||artifact - reference||^2 and ||reference||^2 of one block of rows [rows, width]."""
+    """How far one block of rows [rows, width] is from the reference."""
     rows = slice(number * DIFFERENCE_ROWS, (number + 1) * DIFFERENCE_ROWS)
     expected = reference[rows].double()
-    return float((artifact[rows].double() - expected).square().sum()), float(expected.square().sum())
+    return Squares.of(artifact[rows].double() - expected, expected)
 
 
 def worst_units(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -66,10 +66,15 @@ class Layer(_Data):
 
     layer: Annotated[int, Field(ge=0, le=1024)]
     residual_error: Magnitude | None = None
+    residual_standard_error: Error = None
     attention_error: Magnitude | None = None
+    attention_standard_error: Error = None
     shared_expert_error: Magnitude | None = None
+    shared_expert_standard_error: Error = None
     dense_mlp_error: Magnitude | None = None
+    dense_mlp_standard_error: Error = None
     routed_expert_error: Magnitude | None = None
+    routed_expert_standard_error: Error = None
     routing_moved: Count | None = None
     routing_agreement: Share | None = None
     experts: Annotated[list[Expert], Field(max_length=4096)] = []

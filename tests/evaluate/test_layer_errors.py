@@ -39,6 +39,13 @@ def _swiglu(weights, inputs):
     return (torch.nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)) @ down.T
 
 
+def _jackknife(differences, sizes):
+    """The standard error of sqrt(sum of differences / sum of sizes), leaving out one row at a time."""
+    count = len(sizes)
+    without = ((differences.sum() - differences) / (sizes.sum() - sizes)).sqrt()
+    return float(((count - 1) / count * (without - without.mean()).square().sum()).sqrt())
+
+
 def test_errors_are_those_of_a_sample_of_the_originals_rows(checkpoint, artifact, tmp_path, seen):
     packed = Packed([TokenSequence(tuple(ids)) for ids in token_rows()])
     models = [stream_model(checkpoint("scout")), stream_model(artifact("int4-rtn"), "artifact")]
@@ -56,6 +63,9 @@ def test_errors_are_those_of_a_sample_of_the_originals_rows(checkpoint, artifact
         error = float((found - wanted).norm() / wanted.norm())
         if unit.part is Part.SHARED:
             assert records[unit.layer]["shared_expert_error"] == pytest.approx(error, rel=1e-4)
+            assert records[unit.layer]["shared_expert_standard_error"] == pytest.approx(
+                _jackknife((found - wanted).square().sum(dim=1), wanted.square().sum(dim=1)), rel=0.1
+            )
             assert len(rows) == packed.rows
             assert sum(map(len, seen["artifact", unit])) == packed.rows + packed.rows // SAMPLED_SHARE
             shared += 1
