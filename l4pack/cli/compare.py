@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +44,7 @@ from l4pack.units import given_size, human_bytes, human_gib, human_seconds
 from l4pack.work.device import chosen
 
 if TYPE_CHECKING:
+    from l4pack.artifact.published import Looked
     from l4pack.checkpoint.source import Checkpoint
     from l4pack.cluster.cluster import Cluster
     from l4pack.evaluate.compare import Comparison
@@ -74,25 +77,23 @@ def compare(
 ) -> None:
     """Compare artifacts of one original with it and with each other: the original is read once for all of them.
 
-    Each gets the record that `evaluate` would write. What sets two apart is measured on the same tokens, so its error bar
+    Each folder gets the record that `evaluate` would write; a repository on the Hub is fetched and measured as it is. What sets two apart is measured on the same tokens, so its error bar
     is smaller than theirs. `--out` makes one HTML page of it.
 
     Example: `l4pack compare demo-int4 demo-fp8 --against demo --out compared.html`
     """
+    from l4pack.artifact.published import own_path
     from l4pack.budget.devices import find_host, load_devices
     from l4pack.evaluate.inputs import EvaluationSettings
-    from l4pack.evaluate.record import read_evaluations
     from l4pack.text.choice import TextChoice
     from l4pack.work.files import path_beside
 
     original = _refuse(artifacts, against)
     find_host(device, load_devices())
-    for artifact in artifacts:
-        read_evaluations(artifact)  # what can't be added to is said before the work, not after it
-    where = chosen(compute)
-    hours = Hours(on, devices, price, where, path_beside(artifacts[0], "").parent, planned=dry_run)
+    own, where = own_path(artifacts[0]), chosen(compute)
+    hours = Hours(on, devices, price, where, path_beside(own, "").parent, planned=dry_run)
     settings = EvaluationSettings(
-        work=work or path_beside(artifacts[0], ".compare.partial"),
+        work=work or path_beside(own, ".compare.partial"),
         text=TextChoice(text, samples, sequence_length, seed),
         compute=compute,
         max_ram=given_size(max_ram),
@@ -100,20 +101,21 @@ def compare(
         weights_only=weights_only,
         restart=restart,
     )
-    if dry_run:
-        workers = planned_workers(ray, gpus_per_worker, where, computes=True)
-        _plan(artifacts, original, settings, hours, workers, as_json=as_json)
-        return
-    with joined(cluster_options(ray, gpus_per_worker, where), computes=True) as cluster:
-        found, predicted = _run(artifacts, original, settings, hours, cluster)
-    record = _recorded(found, artifacts, device, context)
+    with _looked(artifacts, weights=not dry_run) as looked:
+        if dry_run:
+            workers = planned_workers(ray, gpus_per_worker, where, computes=True)
+            _plan(looked, original, settings, hours, workers, as_json=as_json)
+            return
+        with joined(cluster_options(ray, gpus_per_worker, where), computes=True) as cluster:
+            found, predicted = _run(looked, original, settings, hours, cluster)
+        record = _recorded(found, looked, device, context)
     record["run"]["predicted_seconds"] = predicted
     if out is not None:
         _write_page(record, out)
     console.show_json(record) if as_json else console.show(*comparison_view(record))
 
 
-def _refuse(artifacts: list[Path], against: str | None) -> str:
+def _refuse(artifacts: list[str], against: str | None) -> str:
     """The original's name. Raises UsageError for what is no comparison."""
     if against is None:
         raise UsageError("compare needs the original", hint="add --against SOURCE")
@@ -121,20 +123,33 @@ def _refuse(artifacts: list[Path], against: str | None) -> str:
         raise UsageError(
             "there is nothing to compare one artifact with", hint="name two or more, or use l4pack evaluate"
         )
-    if len({artifact.resolve() for artifact in artifacts}) < len(artifacts):
+    if len({Path(artifact).resolve() for artifact in artifacts}) < len(artifacts):
         raise UsageError("an artifact is named twice", hint="name each once")
     return against
 
 
-def _opened(artifacts: list[Path], against: str) -> tuple[list[Checkpoint], Checkpoint]:
+@contextmanager
+def _looked(artifacts: list[str], *, weights: bool) -> Iterator[list[Looked]]:
+    """All artifacts as folders. Raises UsageError for a record that can't be added to: before the work, not after it."""
+    from l4pack.artifact.published import look
+    from l4pack.evaluate.record import read_evaluations
+
+    with ExitStack() as stack:
+        looked = [stack.enter_context(look(one, weights=weights, say=console.tell)) for one in artifacts]
+        for one in looked:
+            read_evaluations(one.folder)
+        yield looked
+
+
+def _opened(artifacts: list[Looked], against: str) -> tuple[list[Checkpoint], Checkpoint]:
     from l4pack.checkpoint.open import open_source
     from l4pack.checkpoint.source import open_folder
 
-    return [open_folder(artifact) for artifact in artifacts], open_source(against)
+    return [open_folder(one.folder) for one in artifacts], open_source(against)
 
 
 def _plan(
-    artifacts: list[Path],
+    artifacts: list[Looked],
     against: str,
     settings: EvaluationSettings,
     hours: Hours,
@@ -145,11 +160,12 @@ def _plan(
     from l4pack.evaluate.compare import prepare_comparison
 
     prepared = prepare_comparison(*_opened(artifacts, against), settings, measured=UNREAD).evaluations
-    show_plan(planned_of(prepared, hours, workers), as_json=as_json)
+    fetched = None if all(one.here for one in artifacts) else sum(one.fetched_bytes for one in artifacts)
+    show_plan(planned_of(prepared, hours, workers, fetched=fetched), as_json=as_json)
 
 
 def _run(
-    artifacts: list[Path], against: str, settings: EvaluationSettings, hours: Hours, cluster: Cluster | None
+    artifacts: list[Looked], against: str, settings: EvaluationSettings, hours: Hours, cluster: Cluster | None
 ) -> tuple[Comparison, float | None]:
     """The comparison, and the seconds it was to take."""
     from l4pack.evaluate.compare import prepare_comparison
@@ -168,14 +184,15 @@ def _run(
         return prepared.run(cluster), planned.seconds
 
 
-def _recorded(found: Comparison, artifacts: list[Path], device: str, context: int | None) -> dict[str, Any]:
-    """What was found, once every artifact has the record that is its own."""
+def _recorded(found: Comparison, artifacts: list[Looked], device: str, context: int | None) -> dict[str, Any]:
+    """What was found, once every artifact that lies here has the record that is its own."""
     from l4pack.evaluate.record import write_accuracy
     from l4pack.recipe import Gates
     from l4pack.report.comparison import comparison_record
 
     for artifact, record in zip(artifacts, found.records, strict=True):
-        write_accuracy(artifact, record, Gates(), {})
+        if artifact.here:
+            write_accuracy(artifact.folder, record, Gates(), {})
     return comparison_record(found, artifacts, device, context)
 
 

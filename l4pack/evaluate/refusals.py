@@ -7,7 +7,8 @@ as there are others. What an answer begins with decides nearly all of it (Qi et 
 more than just a few tokens deep", https://arxiv.org/abs/2406.05946); Arditi et al. 2024 (https://arxiv.org/abs/2406.11717)
 score refusals by the probability of first tokens in the same way.
 
-A probability moves before a verdict does, so 40 requests show a drift that 40 answers read one by one would not.
+A probability moves before a verdict does, so 40 requests show a drift that 40 answers read one by one would not. Nor are
+answers written: 40 requests have every expert read again for each of their tokens, where this reads each once.
 """
 
 from __future__ import annotations
@@ -59,15 +60,6 @@ class RefusalSuite(BaseModel):
     def prompts(self) -> list[str]:
         """All requests: the harmful ones, then the harmless ones in the same order."""
         return [getattr(pair, kind) for kind in KINDS for pair in self.pairs]
-
-    def refuses(self, answer: str) -> bool:
-        """Whether an answer begins with one of the openings, whatever its case, quotes and marks before it."""
-        text = _plain(answer).lstrip("*_#\"' ")
-        return text.startswith(tuple(_plain(opening) for opening in self.openings))
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.replace("’", "'").lower().split())
 
 
 @cache

@@ -11,6 +11,7 @@ from l4pack.artifact.contents import recorded_digest
 from l4pack.artifact.made import made_seconds
 from l4pack.artifact.manifest import MANIFEST_NAME
 from l4pack.artifact.manifest_schema import artifact_bytes, read_manifest
+from l4pack.artifact.published import Looked
 from l4pack.budget.devices import find_host, load_devices
 from l4pack.budget.load import Load
 from l4pack.budget.model import budget
@@ -29,32 +30,31 @@ _TASK = ("questions", "accuracy", "accuracy_reference", "recovery")
 
 
 def comparison_record(
-    comparison: Comparison, folders: Sequence[Path], device: str, context: int | None
+    comparison: Comparison, artifacts: Sequence[Looked], device: str, context: int | None
 ) -> dict[str, Any]:
     """Figures of all, one object an artifact, and one a pair. Raises UsageError for a damaged record."""
-    first, names = comparison.records[0], titles(folders)
+    first, names = comparison.records[0], titles(artifacts)
     return {
         **{key: first[key] for key in _OF_ALL},
         "device": device,
         "artifacts": [
-            {"artifact": name, **_artifact(folder, record, device, context)}
-            for name, folder, record in zip(names, folders, comparison.records, strict=True)
+            {"artifact": name, "path": one.name, **_artifact(one.folder, record, device, context)}
+            for name, one, record in zip(names, artifacts, comparison.records, strict=True)
         ],
         "differences": [_difference(one, names) for one in comparison.differences],
         "run": {**first["run"], "resumed_layers": first["resumed_layers"]},
     }
 
 
-def titles(folders: Sequence[Path]) -> list[str]:
-    """What to call each: its folder's name, or where another has that, its path."""
-    names = [folder.resolve().name for folder in folders]
-    return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
+def titles(artifacts: Sequence[Looked]) -> list[str]:
+    """What to call each: its folder's name, or where another has that, its path or its repository."""
+    names = [one.folder.resolve().name for one in artifacts]
+    return [name if names.count(name) == 1 else one.name for name, one in zip(names, artifacts, strict=True)]
 
 
 def _artifact(folder: Path, record: Mapping[str, Any], device: str, context: int | None) -> dict[str, Any]:
     own = (folder / MANIFEST_NAME).is_file()
     return {
-        "path": str(folder),
         "recipe": read_manifest(folder).recipe.get("name") if own else None,
         "artifact_bytes": artifact_bytes(folder) if own else None,
         "weight_bytes": record["artifact_weight_bytes"],

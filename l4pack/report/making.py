@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from l4pack.model.config import Llama4Config
 from l4pack.publish.commands import make_command
 
 _NAMED = 8
+# A word of a shell's command as it is typed: quotes hold spaces and whatever looks like an option.
+_WORD = re.compile(r"""(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\])+""")
 Facts = list[tuple[str, str]]
 
 
@@ -34,7 +37,8 @@ def making(folder: Path, manifest: ManifestFile, config: Llama4Config) -> dict[s
 
 def a_line_each(command: str) -> str:
     """A command with every option on a line of its own, as a shell still takes it."""
-    return command.replace(" --", " \\\n  --")
+    words = _WORD.findall(command)
+    return "".join(f" \\\n  {word}" if word.startswith("--") else f" {word}" for word in words).strip()
 
 
 def _source(source: Mapping[str, Any]) -> str:

@@ -104,6 +104,22 @@ def test_it_is_measured_as_it_is_published(l4pack, hub, publish, quantized, lice
     assert not (tmp_path / "Tiny-Int4.evaluate.partial").exists()
 
 
+def test_it_is_compared_with_what_lies_here(l4pack, hub, publish, quantized, licensed_source, text, tmp_path):
+    publish()
+    here = shutil.copytree(quantized, tmp_path / "Tiny-Int4")
+    options = ("--against", licensed_source, "--text", text, *MEASURED, "--json")
+    plan = json.loads(l4pack("compare", here, REPO, *options, "--dry-run").out)["plan"]
+    assert plan["fetched_bytes"] == sum(path.stat().st_size for path in quantized.iterdir())
+    ended = l4pack("compare", here, REPO, *options)
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert [one["path"].partition("@")[0] for one in found["artifacts"]] == [str(here), REPO]
+    assert [one["artifact"] for one in found["artifacts"]] == [one["path"] for one in found["artifacts"]]
+    assert found["differences"][0]["kl_difference"] == 0
+    assert (here / "accuracy.json").is_file()
+    assert l4pack("compare", REPO, REPO, *options).code == 2
+
+
 def test_a_page_of_what_is_published(l4pack, hub, publish, tmp_path):
     files = publish()
     ended = l4pack("report", REPO)
@@ -115,11 +131,11 @@ def test_a_page_of_what_is_published(l4pack, hub, publish, tmp_path):
 
 
 def test_what_is_not_there_is_said_in_a_line(l4pack, hub):
-    for command in ("verify", "evaluate", "report"):
-        ended = l4pack(command, "nobody/nothing")
+    for command, *more in (["verify"], ["evaluate"], ["report"], ["compare", "demo-int4", "--against", "demo"]):
+        ended = l4pack(command, "nobody/nothing", *more)
         assert ended.code == 5
         assert ended.err.count("\n") == 2
-        assert l4pack(command, "hf://nothing").code == 4
+        assert l4pack(command, "hf://nothing", *more).code == 4
 
 
 def test_an_implausible_header_is_refused(l4pack, hub, publish):

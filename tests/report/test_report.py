@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 
 import pytest
 from large_record import EXPERTS, LAYERS, large
@@ -11,6 +12,7 @@ from page import Page
 from whole_model import one_thread  # noqa: F401
 
 from l4pack.report.figure import with_error
+from l4pack.report.making import a_line_each
 
 pytest_plugins = ["report_fixtures"]
 
@@ -183,3 +185,10 @@ def test_a_manifest_of_wrong_types_is_one_line(l4pack, made, value):
     assert ended.code in (0, 2), ended.err
     assert "Traceback" not in ended.err
     assert len(ended.err.splitlines()) <= 2
+
+
+def test_options_stand_on_lines_of_their_own_but_for_what_is_quoted():
+    words = ["l4pack", "quantize", "a b --c", "--text", "it's --not one", "--out", "x"]
+    shown = a_line_each(shlex.join(words))
+    assert [line.split()[0] for line in shown.splitlines()] == ["l4pack", "--text", "--out"]
+    assert shlex.split(shown.replace("\\\n", "")) == words

@@ -17,7 +17,10 @@ SourceOption = Annotated[
 ]
 ArtifactOption = Annotated[Path, typer.Argument(metavar="DIR", help="Artifact folder.", show_default=False)]
 ArtifactsOption = Annotated[
-    list[Path], typer.Argument(metavar="DIR...", help="Artifact folders, two or more.", show_default=False)
+    list[str],
+    typer.Argument(
+        metavar="DIR|ORG/NAME...", help="Artifact folders or repositories on the Hub, two or more.", show_default=False
+    ),
 ]
 SubjectOption = Annotated[
     str | None,
