@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 from l4pack.budget.checks import CheckResult
 from l4pack.budget.model import Budget, Verdict
 from l4pack.budget.report_format import ReportFormat
+from l4pack.budget.trend import earlier_runs, trend
 from l4pack.budget.view import spare
 from l4pack.datafile import read_json
 from l4pack.errors import UsageError
@@ -42,6 +43,14 @@ class Baseline:
         )
         moved = [_moved(name, now, then, show) for name, now, then, show in pairs if type(then) is int and now != then]
         return ", ".join(moved)
+
+    def earlier(self, result: CheckResult) -> list[dict[str, int]]:
+        """What the check found in runs before this, oldest first."""
+        return earlier_runs(self.records.get(result.check.name, {}))
+
+    def trend(self, result: CheckResult) -> str:
+        """Headroom over several runs, in one phrase; empty where there were few, or none can be told now."""
+        return "" if result.found is None else trend(self.earlier(result), result.found.headroom_bytes)
 
 
 def load_baseline(path: Path | None) -> Baseline:
@@ -87,7 +96,10 @@ def render(results: Sequence[CheckResult], format: ReportFormat, baseline: Basel
 
 def checks_record(results: Sequence[CheckResult], baseline: Baseline) -> dict[str, Any]:
     """Plain data: `fits` is whether every check holds; `checks` has one record each."""
-    records = [result.record() | {"change": baseline.changes(result)} for result in results]
+    records = [
+        result.record() | {"change": baseline.changes(result), "earlier": baseline.earlier(result)}
+        for result in results
+    ]
     return {
         "fits": all(result.passed for result in results),
         "passed": sum(result.passed for result in results),
@@ -152,6 +164,8 @@ def _text(results: Sequence[CheckResult], baseline: Baseline) -> str:
             lines += [f"{indent}{'hint' if result.error else 'would do'}: {remedy}" for remedy in remedies(result)]
         if change := baseline.changes(result):
             lines.append(f"{indent}since the baseline: {change}")
+        if course := baseline.trend(result):
+            lines.append(f"{indent}{course}")
     return "\n".join([*lines, "", _count(results)]) + "\n"
 
 
@@ -161,10 +175,16 @@ def _markdown(results: Sequence[CheckResult], baseline: Baseline) -> str:
     rows = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for result in results:
         cells = [f"{'✅' if result.passed else '❌'} {result.check.name}", result.check.device, *_cells(result)]
-        cells += [baseline.changes(result) or "as before"] if baseline.records else []
+        cells += [_since(result, baseline)] if baseline.records else []
         rows.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
     failed = [line for result in results if not result.passed for line in _failure(result)]
     return "\n".join([f"### Memory budget: {_count(results)}", "", *rows, *failed]) + "\n"
+
+
+def _since(result: CheckResult, baseline: Baseline) -> str:
+    """What moved since the baseline, and over the runs before it."""
+    course = baseline.trend(result)
+    return (baseline.changes(result) or "as before") + (f"; {course}" if course else "")
 
 
 def _cells(result: CheckResult) -> list[str]:

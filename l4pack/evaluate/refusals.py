@@ -8,7 +8,7 @@ more than just a few tokens deep", https://arxiv.org/abs/2406.05946); Arditi et 
 score refusals by the probability of first tokens in the same way.
 
 A probability moves before a verdict does, so 40 requests show a drift that 40 answers read one by one would not. Nor are
-answers written: 40 requests have every expert read again for each of their tokens, where this reads each once.
+answers written: for each of their tokens nearly every expert would be read again, where this reads each once.
 """
 
 from __future__ import annotations

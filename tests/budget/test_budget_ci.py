@@ -15,6 +15,9 @@ import pytest
 import yaml
 from measured import measured
 
+from l4pack.budget.trend import MOST, earlier_runs, trend
+from l4pack.units import human_gib
+
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., Any]
 SCOUT = "checks:\n  - {name: scout, source: llama-4-scout, recipe: int4-uniform, device: 2xh100, context: 128k}\n"
@@ -44,6 +47,41 @@ def test_a_report_may_take_the_baselines_place(l4pack: Run, checks: Path, tmp_pa
     assert "since the baseline: weights grew by" in ended.out
     assert json.loads(saved.read_text())["checks"][0]["change"].startswith("weights grew by")
     assert l4pack("budget", "check", checks, "--baseline", saved).out.count("since the baseline") == 0
+
+
+def test_several_runs_have_a_trend(l4pack: Run, checks: Path, tmp_path: Path) -> None:
+    """Each run's numbers go along in what the next one saves; a run that found none has none."""
+    saved = tmp_path / "main.json"
+    again = ("budget", "check", checks, "--baseline", saved, "--report", f"json={saved}")
+    contexts = ("64k", "nothing.yaml", "128k", "256k")
+    for context in contexts:
+        text = SCOUT.replace("128k", context) if context != "nothing.yaml" else SCOUT.replace("int4-uniform", context)
+        checks.write_text(text)
+        ended = l4pack(*again)
+        assert "3 runs" in ended.out or context != contexts[-1]
+    record = json.loads(saved.read_text())["checks"][0]
+    before = [run["headroom_bytes"] for run in record["earlier"]]
+    assert len(before) == 2
+    assert before[0] > before[1] > record["headroom_bytes"]
+    summary = l4pack(*again, "--format", "markdown").out
+    assert "as before; █" in summary
+    assert f"to {human_gib(record['headroom_bytes'])} to spare in 4 runs" in summary
+
+
+@pytest.mark.parametrize("earlier", [7, [7], [{"headroom_bytes": "much"}], [{"headroom_bytes": True}], {}])
+def test_a_baselines_earlier_runs_are_not_believed(earlier: object) -> None:
+    assert earlier_runs({"earlier": earlier}) == []
+
+
+def test_a_record_keeps_the_last_runs() -> None:
+    run = {"weight_bytes": 1, "max_context": 2}
+    runs = earlier_runs(
+        {"earlier": [run | {"headroom_bytes": number} for number in range(90)], **run, "headroom_bytes": 90}
+    )
+    assert [runs[0]["headroom_bytes"], runs[-1]["headroom_bytes"], len(runs)] == [61, 90, MOST]
+    assert trend(runs[:1], 5) == ""
+    assert trend(runs[:2], 62).startswith("▁█")
+    assert trend([runs[0]] * 2, 61).startswith("▄▄▄ ")
 
 
 @pytest.mark.parametrize("text", ["budget.json", "yaml=x", "json="])
