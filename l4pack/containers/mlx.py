@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from l4pack.containers.assumed import refuse_others
 from l4pack.containers.safetensors_folder import SafetensorsFolder
@@ -28,8 +28,14 @@ _NEEDED = (
     "intermediate_size_mlp", "max_position_embeddings", "num_attention_heads", "num_experts_per_tok",
     "num_hidden_layers", "num_key_value_heads", "num_local_experts", "rms_norm_eps", "use_qk_norm", "vocab_size",
 )  # fmt: skip
-Group = tuple[int, int]
-"""Bits, and weights in a group."""
+
+
+class Group(NamedTuple):
+    """How a module's groups are stored, in mlx-lm's words."""
+
+    group_size: int
+    bits: int
+    mode: str
 
 
 def check_text(config: Llama4Config) -> None:
@@ -77,9 +83,4 @@ def _text(config: Llama4Config) -> dict[str, Any]:
 def _quantization(groups: Mapping[str, Group]) -> dict[str, Any]:
     """The most common group, and by module those that differ."""
     (usual, _), *_ = Counter(groups.values()).most_common(1)
-    return _group(usual) | {module: _group(group) for module, group in groups.items() if group != usual}
-
-
-def _group(group: Group) -> dict[str, Any]:
-    bits, size = group
-    return {"group_size": size, "bits": bits, "mode": "affine"}
+    return usual._asdict() | {module: group._asdict() for module, group in groups.items() if group != usual}

@@ -18,22 +18,23 @@ from numpy.typing import NDArray
 
 from l4pack.checkpoint.header import read_header
 from l4pack.checkpoint.shards import FilePlace
-from l4pack.containers.mlx import FOLDER, NORM_EPS, check_text, configuration, tensor_name
+from l4pack.containers.mlx import FOLDER, NORM_EPS, Group, check_text, configuration, tensor_name
 from l4pack.containers.safetensors_folder import DEFAULT_SHARD_BYTES
 from l4pack.errors import L4packError
 from l4pack.export.artifact import Artifact, Source
 from l4pack.export.target import Carried, Layout, OutTensor
-from l4pack.formats.affine import ROUNDED_TO, Affine, carrier_of
 from l4pack.formats.carrier import Carrier, SolvedRows
+from l4pack.formats.mlx import ROUNDED_TO, Affine, Microscaling, carrier_of
 from l4pack.model.config import Llama4Config
 from l4pack.model.names import split_suffix
 from l4pack.model.tensors import Role
-from l4pack.quant.dtypes import FLOATS
 from l4pack.quant.floats import HELD_AS, Float32Array, widen
+from l4pack.quant.grid import E2M1
 from l4pack.quant.packing import unpack_levels
 from l4pack.quant.scheme import Scheme
 
 _TOWER = (Role.VISION, Role.PROJECTOR)
+_QUANTIZED = (Affine, Microscaling)
 
 
 class Mlx:
@@ -62,7 +63,7 @@ class Mlx:
 
     def carrier(self, scheme: Scheme, columns: int, dtype: str) -> Carrier | str:
         """See `Target`."""
-        return carrier_of(scheme, columns, next(name for name in FLOATS if name == dtype))
+        return carrier_of(scheme, columns, dtype)
 
     def holds(self, role: Role) -> bool:
         """See `Target`."""
@@ -99,7 +100,9 @@ class Mlx:
         shards, places = FOLDER.lay_out([one.tensors for one in carried], limit or DEFAULT_SHARD_BYTES)
         index = FOLDER.index(shards, sum(tensor.nbytes for one in carried for tensor in one.tensors))
         carriers = {split_suffix(one.name)[0]: one.carrier for one in carried}
-        groups = {module: (one.bits, one.group) for module, one in carriers.items() if isinstance(one, Affine)}
+        groups = {
+            module: Group(one.group, one.bits, one.mode) for module, one in carriers.items() if isinstance(one, _QUANTIZED)
+        }
         beside = {} if index is None else {FOLDER.index_name: index}
         return Layout(tuple(shards), places, {**beside, FOLDER.config_name: configuration(artifact.config, groups)})
 
@@ -126,7 +129,7 @@ class Mlx:
     def decode(self, carried: Carried, rows: Sequence[NDArray[np.uint8]]) -> Float32Array:
         """See `Target`."""
         held = [_typed(raw, tensor.dtype) for raw, tensor in zip(rows, carried.tensors, strict=True)]
-        if not isinstance(carried.carrier, Affine):
+        if not isinstance(carried.carrier, _QUANTIZED):
             return widen(held[0])
         if self._installed:
             return self._by_mlx(carried.carrier, *held)
@@ -136,26 +139,34 @@ class Mlx:
     def _installed(self) -> bool:
         return find_spec("mlx") is not None
 
-    def _by_mlx(self, kind: Affine, words: NDArray[Any], scales: NDArray[Any], biases: NDArray[Any]) -> Float32Array:
+    def _by_mlx(self, kind: Affine | Microscaling, words: NDArray[Any], *scales: NDArray[Any]) -> Float32Array:
         import mlx.core as mx
 
         with self._lock, mx.stream(mx.cpu):
-            wide = (mx.array(widen(values)) for values in (scales, biases))
-            values: Float32Array = np.array(mx.dequantize(mx.array(words), *wide, kind.group, kind.bits))
+            given = [mx.array(values if values.dtype == np.uint8 else widen(values)) for values in scales]
+            made = mx.dequantize(
+                mx.array(words), *given, group_size=kind.group, bits=kind.bits, mode=kind.mode, dtype=mx.float32
+            )
+            values: Float32Array = np.array(made)
         return values
 
 
 def _typed(raw: NDArray[np.uint8], dtype: str) -> NDArray[Any]:
-    return raw.view(np.uint32 if dtype == "U32" else HELD_AS[dtype])
+    return raw.view({"U32": np.uint32, "U8": np.uint8}.get(dtype) or HELD_AS[dtype])
 
 
-def _by_arithmetic(kind: Affine, words: NDArray[Any], scales: NDArray[Any], biases: NDArray[Any]) -> Float32Array:
-    """scale * code + bias; the codes are levels plus half their range."""
-    columns = scales.shape[1] * kind.group
-    levels = unpack_levels(words.view(np.int32), kind.bits, columns).astype(np.float32)
-    codes = (levels + np.float32(1 << (kind.bits - 1))).reshape(len(words), -1, kind.group)
-    values: Float32Array = codes * widen(scales)[..., None] + widen(biases)[..., None]
-    return values.reshape(len(words), columns)
+def _by_arithmetic(kind: Affine | Microscaling, words: NDArray[Any], *scales: NDArray[Any]) -> Float32Array:
+    """scale * code + bias, where codes are levels plus half their range; an E2M1 number times its power of two."""
+    columns = scales[0].shape[1] * kind.group
+    levels = unpack_levels(words.view(np.int32), kind.bits, columns).reshape(len(words), -1, kind.group)
+    codes = levels.astype(np.int16) + (1 << (kind.bits - 1))
+    if isinstance(kind, Microscaling):
+        values = np.ldexp(np.array(E2M1.values, np.float32)[codes], scales[0].astype(np.int32)[..., None] - 127)
+    else:
+        scale, bias = (widen(part)[..., None] for part in scales)
+        values = codes.astype(np.float32) * scale + bias
+    made: Float32Array = values.reshape(len(words), columns)
+    return made
 
 
 def _version() -> str:

@@ -20,19 +20,21 @@ from l4pack.quantize.run import run_plan
 
 LAYER = "language_model.model.layers.1."
 EXPERTS = f"{LAYER}feed_forward.experts."
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
+MIXES = {"integers": MIX, "mxfp4": recipe_of(routed_expert="mxfp4", shared_expert="mxfp4", attention="int8-g64")}
 
 
 @pytest.fixture(scope="module")
 def exported(checkpoint, tmp_path_factory):
     made = {}
 
-    def make(kind):
-        if kind not in made:
+    def make(kind, mix="integers"):
+        if (kind, mix) not in made:
             place = tmp_path_factory.mktemp("mlx")
-            artifact = run_plan(quick_plan(checkpoint(kind), MIX), place / kind).out
+            artifact = run_plan(quick_plan(checkpoint(kind), MIXES[mix]), place / kind).out
             plan = plan_export(open_source(str(artifact)), Mlx(), split=400_000)
-            made[kind] = artifact, plan, run_export(plan, place / "out")
-        return made[kind]
+            made[kind, mix] = artifact, plan, run_export(plan, place / "out")
+        return made[kind, mix]
 
     return make
 
@@ -48,17 +50,24 @@ def values_of(folder):
             bits, size = given["bits"], given["group_size"]
             words = tensor.view(torch.int32).numpy().view(np.uint32)
             codes = np.stack([(words >> np.uint32(first)) & np.uint32(2**bits - 1) for first in range(0, 32, bits)], -1)
-            codes = codes.reshape(*words.shape[:-1], -1, size).astype(np.float32)
-            scales, biases = (held[f"{module}.{part}"].float().numpy()[..., None] for part in ("scales", "biases"))
-            found[module] = (codes * scales + biases).reshape(*words.shape[:-1], -1)
+            codes = codes.reshape(*words.shape[:-1], -1, size)
+            parts = [held[f"{module}.{part}"] for part in ("scales", "biases") if f"{module}.{part}" in held]
+            scales = [part.float().numpy()[..., None] for part in parts]
+            if given["mode"] == "mxfp4":
+                values = np.float32(E2M1)[codes] * np.exp2(scales[0] - 127)
+            else:
+                values = codes.astype(np.float32) * scales[0] + scales[1]
+            found[module] = values.reshape(*words.shape[:-1], -1)
         elif suffix not in ("scales", "biases"):
             found[module] = tensor.float().numpy()
     return found
 
 
-@pytest.mark.parametrize("kind", ["scout", "maverick", "text"])
-def test_a_folder_holds_the_artifacts_numbers(exported, kind):
-    artifact, plan, result = exported(kind)
+@pytest.mark.parametrize(
+    ("kind", "mix"), [("scout", "integers"), ("maverick", "integers"), ("text", "integers"), ("scout", "mxfp4")]
+)
+def test_a_folder_holds_the_artifacts_numbers(exported, kind, mix):
+    artifact, plan, result = exported(kind, mix)
     found = values_of(result.out)
     prefix = "language_model." if kind == "text" else ""
     plain = {name.removesuffix(".weight"): one for name, one in weights(artifact).items() if name.endswith(".weight")}
@@ -110,9 +119,23 @@ def test_a_text_model_is_one_that_mlx_lm_knows(exported):
     assert (result.out / "tokenizer.json").exists()
 
 
-def test_what_would_be_rounded_is_refused(checkpoint, tmp_path):
-    artifact = run_plan(quick_plan(checkpoint("scout"), recipe_of(routed_expert="fp8")), tmp_path / "artifact").out
-    with pytest.raises(UsageError, match="hold integers, not FP8"):
+def test_bytes_of_mxfp4_are_the_artifacts_own(exported):
+    artifact, _, result = exported("scout", "mxfp4")
+    source, made = weights(artifact), weights(result.out)
+    for ours, theirs in {"weight_packed": "weight", "weight_scale": "scales"}.items():
+        wanted = torch.stack([source[f"{EXPERTS}{expert}.down_proj.{ours}"] for expert in range(4)])
+        assert torch.equal(made[f"{EXPERTS}down_proj.{theirs}"].view(torch.uint8), wanted)
+    assert f"{EXPERTS}down_proj.biases" not in made
+    config = json.loads((result.out / "config.json").read_text())
+    assert {key: config["quantization"][key] for key in ("group_size", "bits", "mode")} == {
+        "group_size": 32, "bits": 4, "mode": "mxfp4",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("scheme", "says"), [("fp8", "hold integers, not FP8"), ("nvfp4", "global scales of NVFP4")])
+def test_what_would_be_rounded_is_refused(checkpoint, tmp_path, scheme, says):
+    artifact = run_plan(quick_plan(checkpoint("scout"), recipe_of(routed_expert=scheme)), tmp_path / "artifact").out
+    with pytest.raises(UsageError, match=says):
         plan_export(open_source(str(artifact)), Mlx())
     result = run_export(plan_export(open_source(str(artifact)), Mlx(), lossy=True), tmp_path / "out")
     assert result.proof.rounded == 48
