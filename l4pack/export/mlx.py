@@ -101,7 +101,9 @@ class Mlx:
         index = FOLDER.index(shards, sum(tensor.nbytes for one in carried for tensor in one.tensors))
         carriers = {split_suffix(one.name)[0]: one.carrier for one in carried}
         groups = {
-            module: Group(one.group, one.bits, one.mode) for module, one in carriers.items() if isinstance(one, _QUANTIZED)
+            module: Group(one.group, one.bits, one.mode)
+            for module, one in carriers.items()
+            if isinstance(one, _QUANTIZED)
         }
         beside = {} if index is None else {FOLDER.index_name: index}
         return Layout(tuple(shards), places, {**beside, FOLDER.config_name: configuration(artifact.config, groups)})
