@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from l4pack.model.config import Llama4Config, TextConfig
 from l4pack.model.parts import attention_shapes, projector_shapes, vision_shapes
+from l4pack.quant.grid import ScaleDtype
 from l4pack.quant.scheme import Observer, Scheme
 from l4pack.recipe import RecipeScheme
 from l4pack.stream.rows import HEAD_ROWS, IMAGE_TILES, TOKENS_SCORED, rows_at_once
@@ -32,6 +33,9 @@ CALLS_A_BLOCK, CALLS_A_PIECE, CALLS_A_FACTOR, CALLS_A_FACTOR_BLOCK, CALLS_A_FORW
 CALLS_A_DEVICE_BLOCK, CALLS_A_DEVICE_TURN = 20, 25
 OPERATIONS_A_COLUMN, OPERATIONS_A_TURN = 8 * BLOCK, 10 * BLOCK
 BYTES_A_COLUMN, BYTES_A_TURN = 80, 120
+# Of four-bit floats, by one core: NVFP4's ten candidates for a scale beside the four of integers, and a turn of a sweep,
+# which looks its levels up. Powers of two have three candidates, which take what integers' do.
+NVFP4_CANDIDATES, FLOAT_TURN = 2.3, 2.5
 # Passes over the weights that solving makes between products: residuals, squares, copies, levels; read and written.
 PASSES = 60
 
@@ -114,8 +118,9 @@ class _Solver:
         """The loops over columns as kernels, some rows at a time."""
         weights, pieces = outputs * width, math.ceil(outputs / rows_at_once(self.device, width))
         work.add("columns", Kind.COLUMNS, weights * BLOCK)
-        work.add("sweeps", Kind.VISITS, self._sweep_count * weights)
-        work.add("sweeps", Kind.MOVES, self._sweep_count * weights * width)
+        turns = self._sweep_count * weights * (1 if self.scheme.grid.even else FLOAT_TURN)
+        work.add("sweeps", Kind.VISITS, turns)
+        work.add("sweeps", Kind.MOVES, turns * width)
         calls = CALLS_A_PIECE + CALLS_A_BLOCK * math.ceil(width / BLOCK)
         work.add("the rest of solving", Kind.CALL, pieces * calls)
 
@@ -161,7 +166,7 @@ class _Solver:
 
     def _nearest(self, work: Work, weights: int) -> None:
         kind = Kind.NEAREST_MSE if self.scheme.observer is Observer.MSE else Kind.NEAREST
-        work.add("rounding to nearest", kind, weights * (2 if self.cross else 1))
+        work.add("rounding to nearest", kind, weights * _candidates(self.scheme) * (2 if self.cross else 1))
 
     def _products(self, work: Work, outputs: int, width: int, *, shifting: bool) -> None:
         if self.cross:
@@ -234,12 +239,18 @@ def attending(text: TextConfig, tokens: float, length: int, kind: Kind, device: 
 def rounding(scheme: Scheme, weights: float) -> Work:
     """Rounding weights of a source to nearest, by all threads."""
     work, kind = Work(), Kind.ROUND
-    if not scheme.grid.even:
-        kind = Kind.ROUND_FLOAT
-    elif scheme.observer is Observer.MSE:
+    if scheme.observer is Observer.MSE:
         kind = Kind.ROUND_MSE
-    work.add("rounding", kind, weights)
+    elif not scheme.grid.even:
+        kind = Kind.ROUND_FLOAT
+    work.add("rounding", kind, weights * _candidates(scheme))
     return work
+
+
+def _candidates(scheme: Scheme) -> float:
+    """Of what searching an integer's scale takes."""
+    searched = scheme.observer is Observer.MSE and scheme.scale_dtype is ScaleDtype.E4M3
+    return NVFP4_CANDIDATES if searched else 1.0
 
 
 def scoring(text: TextConfig, tokens: float, models: int) -> Work:

@@ -22,7 +22,7 @@ class Kind(StrEnum):
     NEAREST_MSE = "nearest_mse"  # the same, scales by the least error
     ROUND = "round"  # weights rounded to integers from a source by all threads, scales from extremes
     ROUND_MSE = "round_mse"
-    ROUND_FLOAT = "round_float"  # to FP8
+    ROUND_FLOAT = "round_float"  # to FP8, or FP4 with scales from extremes
     WIDEN = "widen"  # stored weights made numbers to compute with
     UNPACK = "unpack"  # quantized weights read back
     MEMORY = "memory"  # bytes that elementwise operations read and write

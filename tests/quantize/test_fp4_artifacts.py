@@ -8,25 +8,17 @@ from pathlib import Path
 
 import pytest
 from conftest import quick_plan
+from mixes import rounding
 from safetensors.torch import load_file, save_file
 
 from l4pack.artifact.calibration_record import read_calibration
 from l4pack.artifact.manifest import MANIFEST_NAME
 from l4pack.checkpoint.open import open_source
 from l4pack.quantize.run import run_plan
-from l4pack.recipe import Recipe, load_recipe
 from l4pack.verify.verify import verify_artifact
 
 Make = Callable[..., Path]
 GLOBAL = ".weight_global_scale"
-
-
-def rounding(name: str) -> Recipe:
-    """A shipped recipe without its calibration."""
-    values = load_recipe(name).model_dump() | {"calibration": None}
-    for scheme in values["schemes"].values():
-        scheme |= {"method": "rtn", "gptq": None}
-    return Recipe.model_validate(values)
 
 
 def global_scales(artifact: Path) -> dict[str, float]:

@@ -5,6 +5,7 @@ vLLM lives in an interpreter of its own (tools/vllm/make_vllm_venv.sh); where th
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixes import draw_mix, matrix_layers
+from mixes import draw_mix, matrix_layers, rounding
 from vllm_artifacts import (
     GROUP_FP8,
     TENSOR_FP8,
@@ -63,6 +64,13 @@ GOOD = {
     "text-int4": ("text", {MLP: int_scheme()}),
     "text-fp8": ("text", {EVERYTHING: fp8_scheme()}),
 }
+FP4 = {
+    "scout-nvfp4": ("scout", "nvfp4"),
+    "maverick-nvfp4": ("maverick", "nvfp4"),
+    "maverick-mxfp4": ("maverick", "mxfp4"),
+    "text-mxfp4": ("text", "mxfp4"),
+}
+SOLVED = "nvfp4-w4a4"  # its global scales of inputs come from a calibration
 MIXES = [(model, seed) for model in ("scout-deep", "maverick", "text") for seed in range(4)]
 
 
@@ -105,6 +113,16 @@ def unchanged(tensors: Tensors) -> Tensors:
 
 
 INT4, FP8 = {MLP: int_scheme()}, {MLP: fp8_scheme()}
+BAD_FP4 = {
+    "nvfp4-without-input-scale": (SOLVED, without("experts.2.up_proj.input_global_scale"), "w13_input_global_scale"),
+    "nvfp4-without-global-scale": (
+        "scout-nvfp4",
+        without("experts.1.down_proj.weight_global_scale"),
+        "w2_weight_global",
+    ),
+    "mxfp4-without-scale": ("text-mxfp4", without("experts.3.gate_proj.weight_scale"), "w13_weight_scale"),
+    "mxfp4-without-codes": ("text-mxfp4", without("shared_expert.down_proj.weight_packed"), "down_proj.weight_packed"),
+}
 BAD = {
     "asymmetric-attention": ({EVERYTHING: int_scheme(symmetric=False)}, unchanged, "differs", "q_proj"),
     "block-attention": ({EVERYTHING: fp8_scheme("block", GROUP_FP8)}, unchanged, "load", "k_proj"),
@@ -152,8 +170,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def artifacts(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifacts(
+    sources: dict[str, Path], artifact: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     root = tmp_path_factory.mktemp("artifacts")
+    write_fp4(sources, artifact(SOLVED, "maverick"), root)
     for name, (model, schemes) in GOOD.items():
         write_artifact(sources[model], root / name, schemes)
         write_dequantized(root / name, root / f"{name}-values")
@@ -171,6 +192,18 @@ def artifacts(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     return root
 
 
+def write_fp4(sources: dict[str, Path], solved: Path, root: Path) -> None:
+    """Artifacts of four-bit floats as l4pack makes them, their values, and damaged ones."""
+    shutil.copytree(solved, root / SOLVED)
+    for name, (model, recipe) in FP4.items():
+        run_plan(make_plan(open_source(str(sources[model])), rounding(recipe)), root / name)
+    for name in (*FP4, SOLVED):
+        write_dequantized(root / name, root / f"{name}-values")
+    for name, (good, change, _) in BAD_FP4.items():
+        shutil.copytree(root / good, root / name)
+        edit_tensors(root / name, change)
+
+
 @pytest.fixture(scope="module")
 def answers(vllm_python: str, sources: dict[str, Path], artifacts: Path) -> dict[str, Any]:
     jobs: dict[str, dict[str, Any]] = {}
@@ -179,6 +212,10 @@ def answers(vllm_python: str, sources: dict[str, Path], artifacts: Path) -> dict
         jobs[f"{name}-values"] = {"artifact": artifacts / name, "against": artifacts / f"{name}-values", "exact": True}
     for name in BAD:
         jobs[name] = {"artifact": artifacts / name, "against": sources["scout"], "exact": False}
+    for name in (*FP4, SOLVED):
+        jobs[name] = {"artifact": artifacts / name, "against": artifacts / f"{name}-values", "exact": True}
+    for name in BAD_FP4:
+        jobs[name] = {"artifact": artifacts / name, "against": None, "exact": False}
     for model, seed in MIXES:
         made = artifacts / f"{model}-mix-{seed}"
         jobs[made.name] = {"artifact": made, "against": artifacts / f"{made.name}-values", "exact": True}
@@ -205,6 +242,21 @@ def test_loads_to_the_very_values_the_artifact_stands_for(answers: dict[str, Any
     kinds = set(report["classes"])
     assert {"self_attn.q_proj", "feed_forward.experts.gate_proj", "feed_forward.router", "lm_head"} <= kinds
     assert ("vision_model.layernorm_pre" in kinds) is not text_only
+
+
+@pytest.mark.parametrize("name", [*FP4, SOLVED])
+def test_four_bit_floats_load_to_the_very_values(answers: dict[str, Any], name: str) -> None:
+    report = answers["reports"][name]
+    assert report["ok"], report["findings"]
+    assert all(entry["exact"] for entry in report["classes"].values())
+    assert {entry["num_bits"] for kind, entry in report["classes"].items() if "experts" in kind} == {4}
+
+
+@pytest.mark.parametrize("name", BAD_FP4)
+def test_four_bit_floats_with_a_tensor_missing_are_refused(answers: dict[str, Any], name: str) -> None:
+    findings = answers["reports"][name]["findings"]
+    assert {finding["rule"] for finding in findings} == {"unwritten"}
+    assert BAD_FP4[name][-1] in findings[0]["where"]
 
 
 @pytest.mark.parametrize(("model", "seed"), MIXES)

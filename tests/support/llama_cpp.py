@@ -26,12 +26,13 @@ class LlamaCpp:
         self._vocabulary = vocabulary
         self._server = xllamacpp.Server(settings)
 
-    def next_token(self, tokens: list[int]) -> NDArray[np.float64]:
-        """float64 [vocabulary] log-probabilities of the token that follows."""
+    def next_token(self, tokens: list[int] | str) -> NDArray[np.float64]:
+        """float64 [vocabulary] log-probabilities of the token that follows; with a tower, of a text."""
         asked: dict[str, Any] = {
             "prompt": tokens, "n_predict": 1, "n_probs": self._vocabulary, "temperature": 0.0, "cache_prompt": False,
         }  # fmt: skip
         answer = self._server.handle_completions(asked)
+        assert "choices" in answer, answer
         found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         result = np.full(self._vocabulary, -np.inf)
         for entry in found:

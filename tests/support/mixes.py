@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from l4pack.model.tensors import Catalogue, Role
-from l4pack.recipe import Recipe
+from l4pack.recipe import Recipe, load_recipe
 
 
 def _int(num_bits: int, group_size: int | None) -> dict[str, Any]:
@@ -53,3 +53,11 @@ def draw_mix(seed: int, layers: dict[Role, list[int]], schemes: set[str] | None 
 def matrix_layers(layout: Catalogue) -> dict[Role, list[int]]:
     """The layers in which a model has matrices of each role."""
     return {role: sorted({one.layer for one in layout.linears if one.role is role}) for role in MIXED_ROLES}
+
+
+def rounding(name: str) -> Recipe:
+    """A shipped recipe without its calibration."""
+    values = load_recipe(name).model_dump() | {"calibration": None}
+    for scheme in values["schemes"].values():
+        scheme |= {"method": "rtn", "gptq": None}
+    return Recipe.model_validate(values)

@@ -145,6 +145,11 @@ def skip_kernel_selection() -> None:
     sizes, block shapes, Marlin's tile sizes for experts) still runs, and so does what Marlin, the kernel that every GPU
     from Ampere on has for integer weights, says of bits and groups.
     """
+    _skip_integers_and_fp8()
+    _skip_fp4()
+
+
+def _skip_integers_and_fp8() -> None:
     from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
     from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
     from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
@@ -174,3 +179,20 @@ def skip_kernel_selection() -> None:
     compressed_tensors_w8a16_fp8.init_wfp8_a16_linear_kernel = _NoKernel
     compressed_tensors_moe_wna16.select_wna16_moe_backend = expert_backend
     compressed_tensors_moe_w8a8_fp8.select_fp8_moe_backend = lambda **_: (Fp8MoeBackend.TRITON, None)
+
+
+def _skip_fp4() -> None:
+    from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w4a4_mxfp4,
+        compressed_tensors_moe_w4a4_nvfp4,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        compressed_tensors_w4a4_mxfp4,
+        compressed_tensors_w4a4_nvfp4,
+    )
+
+    compressed_tensors_w4a4_nvfp4.init_nvfp4_linear_kernel = _NoKernel
+    compressed_tensors_w4a4_mxfp4.init_mxfp4_linear_kernel = _NoKernel
+    compressed_tensors_moe_w4a4_nvfp4.select_nvfp4_moe_backend = lambda **_: (NvFp4MoeBackend.MARLIN, None)
+    compressed_tensors_moe_w4a4_mxfp4.CutlassExpertsMxfp4._supports_current_device = lambda: False

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FP4_BITS, E8M0_BIAS = 4, 127
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 STACKED = {"w13_": ("gate_proj", "up_proj"), "w2_": ("down_proj",)}
 
 
@@ -84,7 +86,7 @@ def _experts(name: str, module: Any) -> Iterator[Matrix]:
 
 def _num_bits(parameters: dict[str, Any], stack: str, owner: Any) -> int | None:
     if f"{stack}weight_packed" in parameters:
-        return int(owner.num_bits)
+        return int(getattr(owner, "num_bits", FP4_BITS))
     return 8 if f"{stack}weight_scale" in parameters else None
 
 
@@ -98,6 +100,9 @@ def _dequantize(
     if packed is None:
         weight = parameters[f"{stack}weight"].float()
         return weight * _expand(scale, weight.shape, row_sizes)
+    if packed.dtype is torch.uint8:
+        over = parameters.get(f"{stack}weight_global_scale")
+        return _fp4(packed, parameters[f"{stack}weight_scale"], over, row_sizes)
     levels = unpack(packed, num_bits)
     packed_zero_point = parameters.get(f"{stack}weight_zero_point")
     if packed_zero_point is None:
@@ -105,6 +110,15 @@ def _dequantize(
     else:
         zero_point = _expand(unpack(packed_zero_point.T, num_bits).T, levels.shape, row_sizes)
     return (levels - zero_point) * _expand(scale, levels.shape, row_sizes)
+
+
+def _fp4(packed: torch.Tensor, scale: torch.Tensor, over: torch.Tensor | None, row_sizes: list[int]) -> torch.Tensor:
+    """E2M1 codes, the low half of a byte first, times E4M3 scales over a global one, or powers of two where there is none."""
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).long()
+    values = torch.tensor([*E2M1, *(-value for value in E2M1)])[codes]
+    if over is None:
+        return values * _expand(torch.exp2(scale.float() - E8M0_BIAS), values.shape, row_sizes)
+    return values * _expand(scale.float(), values.shape, row_sizes) / _expand(over.reshape(-1), values.shape, row_sizes)
 
 
 def unpack(words: torch.Tensor, num_bits: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 FLOAT8_NAN = 0x7F
+WORD = 8  # bytes that are compared at once
 KV_SCALES = (".k_scale", ".v_scale")
 
 
@@ -65,7 +66,7 @@ def poison(model: nn.Module) -> None:
     """Fill every parameter with NaN (floats), 0x7f (FP8, its NaN) or a pattern of its own (integers)."""
     for name, parameter in model.named_parameters():
         data = parameter.data
-        if data.element_size() == 1:
+        if data.is_floating_point() and data.element_size() == 1:
             data.view(torch.uint8).fill_(FLOAT8_NAN)
         elif data.is_floating_point():
             data.fill_(float("nan"))
@@ -75,18 +76,25 @@ def poison(model: nn.Module) -> None:
 
 def unwritten(name: str, data: torch.Tensor) -> int:
     """Count the elements of a parameter that are still poison."""
-    if data.element_size() == 1:
+    if data.is_floating_point() and data.element_size() == 1:
         return int((data.view(torch.uint8) == FLOAT8_NAN).sum())
     if data.is_floating_point():
         return int(data.isnan().sum())
+    if data.element_size() == 1:  # every byte is a legal pair of FP4 codes, or a scale: eight at once are no chance
+        return WORD * int((_words(data) == _words(_pattern(name, data))).sum())
     same = int((data == _pattern(name, data)).sum())
     # Any 32-bit word is a legal run of packed weights, so a chance hit in a large tensor is not a fault.
     return same if same > data.numel() // 2**24 else 0
 
 
 def _pattern(name: str, data: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    return torch.randint(-(2**31), 2**31 - 1, data.shape, generator=generator, dtype=data.dtype)
+    generator, limits = torch.Generator().manual_seed(zlib.crc32(name.encode())), torch.iinfo(data.dtype)
+    return torch.randint(limits.min, limits.max, data.shape, generator=generator, dtype=data.dtype)
+
+
+def _words(data: torch.Tensor) -> torch.Tensor:
+    """Bytes, eight together."""
+    return data.reshape(-1)[: data.numel() // WORD * WORD].view(torch.int64)
 
 
 def _vllm_config(folder: Path) -> Any:
