@@ -21,7 +21,7 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# llama.cpp and MLX themselves load what is exported for them; their environment is made once and kept by version.
+# llama.cpp and MLX themselves load what is exported for them; their environment is made once and kept by version. CI runs it.
 test-clients: venv
 	tools/clients/run.sh $(BIN)
 
