@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,8 +28,8 @@ from l4pack.model.config import parse_config
 from l4pack.publish.base_model import base_claim, checked_base
 from l4pack.publish.card import card_values, render_card
 from l4pack.publish.card_check import carries_mark, first_difference, same_mark
-from l4pack.publish.card_facts import CardFacts
-from l4pack.publish.family import USE, addressee, rungs
+from l4pack.publish.card_facts import CardFacts, Rung
+from l4pack.publish.family import USE, addressee
 from l4pack.publish.fits import device_fits, served
 from l4pack.publish.gates import check_quality, licence_error
 from l4pack.publish.licence import (
@@ -62,7 +62,7 @@ class Wishes:
     template: Path | None = None
     gated: bool = False
     repository: str | None = None  # where it will be on the Hub, for the commands on the card
-    family: tuple[Path, ...] = ()  # folders of other artifacts of the same model
+    family: Sequence[Rung] = ()  # other artifacts of the same model
     endpoint: str | None = field(default=None, repr=False)
 
 
@@ -296,7 +296,7 @@ def _facts(
         chat=(folder / "chat_template.jinja").is_file()
         or "chat_template" in small_object(folder / "tokenizer_config.json", MAX_SMALL_FILE),
         packaged=_packaged_on(folder),
-        family=rungs(wishes.family, manifest),
+        family=wishes.family,
     )
 
 

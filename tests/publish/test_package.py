@@ -20,6 +20,7 @@ from l4pack.errors import BudgetError, L4packError, LicenceError, QualityError, 
 from l4pack.evaluate.schema import PAIRED
 from l4pack.model.tensors import catalogue
 from l4pack.publish.base_model import base_claim
+from l4pack.publish.family import rungs
 from l4pack.publish.publish import Wishes, address_card, check_ready, package_artifact
 
 pytest_plugins = ["publishing_fixtures"]
@@ -393,7 +394,7 @@ def test_a_family_stands_on_the_card_of_each(unpackaged, licensed_source, tmp_pa
     measured(other, kl_mean=0.001, kl_standard_error=0.0001)
     package_artifact(other, None, Wishes(base_model=BASE))
     address_card(other, "me/Llama-4-Tiny-FP8")
-    package_artifact(unpackaged, None, Wishes(base_model=BASE, family=(other,)))
+    package_artifact(unpackaged, None, Wishes(base_model=BASE, family=rungs([str(other)], unpackaged)))
     card = (unpackaged / "README.md").read_text()
     table = card.partition("## Family")[2].partition("##")[0].splitlines()
     rows = [line for line in table if line.startswith("| ")][1:]
@@ -409,4 +410,37 @@ def test_a_family_stands_on_the_card_of_each(unpackaged, licensed_source, tmp_pa
 def test_a_family_is_of_one_original(unpackaged, checkpoint, tmp_path):
     stranger = made(checkpoint("maverick"), tmp_path / "Llama-4-Other", {})
     with pytest.raises(UsageError, match="was made from another model"):
-        package_artifact(unpackaged, None, Wishes(base_model=BASE, family=(stranger,)))
+        rungs([str(stranger)], unpackaged)
+
+
+def test_a_family_on_the_hub_is_read_by_its_headers(hub, l4pack, unpackaged, licensed_source, checkpoint, tmp_path):
+    """A repository, or all of a collection but strangers and the artifact itself, under whatever name it is there."""
+    published = {
+        "me/Llama-4-Tiny-FP8": made(licensed_source, tmp_path / "fp8", {"extends": "fp8"}),
+        "me/Llama-4-Other": made(checkpoint("maverick"), tmp_path / "other", {}),
+        "me/The-Same": unpackaged,
+    }
+    measured(published["me/Llama-4-Tiny-FP8"], kl_mean=0.001, kl_standard_error=0.0001)
+    for name, folder in published.items():
+        hub.add(name, {path.name: path.read_bytes() for path in folder.iterdir()})
+    hub.add("me/Something", {"config.json": b"{}"})
+    hub.collections["me/tiny-64f9"] = [*published, "me/Something"]
+    ended = l4pack(
+        "package", unpackaged, "--base-model", BASE, "--family", "https://huggingface.co/collections/me/tiny-64f9"
+    )
+    assert ended.code == 0, ended.err
+    assert "me/Something: no artifact of l4pack, left out" in ended.err
+    assert ": of another model, left out" in ended.err
+    card = (unpackaged / "README.md").read_text()
+    table = card.partition("## Family")[2].partition("##")[0].splitlines()
+    rows = [line for line in table if line.startswith("| ")][1:]
+    assert len(rows) == 2
+    assert "[Llama-4-Tiny-FP8](https://huggingface.co/me/Llama-4-Tiny-FP8)" in rows[0]
+    assert "0.00100 ± 0.00010" in rows[0]
+    (alone,) = rungs(["me/Llama-4-Tiny-FP8"], unpackaged)
+    assert alone == rungs(["collections/me/tiny-64f9"], unpackaged)[0]
+    assert hub.served("^/large/") < 300_000
+    for name, code in (("collections/me/nothing", 5), ("me/Llama-4-Other", 2), ("hf://nothing", 4), ("nowhere", 2)):
+        ended = l4pack("package", unpackaged, "--base-model", BASE, "--family", name)
+        assert ended.code == code, (name, ended.err)
+        assert ended.err.count("error:") == 1

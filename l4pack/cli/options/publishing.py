@@ -33,8 +33,12 @@ SignatureOption = Annotated[
     ),
 ]
 FamilyOption = Annotated[
-    list[Path] | None,
-    typer.Option("--family", metavar="DIR", help="Another artifact of the same model, for a table; may be repeated."),
+    list[str] | None,
+    typer.Option(
+        "--family",
+        metavar="DIR|ORG/NAME|collections/OWNER/SLUG",
+        help="Another artifact of the same model, or all of a collection, for a table on the card; may be repeated.",
+    ),
 ]
 PushOption = Annotated[str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload when all is well.")]
 PublicOption = Annotated[bool, typer.Option("--public", help="Make the repository public; private unless said.")]
