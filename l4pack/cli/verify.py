@@ -41,17 +41,24 @@ def verify(
 ) -> None:
     """Check an artifact: what runtimes would read, whether it is right, and with --against whether it is this model.
 
+    Of a GGUF file that l4pack did not export, its header is checked: whether llama.cpp finds a Llama 4 in it, of the right sizes.
+
     A repository on the Hub is checked as it is published; with --headers-only, no weight of it is fetched. Exit code 0: nothing wrong. 1: something is. 4: the artifact or the source can't be opened.
 
     Example: `l4pack verify demo-int4 --against demo`
     """
     from l4pack.artifact.published import look
     from l4pack.checkpoint.open import open_source
+    from l4pack.cli.verify_gguf import holds_gguf, show_gguf
     from l4pack.containers.safetensors_folder import CONTAINER
     from l4pack.export.record import export_folder
     from l4pack.verify.verify import verify_artifact
 
-    if (exported := export_folder(Path(artifact))) is not None:
+    exported, gguf = export_folder(Path(artifact)), holds_gguf(Path(artifact))
+    if gguf and (headers_only or exported is None):
+        show_gguf(Path(artifact), against, as_json=as_json, strict=strict)
+        return
+    if exported is not None:
         if headers_only or signature is not None:
             raise UsageError(
                 f"{artifact} is an export", hint="it is held against its artifact alone: --against ARTIFACT"
