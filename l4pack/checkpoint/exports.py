@@ -113,12 +113,17 @@ def without_stale_stanza(config: Llama4Config, entries: Mapping[str, TensorEntry
     """A configuration without a statement about quantization that its tensors don't bear out, and a note if it had one."""
     if not config.quantized or looks_quantized(entries):
         return config, []
+    note = "config.json says that it is quantized; none of its tensors is, so the statement is not carried over"
+    return without_stanza(config), [note]
+
+
+def without_stanza(config: Llama4Config) -> Llama4Config:
+    """A configuration that says nothing of quantization, in no section."""
     raw = _without_stanzas(config.raw)
     for section in SECTIONS:
         if isinstance(raw.get(section), dict):
             raw[section] = _without_stanzas(raw[section])
-    note = "config.json says that it is quantized; none of its tensors is, so the statement is not carried over"
-    return parse_config(raw), [note]
+    return parse_config(raw)
 
 
 def _without_stanzas(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,6 +121,7 @@ class Checkpoint:
     included: tuple[str, ...] = ()  # companions that were asked for by name
     notes: tuple[str, ...] = ()  # what is not as the files say, in words
     tied_head: TensorEntry | None = None
+    dequantized: str | None = None  # what its matrices are stored as, where they are read as products of code and scale
     kind: str = "safetensors"  # how the weights lie in files, in words
     reopen: Callable[[], Checkpoint] | None = field(default=None, compare=False, repr=False)  # the same, seen now
 
@@ -131,8 +132,8 @@ class Checkpoint:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.nbytes for entry in self.entries.values())
+        """Bytes of all tensors in the files."""
+        return sum(nbytes for entry in self.entries.values() for nbytes in entry.stored.values())
 
     @cached_property
     def float_names(self) -> dict[str, FloatName]:
