@@ -83,11 +83,13 @@ def plan(
     compute: str = "auto",
     include: Sequence[str] = (),
     keep_float32: bool = False,
+    allow_requantize: bool = False,
 ) -> Plan:
     """Know every output byte and what the job takes, before the first weight is read.
 
     `recipe` is a shipped one's name or a YAML file. `calibration` is a text, which is read and tokenized here;
-    `calibration_samples` of it at most, of `sequence_length` tokens. `compute` is `cpu`, `cuda`, `cuda:N` or `auto`.
+    `calibration_samples` of it at most, of `sequence_length` tokens. `allow_requantize` takes an artifact for a source, which a
+    release in FP8 is without it. `compute` is `cpu`, `cuda`, `cuda:N` or `auto`.
 
     Raises SourceError (damaged, incomplete or quantized already), RecipeError (a rule that matches nothing, a group that
     does not divide), BudgetError (`max_ram` or `max_vram` is too little), UsageError, HubError.
@@ -96,8 +98,8 @@ def plan(
     >>> planned.weight_bytes, round(planned.bits_per_weight, 3)
     (64873104640, 4.125)
     """
+    from l4pack.artifact.as_source import open_original
     from l4pack.calibration.text import with_text
-    from l4pack.checkpoint.open import open_source
     from l4pack.containers.safetensors_folder import DEFAULT_SHARD_BYTES
     from l4pack.plan.limits import limits_here
     from l4pack.plan.plan import make_plan
@@ -115,7 +117,7 @@ def plan(
         .keeping(float32=keep_float32)
         .calibrating(calibration is not None, samples=calibration_samples, sequence_length=sequence_length, seed=seed)
     )
-    made = make_plan(open_source(str(source), include=include), wanted, limits)
+    made = make_plan(open_original(str(source), include=include, requantize=allow_requantize), wanted, limits)
     return made if calibration is None or made.needs is None else with_text(made, str(calibration))
 
 
@@ -174,8 +176,8 @@ def verify(
     >>> checked.ok, checked.findings
     (True, ())
     """
+    from l4pack.artifact.as_source import open_original
     from l4pack.artifact.published import look
-    from l4pack.checkpoint.open import open_source
     from l4pack.errors import UsageError
     from l4pack.verify.verify import verify_artifact
 
@@ -183,7 +185,7 @@ def verify(
         raise UsageError("sample needs a source to compare with", hint="give against=")
     if against is not None and headers_only:
         raise UsageError("headers_only reads nothing to hold against a source", hint="leave one of the two out")
-    source = None if against is None else open_source(str(against))
+    source = None if against is None else open_original(str(against), requantize=True)
     with look(str(artifact), weights=not headers_only) as looked:
         return verify_artifact(looked.folder, source, sample, advance, headers_only=headers_only)
 
@@ -298,7 +300,7 @@ def _measured(
     folder: Path, against: str | None, settings: EvaluationSettings, gates: Gates, advance: Advance | None
 ) -> Evaluation:
     """Evaluate, keep the record, and hold it against the gates."""
-    from l4pack.checkpoint.open import open_source
+    from l4pack.artifact.as_source import open_original
     from l4pack.checkpoint.source import open_folder
     from l4pack.evaluate.evaluate import evaluate as measure
     from l4pack.evaluate.gates import judge, limits_of, require
@@ -308,7 +310,7 @@ def _measured(
     from l4pack.work.signals import stop_signals
 
     read_evaluations(folder)  # what can't be added to is said before the work, not after it
-    original = None if against is None else open_source(against)
+    original = None if against is None else open_original(against, requantize=True)
     with stop_signals() as stop:
         record = measure(open_folder(folder), original, settings, Progress.of(_shown(advance), stop))
     write_accuracy(folder, record, gates, {})
@@ -367,10 +369,10 @@ def package(
     >>> packaged.name
     'demo-W4A16-g128'
     """
-    from l4pack.checkpoint.open import open_source
+    from l4pack.artifact.as_source import open_original
     from l4pack.publish.publish import Wishes, package_artifact
 
-    original = None if source is None else open_source(str(source))
+    original = None if source is None else open_original(str(source), requantize=True)
     own = None if template is None else Path(template)
     return package_artifact(Path(artifact), original, Wishes(name, base_model, own, gated))
 

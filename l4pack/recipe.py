@@ -14,6 +14,7 @@ from l4pack.errors import RecipeError, UsageError
 from l4pack.formats.configuration import OBSERVED, Activations
 from l4pack.formats.known import load_format
 from l4pack.model.tensors import QUANTIZABLE, Role
+from l4pack.quant.grid import ScaleDtype
 from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.resources import data_folder
 
@@ -223,6 +224,16 @@ class Recipe(_Data):
     def keeping(self, *, float32: bool) -> Recipe:
         """The recipe, with float32 kept where that is asked for."""
         return self.model_copy(update={"keep_float32": True}) if float32 else self
+
+    def with_scales(self, dtype: str) -> Recipe:
+        """The recipe with scales in a float dtype where it leaves that to the source."""
+        schemes = {
+            name: scheme.model_copy(update={"scale_dtype": ScaleDtype(dtype)})
+            if scheme.scale_dtype is ScaleDtype.SOURCE
+            else scheme
+            for name, scheme in self.schemes.items()
+        }
+        return self.model_copy(update={"schemes": schemes})
 
     def digest(self) -> str:
         """Hex SHA-256 of the recipe with every default filled in."""

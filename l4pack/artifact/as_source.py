@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from l4pack.artifact.codes import FP8_CHANNEL, CodedExperts, CodedMatrix, stored_shapes
+from l4pack.artifact.codes import FP8_CHANNEL, CodedExperts, CodedMatrix, codes_of, stored_shapes
 from l4pack.artifact.kv_cache import scale_names
 from l4pack.artifact.manifest import MANIFEST_NAME
 from l4pack.artifact.patterns import matches, pattern
@@ -65,7 +65,7 @@ def open_original(
     if not opened.config.quantized:
         return opened
     source = as_source(opened)
-    if not requantize and not _is_release(opened, source):
+    if not requantize and not is_release(source):
         raise SourceError(
             f"{opened.name} is quantized already ({source.dequantized})",
             hint="start from the original BF16 checkpoint; plan, quantize and build take --allow-requantize",
@@ -118,11 +118,15 @@ def _reopened(reopen: Callable[[], Checkpoint]) -> Checkpoint:
     return as_source(reopen())
 
 
-def _is_release(opened: Checkpoint, source: Checkpoint) -> bool:
-    """Whether it is FP8 throughout, and not l4pack's own: a release that stands for an original."""
-    codes = (entry.derived for entry in source.entries.values() if entry.derived is not None)
-    own = isinstance(opened.store, LocalStore) and (opened.store.folder / MANIFEST_NAME).is_file()
-    return not own and all(code.scheme.grid is E4M3 for code in codes if isinstance(code, CodedMatrix | CodedExperts))
+def is_release(source: Checkpoint) -> bool:
+    """Whether a quantized source is FP8 throughout, and not l4pack's own: a release that stands for an original."""
+    codes = (codes_of(entry) for entry in source.entries.values())
+    return not is_own(source) and all(code is None or code.scheme.grid is E4M3 for code in codes)
+
+
+def is_own(checkpoint: Checkpoint) -> bool:
+    """Whether its folder is that of an artifact that l4pack made."""
+    return isinstance(checkpoint.store, LocalStore) and (checkpoint.store.folder / MANIFEST_NAME).is_file()
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,7 @@ def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": checkpoint.layout.parameters,
         "weight_bytes": checkpoint.weight_bytes,
         "headers_sha256": headers.hexdigest(),
+        **({} if checkpoint.dequantized is None else {"dequantized_from": checkpoint.dequantized}),
     }
 
 

@@ -38,6 +38,8 @@ class SourceRecord(_Data):
     headers_sha256: Sha256
     # Of a little of every tensor (`checkpoint/sample.py`); null where no file was kept to take it from.
     sample_sha256: Sha256 | None = None
+    # What it was quantized to itself, where the artifact was made of products of codes and scales.
+    dequantized_from: str | None = None
 
 
 class CalibrationRecord(_Data):

@@ -12,6 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from l4pack.artifact.as_source import is_own, is_release
 from l4pack.artifact.contents import tensor_digest
 from l4pack.artifact.manifest import MANIFEST_NAME, source_record
 from l4pack.artifact.manifest_schema import ManifestFile, SourceRecord, read_manifest
@@ -35,11 +36,12 @@ _COMPARE = "give the unquantized checkpoint: comparing two artifacts with each o
 def check_original(artifact: Checkpoint, original: Checkpoint) -> None:
     """Raise unless `original` is an unquantized checkpoint and, as far as the artifact's manifest tells, its source.
 
-    SourceError for a configuration without weights, UsageError for everything else. Reads the small tensors that both
-    have in common and a part of each large one.
+    A quantized one may stand for an original where it is a release in FP8, or the artifact was made from it. SourceError
+    for a configuration without weights, UsageError for everything else. Reads the small tensors that both have in common
+    and a part of each large one.
     """
-    check_unquantized(original)
     manifest = manifest_of(artifact)
+    check_unquantized(original, manifest)
     if manifest is None:
         return
     source = manifest.source
@@ -64,19 +66,26 @@ def check_original(artifact: Checkpoint, original: Checkpoint) -> None:
         )
 
 
-def check_unquantized(original: Checkpoint) -> None:
-    """Raise SourceError for a configuration without weights, UsageError for an artifact or any quantized checkpoint."""
+def check_unquantized(original: Checkpoint, manifest: ManifestFile | None) -> None:
+    """Raise SourceError for a configuration without weights, UsageError for an artifact or any quantized checkpoint.
+
+    `manifest` is that of the artifact which is held against it, and may say that it was made from a quantized one.
+    """
     if original.bare:
         raise SourceError(f"{original.name} is a configuration without weights", hint="give the checkpoint itself")
+    if manifest is not None and original.dequantized and manifest.source.dequantized_from == original.dequantized:
+        return
     what = quantized_as(original)
     if what is not None:
         raise UsageError(f"{original.name} is {what}, not an original", hint=_COMPARE)
 
 
 def quantized_as(checkpoint: Checkpoint) -> str | None:
-    """What kind of quantized checkpoint this is, judged by its tensors; None for an original."""
-    if isinstance(checkpoint.store, LocalStore) and (checkpoint.store.folder / MANIFEST_NAME).is_file():
+    """What kind of quantized checkpoint this is, judged by its tensors; None for an original, or a release in FP8."""
+    if is_own(checkpoint):
         return "an artifact that l4pack made"
+    if checkpoint.dequantized and not is_release(checkpoint):
+        return f"quantized already ({checkpoint.dequantized})"
     odd = sorted({entry.dtype for entry in checkpoint.entries.values()} - set(WEIGHT_DTYPES))
     return f"quantized already (it has tensors of {', '.join(odd)})" if odd else None
 

@@ -15,6 +15,7 @@ from l4pack.cli.cluster import cluster_options, joined
 from l4pack.cli.fit import warn_of_stand_in
 from l4pack.cli.hours import Hours, hours_view, within_record, within_time, within_view
 from l4pack.cli.options import (
+    AllowRequantizeOption,
     AsJsonOption,
     BaseModelOption,
     BitsOption,
@@ -119,6 +120,7 @@ def build(
     compute: ComputeOption = AUTO,
     include: IncludeOption = None,
     keep_float32: KeepFloat32Option = False,
+    allow_requantize: AllowRequantizeOption = False,
     fetch_as_you_go: FetchAsYouGoOption = False,
     ray: RayOption = None,
     gpus_per_worker: GpusPerWorkerOption = None,
@@ -136,9 +138,9 @@ def build(
 
     Example: `l4pack build demo --recipe int4-rtn --out demo-int4 --device h100 --context 8192`
     """
+    from l4pack.artifact.as_source import open_original
     from l4pack.build import Order, fetch_folder, fit_recipe
     from l4pack.build import build as run
-    from l4pack.checkpoint.open import open_source
     from l4pack.evaluate.gates import asked_gates
     from l4pack.export.known import containers_named
     from l4pack.plan.plan import make_plan
@@ -149,7 +151,12 @@ def build(
     chosen_device = chosen(compute)
     spread = cluster_options(ray, gpus_per_worker, chosen_device)
     target, exports = _target(push, public=public, tag=tag), containers_named(export)
-    checkpoint = open_source(source, fetch_folder=fetch_folder(out) if fetch_as_you_go else None, include=include or ())
+    checkpoint = open_original(
+        source,
+        fetch_folder=fetch_folder(out) if fetch_as_you_go else None,
+        include=include or (),
+        requantize=allow_requantize,
+    )
     before: list[Step] = []
     if fit:
         wish = _wish(recipe, device, context, sequences, kv_dtype, max_bytes, bits, runtime)

@@ -51,6 +51,7 @@ def chat(
 
     Example: `l4pack chat demo --prompt "Why is the sky blue?" -n 16`
     """
+    from l4pack.artifact.as_source import open_original
     from l4pack.checkpoint.open import open_source
     from l4pack.evaluate.generate import Asking
     from l4pack.evaluate.talk import converse
@@ -59,7 +60,7 @@ def chat(
 
     limits = [given_size(limit) for limit in (max_ram, max_vram)]
     asking = Asking(tokens, compute, *limits)
-    artifact, original = open_source(source), open_source(against) if against else None
+    artifact, original = open_source(source), open_original(against, requantize=True) if against else None
     total = tokens * sum(one.weight_bytes for one in (artifact, original) if one is not None)
     messages: list[dict[str, Any]] = []
     for said in _said(prompt):

@@ -142,10 +142,10 @@ def _looked(artifacts: list[str], *, weights: bool) -> Iterator[list[Looked]]:
 
 
 def _opened(artifacts: list[Looked], against: str) -> tuple[list[Checkpoint], Checkpoint]:
-    from l4pack.checkpoint.open import open_source
+    from l4pack.artifact.as_source import open_original
     from l4pack.checkpoint.source import open_folder
 
-    return [open_folder(one.folder) for one in artifacts], open_source(against)
+    return [open_folder(one.folder) for one in artifacts], open_original(against, requantize=True)
 
 
 def _plan(

@@ -48,8 +48,8 @@ def coverage(
 
     Example: `l4pack coverage demo --calibration-samples 16`
     """
+    from l4pack.artifact.as_source import open_original
     from l4pack.calibration.cover import Wanted, cover
-    from l4pack.checkpoint.open import open_source
     from l4pack.stream.visitor import Progress
     from l4pack.work.signals import stop_signals
 
@@ -58,7 +58,7 @@ def coverage(
     limits = map(given_size, (max_ram, max_vram))
     wanted = Wanted(calibration, calibration_samples, sequence_length, seed, max_cold, *limits)
     folder = work or Path(f"{Path(source).resolve().name}.coverage.partial")
-    checkpoint = open_source(source)
+    checkpoint = open_original(source)
     with console.progress("covering", checkpoint.weight_bytes) as bar, stop_signals() as stop:
         progress = Progress.of(bar.shown, stop)
         found = cover(checkpoint, wanted, folder, compute, progress, restart=restart)

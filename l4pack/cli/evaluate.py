@@ -147,14 +147,14 @@ def evaluate(
 def _run(
     artifact: Path, against: str | None, settings: EvaluationSettings, hours: Hours, cluster: Cluster | None
 ) -> dict[str, Any]:
-    from l4pack.checkpoint.open import open_source
+    from l4pack.artifact.as_source import open_original
     from l4pack.checkpoint.source import open_folder
     from l4pack.evaluate.evaluate import prepare_evaluation, total_bytes
     from l4pack.stream.visitor import Progress
     from l4pack.timing.jobs import layer_weights
     from l4pack.work.signals import stop_signals
 
-    checkpoint, original = open_folder(artifact), None if against is None else open_source(against)
+    checkpoint, original = open_folder(artifact), None if against is None else open_original(against, requantize=True)
     models = [one for one in (None if settings.reference else original, checkpoint) if one is not None]
     said = sample_talk(settings.sample_tokens).walked_bytes(checkpoint.config.text, list(map(layer_weights, models)))
     total = total_bytes(*models) + said
@@ -173,11 +173,14 @@ def _planned(
     looked: Looked, against: str | None, settings: EvaluationSettings, hours: Hours, workers: int | None
 ) -> Planned:
     """What an evaluation would take; no weight is read."""
-    from l4pack.checkpoint.open import open_source
+    from l4pack.artifact.as_source import open_original
     from l4pack.checkpoint.source import open_folder
     from l4pack.evaluate.evaluate import prepare_evaluation
 
-    checkpoint, original = open_folder(looked.folder), None if against is None else open_source(against)
+    checkpoint, original = (
+        open_folder(looked.folder),
+        None if against is None else open_original(against, requantize=True),
+    )
     prepared = [prepare_evaluation(checkpoint, original, settings, measured=UNREAD)]
     fetched = None if looked.here else looked.fetched_bytes
     return planned_of(prepared, hours, workers, asked_of(prepared[0]), fetched)

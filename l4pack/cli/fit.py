@@ -51,7 +51,7 @@ def fit(
 
     Example: `l4pack fit llama-4-scout --max-bytes 65GB --out scout-65gb.yaml`
     """
-    from l4pack.checkpoint.open import open_source
+    from l4pack.artifact.as_source import open_original
     from l4pack.fit.budgets import Wish
     from l4pack.fit.fit import fit as run
     from l4pack.fit.losses import shipped_sensitivity
@@ -67,7 +67,7 @@ def fit(
     check_file(out)
     if chart is not None:
         check_chart(chart)
-    checkpoint = open_source(source)
+    checkpoint = open_original(source)
     found = shipped_sensitivity(checkpoint) if sensitivity is None else read_sensitivity(sensitivity)
     warn_of_stand_in(found, checkpoint)
     fitted = run(checkpoint, found, wish, out.stem)

@@ -82,7 +82,7 @@ def measure(
 
     Example: `l4pack measure demo --samples 8 --out sensitivity.json`
     """
-    from l4pack.checkpoint.open import open_source
+    from l4pack.artifact.as_source import open_original
     from l4pack.measure.prepare import Direct as Way
     from l4pack.measure.prepare import MeasureSettings, prepare_measurement
     from l4pack.text.choice import TextChoice
@@ -103,7 +103,7 @@ def measure(
         restart=restart,
     )
     device = chosen(compute)
-    hours, checkpoint = Hours(on, devices, price, device, out.parent, planned=dry_run), open_source(source)
+    hours, checkpoint = Hours(on, devices, price, device, out.parent, planned=dry_run), open_original(source)
     if dry_run:
         workers = planned_workers(ray, gpus_per_worker, device, computes=True)
         prepared = prepare_measurement(checkpoint, settings, workers)

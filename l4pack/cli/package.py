@@ -37,11 +37,11 @@ def package(
 
     Example: `l4pack package scout-int4 --base-model meta-llama/Llama-4-Scout-17B-16E-Instruct`
     """
-    from l4pack.checkpoint.open import open_source
+    from l4pack.artifact.as_source import open_original
     from l4pack.publish.family import rungs
     from l4pack.publish.publish import Wishes, package_artifact, sign_artifact
 
-    original = None if source is None else open_source(source)
+    original = None if source is None else open_original(source, requantize=True)
     others = rungs(family or (), folder, console.tell)
     wishes = Wishes(name=name, base_model=base_model, template=template, gated=gated, family=others)
     result = package_artifact(folder, original, wishes)

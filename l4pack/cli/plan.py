@@ -21,6 +21,7 @@ from l4pack.cli.hours import (
     within_view,
 )
 from l4pack.cli.options import (
+    AllowRequantizeOption,
     AsJsonOption,
     CalibrationOption,
     CalibrationSamplesOption,
@@ -62,6 +63,7 @@ def plan(
     compute: ComputeOption = AUTO,
     include: IncludeOption = None,
     keep_float32: KeepFloat32Option = False,
+    allow_requantize: AllowRequantizeOption = False,
     on: OnOption = None,
     devices: DevicesFileOption = None,
     price: PriceOption = None,
@@ -73,7 +75,7 @@ def plan(
 
     Example: `l4pack plan llama-4-scout --recipe scout-int4-1xh100`
     """
-    from l4pack.checkpoint.open import open_source
+    from l4pack.artifact.as_source import open_original
     from l4pack.plan.plan import make_plan
     from l4pack.plan.summary import plan_record, room_record
     from l4pack.publish.ahead import refused_later
@@ -86,7 +88,7 @@ def plan(
         .keeping(float32=keep_float32)
         .calibrating(calibration is not None, samples=calibration_samples, sequence_length=sequence_length, seed=seed)
     )
-    made = make_plan(open_source(source, include=include or ()), wanted, allowed)
+    made = make_plan(open_original(source, include=include or (), requantize=allow_requantize), wanted, allowed)
     made, fitted = within_time(made, allowed, hours, within, calibration_samples)
     made = made if workers is None else made.on_cluster()
     if calibration is not None and made.needs is not None:

@@ -19,6 +19,7 @@ from l4pack.cli.hours import (
     within_view,
 )
 from l4pack.cli.options import (
+    AllowRequantizeOption,
     AsJsonOption,
     CalibrationOption,
     CalibrationSamplesOption,
@@ -72,6 +73,7 @@ def quantize(
     compute: ComputeOption = AUTO,
     include: IncludeOption = None,
     keep_float32: KeepFloat32Option = False,
+    allow_requantize: AllowRequantizeOption = False,
     fetch_as_you_go: FetchAsYouGoOption = False,
     ray: RayOption = None,
     gpus_per_worker: GpusPerWorkerOption = None,
@@ -87,8 +89,8 @@ def quantize(
 
     Example: `l4pack quantize demo --recipe int4 --out demo-int4`
     """
+    from l4pack.artifact.as_source import open_original
     from l4pack.calibration.text import with_text
-    from l4pack.checkpoint.open import open_source
     from l4pack.plan.plan import make_plan
     from l4pack.plan.summary import plan_record, room_record
     from l4pack.publish.ahead import refused_later
@@ -107,7 +109,11 @@ def quantize(
         .keeping(float32=keep_float32)
         .calibrating(calibration is not None, samples=calibration_samples, sequence_length=sequence_length, seed=seed)
     )
-    made = make_plan(open_source(source, fetch_folder=fetch_folder, include=include or ()), wanted, allowed)
+    made = make_plan(
+        open_original(source, fetch_folder=fetch_folder, include=include or (), requantize=allow_requantize),
+        wanted,
+        allowed,
+    )
     made, fitted = within_time(made, allowed, hours, within, calibration_samples)
     made = made if spread is None else made.on_cluster()
     if made.needs is not None and not (dry_run and calibration is None and made.checkpoint.bare):

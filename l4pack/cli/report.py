@@ -59,13 +59,13 @@ def _records(artifact: Path, fitted: dict[str, Any] | None, against: str | None)
 
 def _verified(artifact: Path, against: str | None) -> Verification:
     """What `verify` finds: beside a source by every byte, else by headers. Raises SourceError."""
-    from l4pack.checkpoint.open import open_source
+    from l4pack.artifact.as_source import open_original
     from l4pack.containers.safetensors_folder import CONTAINER
     from l4pack.verify.verify import verify_artifact
 
     if against is None:
         return verify_artifact(artifact, headers_only=True)
-    source = open_source(against)
+    source = open_original(against, requantize=True)
     with console.progress("verifying", CONTAINER.weight_bytes(artifact)) as bar:
         return verify_artifact(artifact, source, advance=bar.advance)
 

@@ -47,8 +47,8 @@ def verify(
 
     Example: `l4pack verify demo-int4 --against demo`
     """
+    from l4pack.artifact.as_source import open_original
     from l4pack.artifact.published import look
-    from l4pack.checkpoint.open import open_source
     from l4pack.cli.verify_gguf import holds_gguf, show_gguf
     from l4pack.containers.safetensors_folder import CONTAINER
     from l4pack.export.record import export_folder
@@ -71,7 +71,7 @@ def verify(
         raise typer.BadParameter("reads nothing to hold against a source", param_hint="--headers-only")
     if headers_only and signature is not None:
         raise typer.BadParameter("reads not the bytes that are signed", param_hint="--headers-only")
-    source = open_source(against) if against is not None else None
+    source = open_original(against, requantize=True) if against is not None else None
     with (
         look(artifact, weights=not headers_only, say=console.tell) as looked,
         console.progress("verifying", CONTAINER.weight_bytes(looked.folder)) as bar,

@@ -16,7 +16,7 @@ from l4pack.formats.configuration import Activations
 from l4pack.formats.known import load_format
 from l4pack.formats.limits import LocalMatrix, hindrances, local_matrix
 from l4pack.model.tensors import Linear, Role, canonical_naming, catalogue
-from l4pack.plan.assign import PlannedTensor, divides, model_dtype, module_tensors
+from l4pack.plan.assign import PlannedTensor, divides, model_dtype, module_tensors, scales_from
 from l4pack.recipe import KEEP, RecipeScheme
 
 RUNTIMES = ("vllm", "sglang", "transformers")
@@ -62,7 +62,7 @@ def model_units(checkpoint: Checkpoint, losses: Losses, runtime: str, tp: int) -
     """The units of a model with the options that `runtime` (or `any`: every one) can load on `tp` GPUs."""
     runtimes = RUNTIMES if runtime == "any" else (runtime,)
     catalogued = catalogue(checkpoint.config, canonical_naming(checkpoint.config), fused=False).linears
-    dtypes = [checkpoint.dtype_of(linear.tensor) for linear in checkpoint.layout.linears]
+    dtypes = [scales_from(checkpoint, linear.tensor) for linear in checkpoint.layout.linears]
     matrices = sorted(zip(catalogued, dtypes, strict=True), key=lambda pair: _key(pair[0]))
     sizes = _Sizes(losses.options, model_dtype(checkpoint))
     left_out: dict[tuple[str, Role], tuple[str, ...]] = {}

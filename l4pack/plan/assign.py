@@ -6,17 +6,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
+from typing import cast
 
 from l4pack.artifact import kv_cache
+from l4pack.artifact.codes import codes_of
 from l4pack.checkpoint.header import tensor_bytes
 from l4pack.checkpoint.matrices import MatrixSource, matrices_of
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import RecipeError
 from l4pack.formats.known import load_format
 from l4pack.model.tensors import Linear, Role, TensorSpec, canonical_naming, catalogue, rename
-from l4pack.quant.dtypes import FloatName
+from l4pack.quant.dtypes import FLOATS, FloatName
+from l4pack.quant.grid import E4M3
 from l4pack.quant.layout import Layout
-from l4pack.quant.scheme import Strategy
+from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.quant.suffixes import INPUT_SCALES, Suffix
 from l4pack.recipe import KEEP, KV_CACHE, Method, Recipe, RecipeScheme
 from l4pack.units import MIB
@@ -32,6 +35,7 @@ class Action(StrEnum):
     COPY = "copy"
     UNFUSE = "unfuse"
     QUANTIZE = "quantize"
+    CARRY = "carry"  # codes and scales of a source that has them in the scheme asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +58,16 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One matrix to make: where its numbers lie, the module it becomes, its tensors' suffixes, and its scheme."""
+    """One matrix to make: where its numbers lie, the module it becomes, its tensors' suffixes, and its scheme.
+
+    One that is `carried` has the source's codes and scales.
+    """
 
     linear: Linear
     module: str
     scheme: str
     tensors: tuple[PlannedTensor, ...]
+    carried: bool = False
 
     def suffix(self, tensor: PlannedTensor) -> str:
         """What one of its tensors is called within the module."""
@@ -196,9 +204,31 @@ def _target(checkpoint: Checkpoint, recipe: Recipe, old: Linear, new: Linear, sc
             f"{new.in_features} input features of {new.module}",
             hint="choose a group size that divides every matrix, or strategy channel",
         )
-    dtype = kept_dtype(checkpoint, recipe, old.tensor) if numbers is None else checkpoint.dtype_of(old.tensor)
-    tensors = module_tensors(new, scheme, numbers, dtype)
-    return Target(old, new.module, scheme, tensors)
+    carried = numbers is not None and is_carried(checkpoint, old, numbers)
+    codes = codes_of(checkpoint.entries.get(old.tensor)) if carried else None
+    dtype = kept_dtype(checkpoint, recipe, old.tensor) if numbers is None else scales_from(checkpoint, old.tensor)
+    tensors = module_tensors(new, scheme, numbers, dtype if codes is None else codes.scale_dtype)
+    return Target(old, new.module, scheme, tensors, carried)
+
+
+def is_carried(checkpoint: Checkpoint, linear: Linear, scheme: Scheme) -> bool:
+    """Whether a source has a matrix in just this FP8 scheme, so that rounding it again could only lose."""
+    codes = codes_of(checkpoint.entries.get(linear.tensor))
+    if codes is None or codes.scheme.grid is not E4M3:
+        return False
+    same = (codes.scheme.grid, codes.scheme.strategy, codes.scheme.block_structure)
+    dtype = scheme.scale_float(cast("FloatName", codes.scale_dtype))
+    return same == (scheme.grid, scheme.strategy, scheme.block_structure) and dtype == codes.scale_dtype
+
+
+def scales_from(checkpoint: Checkpoint, name: str) -> str:
+    """The dtype that scales of kind `source` get: products of codes are float32 in no file."""
+    return model_dtype(checkpoint) if checkpoint.dequantized else checkpoint.dtype_of(name)
+
+
+def for_source(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
+    """The recipe with the dtype that scales get of a source whose numbers are products of codes."""
+    return recipe.with_scales(FLOATS[model_dtype(checkpoint)].word) if checkpoint.dequantized else recipe
 
 
 def divides(scheme: RecipeScheme, linear: Linear) -> bool:
@@ -238,7 +268,7 @@ def cut(checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, slab_byt
 
 def is_calibrated(recipe: Recipe, target: Target) -> bool:
     """Whether a matrix is made by calibration, and not by a task."""
-    return target.scheme != KEEP and recipe.schemes[target.scheme].method is Method.GPTQ
+    return not target.carried and target.scheme != KEEP and recipe.schemes[target.scheme].method is Method.GPTQ
 
 
 def _copy_task(checkpoint: Checkpoint, name: str, tensor: PlannedTensor) -> Task:
@@ -248,10 +278,10 @@ def _copy_task(checkpoint: Checkpoint, name: str, tensor: PlannedTensor) -> Task
 
 def _slices(source: MatrixSource, recipe: Recipe, targets: tuple[Target, ...], slab_bytes: int) -> Iterator[Task]:
     linear, scheme = targets[0].linear, targets[0].scheme
-    action = Action.UNFUSE if scheme == KEEP else Action.QUANTIZE
+    action = Action.UNFUSE if scheme == KEEP else Action.CARRY if targets[0].carried else Action.QUANTIZE
     row_bytes = sum(source.nbytes(target.linear, rows=1) for target in targets)
     step = max(ROW_STEP, slab_bytes // row_bytes // ROW_STEP * ROW_STEP)
-    if action is Action.QUANTIZE and recipe.schemes[scheme].strategy in (Strategy.TENSOR, Strategy.TENSOR_GROUP):
+    if action is not Action.UNFUSE and recipe.schemes[scheme].strategy in (Strategy.TENSOR, Strategy.TENSOR_GROUP):
         step = linear.out_features  # one scale for the whole matrix needs the whole matrix
     written = sum(tensor.nbytes for target in targets for tensor in target.tensors)
     for start in range(0, linear.out_features, step):

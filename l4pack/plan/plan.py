@@ -42,6 +42,7 @@ from l4pack.plan.assign import (
     Task,
     assign,
     cut,
+    for_source,
     is_calibrated,
     model_dtype,
 )
@@ -159,7 +160,8 @@ class Plan:
         wide = 0
         for task in self.tasks:
             kept = task.copied or task.targets[0].tensors[0]
-            rounds = task.action is not Action.QUANTIZE and kept.dtype != self.checkpoint.dtype_of(task.tensor)
+            made = task.action in (Action.QUANTIZE, Action.CARRY)
+            rounds = not made and kept.dtype != self.checkpoint.dtype_of(task.tensor)
             wide += max(1, len(task.targets)) if rounds and task.rows[0] == 0 else 0
         return wide
 
@@ -317,8 +319,9 @@ class Plan:
         found: list[str] = list(self.checkpoint.notes)
         if self.rounded_tensors:
             found.append(
-                f"{self.rounded_tensors:,} kept tensors are float32 in the source and are rounded to "
-                f"{model_dtype(self.checkpoint)}, which runtimes compute in; --keep-float32 leaves them as they are"
+                f"{self.rounded_tensors:,} kept tensors are {'products or ' if self.checkpoint.dequantized else ''}float32 "
+                f"in the source and are rounded to {model_dtype(self.checkpoint)}, which runtimes compute in; "
+                "--keep-float32 leaves them as they are"
             )
         if self.peak_ram_bytes > self.room.nbytes:
             limit = f"the limit is {human_bytes(self.room.nbytes)} ({self.room.limit})"
@@ -360,7 +363,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: RunLimits | None =
     limits = limits or RunLimits()
     if checkpoint.config.quantized:
         raise SourceError(f"{checkpoint.name} is quantized already", hint="start from the original BF16 checkpoint")
-    assignment = assign(checkpoint, recipe)
+    assignment, recipe = assign(checkpoint, recipe), for_source(checkpoint, recipe)
     shards, places = CONTAINER.lay_out(assignment.groups, limits.shard_bytes)
     workers, tasks = _fit(checkpoint, recipe, assignment, limits)
     calibrated = tuple(target for target in assignment.targets if is_calibrated(recipe, target))

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from l4pack.artifact.codes import codes_of
 from l4pack.checkpoint.matrices import MatrixBlock, matrices_of
 from l4pack.checkpoint.reader import NUMPY_TYPES, Reader
 from l4pack.checkpoint.source import Checkpoint
@@ -27,6 +28,8 @@ from l4pack.quant.quantized import Quantized
 from l4pack.quant.scales import global_scale
 from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.recipe import Recipe
+
+_E4M3_NAN = 0x7F  # of either sign
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Executor:
         self._recipe = recipe
         self._reader = reader
         self._writer = writer
+        self._entries = checkpoint.entries
         self._matrices = matrices_of(checkpoint, reader)
         self._linears = checkpoint.layout.linears
         self._dtypes = checkpoint.float_names
@@ -82,6 +86,10 @@ class Executor:
         if task.copied is not None:
             self._copy(task, task.copied)
             return
+        if task.action is Action.CARRY:
+            for target in task.targets:
+                self._carry(target, slice(*task.rows))
+            return
         slab = self._matrices.slab([target.linear for target in task.targets], slice(*task.rows))
         over = self._global_scale(task, slab.blocks())
         for target, block in zip(task.targets, slab.blocks(), strict=True):
@@ -90,6 +98,15 @@ class Executor:
                 self._write_from(target.tensors[0], task.rows[0], self._as_kept(task, block.out_in, target.tensors[0]))
             else:
                 self._quantize_block(task, target, block, over)
+
+    def _carry(self, target: Target, rows: slice) -> None:
+        """Place the source's own codes and scales. Raises SourceError for one that is no number."""
+        codes = codes_of(self._entries[target.linear.tensor])
+        assert codes is not None
+        quantized = codes.quantized(self._reader, target.linear, rows)
+        if ((quantized.values & _E4M3_NAN) == _E4M3_NAN).any():
+            raise _non_finite(target.module)
+        self.write_quantized(target, rows.start, quantized)
 
     def _copy(self, task: Task, tensor: PlannedTensor) -> None:
         dtype = self._dtypes[task.tensor]

@@ -15,6 +15,7 @@ from l4pack.checkpoint.matrices import MatrixSource, matrices_of
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.model.tensors import Linear, rename
+from l4pack.plan.assign import is_carried
 from l4pack.quant.layout import Layout
 from l4pack.verify.checks_source import SourceChecks, as_kept, kept_as
 from l4pack.verify.checks_tensors import FoundTensors, Matrix
@@ -106,7 +107,7 @@ class _Work:
         chosen = _choose(self._contents.matrices, sample)
         units = [self._checked(matrix) for matrix in self._contents.matrices if matrix.linear.module not in chosen]
         units += self._kept_units(source, reader, places)
-        units += self._slab_units(matrices_of(source, reader), checks, places, chosen)
+        units += self._slab_units(source, reader, checks, places, chosen)
         sampled_of = len(self._contents.matrices) if len(chosen) < len(self._contents.matrices) else None
         return sorted(units, key=lambda unit: unit.place), sampled_of
 
@@ -159,8 +160,9 @@ class _Work:
         ]
 
     def _slab_units(
-        self, source: MatrixSource, checks: SourceChecks, places: Mapping[str, Linear], chosen: set[str]
+        self, against: Checkpoint, reader: Reader, checks: SourceChecks, places: Mapping[str, Linear], chosen: set[str]
     ) -> list[_Unit]:
+        source = matrices_of(against, reader)
         slabs: dict[Hashable, list[_Pair]] = defaultdict(list)
         for matrix in self._contents.matrices:
             if matrix.linear.module in chosen:
@@ -174,22 +176,23 @@ class _Work:
         for items in slabs.values():
             begins = min(source.begins(old) for _, old in items)
             files = {file for _, old in items for file in source.files(old)}
-            units.append(_Unit(begins, self._compare(items, source, checks), tuple(files)))
+            units.append(_Unit(begins, self._compare(items, source, against, checks), tuple(files)))
         return units
 
     def _compare(
-        self, items: Sequence[_Pair], source: MatrixSource, checks: SourceChecks
+        self, items: Sequence[_Pair], source: MatrixSource, against: Checkpoint, checks: SourceChecks
     ) -> Callable[[UnitResult], None]:
         def run(result: UnitResult) -> None:
             blocks = source.slab([old for _, old in items]).blocks()
-            for (item, _), block in zip(items, blocks, strict=True):
+            for (item, old), block in zip(items, blocks, strict=True):
                 if isinstance(item, Linear):
                     self._values.kept(item.tensor, result, None)
                     entry = self._artifact.entries[item.tensor]
                     checks.plain(item.tensor, self._reader.tensor(item.tensor), entry.dtype, block, result)
                 else:
                     arrays = self._values.read(item, result)
-                    explained = checks.matrix(item, item.decode(arrays), block, result)
+                    carried = is_carried(against, old, item.scheme)
+                    explained = checks.matrix(item, item.decode(arrays), block, result, carried=carried)
                     self._values.matrix(item, arrays, result, explained=explained)
 
         return run

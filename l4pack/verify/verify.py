@@ -81,10 +81,6 @@ def verify_artifact(
     artifact = open_artifact(folder, found, ask_library=not headers_only)
     if against is not None and against.bare:
         raise SourceError(f"{against.name} has no weights to compare with", hint="give the checkpoint itself")
-    if against is not None:
-        from l4pack.artifact.original import check_unquantized
-
-        check_unquantized(against)
     declared = read_declared(read_stanza(artifact.stanza), artifact.modules, found)
     check_config(artifact, found)
     check_stanza(artifact, declared, found)
@@ -92,6 +88,10 @@ def verify_artifact(
     manifest = read_manifest_of(artifact, found)
     if manifest is not None:
         check_manifest(artifact, manifest, found)
+    if against is not None:
+        from l4pack.artifact.original import check_unquantized
+
+        check_unquantized(against, manifest)
     origin = None if against is None else OriginCheck(artifact, manifest, against)
     comparable = against if origin is not None and origin.comparable else None
     check_files(artifact, comparable, manifest.files if manifest else (), found)

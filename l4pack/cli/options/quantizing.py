@@ -17,6 +17,13 @@ KeepFloat32Option = Annotated[
     bool,
     typer.Option("--keep-float32", help="Leave kept float32 tensors so; rounded to the model's dtype unless said."),
 ]
+AllowRequantizeOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-requantize",
+        help="Take an artifact for a source though it is rounded already; manifest and card say so. FP8 releases need none.",
+    ),
+]
 FitRecipeOption = Annotated[
     bool, typer.Option("--fit", help="Choose schemes by l4pack fit: to --max-bytes, --bits, or --device's load.")
 ]
