@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from l4pack.budget.answer import Answer
+    from l4pack.dequantize.run import DequantizeResult
     from l4pack.evaluate.inputs import EvaluationSettings
     from l4pack.evaluate.schema import Evaluation
     from l4pack.export.run import ExportResult
@@ -348,6 +349,36 @@ def export(
         open_source(str(artifact)), target_named(to), split=_nbytes(split), lossy=lossy, max_ram=_nbytes(max_ram)
     )
     return run_export(planned, Path(out), restart=restart, shown=_shown(advance))
+
+
+@_naming_what_lacks
+def dequantize(
+    artifact: Place,
+    out: Place,
+    *,
+    shard_size: Size | None = None,
+    max_ram: Size | None = None,
+    restart: bool = False,
+    advance: Advance | None = None,
+) -> DequantizeResult:
+    """Write an artifact, or a release in FP8, as a 16-bit checkpoint in the layout that Llama 4 is released in.
+
+    Weights are the products of codes and scales in float32, rounded once. `shard_size` is the most bytes of tensors in a file.
+    `advance` is told bytes as they are read. Raises SourceError (a scale that is no number, a layout that is not read),
+    UsageError (not quantized, or `out` is taken), BudgetError, HubError, StoppedError.
+
+    >>> dequantized = l4pack.dequantize("demo-int4", "demo-bf16")
+    >>> dequantized.already_done
+    False
+    """
+    from l4pack.artifact.as_source import open_original
+    from l4pack.dequantize.plan import plan_dequantize
+    from l4pack.dequantize.run import run_dequantize
+
+    planned = plan_dequantize(
+        open_original(str(artifact), requantize=True), shard_bytes=_nbytes(shard_size), max_ram=_nbytes(max_ram)
+    )
+    return run_dequantize(planned, Path(out), restart=restart, shown=_shown(advance))
 
 
 @_naming_what_lacks

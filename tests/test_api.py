@@ -25,6 +25,7 @@ RESULTS = {
     "budget": "answer",
     "evaluate": "measured",
     "export": "exported",
+    "dequantize": "dequantized",
     "package": "packaged",
     "push": "pushed",
 }  # what the examples call them

@@ -19,7 +19,7 @@ LAYERS = [
     ["cli"],
     ["api"],
     ["build"],
-    ["export"],
+    ["dequantize", "export"],
     ["report"],
     ["publish"],
     ["fit"],

@@ -137,6 +137,12 @@ RESULTS: dict[str, dict[str, str]] = {
         "proof": "what was read back: `matrices`, `weights`, `rounded`, `largest_error`; None where it was there before",
         "peak_rss_bytes": "most memory taken",
     },
+    "dequantize": {
+        "out": "the folder",
+        "seconds": "what it took",
+        "peak_rss_bytes": "most memory taken",
+        "already_done": "whether the folder held this checkpoint before",
+    },
     "package": {
         "name": "the name that the artifact may have",
         "written": "files that were written",

@@ -37,7 +37,9 @@ _SECRET = re.compile(
     r"key|token|secret|passw|credential|server|private|internal|confidential|[rd]sa|25519", re.IGNORECASE
 )
 # What l4pack itself writes into an artifact's folder; config.json and the weights as runtimes look for them.
-_RECORD = re.compile(r"l4pack-(manifest|calibration)\.json|l4pack-files\.sha256(\.sig)?|accuracy\.json|README\.md")
+_RECORD = re.compile(
+    r"l4pack-(manifest|calibration|dequantized)\.json|l4pack-files\.sha256(\.sig)?|accuracy\.json|README\.md"
+)
 _WEIGHT_FILE = re.compile(
     r"config\.json|model\.safetensors|model-\d{5,}-of-\d{5,}\.safetensors|model\.safetensors\.index\.json"
 )

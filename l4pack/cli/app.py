@@ -28,6 +28,7 @@ COMMANDS = {
     "report": "report:report",
     "licence": "licence:licence",
     "export": "export:export",
+    "dequantize": "dequantize:dequantize",
     "package": "package:package",
     "push": "push:push",
     "recipes": "recipes:recipes",

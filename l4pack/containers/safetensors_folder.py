@@ -73,9 +73,10 @@ class SafetensorsFolder:
         value = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         return (json.dumps(value, indent=2) + "\n").encode()
 
-    def configuration(self, config: Mapping[str, Any], stanza: Mapping[str, Any]) -> bytes:
-        """The bytes of config.json: a model's configuration, every section kept, with the quantization added."""
-        return (json.dumps({**config, STANZA_KEYS[0]: stanza}, indent=2, ensure_ascii=False) + "\n").encode()
+    def configuration(self, config: Mapping[str, Any], stanza: Mapping[str, Any] | None = None) -> bytes:
+        """The bytes of config.json: a model's configuration, every section kept, with its quantization if there is one."""
+        stated = {} if stanza is None else {STANZA_KEYS[0]: stanza}
+        return (json.dumps({**config, **stated}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 CONTAINER = SafetensorsFolder()

@@ -75,7 +75,7 @@ def test_help_imports_what_commands_say_and_nothing_they_use():
     assert not packages(modules) & {*SLOW, "pydantic", "yaml"}
     assert {name for name in modules if name.startswith("l4pack.")} - {f"l4pack.cli.{name}" for name in own_commands(modules)} <= {
         "l4pack.__main__", "l4pack.api", "l4pack.cli", "l4pack.errors", "l4pack.units", "l4pack.budget",
-        "l4pack.budget.report_format", "l4pack.evaluate", "l4pack.export", "l4pack.plan", "l4pack.quantize", "l4pack.verify",
+        "l4pack.budget.report_format", "l4pack.dequantize", "l4pack.evaluate", "l4pack.export", "l4pack.plan", "l4pack.quantize", "l4pack.verify",
         "l4pack.work", "l4pack.work.device", "l4pack.work.progress",
     }  # fmt: skip
 
