@@ -138,6 +138,7 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
         "licence_block": facts.policy.block.strip(),
         "base": facts.base_model,
         "source": source,
+        "dequantized_from": safe(source.get("dequantized_from") or ""),
         "recipe": {"name": word(recipe.name), "title": safe(recipe.title)},
         "l4pack_version": safe(manifest.get("l4pack_version", "")),
         "claim": facts.claim,

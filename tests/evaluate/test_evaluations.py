@@ -86,12 +86,12 @@ def test_a_fine_tune_of_experts_alone_is_no_original(evaluate, l4pack, checkpoin
 
 
 def test_what_is_no_original_is_called_what_it_is(evaluate, artifact, checkpoint, made, tmp_path):
-    bare = Path(shutil.copytree(artifact("fp8"), tmp_path / "foreign"))
+    bare = Path(shutil.copytree(artifact("int4-rtn"), tmp_path / "foreign"))
     (bare / "l4pack-manifest.json").unlink()
     for against, code, said in [
         (made, 2, "is an artifact that l4pack made, not an original"),
         (artifact("fp8"), 2, "is an artifact that l4pack made, not an original"),
-        (bare, 2, "is quantized already (it has tensors of F8_E4M3), not an original"),
+        (bare, 2, "is quantized already (4-bit integers (groups of 128)), not an original"),
         (checkpoint("scout", layout="unfused"), 2, "is not what"),
         (checkpoint("scout", dtype="float16"), 2, "with other tensors"),
         (checkpoint("scout", seed=1), 2, "has other numbers here"),

@@ -56,7 +56,9 @@ def test_fp8_keeps_the_codes_of_the_source(pair, tmp_path, l4pack):
     for name in experts:
         if f"{name}.weight" in theirs:
             for suffix in ("weight", "weight_scale"):
-                assert torch.equal(mine[f"{name}.{suffix}"].view(torch.uint8), theirs[f"{name}.{suffix}"].view(torch.uint8))
+                assert torch.equal(
+                    mine[f"{name}.{suffix}"].view(torch.uint8), theirs[f"{name}.{suffix}"].view(torch.uint8)
+                )
         else:
             prefix, expert, projection = name.rsplit(".", 2)
             fused = products[f"{prefix}.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"][int(expert)].T
