@@ -89,6 +89,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="llm-compressor's")
+    parser.add_argument(
+        "--scheme", default="W4A16", help="llm-compressor's: W4A16 by GPTQ, NVFP4A16 and others rounded"
+    )
     parser.add_argument("--recipes", nargs="+", default=["int4-uniform"], help="l4pack's")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, default=None, help="keep the artifacts here")
@@ -107,7 +110,8 @@ def llmcompressor(options: argparse.Namespace, folder: Path) -> Side:
     tokens = folder / "tokens.json"
     tokens.write_text(json.dumps([list(item.tokens) for item in text.sequences]))
     # -P: this folder has a kernels.py, which transformers would take for the package of that name.
-    command = [options.python, "-P", str(SIDE), options.source, str(tokens), str(folder / THEIRS), options.dtype]
+    command = [options.python, "-P", str(SIDE), options.source, str(tokens), str(folder / THEIRS)]
+    command += [options.dtype, options.scheme]
     return measured(options, folder, THEIRS, command)
 
 

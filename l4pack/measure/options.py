@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from l4pack.errors import UsageError
 from l4pack.formats.configuration import Activations
 from l4pack.formats.float_quantized import FLOAT_QUANTIZED
+from l4pack.formats.fp4 import MXFP4_PACK_QUANTIZED, NVFP4_PACK_QUANTIZED
 from l4pack.formats.known import load_format
 from l4pack.formats.limits import reader_limits
 from l4pack.formats.pack_quantized import PACK_QUANTIZED
@@ -37,6 +38,19 @@ def _int8(group: int) -> RecipeScheme:
     return RecipeScheme(format=PACK_QUANTIZED.name, num_bits=8, group_size=group)
 
 
+def _fp4(form: str, strategy: Strategy, group: int) -> RecipeScheme:
+    return RecipeScheme(
+        format=form,
+        num_bits=4,
+        type=NumberType.FLOAT,
+        strategy=strategy,
+        group_size=group,
+        observer=Observer.MSE,
+        method=Method.GPTQ,
+        gptq=GptqOptions(sweeps=4),
+    )
+
+
 _FP8 = RecipeScheme(
     format=FLOAT_QUANTIZED.name,
     num_bits=8,
@@ -58,8 +72,12 @@ OPTIONS: dict[str, RecipeScheme] = {
     **{f"int8-g{group}": _int8(group) for group in GROUPS},
     "fp8": _FP8,
     "fp8-block": _FP8_BLOCK,
+    "nvfp4": _fp4(NVFP4_PACK_QUANTIZED.name, Strategy.TENSOR_GROUP, 16),
+    "mxfp4": _fp4(MXFP4_PACK_QUANTIZED.name, Strategy.GROUP, 32),
 }
 """Every option by name, BF16 aside, which costs nothing."""
+NAMED_ONLY = ("nvfp4", "mxfp4")
+"""Options that are measured where they are named: each takes its time, and it is on Blackwell that they are faster."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,7 @@ class MeasureOptions:
 
 
 def options_for(config: Llama4Config, wanted: Sequence[str] = ()) -> MeasureOptions:
-    """The options that the matrices of a model can be given; `wanted` names some of them, none means all.
+    """The options that the matrices of a model can be given; `wanted` names some, none means all but `NAMED_ONLY`.
 
     `int4-g128` means both the calibrated option of MLPs and the rounded one of attention. Raises UsageError.
     """
@@ -86,7 +104,7 @@ def options_for(config: Llama4Config, wanted: Sequence[str] = ()) -> MeasureOpti
     chosen = {
         name: scheme
         for name, scheme in OPTIONS.items()
-        if not wanted or name in wanted or name.removesuffix(ROUNDED) in wanted
+        if (not wanted and name not in NAMED_ONLY) or name in wanted or name.removesuffix(ROUNDED) in wanted
     }
     by_role = {role: _of_role(config, role, chosen) for role in QUANTIZABLE}
     by_role = {role: names for role, names in by_role.items() if names}
@@ -99,13 +117,14 @@ def options_for(config: Llama4Config, wanted: Sequence[str] = ()) -> MeasureOpti
 
 
 def family(option: str) -> str:
-    """The kind of number: `int4`, `int8`, `fp8`."""
+    """The kind of number: `int4`, `int8`, `fp8`, `nvfp4`."""
     return option.partition("-")[0]
 
 
 def bits(scheme: RecipeScheme) -> float:
-    """Bits a weight, 16-bit scales of groups included."""
-    return scheme.num_bits + (16 / scheme.group_size if scheme.group_size else 0)
+    """Bits a weight, scales of groups included."""
+    scale = 8 if scheme.coded_scales else 16
+    return scheme.num_bits + (scale / scheme.group_size if scheme.group_size else 0)
 
 
 def _of_role(config: Llama4Config, role: Role, chosen: Mapping[str, RecipeScheme]) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from l4pack.evaluate.statistics import clusters, mean_and_error
 from l4pack.measure.changes import Single
 from l4pack.measure.identity import model_fingerprint
 from l4pack.measure.measure import measure
-from l4pack.measure.options import OPTIONS, options_for
+from l4pack.measure.options import NAMED_ONLY, OPTIONS, bits, options_for
 from l4pack.measure.predict import Clusters, Predictor
 from l4pack.measure.prepare import Direct, MeasureSettings, prepare_measurement
 from l4pack.measure.record import ChangeRecord, combined, read_sensitivity
@@ -237,13 +237,14 @@ def test_calibrated_options_are_solved_for_the_calibration_text(measured, checkp
 
 def test_every_unit_has_every_option_it_can_be_served_with(measured):
     _, record = measured("maverick")
-    names = {name for name in OPTIONS if not name.endswith("-rtn")}
-    attention = {name for name in OPTIONS if name not in ("int4-g32", "int4-g64", "int4-g128", "fp8-block")}
+    usual = {name for name in OPTIONS if name not in NAMED_ONLY}
+    names = {name for name in usual if not name.endswith("-rtn")}
+    attention = {name for name in usual if name not in ("int4-g32", "int4-g64", "int4-g128", "fp8-block")}
     for layer, roles in enumerate((("dense_mlp",), ("shared_expert", "routed_expert"))):
         for role, wanted in [("attention", attention), *((role, names) for role in roles)]:
             found = {one.option for one in record.changes if (one.layer, one.role.value) == (layer, role)}
             assert found == wanted
-    assert record.options.keys() == OPTIONS.keys()
+    assert record.options.keys() == usual
 
 
 def test_calibration_and_measured_text_share_nothing(measured):
@@ -653,3 +654,11 @@ def test_bad_inputs_are_one_line_with_a_hint(l4pack, command, artifact, checkpoi
         assert "hint: " in ended.err, arguments
         assert len(ended.err.strip().splitlines()) == 2, ended.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt"]
+
+
+def test_four_bit_floats_are_measured_where_they_are_named(checkpoint):
+    config = open_source(str(checkpoint("maverick", **SMALL))).config
+    assert not options_for(config).schemes.keys() & set(NAMED_ONLY)
+    named = options_for(config, ("nvfp4", "mxfp4"))
+    assert {bits(scheme) for scheme in named.schemes.values()} == {4.5, 4.25}
+    assert named.by_role.keys() == {Role.ROUTED_EXPERT, Role.SHARED_EXPERT, Role.DENSE_MLP}

@@ -98,3 +98,16 @@ def test_a_sample_reads_all_layers_once_and_then_what_its_tokens_take():
     assert Talk(2, 32, 0).record(text, [weights]) is None
     read = talking(text, [weights], Talk(2, 32, 8)).total(Kind.READ)
     assert read == pytest.approx(Talk(2, 32, 8).read_bytes(text, [weights]))
+
+
+def test_four_bit_floats_take_what_trying_their_scales_and_levels_does():
+    shape = {"num_bits": 4, "type": "float", "observer": "mse", "method": Method.GPTQ, "gptq": GptqOptions(sweeps=2)}
+    nvfp4 = RecipeScheme(format="nvfp4-pack-quantized", strategy="tensor_group", group_size=16, **shape)
+    mxfp4 = RecipeScheme(format="mxfp4-pack-quantized", strategy="group", group_size=32, **shape)
+    assert counts.rounding(nvfp4, 100).total(Kind.ROUND_MSE) == 100 * counts.NVFP4_CANDIDATES
+    assert counts.rounding(mxfp4, 100).total(Kind.ROUND_MSE) == 100
+    tokens = counts.Tokens(solved=600, own=600, streams=1)
+    integers, floats = (counts.solving_mlp(text(), INNER, tokens, one, "cpu") for one in (scheme(), mxfp4))
+    for kind in (Kind.VISITS, Kind.MOVES):
+        assert floats.total(kind) == counts.FLOAT_TURN * integers.total(kind)
+    assert floats.total(*PRODUCTS) == integers.total(*PRODUCTS)

@@ -41,7 +41,11 @@ ByOption = Annotated[
 ]
 MeasuredOptionsOption = Annotated[
     str | None,
-    typer.Option("--options", metavar="NAME,…", help="Options to measure, all unless given; a wrong name lists them."),
+    typer.Option(
+        "--options",
+        metavar="NAME,…",
+        help="Options to measure, all but `nvfp4` and `mxfp4` unless given; a wrong name lists them.",
+    ),
 ]
 DirectOption = Annotated[
     str,
