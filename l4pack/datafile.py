@@ -150,7 +150,10 @@ def _refuse_constant(word: str) -> NoReturn:
 
 
 def validate(
-    kind: type[ModelT], value: dict[str, Any], where: str, hint: str = "see docs/reference/recipes.md"
+    kind: type[ModelT],
+    value: dict[str, Any],
+    where: str,
+    hint: str = "`l4pack recipes NAME` shows a shipped one with all keys",
 ) -> ModelT:
     """Check `value` against a schema. Raises RecipeError naming the first wrong key."""
     try:

@@ -38,7 +38,7 @@ from l4pack.recipe import Gates
 from l4pack.units import parse_tokens
 
 DEFAULT_FILE = "l4pack-budget.yaml"
-HELP = "see docs/how-to/budget-in-ci.md"
+HELP = "`l4pack budget init ARTIFACT` writes one to begin with"
 OpenSubject = Callable[[str, str | None], Subject]
 
 
@@ -175,7 +175,7 @@ class CheckResult:
 def load_checks(path: Path) -> CheckFile:
     """Read a checks file. Raises UsageError naming file and key, and for a file without checks: that proves nothing."""
     if not path.is_file():
-        raise UsageError(f"{path} is not there", hint=f"write {DEFAULT_FILE}; {HELP}")
+        raise UsageError(f"{path} is not there", hint=HELP)
     values = read_yaml(path)
     _check_keys(values, path)
     try:

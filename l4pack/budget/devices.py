@@ -119,7 +119,9 @@ def find_host(text: str, devices: dict[str, Device]) -> Host:
 
 def _read(path: Path) -> dict[str, Device]:
     try:
-        data = validate(DeviceFile, read_yaml(path), str(path))
+        data = validate(
+            DeviceFile, read_yaml(path), str(path), hint="`l4pack devices` lists those that are known without"
+        )
     except RecipeError as error:
         raise UsageError(error.message, hint=f"keys of a device: {', '.join(DeviceData.model_fields)}") from None
     return {name.lower(): _device(name.lower(), entry) for name, entry in data.devices.items()}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
-from rich.console import RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -20,7 +21,7 @@ from l4pack.budget.serve import on_lines
 from l4pack.budget.solve import LargestLoads, Suggestion
 from l4pack.units import GIB, human_gib
 
-BAR_WIDTH = 72
+BAR_WIDTH = 72  # columns, of a terminal that has them
 STYLES = {
     LineGroup.WEIGHTS: "blue",
     LineGroup.KV_CACHE: "green",
@@ -52,10 +53,10 @@ def budget_view(
     """All that `l4pack budget` shows; `serve` is the command that would."""
     promise = [f"what recipe {promised_by} promises, but for what was said"] if promised_by else []
     asked = [Text(line, "dim") for line in (question(found), *promise, *_idle(found))]
-    shown: list[RenderableType] = [verdict_line(found, limits), *asked, "", _table(found), "", *_bar(found), ""]
+    shown: list[RenderableType] = [verdict_line(found, limits), *asked, "", _table(found), "", _Bar(found), ""]
     shown.append(_limits(found, limits))
     if serve:
-        shown += ["", "[bold]serve it[/bold]", Text(f"  {on_lines(serve)}", no_wrap=True, overflow="ignore")]
+        shown += ["", "[bold]serve it[/bold]", Text(f"  {on_lines(serve)}", no_wrap=True)]
     if changes:
         shown += ["", "[bold]nearest changes that fit[/bold]", _changes(changes)]
     elif not found.fits:
@@ -140,24 +141,37 @@ def _range(low: int, high: int) -> str:
     return first if first == last else f"{first} – {last}"
 
 
-def _bar(found: Budget) -> list[Text]:
+@dataclass(frozen=True)
+class _Bar:
+    """A device drawn as wide as the terminal is, or less."""
+
+    found: Budget
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        del console
+        yield from _bar(self.found, min(BAR_WIDTH, options.max_width))
+
+
+def _bar(found: Budget, width: int) -> list[Text]:
     """The device as a bar: each group at its low end, what the ranges may add, what is left, and where the limit is."""
     device, planned = found.host.device.memory_bytes, found.tightest.planned_bytes
     low, high = sum(line.low for line in found.lines), sum(line.high for line in found.lines)
-    scale = max(device, high) / BAR_WIDTH
+    scale = max(device, high) / width
     bar, used = Text(), 0
     for group in LineGroup:
         before = round(used / scale)
         used += sum(line.low for line in found.lines if line.group is group)
         bar.append(GLYPHS[group] * (round(used / scale) - before), STYLES[group])
     bar.append(MAYBE * (round(high / scale) - round(low / scale)), "yellow")
-    bar.append(SPARE * (BAR_WIDTH - len(bar)), "dim")
-    limit = min(round(planned / scale), BAR_WIDTH - 1)
+    bar.append(SPARE * (width - len(bar)), "dim")
+    limit = min(round(planned / scale), width - 1)
     legend = Text()
     for group in LineGroup:
         legend.append(f"{GLYPHS[group]} {TITLES[group]}  ", STYLES[group])
     legend.append(f"{MAYBE} not known  ", "yellow").append(f"{SPARE} free", "dim")
-    return [bar, Text(" " * limit + "^ " + human_gib(planned), "dim"), legend]
+    told = human_gib(planned)
+    mark = f"{' ' * limit}^ {told}" if limit + len(told) + 2 <= width else f"{told} ^".rjust(limit + 1)
+    return [bar, Text(mark, "dim"), legend]
 
 
 def _limits(found: Budget, limits: LargestLoads) -> Table:

@@ -344,6 +344,6 @@ def _whereabouts(order: Order, built: Built) -> list[RenderableType]:
     # As text, not markup, in which a backslash at a line's end is doubled.
     return [
         *_places(order, built),
-        Text("serve    " + "\n         ".join(how.splitlines())),
-        Text(f"publish  l4pack push {order.out} ORG/NAME --dry-run"),
+        Text("serve    " + "\n         ".join(how.splitlines()), no_wrap=True),
+        Text(f"publish  l4pack push {order.out} ORG/NAME --dry-run", no_wrap=True),
     ]

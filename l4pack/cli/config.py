@@ -14,11 +14,13 @@ def config(as_json: AsJsonOption = False) -> None:
     Example: `L4PACK_MAX_RAM=8GB l4pack config`
     """
     from l4pack.cli.app import COMMANDS, loaded
-    from l4pack.cli.shared import config_file, defaults_in, unknown_keys
+    from l4pack.cli.shared import config_file, defaults_in, unknown_keys, unknown_variables
 
-    path = config_file()
-    for key in unknown_keys(path, [loaded(name) for name in COMMANDS]):
+    path, commands = config_file(), [loaded(name) for name in COMMANDS]
+    for key in unknown_keys(path, commands):
         console.warning(f"{path}: no command takes '{key}'")
+    for name in unknown_variables(commands):
+        console.warning(f"{name}: no command takes such an option")
     found = [(words, default) for name in COMMANDS for words, default in defaults_in(loaded(name), name)]
     if as_json:
         rows = [

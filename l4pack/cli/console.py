@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PIPED_WIDTH = 120
+NEXT = "next: "  # begins a line with a command to go on with
 _GAP, _READABLE = 2, 14  # columns between those of a table, and what words of one are wrapped to at least
 LINE_SHARE, LINE_SECONDS = 0.05, 20.0  # a job without steps says this often how far it is
 LINE_LIMIT = 1000  # characters of an error: names and values in it come from files
@@ -56,9 +57,14 @@ def _console(*, stderr: bool) -> Console:
 
 def show(*items: RenderableType) -> None:
     """Print a result for people on stdout."""
-    console = _console(stderr=False)
+    _print(_console(stderr=False), items)
+
+
+def _print(console: Console, items: Sequence[RenderableType]) -> None:
+    """Print all; what is there to be copied is left to the terminal to wrap, or a copy would be broken."""
     for item in items:
-        console.print(item)
+        whole = item.startswith(NEXT) if isinstance(item, str) else isinstance(item, Text) and bool(item.no_wrap)
+        console.print(item, soft_wrap=whole)
 
 
 def show_json(value: Mapping[str, Any]) -> None:
@@ -112,9 +118,7 @@ def set_log(path: Path | None) -> None:
 def talk(*items: RenderableType) -> None:
     """Print on stderr, only when a person watches."""
     if sys.stderr.isatty() and not manner.quiet:
-        console = _console(stderr=True)
-        for item in items:
-            console.print(item)
+        _print(_console(stderr=True), items)
 
 
 def error(message: str, hint: str = "") -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4pack.cli import console
-from l4pack.cli.options import AgainstOption, AuditedOption, DeviceOption, FittedOption, OutOption
+from l4pack.cli.options import AgainstOption, AsJsonOption, AuditedOption, DeviceOption, FittedOption, OutOption
 from l4pack.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def report(
     device: DeviceOption[str | None] = None,
     fitted: FittedOption = None,
     against: AgainstOption = None,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Write one HTML page about an artifact: how close it is, where it runs, how it was made. Needs no network.
 
@@ -44,7 +45,10 @@ def report(
         page = render_report(open_folder(looked.folder), records, question, datetime.now(UTC).date().isoformat())
     path = out or path_beside(own, ".report.html")
     write_atomic(path, page.encode())
-    console.show(f"[bold]{console.plain(path)}[/bold]  open it in a browser")
+    if as_json:
+        console.show_json({"page": str(path), "bytes": path.stat().st_size})
+    else:
+        console.show(f"[bold]{console.plain(path)}[/bold]  open it in a browser")
 
 
 def _records(artifact: Path, fitted: dict[str, Any] | None, against: str | None) -> Records:

@@ -55,19 +55,31 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def prepare(command: Any, name: str, words: tuple[str, ...]) -> None:
     """Give a command, or each of a group's, the options that all take, and the defaults that were set for it."""
+    without_types(command)
     inner = getattr(command, "commands", None)
     if inner is not None:
         for one, part in inner.items():
             prepare(part, one, (*words, name))
         return
     command.params += _shared_options()
-    for param in command.params:
-        if getattr(param, "is_flag", False):
-            param.metavar = ""  # else help shows a type, though a flag takes no value
     found = defaults_of(command, (*words, name))
     command.context_settings["default_map"] = {
         _option(command, default.option).name: default.value for default in found
     }
+
+
+def without_types(command: Any) -> None:
+    """Let a command's help show no type beside flags, those that Typer and Click add among them: they take no value."""
+    listed = command.get_params
+
+    def bare(context: Any) -> list[Any]:
+        params: list[Any] = listed(context)
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+    command.get_params = bare
 
 
 def defaults_in(command: Any, name: str, words: tuple[str, ...] = ()) -> Iterator[tuple[str, Default]]:
@@ -87,6 +99,18 @@ def unknown_keys(path: Path, commands: list[Any]) -> list[str]:
     return sorted(set(read_config(path)) - known)
 
 
+def unknown_variables(commands: list[Any]) -> list[str]:
+    """Variables of the environment that look like defaults, of no option of any command."""
+    from l4pack.timing.kept import CACHE_ENV
+
+    known = {_variable(name) for command in commands for name in _all_options(command)} | {CONFIG, CACHE_ENV}
+    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+
+
+def _variable(option: str) -> str:
+    return PREFIX + option.removeprefix("--").upper().replace("-", "_")
+
+
 def _all_options(command: Any) -> list[str]:
     inner = getattr(command, "commands", None)
     return _options(command) if inner is None else [name for part in inner.values() for name in _all_options(part)]
@@ -102,7 +126,7 @@ def defaults_of(command: Any, words: tuple[str, ...]) -> list[Default]:
 
 def _default(option: str, own: Mapping[str, Any], top: Mapping[str, Any], path: Path) -> Default | None:
     key = option.removeprefix("--")
-    variable = f"{PREFIX}{key.upper().replace('-', '_')}"
+    variable = _variable(option)
     if variable != CONFIG and variable in os.environ:
         return Default(option, os.environ[variable], variable)
     for table in (own, top):

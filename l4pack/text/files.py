@@ -31,7 +31,7 @@ PLAIN_SUFFIXES = (".txt", ".md", ".text")
 _READ_IN_FOLDERS = (*PLAIN_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES, *COLUMN_SUFFIXES)
 _ARROW_FOLDER_NOTES = ("state.json", "dataset_info.json", "dataset_dict.json")  # what `save_to_disk` writes beside rows
 _OTHER_DATA = {".yaml": "YAML", ".yml": "YAML", ".toml": "TOML", ".xml": "XML"}
-UNDERSTOOD = "plain text, JSON, JSONL, CSV, Parquet or Arrow; see docs/reference/texts.md"
+UNDERSTOOD = "plain text, JSON, JSONL, CSV, Parquet or Arrow"
 
 _GZIP = b"\x1f\x8b"
 _BOMS = (

@@ -248,7 +248,7 @@ def _nothing(source: str, pool: _Pool) -> UsageError:
     if images:
         return UsageError(
             f"{source} holds no row that is read: {images} of {pool.read['read']} have images in no file, or sound",
-            hint="name image files in the rows, see docs/reference/texts.md, or take rows without",
+            hint="name image files in the rows, or take rows without",
         )
     if long := pool.read[Left.LONG]:
         return UsageError(

@@ -64,7 +64,7 @@ def _check_columns(names: list[str], path: Path) -> None:
         shown = ", ".join(name[:40] for name in names[:12])
         raise UsageError(
             f"{path}: the columns are {shown}; none of them is understood as text",
-            hint="name them text, or instruction and output; see docs/reference/texts.md",
+            hint="name them text, or instruction and output",
         )
 
 

@@ -72,7 +72,7 @@ class Assumptions(_Data):
 
 def assumptions(path: Path = ASSUMPTIONS) -> Assumptions:
     """What is assumed. Raises RecipeError naming file and key."""
-    return validate(Assumptions, read_yaml(path), str(path), hint="see docs/explanation/time.md")
+    return validate(Assumptions, read_yaml(path), str(path), hint="install l4pack again: the file came with it")
 
 
 @cache

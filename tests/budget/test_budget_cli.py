@@ -196,11 +196,11 @@ def test_devices_are_listed_with_their_sources(l4pack: Run) -> None:
         (("llama-4-scout", "--measure"), 1, "there is no GPU to measure on", "torch.cuda.is_available()"),
         (("check", BAD / "budget-typo" / "l4pack-budget.yaml"), 2, "checks.0: no key is named 'contxt'", "context"),
         (("check", BAD / "budget-no-checks" / "l4pack-budget.yaml"), 2, "has no checks", "add a check"),
-        (("check", BAD / "budget-two-subjects" / "l4pack-budget.yaml"), 2, "either 'artifact' or 'source'", "how-to"),
+        (("check", BAD / "budget-two-subjects" / "l4pack-budget.yaml"), 2, "either 'artifact' or 'source'", "budget init"),
         (("check", BAD / "budget-same-name" / "l4pack-budget.yaml"), 2, "two are named 'scout'", ""),
         (("check", BAD / "budget-size" / "l4pack-budget.yaml"), 2, "checks.0.min_headroom", ""),
         (("check", BAD / "budget-not-yaml" / "l4pack-budget.yaml"), 2, "line", "YAML"),
-        (("check", "nowhere.yaml"), 2, "nowhere.yaml is not there", "l4pack-budget.yaml"),
+        (("check", "nowhere.yaml"), 2, "nowhere.yaml is not there", "budget init"),
         (
             ("check", BAD / "budget-baseline" / "l4pack-budget.yaml", "--baseline", BAD / "budget-baseline/baseline.json"),
             2, "is not a saved budget", "--format json",

@@ -7,8 +7,10 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from rich.text import Text
 
 from l4pack.cli import console
 
@@ -146,4 +148,28 @@ def test_help_shows_no_type_of_a_flag(l4pack):
     lines = l4pack("verify", "--help").out.splitlines()
     flags = [line for line in lines if any(name in line for name in ("--strict", "--headers-only", "--quiet"))]
     assert len(flags) >= 3
-    assert not [line for line in flags if "bool" in line.lower()]
+    assert "bool" not in "".join(lines).lower()
+    for command in ([], ["budget"], ["budget", "check"]):
+        assert "<bool>" not in l4pack(*command, "--help").out.lower()
+
+
+def test_a_variable_of_no_option_is_said(l4pack, monkeypatch):
+    monkeypatch.setenv("L4PACK_MAX_RAMM", "8GB")
+    monkeypatch.setenv("L4PACK_CACHE", "/tmp")
+    assert l4pack("config").err == "warning: L4PACK_MAX_RAMM: no command takes such an option\n"
+
+
+def test_what_is_there_to_be_copied_is_not_cut_by_a_narrow_terminal(l4pack, monkeypatch, capsys):
+    """A line's end within a command would end the command; the bar is as wide as there is room."""
+    monkeypatch.setattr(console, "PIPED_WIDTH", 50)
+    long = " ".join(["l4pack", *("--option value" for _ in range(9))])
+    console.show(Text(long, no_wrap=True), f"next: {long}")
+    assert capsys.readouterr().out.splitlines() == [long, f"next: {long}"]
+    ended = l4pack("budget", "scout-int4-1xh100").out.splitlines()
+    assert sum("█" in line and "weights" not in line for line in ended) == 1
+    assert any(line.startswith("  vllm serve") and len(line) > 50 for line in ended)
+
+
+def test_messages_name_no_file_that_only_a_checkout_has():
+    modules = Path(console.__file__).parents[1].rglob("*.py")
+    assert not [path for path in modules if "see docs/" in path.read_text(encoding="utf-8")]
