@@ -53,11 +53,12 @@ def _naming_what_lacks(step: Callable[Arguments, Result]) -> Callable[Arguments,
 
 
 @_naming_what_lacks
-def inspect(source: Place, *, include: Sequence[str] = ()) -> dict[str, Any]:
+def inspect(source: Place, *, include: Sequence[str] = (), companions: Place | None = None) -> dict[str, Any]:
     """Say what a checkpoint is, from its headers alone; the object that `l4pack inspect --json` prints.
 
     `source` is a folder, `ORG/NAME[@REVISION]` on the Hub, a bare `config.json`, `llama-4-scout`, `llama-4-maverick` or
-    `demo`; `include` are patterns of files to carry beside those that are known. Raises SourceError, HubError.
+    `demo`; `include` are patterns of files to carry beside those that are known. `companions` is a folder or a repository
+    that has tokenizer, processor and config.json where the weights lie alone. Raises SourceError, HubError.
 
     >>> found = l4pack.inspect("demo")
     >>> found["layers"], found["experts"], found["weight_bytes"]
@@ -66,7 +67,7 @@ def inspect(source: Place, *, include: Sequence[str] = ()) -> dict[str, Any]:
     from l4pack.checkpoint.open import open_source
     from l4pack.plan.summary import checkpoint_record
 
-    return checkpoint_record(open_source(str(source), include=include))
+    return checkpoint_record(open_source(str(source), include=include, companions=_text(companions)))
 
 
 @_naming_what_lacks
@@ -83,6 +84,7 @@ def plan(
     shard_size: Size | None = None,
     compute: str = "auto",
     include: Sequence[str] = (),
+    companions: Place | None = None,
     keep_float32: bool = False,
     allow_requantize: bool = False,
 ) -> Plan:
@@ -118,7 +120,8 @@ def plan(
         .keeping(float32=keep_float32)
         .calibrating(calibration is not None, samples=calibration_samples, sequence_length=sequence_length, seed=seed)
     )
-    made = make_plan(open_original(str(source), include=include, requantize=allow_requantize), wanted, limits)
+    opened = open_original(str(source), include=include, companions=_text(companions), requantize=allow_requantize)
+    made = make_plan(opened, wanted, limits)
     return made if calibration is None or made.needs is None else with_text(made, str(calibration))
 
 
@@ -294,7 +297,7 @@ def evaluate(
         weights_only=weights_only,
         restart=restart,
     )
-    return _measured(folder, None if against is None else str(against), settings, asked, advance)
+    return _measured(folder, _text(against), settings, asked, advance)
 
 
 def _measured(
@@ -456,6 +459,10 @@ def push(
     planned = plan_push(folder, target)
     done = None if dry_run else push_artifact(planned, advance=advance or (lambda _: None))
     return Pushed(tuple(ready), planned, done)
+
+
+def _text(place: Place | None) -> str | None:
+    return None if place is None else str(place)
 
 
 def _nbytes(size: Size | None) -> int | None:

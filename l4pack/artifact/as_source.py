@@ -55,13 +55,18 @@ _SCALE = f"_{Suffix.SCALE.removeprefix('weight_')}"  # how fbgemm_fp8 names the 
 
 
 def open_original(
-    text: str, *, fetch_folder: Path | None = None, include: Sequence[str] = (), requantize: bool = False
+    text: str,
+    *,
+    fetch_folder: Path | None = None,
+    include: Sequence[str] = (),
+    companions: str | None = None,
+    requantize: bool = False,
 ) -> Checkpoint:
     """`open_source`, and a quantized checkpoint as a source. With `requantize`, of any kind that is read, else FP8 releases.
 
     Raises what `open_source` does, and SourceError for a checkpoint that is quantized already.
     """
-    opened = open_source(text, fetch_folder=fetch_folder, include=include)
+    opened = open_source(text, fetch_folder=fetch_folder, include=include, companions=companions)
     if not opened.config.quantized:
         return opened
     source = as_source(opened)

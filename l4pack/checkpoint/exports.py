@@ -53,8 +53,6 @@ def _instead(names: Collection[str]) -> str:
     capitals = next((name for name in sorted(names) if name.lower().endswith(".safetensors") and "/" not in name), None)
     if capitals is not None and not capitals.endswith(".safetensors"):
         return f"rename {capitals} so that it ends in .safetensors"
-    if any(name.startswith("consolidated") for name in names):
-        return "these are Meta's original files: take the repository without -Original, which holds safetensors"
     if any(name.endswith(_OTHER_WEIGHTS) for name in names):
         return "l4pack reads safetensors only: load the model with transformers and save it with save_pretrained"
     return "l4pack reads safetensors checkpoints only"

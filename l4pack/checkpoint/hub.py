@@ -10,8 +10,8 @@ import hashlib
 import re
 import shutil
 import threading
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,20 +29,27 @@ from huggingface_hub import (
 )
 from huggingface_hub.utils._headers import build_hf_headers
 
+from l4pack.checkpoint.companions import is_companion
+from l4pack.checkpoint.consolidated import compose, is_consolidated, shard_files
 from l4pack.checkpoint.exports import refuse_adapter, refuse_two_models, single_weight_file
+from l4pack.checkpoint.folders import open_any_folder
+from l4pack.checkpoint.given import Given, beside, given_files, given_folder
 from l4pack.checkpoint.header import LENGTH_BYTES, TensorEntry, parse_header, read_header
-from l4pack.checkpoint.source import INDEX_NAME, Checkpoint, assemble, open_folder, parse_index
+from l4pack.checkpoint.pth import PthHeader, parse_pth, read_pth
+from l4pack.checkpoint.source import INDEX_NAME, Checkpoint, LocalStore, assemble, parse_index
 from l4pack.datafile import parse_json
 from l4pack.errors import BudgetError, HubError, SourceError
 from l4pack.hub.client import hub_api, hub_errors, patiently
 from l4pack.hub.exchange import ASTRAY, Transfer, transferring
 from l4pack.model.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
+from l4pack.model.params import MAX_PARAMS_BYTES, PARAMS_NAME, parse_params
 from l4pack.units import human_bytes
 from l4pack.work.folder import FETCHED, claim
 
 HEADER_THREADS = 8
 IS_IT = "is this a Llama 4 checkpoint?"
 MAX_SHARDS = 2000
+MAX_COMPANION = 500_000_000  # bytes of a tokenizer, with room
 MAX_REMOTE_BYTES = 32_000_000  # of an index, and of all headers together
 COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -75,18 +82,21 @@ def open_hub(
     fetch_as_you_go: bool = False,
     folder: Path | None = None,
     include: Sequence[str] = (),
+    given: Given | None = None,
 ) -> Checkpoint:
     """Open a Hub repository's checkpoint; no byte of a weight is fetched yet.
 
     Shards are fetched into the client's cache as they are asked for. With `fetch_as_you_go` they are fetched into
-    `folder` instead, and deleted there when they are released.
+    `folder` instead, and deleted there when they are released. `given` are companions from elsewhere.
     Raises HubError, or SourceError for what the repository holds.
     """
     api = hub_api(endpoint, token)
     if is_offline_mode():
-        return _open_cached(api, repo_id, revision, include)
+        return _open_cached(api, repo_id, revision, include, given)
     with hub_errors(api, repo_id, revision):
         remote = open_remote(api, repo_id, revision)
+        if is_consolidated(remote.files):
+            return _open_consolidated(remote, folder if fetch_as_you_go else None, include, given)
         if CONFIG_NAME not in remote.files:
             refuse_adapter(remote.files, repo_id)
         config = parse_config(_json(remote.small(CONFIG_NAME, MAX_CONFIG_BYTES)), f"{repo_id}: config.json")
@@ -94,7 +104,54 @@ def open_hub(
     store = HubStore(remote, headers, folder if fetch_as_you_go else None)
     sizes = {name: file.size for name, file in remote.files.items()}
     opened = assemble(repo_id, config, headers, weight_map, sizes, include)
-    return replace(opened, store=store, revision=remote.revision)
+    opened = replace(opened, store=store, revision=remote.revision)
+    return opened if given is None else beside(opened, given)
+
+
+def _open_consolidated(remote: Remote, folder: Path | None, include: Sequence[str], given: Given | None) -> Checkpoint:
+    """Meta's files: their directories and pickles by range requests, some 3 of a file."""
+    shards = shard_files(remote.files, remote.repo_id)
+    same = Counter(remote.files[file].identity for file in shards).most_common(1)
+    if same[0][1] > 1:
+        raise SourceError(
+            f"{remote.repo_id}: two of its shards are one file", hint="the upload went wrong: ask its owner"
+        )
+    params = parse_params(remote.small(PARAMS_NAME, MAX_PARAMS_BYTES), f"{remote.repo_id}: {PARAMS_NAME}")
+    with ThreadPoolExecutor(HEADER_THREADS) as threads:
+        headers = dict(zip(shards, threads.map(lambda file: _pth_header(remote, file), shards), strict=True))
+    sizes = {name: file.size for name, file in remote.files.items()}
+    opened = compose(remote.repo_id, params, headers, sizes, include, given)
+    store = HubStore(remote, headers, folder, reread=read_pth)
+    opened = replace(opened, store=store, revision=remote.revision)
+    return opened if given is None else beside(opened, given)
+
+
+def _pth_header(remote: Remote, file: str) -> PthHeader:
+    size = remote.files[file].size
+    return parse_pth(
+        lambda start, nbytes: remote.part(file, start, min(nbytes, size - start)), size, file, trusting=True
+    )
+
+
+def given_repository(
+    repo_id: str, revision: str | None = None, *, endpoint: str | None = None, token: str | None = None
+) -> Given:
+    """The companions of a repository and its config.json, fetched into the client's cache. Raises HubError, SourceError."""
+    api = hub_api(endpoint, token)
+    if is_offline_mode():
+        with hub_errors(api, repo_id, revision):
+            return given_folder(Path(snapshot_download(repo_id, revision=revision, local_files_only=True)), repo_id)
+    with hub_errors(api, repo_id, revision):
+        remote = open_remote(api, repo_id, revision)
+    store = HubStore(remote, {})
+    large = next(
+        (name for name in remote.files if is_companion(name) and remote.files[name].size > MAX_COMPANION), None
+    )
+    if large is not None:
+        raise SourceError(f"{repo_id}: {large} is implausibly large", hint=IS_IT)
+    files = {name: store.path(name) for name in sorted(remote.files) if is_companion(name)}
+    config = store.path(CONFIG_NAME) if CONFIG_NAME in remote.files else Path(CONFIG_NAME)
+    return given_files(repo_id, files, config)
 
 
 def open_remote(api: HfApi, repo_id: str, revision: str | None) -> Remote:
@@ -105,10 +162,13 @@ def open_remote(api: HfApi, repo_id: str, revision: str | None) -> Remote:
     return Remote(api, repo_id, str(info.sha), _listing(info.siblings or []))
 
 
-def _open_cached(api: HfApi, repo_id: str, revision: str | None, include: Sequence[str]) -> Checkpoint:
+def _open_cached(
+    api: HfApi, repo_id: str, revision: str | None, include: Sequence[str], given: Given | None
+) -> Checkpoint:
     """What the client's cache holds of a repository, when the network is not to be used."""
     with hub_errors(api, repo_id, revision):
-        return open_folder(Path(snapshot_download(repo_id, revision=revision, local_files_only=True)), include)
+        folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    return open_any_folder(folder, include, given)
 
 
 def _listing(siblings: Sequence[Any]) -> dict[str, RemoteFile]:
@@ -234,8 +294,10 @@ class HubStore:
     """
 
     remote: Remote
-    headers: Mapping[str, Mapping[str, TensorEntry]] = field(repr=False)
+    headers: Mapping[str, Any] = field(repr=False)
     folder: Path | None = None
+    reread: Callable[[Path, str], Any] = read_header
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)
     _checked: dict[str, Path] = field(default_factory=dict, repr=False)
     _locks: defaultdict[str, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock), repr=False)
 
@@ -246,6 +308,8 @@ class HubStore:
 
     def path(self, file: str) -> Path:
         """The file on this machine, fetched and checked first if need be. Raises HubError."""
+        if file in self.elsewhere:
+            return self.elsewhere[file]
         with self._locks[file]:
             if file not in self._checked:
                 self._checked[file] = self._fetch(file)
@@ -260,12 +324,20 @@ class HubStore:
 
     def identity(self, file: str) -> str:
         """The digest the Hub lists for the file."""
+        if file in self.elsewhere:
+            return LocalStore(Path(), self.elsewhere).identity(file)
         return self.remote.files[file].identity
 
     def small(self, file: str, limit: int) -> bytes:
         """A small file's content, held in memory and checked; nothing is kept. Raises SourceError, HubError."""
+        if file in self.elsewhere:
+            return LocalStore(Path(), self.elsewhere).small(file, limit)
         with hub_errors(self.remote.api, self.remote.repo_id, self.remote.revision):
             return self.remote.small(file, limit)
+
+    def beside(self, files: Mapping[str, Path]) -> HubStore:
+        """The repository, and files on this machine."""
+        return HubStore(self.remote, self.headers, self.folder, self.reread, {**self.elsewhere, **files})
 
     def _fetch(self, file: str) -> Path:
         api, repo_id, revision = self.remote.api, self.remote.repo_id, self.remote.revision
@@ -302,7 +374,7 @@ class HubStore:
         listed = self.remote.files[file]
         good = path.stat().st_size == listed.size and (not digest or _digest_agrees(listed, path))
         if good and file in self.headers:
-            good = read_header(path, file) == self.headers[file]
+            good = self.reread(path, file) == self.headers[file]
         if not good:
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)

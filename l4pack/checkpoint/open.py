@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from l4pack.checkpoint.source import HUB_ID, Checkpoint, open_bare, open_folder
+from l4pack.checkpoint.folders import open_any_folder
+from l4pack.checkpoint.given import Given, given_folder
+from l4pack.checkpoint.source import HUB_ID, Checkpoint, open_bare, snapshot_of
 from l4pack.errors import SourceError, UsageError
 from l4pack.model.config import KNOWN_MODELS
 
@@ -32,31 +34,54 @@ class Repository(NamedTuple):
     revision: str | None
 
 
-def open_source(text: str, *, fetch_folder: Path | None = None, include: Sequence[str] = ()) -> Checkpoint:
+def open_source(
+    text: str, *, fetch_folder: Path | None = None, include: Sequence[str] = (), companions: str | None = None
+) -> Checkpoint:
     """Open a folder, `ORG/NAME[@REVISION]` on the Hub, a `config.json`, a known model's name, or `demo`.
 
     With `fetch_folder`, a Hub source's shards are fetched there one by one and dropped after use. `include` carries
-    files beside the weights into an artifact that are not carried unasked. Raises SourceError, HubError, or UsageError
-    for an `include` that is wrong.
+    files beside the weights into an artifact that are not carried unasked. `companions`, a folder or a repository, has
+    tokenizer, processor and configuration where they don't lie with the weights. Raises SourceError, HubError, or
+    UsageError for an `include` that is wrong.
     """
     path = Path(text)
-    if exists(path) and path.is_dir():
-        return open_folder(path, include)
-    bare = open_bare(text)
-    if bare is not None:
-        if include:
-            raise UsageError(f"{text} is a configuration without files to include", hint="leave --include out")
-        return bare
-    if text == DEMO:
+    if not exists(path) or not path.is_dir():
+        bare = open_bare(text)
+        if bare is not None:
+            if include or companions:
+                option = "--include" if include else "--companions"
+                raise UsageError(f"{text} is a configuration without weights", hint=f"leave {option} out")
+            return bare
+    given = None if companions is None else open_given(companions)
+    if text == DEMO and not path.exists():
         from l4pack.demo import model_path
 
-        return replace(open_folder(model_path(), include), name=DEMO)
+        return replace(open_any_folder(model_path(), include, given), name=DEMO)
     if path.exists():
-        return open_folder(path)
+        return open_any_folder(path, include, given)
     repository = hub_repository(text)
     from l4pack.checkpoint.hub import open_hub
 
-    return open_hub(*repository, fetch_as_you_go=fetch_folder is not None, folder=fetch_folder, include=include)
+    return open_hub(
+        *repository, fetch_as_you_go=fetch_folder is not None, folder=fetch_folder, include=include, given=given
+    )
+
+
+def open_given(text: str) -> Given:
+    """The companions of a folder or of a Hub repository. Raises SourceError, HubError."""
+    path = Path(text)
+    if text == DEMO and not exists(path):
+        from l4pack.demo import model_path
+
+        return given_folder(model_path(), DEMO)
+    if exists(path):
+        if not path.is_dir():
+            raise SourceError(f"--companions {text} is no folder", hint="give the folder that holds tokenizer.json")
+        return given_folder(snapshot_of(path), text)
+    repository = hub_repository(text)
+    from l4pack.checkpoint.hub import given_repository
+
+    return given_repository(*repository)
 
 
 def exists(path: Path) -> bool:

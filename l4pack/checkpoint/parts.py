@@ -69,8 +69,9 @@ def _config(checkpoint: Checkpoint, store: Store) -> str:
 def _shards(checkpoint: Checkpoint, store: Store) -> dict[str, str]:
     described: defaultdict[str, list[str]] = defaultdict(list)
     for entry in sorted(checkpoint.entries.values(), key=lambda entry: entry.name):
+        identity = entry.identity
         for file in entry.stored:
-            described[file].append(entry.identity)
+            described[file].append(identity)
     return {
         file: hashlib.sha256("\n".join([store.identity(file), *described[file]]).encode()).hexdigest()
         for file in sorted(described)

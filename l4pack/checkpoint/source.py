@@ -66,6 +66,10 @@ class Store(Protocol):
         """The whole content of a file that must not be larger than `limit` bytes. Raises SourceError, HubError."""
         ...
 
+    def beside(self, files: Mapping[str, Path]) -> Store:
+        """The same with files on this machine that lie elsewhere, which stand before its own."""
+        ...
+
 
 @dataclass(frozen=True)
 class LocalStore:
@@ -102,13 +106,18 @@ class LocalStore:
             raise SourceError(f"{file} is implausibly large", hint="download it again")
         return content
 
+    def beside(self, files: Mapping[str, Path]) -> LocalStore:
+        """The folder, and files of others."""
+        return LocalStore(self.folder, {**self.elsewhere, **files})
+
 
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: configuration, every tensor's place, and the other files that belong to it.
 
     `entries` is empty for a bare configuration, from which a plan can be made but nothing read. `tied_head` is a stored
-    head that is not among them, because runtimes take the embedding for it.
+    head that is not among them, because runtimes take the embedding for it. `complete` is there where the files leave
+    open what a whole configuration says: it gives that configuration, None for one of another model.
     """
 
     name: str
@@ -124,6 +133,7 @@ class Checkpoint:
     dequantized: str | None = None  # what its matrices are stored as, where they are read as products of code and scale
     kind: str = "safetensors"  # how the weights lie in files, in words
     reopen: Callable[[], Checkpoint] | None = field(default=None, compare=False, repr=False)  # the same, seen now
+    complete: Callable[[Llama4Config], Llama4Config | None] | None = field(default=None, compare=False, repr=False)
 
     @property
     def bare(self) -> bool:
@@ -160,6 +170,11 @@ class Checkpoint:
         found = detect_layout(self.config, self.entries)
         check_layout(found, self.entries)
         return found
+
+    def completed(self, config: Llama4Config) -> Checkpoint:
+        """With a configuration, an artifact's of it, for one that leaves things open; unchanged where the two disagree."""
+        found = None if self.complete is None else self.complete(config)
+        return self if found is None else replace(self, config=found)
 
     def fingerprint(self) -> str:
         """Hex SHA-256 over configuration, headers and the files' identities: changes when the source does."""

@@ -21,6 +21,7 @@ from l4pack.cli.options import (
     BitsOption,
     CalibrationOption,
     CalibrationSamplesOption,
+    CompanionsOption,
     ComputeOption,
     ContextOption,
     DeviceOption,
@@ -119,6 +120,7 @@ def build(
     shard_size: ShardSizeOption = None,
     compute: ComputeOption = AUTO,
     include: IncludeOption = None,
+    companions: CompanionsOption = None,
     keep_float32: KeepFloat32Option = False,
     allow_requantize: AllowRequantizeOption = False,
     fetch_as_you_go: FetchAsYouGoOption = False,
@@ -155,6 +157,7 @@ def build(
         source,
         fetch_folder=fetch_folder(out) if fetch_as_you_go else None,
         include=include or (),
+        companions=companions,
         requantize=allow_requantize,
     )
     before: list[Step] = []

@@ -13,6 +13,7 @@ from l4pack.cli import console
 from l4pack.cli.options import (
     AgainstOption,
     AsJsonOption,
+    CompanionsOption,
     ComputeOption,
     ImageOption,
     MaxRamOption,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 def chat(
     source: SourceOption,
     against: AgainstOption = None,
+    companions: CompanionsOption = None,
     prompt: PromptOption = None,
     image: ImageOption = None,
     tokens: TokensOption = 32,
@@ -60,7 +62,8 @@ def chat(
 
     limits = [given_size(limit) for limit in (max_ram, max_vram)]
     asking = Asking(tokens, compute, *limits)
-    artifact, original = open_source(source), open_original(against, requantize=True) if against else None
+    artifact = open_source(source, companions=None if against else companions)
+    original = open_original(against, companions=companions, requantize=True) if against else None
     total = tokens * sum(one.weight_bytes for one in (artifact, original) if one is not None)
     messages: list[dict[str, Any]] = []
     for said in _said(prompt):

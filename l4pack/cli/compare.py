@@ -19,6 +19,7 @@ from l4pack.cli.options import (
     AgainstOption,
     ArtifactsOption,
     AsJsonOption,
+    CompanionsOption,
     ComputeOption,
     ContextOption,
     DeviceOption,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 def compare(
     artifacts: ArtifactsOption,
     against: AgainstOption = None,
+    companions: CompanionsOption = None,
     text: TextOption = "demo",
     samples: SamplesOption = 32,
     sequence_length: SequenceLengthOption = None,
@@ -88,7 +90,7 @@ def compare(
     from l4pack.text.choice import TextChoice
     from l4pack.work.files import path_beside
 
-    original = _refuse(artifacts, against)
+    original = _refuse(artifacts, against), companions
     find_host(device, load_devices())
     own, where = own_path(artifacts[0]), chosen(compute)
     hours = Hours(on, devices, price, where, path_beside(own, "").parent, planned=dry_run)
@@ -113,6 +115,10 @@ def compare(
     if out is not None:
         _write_page(record, out)
     console.show_json(record) if as_json else console.show(*comparison_view(record))
+
+
+Original = tuple[str, str | None]
+"""The source to compare with, and where its companions are, if elsewhere."""
 
 
 def _refuse(artifacts: list[str], against: str | None) -> str:
@@ -141,16 +147,18 @@ def _looked(artifacts: list[str], *, weights: bool) -> Iterator[list[Looked]]:
         yield looked
 
 
-def _opened(artifacts: list[Looked], against: str) -> tuple[list[Checkpoint], Checkpoint]:
+def _opened(artifacts: list[Looked], original: Original) -> tuple[list[Checkpoint], Checkpoint]:
     from l4pack.artifact.as_source import open_original
     from l4pack.checkpoint.source import open_folder
 
-    return [open_folder(one.folder) for one in artifacts], open_original(against, requantize=True)
+    against, companions = original
+    opened = open_original(against, companions=companions, requantize=True)
+    return [open_folder(one.folder) for one in artifacts], opened
 
 
 def _plan(
     artifacts: list[Looked],
-    against: str,
+    original: Original,
     settings: EvaluationSettings,
     hours: Hours,
     workers: int | None,
@@ -159,13 +167,13 @@ def _plan(
 ) -> None:
     from l4pack.evaluate.compare import prepare_comparison
 
-    prepared = prepare_comparison(*_opened(artifacts, against), settings, measured=UNREAD).evaluations
+    prepared = prepare_comparison(*_opened(artifacts, original), settings, measured=UNREAD).evaluations
     fetched = None if all(one.here for one in artifacts) else sum(one.fetched_bytes for one in artifacts)
     show_plan(planned_of(prepared, hours, workers, fetched=fetched), as_json=as_json)
 
 
 def _run(
-    artifacts: list[Looked], against: str, settings: EvaluationSettings, hours: Hours, cluster: Cluster | None
+    artifacts: list[Looked], source: Original, settings: EvaluationSettings, hours: Hours, cluster: Cluster | None
 ) -> tuple[Comparison, float | None]:
     """The comparison, and the seconds it was to take."""
     from l4pack.evaluate.compare import prepare_comparison
@@ -173,7 +181,7 @@ def _run(
     from l4pack.stream.visitor import Progress
     from l4pack.work.signals import stop_signals
 
-    checkpoints, original = _opened(artifacts, against)
+    checkpoints, original = _opened(artifacts, source)
     with console.progress("comparing", total_bytes(original, *checkpoints)) as bar, stop_signals() as stop:
         prepared = prepare_comparison(checkpoints, original, settings, Progress.of(bar.shown, stop))
         planned = planned_of(prepared.evaluations, hours, slots(cluster))

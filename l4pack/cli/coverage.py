@@ -12,6 +12,7 @@ from l4pack.cli.options import (
     AsJsonOption,
     CalibrationOption,
     CalibrationSamplesOption,
+    CompanionsOption,
     ComputeOption,
     EarlierSamplesOption,
     EarlierTextOption,
@@ -30,6 +31,7 @@ from l4pack.units import given_size, human_seconds
 
 def coverage(
     source: SourceOption,
+    companions: CompanionsOption = None,
     calibration: CalibrationOption = None,
     calibration_samples: CalibrationSamplesOption[int | None] = None,
     sequence_length: SequenceLengthOption = None,
@@ -58,7 +60,7 @@ def coverage(
     limits = map(given_size, (max_ram, max_vram))
     wanted = Wanted(calibration, calibration_samples, sequence_length, seed, max_cold, *limits)
     folder = work or Path(f"{Path(source).resolve().name}.coverage.partial")
-    checkpoint = open_original(source)
+    checkpoint = open_original(source, companions=companions)
     with console.progress("covering", checkpoint.weight_bytes) as bar, stop_signals() as stop:
         progress = Progress.of(bar.shown, stop)
         found = cover(checkpoint, wanted, folder, compute, progress, restart=restart)

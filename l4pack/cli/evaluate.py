@@ -18,6 +18,7 @@ from l4pack.cli.options import (
     AsJsonOption,
     AuditedOption,
     BackendOption,
+    CompanionsOption,
     ComputeOption,
     DevicesFileOption,
     DryRunOption,
@@ -62,6 +63,7 @@ UNREAD = "not read"  # stands for a digest where only the plan is wanted
 def evaluate(
     artifact: AuditedOption,
     against: AgainstOption = None,
+    companions: CompanionsOption = None,
     text: TextOption = "demo",
     samples: SamplesOption = 32,
     sequence_length: SequenceLengthOption = None,
@@ -133,10 +135,10 @@ def evaluate(
             read_evaluations(looked.folder)  # what can't be added to is said before the work, not after it
         if dry_run:
             workers = planned_workers(ray, gpus_per_worker, chosen_device, computes=True)
-            show_plan(_planned(looked, against, settings, hours, workers), as_json=as_json)
+            show_plan(_planned(looked, against, companions, settings, hours, workers), as_json=as_json)
             return
         with joined(cluster_options(ray, gpus_per_worker, chosen_device), computes=True) as cluster:
-            record = _run(looked.folder, against, settings, hours, cluster)
+            record = _run(looked.folder, against, companions, settings, hours, cluster)
         record["gates"] = judge(record, limits_of(gates, recovery))
         if looked.here:
             write_accuracy(looked.folder, record, gates, recovery)
@@ -145,7 +147,12 @@ def evaluate(
 
 
 def _run(
-    artifact: Path, against: str | None, settings: EvaluationSettings, hours: Hours, cluster: Cluster | None
+    artifact: Path,
+    against: str | None,
+    companions: str | None,
+    settings: EvaluationSettings,
+    hours: Hours,
+    cluster: Cluster | None,
 ) -> dict[str, Any]:
     from l4pack.artifact.as_source import open_original
     from l4pack.checkpoint.source import open_folder
@@ -154,7 +161,10 @@ def _run(
     from l4pack.timing.jobs import layer_weights
     from l4pack.work.signals import stop_signals
 
-    checkpoint, original = open_folder(artifact), None if against is None else open_original(against, requantize=True)
+    checkpoint, original = (
+        open_folder(artifact),
+        None if against is None else open_original(against, companions=companions, requantize=True),
+    )
     models = [one for one in (None if settings.reference else original, checkpoint) if one is not None]
     said = sample_talk(settings.sample_tokens).walked_bytes(checkpoint.config.text, list(map(layer_weights, models)))
     total = total_bytes(*models) + said
@@ -170,7 +180,12 @@ def _run(
 
 
 def _planned(
-    looked: Looked, against: str | None, settings: EvaluationSettings, hours: Hours, workers: int | None
+    looked: Looked,
+    against: str | None,
+    companions: str | None,
+    settings: EvaluationSettings,
+    hours: Hours,
+    workers: int | None,
 ) -> Planned:
     """What an evaluation would take; no weight is read."""
     from l4pack.artifact.as_source import open_original
@@ -179,7 +194,7 @@ def _planned(
 
     checkpoint, original = (
         open_folder(looked.folder),
-        None if against is None else open_original(against, requantize=True),
+        None if against is None else open_original(against, companions=companions, requantize=True),
     )
     prepared = [prepare_evaluation(checkpoint, original, settings, measured=UNREAD)]
     fetched = None if looked.here else looked.fetched_bytes

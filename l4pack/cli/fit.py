@@ -14,6 +14,7 @@ from l4pack.cli.options import (
     BitsOption,
     ByOption,
     ChartOption,
+    CompanionsOption,
     ContextOption,
     DeviceOption,
     KVDtypeOption,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 def fit(
     source: SourceOption,
+    companions: CompanionsOption = None,
     device: DeviceOption[str | None] = None,
     context: ContextOption = None,
     sequences: SequencesOption[int | None] = None,
@@ -67,7 +69,7 @@ def fit(
     check_file(out)
     if chart is not None:
         check_chart(chart)
-    checkpoint = open_original(source)
+    checkpoint = open_original(source, companions=companions)
     found = shipped_sensitivity(checkpoint) if sensitivity is None else read_sensitivity(sensitivity)
     warn_of_stand_in(found, checkpoint)
     fitted = run(checkpoint, found, wish, out.stem)

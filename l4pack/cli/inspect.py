@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from l4pack.cli import console
-from l4pack.cli.options import AsJsonOption, SourceOption
+from l4pack.cli.options import AsJsonOption, CompanionsOption, SourceOption
 from l4pack.cli.plan import beside_view
 from l4pack.units import human_bytes
 
@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     from l4pack.checkpoint.source import Checkpoint
 
 
-def inspect(source: SourceOption, as_json: AsJsonOption = False) -> None:
+def inspect(source: SourceOption, companions: CompanionsOption = None, as_json: AsJsonOption = False) -> None:
     """Say what a checkpoint is, from its headers alone.
+
+    What may come in: transformers' safetensors (BF16, F16 or F32; fused experts or one by one; with or without vision), and Meta's own release, consolidated.NN.pth with params.json, of which nothing is unpickled.
 
     Example: `l4pack inspect meta-llama/Llama-4-Scout-17B-16E-Instruct`
     """
     from l4pack.checkpoint.open import open_source
     from l4pack.plan.summary import checkpoint_record, checkpoint_roles
 
-    checkpoint = open_source(source)
+    checkpoint = open_source(source, companions=companions)
     if as_json:
         console.show_json(checkpoint_record(checkpoint))
         return

@@ -22,6 +22,7 @@ from l4pack.cli.options import (
     AsJsonOption,
     CalibrationOption,
     CalibrationSamplesOption,
+    CompanionsOption,
     ComputeOption,
     DevicesFileOption,
     DirectOption,
@@ -56,6 +57,7 @@ WORST = 8
 
 def measure(
     source: SourceOption,
+    companions: CompanionsOption = None,
     out: OutOption[Path] = Path("sensitivity.json"),
     text: TextOption = "demo",
     samples: SamplesOption = 32,
@@ -103,7 +105,8 @@ def measure(
         restart=restart,
     )
     device = chosen(compute)
-    hours, checkpoint = Hours(on, devices, price, device, out.parent, planned=dry_run), open_original(source)
+    hours = Hours(on, devices, price, device, out.parent, planned=dry_run)
+    checkpoint = open_original(source, companions=companions)
     if dry_run:
         workers = planned_workers(ray, gpus_per_worker, device, computes=True)
         prepared = prepare_measurement(checkpoint, settings, workers)

@@ -10,6 +10,7 @@ from l4pack.cli.options import (
     ArtifactOption,
     AsJsonOption,
     BaseModelOption,
+    CompanionsOption,
     FamilyOption,
     GatedOption,
     NameOption,
@@ -26,6 +27,7 @@ def package(
     folder: ArtifactOption,
     name: NameOption = None,
     source: OriginalSourceOption = None,
+    companions: CompanionsOption = None,
     base_model: BaseModelOption = None,
     template: TemplateOption = None,
     gated: GatedOption = False,
@@ -41,7 +43,7 @@ def package(
     from l4pack.publish.family import rungs
     from l4pack.publish.publish import Wishes, package_artifact, sign_artifact
 
-    original = None if source is None else open_original(source, requantize=True)
+    original = None if source is None else open_original(source, companions=companions, requantize=True)
     others = rungs(family or (), folder, console.tell)
     wishes = Wishes(name=name, base_model=base_model, template=template, gated=gated, family=others)
     result = package_artifact(folder, original, wishes)

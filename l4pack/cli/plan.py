@@ -25,6 +25,7 @@ from l4pack.cli.options import (
     AsJsonOption,
     CalibrationOption,
     CalibrationSamplesOption,
+    CompanionsOption,
     ComputeOption,
     DevicesFileOption,
     IncludeOption,
@@ -62,6 +63,7 @@ def plan(
     shard_size: ShardSizeOption = None,
     compute: ComputeOption = AUTO,
     include: IncludeOption = None,
+    companions: CompanionsOption = None,
     keep_float32: KeepFloat32Option = False,
     allow_requantize: AllowRequantizeOption = False,
     on: OnOption = None,
@@ -88,7 +90,8 @@ def plan(
         .keeping(float32=keep_float32)
         .calibrating(calibration is not None, samples=calibration_samples, sequence_length=sequence_length, seed=seed)
     )
-    made = make_plan(open_original(source, include=include or (), requantize=allow_requantize), wanted, allowed)
+    opened = open_original(source, include=include or (), companions=companions, requantize=allow_requantize)
+    made = make_plan(opened, wanted, allowed)
     made, fitted = within_time(made, allowed, hours, within, calibration_samples)
     made = made if workers is None else made.on_cluster()
     if calibration is not None and made.needs is not None:

@@ -23,6 +23,7 @@ from l4pack.cli.options import (
     AsJsonOption,
     CalibrationOption,
     CalibrationSamplesOption,
+    CompanionsOption,
     ComputeOption,
     DevicesFileOption,
     DryRunOption,
@@ -72,6 +73,7 @@ def quantize(
     shard_size: ShardSizeOption = None,
     compute: ComputeOption = AUTO,
     include: IncludeOption = None,
+    companions: CompanionsOption = None,
     keep_float32: KeepFloat32Option = False,
     allow_requantize: AllowRequantizeOption = False,
     fetch_as_you_go: FetchAsYouGoOption = False,
@@ -110,7 +112,13 @@ def quantize(
         .calibrating(calibration is not None, samples=calibration_samples, sequence_length=sequence_length, seed=seed)
     )
     made = make_plan(
-        open_original(source, fetch_folder=fetch_folder, include=include or (), requantize=allow_requantize),
+        open_original(
+            source,
+            fetch_folder=fetch_folder,
+            include=include or (),
+            companions=companions,
+            requantize=allow_requantize,
+        ),
         wanted,
         allowed,
     )

@@ -15,6 +15,7 @@ from l4pack.cli.options import (
     AgainstOption,
     AsJsonOption,
     AuditedOption,
+    CompanionsOption,
     HeadersOnlyOption,
     SampleOption,
     SignatureOption,
@@ -33,6 +34,7 @@ _SHOWN_PLACES = 3
 def verify(
     artifact: AuditedOption,
     against: AgainstOption = None,
+    companions: CompanionsOption = None,
     sample: SampleOption = None,
     headers_only: HeadersOnlyOption = False,
     signature: SignatureOption = None,
@@ -71,7 +73,7 @@ def verify(
         raise typer.BadParameter("reads nothing to hold against a source", param_hint="--headers-only")
     if headers_only and signature is not None:
         raise typer.BadParameter("reads not the bytes that are signed", param_hint="--headers-only")
-    source = open_original(against, requantize=True) if against is not None else None
+    source = open_original(against, companions=companions, requantize=True) if against is not None else None
     with (
         look(artifact, weights=not headers_only, say=console.tell) as looked,
         console.progress("verifying", CONTAINER.weight_bytes(looked.folder)) as bar,

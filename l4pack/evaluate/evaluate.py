@@ -93,6 +93,7 @@ def prepare_evaluation(
     written = [folder for folder in (settings.work, settings.save_reference) if folder is not None]
     refuse_overlap([one for one in (artifact, original) if one is not None], *written)
     if original is not None:
+        original = original.completed(artifact.config)
         check_same_model(artifact, original)
         check_original(artifact, original)
     tokenizer = _tokenizer(artifact, original)

@@ -82,6 +82,7 @@ def converse(
     BudgetError, StoppedError.
     """
     if original is not None:
+        original = original.completed(artifact.config)
         check_same_model(artifact, original)
     first = _first(artifact, original)
     tokenizer = load_tokenizer(first)

@@ -27,7 +27,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     names = [name for name in checkpoint.companions if name.startswith(_TOKENIZER_FILES)]
     if checkpoint.store is None or "tokenizer.json" not in names:
         raise SourceError(
-            f"{checkpoint.name} has no tokenizer.json", hint="download the tokenizer's files into the folder"
+            f"{checkpoint.name} has no tokenizer.json",
+            hint="download the tokenizer's files into the folder, or say with --companions where they are",
         )
     paths = {name: checkpoint.store.path(name) for name in names}
     from transformers import PreTrainedTokenizerFast

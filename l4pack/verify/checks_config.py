@@ -136,7 +136,7 @@ def check_config(artifact: OpenedArtifact, found: Findings) -> None:
 
 def check_config_kept(artifact: OpenedArtifact, source: Checkpoint, found: Findings) -> None:
     """All of config.json but the stanza is the source's, as written or as transformers reads it."""
-    mine, theirs = artifact.config, source.config
+    mine, theirs = artifact.config, source.completed(artifact.config).config
     if mine.raw.get("model_type") != theirs.raw.get("model_type"):
         message = f"is {mine.raw.get('model_type')!r}, the source's is {theirs.raw.get('model_type')!r}"
         lost = "; the vision tower is lost" if theirs.vision is not None and mine.vision is None else ""

@@ -11,7 +11,8 @@ SourceOption = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="Checkpoint folder, ORG/NAME[@REVISION] on the Hub, a config.json, llama-4-scout, llama-4-maverick, or demo.",
+        help="Checkpoint folder (safetensors, or Meta's consolidated.NN.pth with params.json), ORG/NAME[@REVISION] on the "
+        "Hub, a config.json, llama-4-scout, llama-4-maverick, or demo.",
         show_default=False,
     ),
 ]
@@ -58,6 +59,15 @@ IncludeOption = Annotated[
         "--include",
         metavar="GLOB",
         help="Carry these files of the source too; may be repeated. Tokenizer, processor, template, licence go unasked.",
+    ),
+]
+CompanionsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--companions",
+        metavar="SOURCE",
+        help="Folder or ORG/NAME that has the original's tokenizer, processor and config.json, where its weights lie alone, "
+        "as Meta's .pth files do.",
     ),
 ]
 FetchAsYouGoOption = Annotated[
