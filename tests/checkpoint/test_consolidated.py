@@ -109,7 +109,7 @@ def test_a_shard_that_changed_stops_the_job(release, tmp_path):
 
 @pytest.mark.parametrize("as_you_go", [True, False])
 def test_from_the_hub(pair, tmp_path, as_you_go):
-    source, folder = pair("maverick-2")
+    _, folder = pair("maverick-2")
     local = run_plan(make_plan(open_source(str(folder)), load_recipe("int4-rtn")), tmp_path / "local").out
     with running_hub() as hub:
         hub.add(REPO, {path.name: path.read_bytes() for path in folder.iterdir()})
