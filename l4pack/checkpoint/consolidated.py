@@ -25,7 +25,7 @@ from l4pack.checkpoint.pth import PthHeader, StoredTensor, read_pth
 from l4pack.checkpoint.source import Checkpoint, LocalStore
 from l4pack.errors import SourceError
 from l4pack.model.config import STANZA_KEYS, Llama4Config, parse_config
-from l4pack.model.original import Placed, Split, is_dropped, placed, widths
+from l4pack.model.original import ALWAYS_SPLIT, Placed, Split, is_dropped, placed, widths
 from l4pack.model.params import PARAMS_NAME, Params, configuration, load_params, refuse_other_model
 from l4pack.model.tensors import Catalogue, canonical_naming, catalogue
 from l4pack.quant.dtypes import FLOATS
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 _SHARD = re.compile(r"consolidated(?:\.(\d{1,4}))?\.pth")
 _SCALES = re.compile(r"(fp8|int4)_scales_\d+\.pt")
-_SPLIT_BY = "layers.0.attention.wo.weight"  # its columns are split, and nothing is stacked in it
 _SAMPLE = 4096
 _WORDS: Mapping[str, str] = {name: one.word for name, one in FLOATS.items()}
 _AGAIN = "download the shards again, all of one release"
@@ -80,7 +79,7 @@ def _refuse_twins(folder: Path, headers: Mapping[str, PthHeader]) -> None:
     """Raise SourceError where one shard lies there under two names: a few bytes that are split are compared."""
     seen: dict[bytes, str] = {}
     for file, header in headers.items():
-        tensor = header.tensors.get(_SPLIT_BY)
+        tensor = header.tensors.get(ALWAYS_SPLIT)
         if tensor is None:
             continue
         with (folder / file).open("rb") as stream:
@@ -147,7 +146,7 @@ def _weights(header: PthHeader, file: str) -> Tensors:
 
 def _refuse_count(params: Params, tensors: Mapping[str, Tensors]) -> None:
     """Raise SourceError where the weights were split over another number of files than are there."""
-    first = next(iter(tensors.values())).get(_SPLIT_BY)
+    first = next(iter(tensors.values())).get(ALWAYS_SPLIT)
     width = params.n_heads * (params.head_dim or params.dim // params.n_heads)
     if first is None or len(first.shape) != 2 or not first.shape[1] or width % first.shape[1]:
         return

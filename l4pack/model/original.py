@@ -41,6 +41,7 @@ class Placed:
     half: int = 0
 
 
+ALWAYS_SPLIT = f"{parts.LAYERS}.0.attention.wo.weight"  # by its columns, and nothing is stacked in it
 _DROPPED = re.compile(
     r"rope\.freqs|freqs?_cis|.*\._extra_state|.*\.expert_activation_DE|.*gate_stats_3E|.*running_gate_stats\w*"
 )
