@@ -184,7 +184,6 @@ def test_two_models_in_one_folder(checkpoint, tmp_path, l4pack):
 
 WEIGHTLESS = {
     "MODEL.SAFETENSORS": "rename MODEL.SAFETENSORS",
-    "consolidated.00.pth": "Meta's original files",
     "pytorch_model-00001-of-00002.bin": "save it with save_pretrained",
     "model.gguf": "save it with save_pretrained",
 }
