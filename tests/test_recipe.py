@@ -56,6 +56,7 @@ def test_what_the_generic_recipes_quantize(name, meant, model):
 
 
 BITS = {
+    "gguf-q4_k": {Role.ROUTED_EXPERT: 4, Role.SHARED_EXPERT: 8, Role.DENSE_MLP: 8, Role.ATTENTION: None},
     "int4-g32": {Role.ROUTED_EXPERT: 4, Role.SHARED_EXPERT: 8, Role.DENSE_MLP: 8, Role.ATTENTION: None},
     "int4": {Role.ROUTED_EXPERT: 4, Role.SHARED_EXPERT: 8, Role.DENSE_MLP: 8, Role.ATTENTION: None},
     "int4-uniform": {Role.ROUTED_EXPERT: 4, Role.SHARED_EXPERT: 4, Role.DENSE_MLP: 4, Role.ATTENTION: None},

@@ -17,11 +17,13 @@ _HEAVIEST_FIRST = (Role.ROUTED_EXPERT, Role.DENSE_MLP, Role.SHARED_EXPERT, Role.
 
 
 def scheme_tag(scheme: RecipeScheme) -> str:
-    """The field's short word for a scheme: `W4A16-g128`, `FP8-dynamic`, `FP8-block`, `NVFP4A16`, `MXFP4A16`."""
+    """The field's short word for a scheme: `W4A16-g128`, `FP8-dynamic`, `FP8-block`, `NVFP4A16`, `MXFP4A16`, `Q4_K`."""
     kept = scheme.activations is Activations.NONE
     kind = scheme.activations.value.partition("_")[0]
     if scheme.grid is E2M1:
         return f"{'NV' if scheme.globally_scaled else 'MX'}FP4{'A16' if kept else ''}"
+    if scheme.super_blocked:
+        return scheme.scale_dtype.value.upper()
     if scheme.type.value == "float":
         how = "block" if scheme.strategy is Strategy.BLOCK else "weight-only" if kept else kind
         return f"FP{scheme.num_bits}-{how}"

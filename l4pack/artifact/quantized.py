@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from l4pack.artifact.patterns import matches, pattern
-from l4pack.artifact.stanza import METHOD, StanzaGroup, read_stanza
+from l4pack.artifact.stanza import METHOD, MIXED, StanzaGroup, read_stanza
 from l4pack.errors import L4packError
-from l4pack.formats.configuration import read_scheme
+from l4pack.formats.configuration import as_compressed_tensors, read_scheme
 from l4pack.formats.format import Format
 from l4pack.formats.known import FORMATS
+from l4pack.formats.super_blocks import GGML_Q4_K
 from l4pack.quant.scheme import Scheme, Strategy
 
 if TYPE_CHECKING:
@@ -84,12 +85,29 @@ def _schemes(given: Mapping[str, Any]) -> dict[str, QuantizationScheme]:
     from compressed_tensors.quantization import QuantizationConfig
 
     try:
-        return dict(QuantizationConfig.model_validate(dict(given)).config_groups)
+        return dict(QuantizationConfig.model_validate(_as_checked(given)).config_groups)
     except (ValidationError, ValueError, TypeError) as error:
         first = str(error).splitlines()[0]
         raise L4packError(
             f"config.json: quantization_config: {first}", hint="quantize again, or mend the config"
         ) from error
+
+
+def _as_checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A stanza in words that compressed-tensors has; l4pack's own format is not among them."""
+    groups = given.get("config_groups")
+    if not isinstance(groups, Mapping):
+        return dict(given)
+    form = {"format": MIXED} if given.get("format") == GGML_Q4_K.name else {}
+    named = {
+        name: as_compressed_tensors(group) if _is_own(group, given.get("format")) else group
+        for name, group in groups.items()
+    }
+    return {**given, **form, "config_groups": named}
+
+
+def _is_own(group: Any, form: Any) -> bool:
+    return isinstance(group, Mapping) and (group.get("format") or form) == GGML_Q4_K.name and "weights" in group
 
 
 def _given(group: StanzaGroup, schemes: Mapping[str, QuantizationScheme]) -> Given:
@@ -103,6 +121,8 @@ def own_format(scheme: QuantizationScheme, format_name: str) -> tuple[Format, Sc
     if form is None or weights is None:
         return None
     given = weights.model_dump(mode="json")
+    if form.accepts.scale_dtype is not None:
+        given["scale_dtype"] = form.accepts.scale_dtype.value
     if given.get("actorder") in ("group", "dynamic"):
         return None
     if given.get("strategy") not in (Strategy.GROUP, Strategy.TENSOR_GROUP):

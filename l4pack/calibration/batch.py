@@ -252,11 +252,13 @@ class _Attempt:
             int(kept),
             dead,
             float(found.over[place]) if self.scheme.globally_scaled else None,
+            rounded.headers,
         )
 
 
 def _part_of(rounded: gptq.Rounded, unit: int, rows: slice) -> gptq.Rounded:
-    return gptq.Rounded(rounded.levels[unit, rows], rounded.scale[unit, rows], rounded.zero_point[unit, rows])
+    headers = None if rounded.headers is None else rounded.headers[unit, rows]
+    return gptq.Rounded(rounded.levels[unit, rows], rounded.scale[unit, rows], rounded.zero_point[unit, rows], headers)
 
 
 @torch.inference_mode()

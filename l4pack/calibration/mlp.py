@@ -144,7 +144,8 @@ def solved_weights(solution: gptq.Solution, dtype: torch.dtype = torch.float32) 
     step = rows_at_once(values.device.type, values.shape[1])
     for first in range(0, len(values), step):
         rows = slice(first, first + step)
-        part = gptq.Rounded(solution.levels[rows], solution.scale[rows], zero_point[rows])
+        headers = None if solution.headers is None else solution.headers[rows]
+        part = gptq.Rounded(solution.levels[rows], solution.scale[rows], zero_point[rows], headers)
         values[rows] = part.values().to(dtype)
     return values
 
@@ -156,11 +157,13 @@ def stored(solution: gptq.Solution, scheme: Scheme) -> Quantized:
         codes = coded(solution.scale / step, scheme.scale_dtype, solution.global_scale or 1.0)
         return QuantizedTensors(pack_e2m1(solution.levels * step), codes, None, solution.global_scale).to_numpy()
     zero_point, num_bits = solution.zero_point, scheme.num_bits
-    packed = None if zero_point is None else pack_zero_points(zero_point.cpu().numpy(), num_bits)
     if solution.levels.device.type == "cpu":
         words = pack_levels(solution.levels.numpy(), num_bits)
     else:
         words = torch_ops.pack_levels(solution.levels, num_bits).cpu().numpy()
+    if solution.headers is not None:
+        return Quantized(words, solution.headers.cpu().numpy(), None)
+    packed = None if zero_point is None else pack_zero_points(zero_point.cpu().numpy(), num_bits)
     return Quantized(words, torch_ops.to_array(solution.scale), packed)
 
 

@@ -41,6 +41,8 @@ def _list_recipes(chosen: list[Recipe]) -> None:
 
 def _scheme_text(scheme: RecipeScheme) -> str:
     group = f" g{scheme.group_size}" if scheme.group_size else f" {scheme.strategy.value}"
+    if scheme.super_blocked:
+        return f"{scheme.scale_dtype.value} {scheme.method.value}"
     kind = "int" if scheme.type.value == "int" else "fp"
     return f"{kind}{scheme.num_bits}{group} {scheme.method.value}"
 

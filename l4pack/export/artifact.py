@@ -45,7 +45,7 @@ class Source:
     @property
     def integers(self) -> bool:
         """Whether it is quantized to integers, whose scales are floats."""
-        return self.own is not None and self.own[1].grid.even
+        return self.own is not None and self.own[1].grid.even and not self.own[1].super_blocked
 
     def steps(self) -> list[slice]:
         """Its rows in pieces; an expert of a fused tensor is read at once."""
@@ -81,8 +81,8 @@ class Artifact:
                 hint="export an artifact that l4pack quantize made",
             )
         scale = f"{linear.module}.{Suffix.SCALE}"
-        integers = given.own[1].grid.even
-        return replace(plain, dtype=self._float(scale) if integers else self._entries[scale].dtype, own=given.own)
+        found = replace(plain, dtype=self._entries[scale].dtype, own=given.own)
+        return replace(found, dtype=self._float(scale)) if found.integers else found
 
     def tensor(self, spec: TensorSpec) -> Source:
         """Another tensor; what has one dimension is one row."""

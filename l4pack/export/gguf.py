@@ -45,7 +45,7 @@ from l4pack.quant.scheme import Scheme
 
 _TOWER = (Role.VISION, Role.PROJECTOR)
 _FILE_TYPES = {"Q4_0": LlamaFileType.MOSTLY_Q4_0, "Q4_1": LlamaFileType.MOSTLY_Q4_1, "Q8_0": LlamaFileType.MOSTLY_Q8_0,
-               "MXFP4": LlamaFileType.MOSTLY_MXFP4_MOE,
+               "MXFP4": LlamaFileType.MOSTLY_MXFP4_MOE, "Q4_K": LlamaFileType.MOSTLY_Q4_K_M,
                "BF16": LlamaFileType.MOSTLY_BF16, "F16": LlamaFileType.MOSTLY_F16,
                "F32": LlamaFileType.ALL_F32}  # fmt: skip
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]+")

@@ -61,6 +61,7 @@ def arguments(**values: Any) -> dict[str, Any]:
 
 
 _CODED_SCALES = {ScaleDtype.E8M0: "torch.uint8", ScaleDtype.E4M3: "torch.float8_e4m3fn"}
+_OWN_SCALES = ScaleDtype.Q4_K  # a word that compressed-tensors does not know, and refuses
 
 
 def weight_arguments(scheme: Scheme) -> dict[str, Any]:
@@ -68,6 +69,7 @@ def weight_arguments(scheme: Scheme) -> dict[str, Any]:
     coded = _CODED_SCALES.get(scheme.scale_dtype)
     return arguments(
         **({} if coded is None else {"scale_dtype": coded, "zp_dtype": coded}),
+        **({"scale_dtype": _OWN_SCALES.value} if scheme.super_blocked else {}),
         num_bits=scheme.num_bits,
         type=scheme.type.value,
         symmetric=scheme.symmetric,
@@ -87,7 +89,15 @@ def input_arguments(activations: Activations) -> dict[str, Any] | None:
 
 def read_scheme(given: Mapping[str, Any]) -> Scheme:
     """The scheme that a group's `weights` state, as far as it shows in files. Raises pydantic's ValidationError."""
-    return Scheme.model_validate({key: given[key] for key in _SCHEME_KEYS if given.get(key) is not None})
+    own = ("scale_dtype",) if given.get("scale_dtype") == _OWN_SCALES else ()
+    return Scheme.model_validate({key: given[key] for key in (*_SCHEME_KEYS, *own) if given.get(key) is not None})
+
+
+def as_compressed_tensors(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A config group of a format that compressed-tensors does not have, in words that it checks: the nearest it has."""
+    given = group["weights"]
+    weights = {key: given[key] for key in given if key != "scale_dtype"} if isinstance(given, Mapping) else given
+    return {**group, "format": "pack-quantized", "weights": weights}
 
 
 def read_inputs(given: Mapping[str, Any] | None) -> str:

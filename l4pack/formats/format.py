@@ -20,9 +20,9 @@ from l4pack.checkpoint.header import DTYPE_BITS
 from l4pack.errors import L4packError, RecipeError
 from l4pack.formats.configuration import Activations, input_arguments, weight_arguments
 from l4pack.formats.readers import FormatReader, read_readers
-from l4pack.quant.dtypes import NAMES
-from l4pack.quant.grid import NumberType
-from l4pack.quant.scheme import Scheme, Strategy
+from l4pack.quant.dtypes import FLOATS, NAMES
+from l4pack.quant.grid import NumberType, ScaleDtype
+from l4pack.quant.scheme import HEADER_COLUMNS, Scheme, Strategy
 from l4pack.quant.suffixes import Suffix
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from l4pack.quant.quantized import Quantized
 
 SizeText = Annotated[
-    str, Field(pattern=r"^((in|out)(/(byte|pack|group|rows|columns))?|[0-9]+)$", coerce_numbers_to_str=True)
+    str, Field(pattern=r"^((in|out)(/(byte|pack|group|header|rows|columns))?|[0-9]+)$", coerce_numbers_to_str=True)
 ]
 
 
@@ -48,6 +48,7 @@ class Accepts(_Data):
     group_sizes: list[int] = []
     block_structures: list[tuple[int, int]] = []
     symmetric: list[bool]
+    scale_dtype: ScaleDtype | None = None  # what scales are; None: floats, or what the grid has
     activations: list[Activations]
 
 
@@ -115,6 +116,11 @@ class Format:
         """The runtimes that read it, and what each can't."""
         return read_readers(self.name)
 
+    @property
+    def exported(self) -> bool:
+        """Whether it is read out of another container alone, into which `export` puts it."""
+        return all(reader.container is not None for reader in self.readers)
+
     def describe(self, *, exclude_none: bool = False) -> dict[str, Any]:
         """The format as JSON."""
         return {
@@ -132,11 +138,9 @@ class Format:
 
     def has_dtypes(self, dtypes: Mapping[str, str]) -> bool:
         """Whether a module's codes, and scales of one dtype, are those of the format; `dtypes` are by suffix."""
-        return dtypes.get(self.values.suffix) == self.values.dtype and all(
-            dtypes.get(piece.suffix, piece.dtype) == piece.dtype
-            for piece in self.pieces
-            if piece.holds is Holds.SCALE and piece.dtype != "scale"
-        )
+        scale = next(piece for piece in self.pieces if piece.holds is Holds.SCALE)
+        wanted = FLOATS if scale.dtype == "scale" else (scale.dtype,)
+        return dtypes.get(self.values.suffix) == self.values.dtype and dtypes.get(scale.suffix, min(wanted)) in wanted
 
     def check_accepts(self, scheme: Scheme, activations: str, where: str) -> None:
         """Refuse a scheme the format can't hold. Raises RecipeError naming the key."""
@@ -148,6 +152,8 @@ class Format:
             ("symmetric", scheme.symmetric, accepts.symmetric),
             ("activations", activations, [way.value for way in accepts.activations]),
         ]
+        if scheme.super_blocked != (accepts.scale_dtype is ScaleDtype.Q4_K):
+            taken.append(("scale_dtype", scheme.scale_dtype.value, [str(accepts.scale_dtype or "floats")]))
         if scheme.group_size is not None:
             taken.insert(3, ("group_size", scheme.group_size, accepts.group_sizes))
         if scheme.block_structure is not None:
@@ -191,6 +197,9 @@ class Format:
         symmetric = Suffix.ZERO_POINT not in shapes
         for bits, strategy in product(accepts.num_bits, accepts.strategies):
             numbers = {"num_bits": bits, "type": accepts.type, "strategy": strategy, "symmetric": symmetric}
+            if accepts.scale_dtype is not None:
+                yield Scheme.model_validate({**numbers, "symmetric": False, "scale_dtype": accepts.scale_dtype})
+                continue
             if strategy is Strategy.BLOCK:
                 choices: list[dict[str, object]] = [{"block_structure": one} for one in accepts.block_structures]
             elif strategy in (Strategy.GROUP, Strategy.TENSOR_GROUP):
@@ -299,6 +308,7 @@ def matrix_sizes(scheme: Scheme, out_features: int, in_features: int) -> dict[st
         "byte": 8 // scheme.num_bits,
         "pack": scheme.pack_factor,
         "group": scheme.group_columns(in_features),
+        "header": HEADER_COLUMNS,
         "rows": rows,
         "columns": columns,
     }

@@ -14,9 +14,10 @@ import numpy as np
 from l4pack.formats.carrier import Carrier, RowPart, SolvedRows
 from l4pack.quant.floats import Float32Array, widen
 from l4pack.quant.grid import NumberType, ScaleDtype
-from l4pack.quant.nibbles import interleave
+from l4pack.quant.nibbles import HALF_BLOCK, HALF_RUN, interleave
 from l4pack.quant.packing import unpack_levels, unpack_zero_points
 from l4pack.quant.scheme import Scheme, Strategy
+from l4pack.quant.superblocks import HEADER, SUPER
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,7 +64,7 @@ class BlockType:
             _put(made, first, _each_block(_minimum(scale, zero_point), group, blocks))
             first += _SCALE_BYTES
         if self.bits == 4:
-            interleave(np.ascontiguousarray(quantized.values).view(np.uint8), made, first)
+            interleave(np.ascontiguousarray(quantized.values).view(np.uint8), made, first, HALF_BLOCK)
         else:
             levels = unpack_levels(quantized.values, self.bits, rows.columns)
             made[..., first:] = levels.reshape(count, blocks, BLOCK).view(np.uint8)
@@ -90,10 +91,36 @@ class MicroscalingType:
         scale = rows.quantized.scale
         made = np.empty((*scale.shape, 1 + BLOCK // 2), np.uint8)
         made[..., 0] = scale
-        interleave(np.ascontiguousarray(rows.quantized.values).view(np.uint8), made, 1)
+        interleave(np.ascontiguousarray(rows.quantized.values).view(np.uint8), made, 1, HALF_BLOCK)
         return (made.reshape(len(made), -1),)
 
 
+@dataclass(frozen=True)
+class SuperBlockType:
+    """ggml's Q4_K: the 16 bytes of scales of 256 weights, which the artifact has as they are, before four runs of 64 codes."""
+
+    name: str = "Q4_K"
+
+    def parts(self, columns: int) -> tuple[RowPart, ...]:
+        """One tensor: the super-blocks of a row follow each other."""
+        return (RowPart("", self.name, columns, columns // SUPER * (HEADER + SUPER // 2)),)
+
+    def inexact(self, scale: Float32Array, zero_point: Float32Array | None) -> NDArray[Any]:
+        """Nowhere: both have the same scales."""
+        del zero_point
+        return np.zeros(scale.shape, np.bool_)
+
+    def encode(self, rows: SolvedRows) -> tuple[NDArray[np.uint8]]:
+        """uint8 [rows, bytes of a row]."""
+        headers = rows.quantized.scale
+        count = len(headers)
+        made = np.empty((count, rows.columns // SUPER, HEADER + SUPER // 2), np.uint8)
+        made[..., :HEADER] = headers.reshape(count, -1, HEADER)
+        interleave(np.ascontiguousarray(rows.quantized.values).view(np.uint8), made, HEADER, HALF_RUN)
+        return (made.reshape(count, -1),)
+
+
+Q4_K = SuperBlockType()
 MXFP4 = MicroscalingType()
 Q4_0, Q4_1, Q8_0 = BlockType("Q4_0", 4), BlockType("Q4_1", 4, minimum=True), BlockType("Q8_0", 8)
 ROUNDED_TO = Scheme(num_bits=8, strategy=Strategy.GROUP, group_size=BLOCK, scale_dtype=ScaleDtype.FLOAT16)
@@ -102,6 +129,8 @@ ROUNDED_TO = Scheme(num_bits=8, strategy=Strategy.GROUP, group_size=BLOCK, scale
 
 def carrier_of(scheme: Scheme, columns: int) -> Carrier | str:
     """The type that carries a matrix of `columns` input features as it was solved, or why there is none."""
+    if scheme.super_blocked:
+        return Q4_K
     if scheme.num_bits == 4 and scheme.type is NumberType.FLOAT and scheme.strategy is Strategy.GROUP:
         return MXFP4
     if scheme.strategy is Strategy.TENSOR_GROUP:

@@ -9,9 +9,12 @@ from l4pack.formats.float_quantized import FLOAT_QUANTIZED
 from l4pack.formats.format import Format
 from l4pack.formats.fp4 import MXFP4_PACK_QUANTIZED, NVFP4_PACK_QUANTIZED
 from l4pack.formats.pack_quantized import PACK_QUANTIZED
+from l4pack.formats.super_blocks import GGML_Q4_K
 from l4pack.quant.suffixes import Suffix
 
-FORMATS = {form.name: form for form in (FLOAT_QUANTIZED, PACK_QUANTIZED, NVFP4_PACK_QUANTIZED, MXFP4_PACK_QUANTIZED)}
+FORMATS = {
+    form.name: form for form in (FLOAT_QUANTIZED, PACK_QUANTIZED, NVFP4_PACK_QUANTIZED, MXFP4_PACK_QUANTIZED, GGML_Q4_K)
+}
 
 
 def format_names() -> list[str]:

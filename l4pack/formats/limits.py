@@ -29,7 +29,7 @@ def reader_limits(
     `mixed` says that the artifact has other schemes beside this one.
     """
     holds = _conditions(scheme, roles, weight_only=weight_only, mixed=mixed)
-    limits = [(reader, limit) for reader in form.readers for limit in reader.limits]
+    limits = [(reader, limit) for reader in form.readers if reader.container is None for limit in reader.limits]
     return [f"{reader.runtime} {reader.version} {limit.says}" for reader, limit in limits if holds.get(limit.when)]
 
 
@@ -120,7 +120,7 @@ def split_hindrances(stored: Iterable[Stored], kv_heads: int, tp: int) -> dict[s
         holds = _conditions(scheme, {role}, weight_only=False, mixed=False)
         ordered = sorted(matrices, key=lambda matrix: (matrix.projection, matrix.out_features, matrix.in_features))
         for reader in form.readers:
-            if reader.serves:
+            if reader.serves and reader.container is None:
                 reasons = found.setdefault(reader.runtime, [])
                 reasons += _shape_hindrances(reader, scheme, role, ordered, holds)
     return found

@@ -107,6 +107,8 @@ def carrier_of(scheme: Scheme, columns: int, scale: str) -> Carrier | str:
         return "mlx-lm has a place for the global scales of NVFP4 in experts only"
     if not scheme.grid.even:
         return f"MLX's affine groups hold integers, not FP{scheme.num_bits}"
+    if scheme.super_blocked:
+        return "MLX's affine groups hold no 6-bit scales and minima"
     own = scheme.group_columns(columns)
     group = next((size for size in GROUPS if own % size == 0 and columns % own == 0), None)
     if group is None:

@@ -57,6 +57,7 @@ class FormatReader(_Data):
 
     runtime: str
     version: str
+    container: Literal["gguf", "mlx"] | None = None  # what `export` puts an artifact into for it
     serves: bool = True  # false for one that holds the weights unpacked, to compute with and not to serve
     limits: list[Limit] = []
     shapes: list[ShapeLimit] = []

@@ -200,9 +200,11 @@ def _target(checkpoint: Checkpoint, recipe: Recipe, old: Linear, new: Linear, sc
     numbers = None if scheme == KEEP else recipe.schemes[scheme]
     if numbers is not None and not divides(numbers, new):
         raise RecipeError(
-            f"recipe {recipe.name}: schemes.{scheme}.group_size {numbers.group_size} does not divide the "
+            f"recipe {recipe.name}: schemes.{scheme}.{_grouping(numbers)} does not divide the "
             f"{new.in_features} input features of {new.module}",
-            hint="choose a group size that divides every matrix, or strategy channel",
+            hint="recipe int4-g32 is for llama.cpp too, and its groups are smaller"
+            if numbers.super_blocked
+            else "choose a group size that divides every matrix, or strategy channel",
         )
     carried = numbers is not None and is_carried(checkpoint, old, numbers)
     codes = codes_of(checkpoint.entries.get(old.tensor)) if carried else None
@@ -233,7 +235,12 @@ def for_source(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
 
 def divides(scheme: RecipeScheme, linear: Linear) -> bool:
     """Whether a scheme's groups divide a matrix."""
-    return not scheme.grouped or linear.in_features % scheme.group_columns(linear.in_features) == 0
+    return linear.in_features % scheme.column_multiple() == 0
+
+
+def _grouping(scheme: RecipeScheme) -> str:
+    multiple = scheme.column_multiple()
+    return f"scale_dtype q4_k, in super-blocks of {multiple}," if scheme.super_blocked else f"group_size {multiple}"
 
 
 def module_tensors(linear: Linear, name: str, scheme: RecipeScheme | None, dtype: str) -> tuple[PlannedTensor, ...]:

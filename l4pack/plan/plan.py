@@ -331,6 +331,10 @@ class Plan:
             roles = {linear.role for linear, name in self.assigned if name == key}
             weight_only = scheme.activations is Activations.NONE
             found += reader_limits(load_format(scheme.format), scheme, roles, weight_only=weight_only, mixed=mixed)
+            if load_format(scheme.format).exported:
+                found.append(
+                    f"no server loads {scheme.format} as it is: `l4pack export --to gguf` makes llama.cpp's file of it"
+                )
             if self.recipe.kv_cache is not None:
                 vision = self.checkpoint.config.vision is not None
                 found += cache_limits(load_format(scheme.format), self.recipe.kv_cache.strategy, vision=vision)

@@ -22,7 +22,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from l4pack.quant import gptq_blocks, torch_ops
+from l4pack.quant import gptq_blocks, torch_ops, torch_superblocks
 from l4pack.quant.dtypes import FLOATS, FloatName
 from l4pack.quant.factor import Factor, factorize, pull_of, times_inverse
 from l4pack.quant.gptq_thin import (
@@ -37,6 +37,7 @@ from l4pack.quant.grid import ScaleDtype
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, quantize_block
 from l4pack.quant.scheme import Scheme
+from l4pack.quant.superblocks import ZERO_POINT
 from l4pack.quant.torch_scales import values_of
 from l4pack.quant.triangular import (
     all_finite,
@@ -62,7 +63,8 @@ class Solution:
     """A solved matrix, in the column order of its weights.
 
     `levels` int8 [out, in], steps of the scheme's grid; `scale` [out, groups], that of a step, in its stored dtype, or
-    float32 where a code is stored; `zero_point` int8 [out, groups] or None; `global_scale` what codes are told over.
+    float32 where a code is stored; `zero_point` int8 [out, groups] or None; `global_scale` what codes are told over;
+    `headers` the scales of super-blocks as they are stored, see `Rounded`.
     `error` is the loss trace((W - Q) H (W - Q)^T) with the Hessian undamped and W the asymmetric target if there is one;
     `rtn_error` the same for rounding to nearest (both NaN if the Hessian is not finite). `dampening` is what was used,
     as a fraction of the mean diagonal. `rtn_rows` counts output rows where rounding to nearest was better and was kept.
@@ -80,22 +82,34 @@ class Solution:
     rtn_rows: int
     dead_columns: int
     global_scale: float | None = None
+    headers: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Rounded:
     """Levels [out, in], steps of a grid, with the scales of a step and zero points [out, groups] (float32) that give them
-    meaning."""
+    meaning; of super-blocks also their scales as they are stored, `headers` uint8 [out, in / 16]: from what levels mean, a
+    group's minimum is taken off."""
 
     levels: Tensor
     scale: Tensor
     zero_point: Tensor
+    headers: Tensor | None = None
 
     def values(self) -> Tensor:
         """float32 [out, in]."""
         values = self.levels.float().reshape(*self.scale.shape, -1)
         values.sub_(self.zero_point[..., None]).mul_(self.scale.float()[..., None])
+        if self.headers is not None:
+            values.sub_(torch_superblocks.values_of(self.headers)[1][..., None])
         return values.reshape(self.levels.shape)
+
+    def raised(self, target: Tensor) -> Tensor:
+        """What levels alone must come near to for values to come near to `target` [out, in]: minima are added to it."""
+        if self.headers is None:
+            return target
+        minimum = torch_superblocks.values_of(self.headers)[1]
+        return (target.view(*minimum.shape, -1) + minimum[..., None]).view(target.shape)
 
 
 @dataclass(frozen=True)
@@ -267,8 +281,10 @@ def _columns(
     """GPTQ; each row's damped loss, float64 [out]; and if sweeps follow, where they start from."""
     scheme = settings.scheme
     if isinstance(factor, ThinFactor):
-        levels, left, loss = solve_thin_columns(target, factor, start.scale, start.zero_point, scheme.grid)
-        solved = Rounded(levels, start.scale, start.zero_point)
+        levels, left, loss = solve_thin_columns(
+            start.raised(target), factor, start.scale, start.zero_point, scheme.grid
+        )
+        solved = replace(start, levels=levels)
         return solved, loss, thin_pull(left, target - solved.values(), factor) if settings.sweeps else None
     solved, errors = solve_columns(target, factor, start, scheme, settings.block_size)
     loss = (errors * errors).sum(1, dtype=torch.float64)
@@ -280,12 +296,14 @@ def _joined(pieces: list[Solution]) -> Solution:
     if len(pieces) == 1:
         return pieces[0]
     zero_points = [piece.zero_point for piece in pieces if piece.zero_point is not None]
+    headers = [piece.headers for piece in pieces if piece.headers is not None]
     rounded = all(piece.method is SolvedBy.RTN for piece in pieces)
     return replace(
         pieces[0],
         levels=torch.cat([piece.levels for piece in pieces]),
         scale=torch.cat([piece.scale for piece in pieces]),
         zero_point=torch.cat(zero_points) if zero_points else None,
+        headers=torch.cat(headers) if headers else None,
         error=sum(piece.error for piece in pieces),
         rtn_error=sum(piece.rtn_error for piece in pieces),
         method=SolvedBy.RTN if rounded else SolvedBy.GPTQ,
@@ -325,6 +343,9 @@ def round_to_nearest(
         tensors = torch_ops.QuantizedTensors(values, scale, zero_words, global_scale)
     else:
         tensors = torch_ops.quantize(weight.float(), scheme, column_weight=importance, global_scale=global_scale)
+    if scheme.super_blocked:
+        levels = torch_ops.unpack_levels(tensors.values, scheme.num_bits, weight.shape[1]).to(torch.int8)
+        return of_super_blocks(levels, tensors.scale)
     if scheme.coded_scales:
         step = scheme.grid.step
         levels = torch_ops.unpack_e2m1(tensors.values).div_(step).to(torch.int8)
@@ -337,6 +358,12 @@ def round_to_nearest(
     return Rounded(levels, tensors.scale, zero_point)
 
 
+def of_super_blocks(levels: Tensor, headers: Tensor) -> Rounded:
+    """Levels [..., in] with scales of super-blocks, uint8 [..., in / 16]."""
+    scale = torch_superblocks.values_of(headers)[0]
+    return Rounded(levels, scale, torch.full_like(scale, ZERO_POINT), headers)
+
+
 def solve_columns(
     target: Tensor, factor: Factor, start: Rounded, scheme: Scheme, block_size: int
 ) -> tuple[Rounded, Tensor]:
@@ -345,7 +372,7 @@ def solve_columns(
     With R the target less what was rounded, R = E U, and the sum of a row's squares is its loss under the damped Hessian.
     """
     order, upper = factor.order, factor.upper
-    remaining = target.index_select(1, order).to(upper.dtype)
+    remaining = start.raised(target).index_select(1, order).to(upper.dtype)
     levels = torch.empty(target.shape, dtype=torch.int8, device=target.device)
     group = order // (target.shape[1] // start.scale.shape[1])
     for first in range(0, target.shape[1], block_size):
@@ -356,7 +383,7 @@ def solve_columns(
         levels[:, first:last] = solved.levels
         remaining[:, first:last] = solved.errors
         remaining[:, last:].addmm_(solved.errors, upper[first:last, last:], alpha=-1)
-    return Rounded(levels.index_select(1, torch.argsort(order)), start.scale, start.zero_point), remaining
+    return replace(start, levels=levels.index_select(1, torch.argsort(order))), remaining
 
 
 def descend(
@@ -384,7 +411,7 @@ def descend(
     gain = gptq_blocks.descend(
         levels, pull, hessian, added, scale, zero_point, scheme.grid, block_size=block_size, sweeps=sweeps
     )
-    return Rounded(levels, start.scale, start.zero_point), gain
+    return replace(start, levels=levels), gain
 
 
 def _better_rows(
@@ -406,7 +433,7 @@ def _better_rows(
     if kept == len(target):
         reason = "rounding to nearest has the lower loss in every output row"
         return _rtn(nearest, settings, rtn_error, reason, dead, factor.dampening)
-    mixed = Rounded(*(torch.where(keep[:, None], a, b) for a, b in zip(_parts(nearest), _parts(solved), strict=True)))
+    mixed = chosen(keep[:, None], nearest, solved)
     error = float(torch.where(keep, rtn_loss, loss).sum())
     return Solution(
         mixed.levels,
@@ -420,11 +447,19 @@ def _better_rows(
         kept,
         dead,
         settings.over,
+        mixed.headers,
     )
 
 
-def _parts(rounded: Rounded) -> tuple[Tensor, Tensor, Tensor]:
-    return rounded.levels, rounded.scale, rounded.zero_point
+def chosen(kept: Tensor, nearest: Rounded, solved: Rounded) -> Rounded:
+    """The nearest levels in the rows that are `kept`, bool [..., out, 1], the solved ones in the others."""
+    parts = (torch.where(kept, a, b) for a, b in zip(_parts(nearest), _parts(solved), strict=True))
+    return Rounded(*parts)
+
+
+def _parts(rounded: Rounded) -> list[Tensor]:
+    parts = (rounded.levels, rounded.scale, rounded.zero_point, rounded.headers)
+    return [part for part in parts if part is not None]
 
 
 def _stored_zero_point(rounded: Rounded, scheme: Scheme) -> Tensor | None:
@@ -435,5 +470,5 @@ def _rtn(
     nearest: Rounded, settings: _Settings, error: float, reason: str, dead: int, dampening: float = 0.0
 ) -> Solution:
     zero_point, rows = _stored_zero_point(nearest, settings.scheme), len(nearest.levels)
-    found = (error, error, dampening, SolvedBy.RTN, reason, rows, dead, settings.over)
+    found = (error, error, dampening, SolvedBy.RTN, reason, rows, dead, settings.over, nearest.headers)
     return Solution(nearest.levels, nearest.scale, zero_point, *found)

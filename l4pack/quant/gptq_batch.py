@@ -11,14 +11,14 @@ own would.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from l4pack.quant import gptq_columns, torch_ops
+from l4pack.quant import gptq_columns, torch_ops, torch_superblocks
 from l4pack.quant.dampening import visits
-from l4pack.quant.gptq import Rounded
+from l4pack.quant.gptq import Rounded, chosen, of_super_blocks
 from l4pack.quant.grid import Grid
 from l4pack.quant.scheme import Scheme
 from l4pack.quant.triangular import (
@@ -156,7 +156,7 @@ def solve_problems(
     rtn_loss = quadratic_form(target - nearest.values(), problems.hessian)
     kept = (rtn_loss < loss) | ~(problems.finite & problems.definite)[:, None]
     return Solutions(
-        _chosen(kept, nearest, solved), torch.where(kept, rtn_loss, loss), rtn_loss, kept, all_finite(weight)
+        chosen(kept[..., None], nearest, solved), torch.where(kept, rtn_loss, loss), rtn_loss, kept, all_finite(weight)
     )
 
 
@@ -171,11 +171,13 @@ def _asymmetric_target(weight: Tensor, problems: Problems, cross: Tensor) -> Ten
 def round_to_nearest(weight: Tensor, scheme: Scheme, importance: Tensor, over: Tensor | None = None) -> Rounded:
     """See `gptq.round_to_nearest`, of [matrices, out, in] with each one's `importance` [matrices, in]."""
     parts = [_rounded(part, scheme, importance, over) for part in torch.split(weight, ROWS_AT_ONCE, 1)]
-    levels, scale, zero_point = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    return Rounded(levels, scale, zero_point)
+    return Rounded(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
 
 
-def _rounded(weight: Tensor, scheme: Scheme, importance: Tensor, over: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _rounded(weight: Tensor, scheme: Scheme, importance: Tensor, over: Tensor | None) -> tuple[Tensor, ...]:
+    """The parts of a `Rounded`."""
+    if scheme.super_blocked:
+        return _super_blocks(weight, importance)
     spread = importance[:, None].expand_as(weight)
     over_rows = 1.0 if over is None else over.repeat_interleave(weight.shape[1])[:, None]
     qparams = torch_ops.group_qparams(weight.flatten(0, 1), scheme, spread.flatten(0, 1), over_rows)
@@ -185,6 +187,14 @@ def _rounded(weight: Tensor, scheme: Scheme, importance: Tensor, over: Tensor | 
     levels = torch_ops.nearest(ratio, scheme.grid, zero_point[..., None]) / scheme.grid.step
     scale = scale if scheme.grid.step == 1 else scale * scheme.grid.step
     return levels.to(torch.int8).view(weight.shape), scale, zero_point
+
+
+def _super_blocks(weight: Tensor, importance: Tensor) -> tuple[Tensor, ...]:
+    spread = importance[:, None].expand_as(weight)
+    headers = torch_superblocks.search(weight.flatten(0, 1), spread.flatten(0, 1)).view(*weight.shape[:2], -1)
+    levels = torch_superblocks.levels_of(weight.contiguous(), *torch_superblocks.values_of(headers))
+    made = of_super_blocks(levels, headers)
+    return levels, made.scale, made.zero_point, headers
 
 
 def _solved(target: Tensor, problems: Problems, start: Rounded, scheme: Scheme, sweeps: int) -> tuple[Rounded, Tensor]:
@@ -207,7 +217,7 @@ def _solved(target: Tensor, problems: Problems, start: Rounded, scheme: Scheme, 
 def solve_columns(target: Tensor, factors: Factors, start: Rounded, grid: Grid) -> tuple[Rounded, Tensor]:
     """See `gptq.solve_columns`: GPTQ's blocked loop, and the errors [matrices, out, in] in the order of visits."""
     order, upper = factors.order, factors.upper
-    remaining = _columns_of(target, order).to(upper.dtype)
+    remaining = _columns_of(start.raised(target), order).to(upper.dtype)
     levels = torch.empty(target.shape, dtype=torch.int8, device=target.device)
     scale, zero_point = (part.to(upper.dtype) for part in (start.scale, start.zero_point))
     group = order // (target.shape[-1] // scale.shape[-1])
@@ -217,7 +227,7 @@ def solve_columns(target: Tensor, factors: Factors, start: Rounded, grid: Grid) 
         found, errors = gptq_columns.solve_block(remaining[..., block], upper[:, block, block], scales, zeros, grid)
         levels[..., block], remaining[..., block] = found, errors
         remaining[..., block.stop :].baddbmm_(errors, upper[:, block, block.stop :], alpha=-1)
-    return Rounded(_columns_of(levels, torch.argsort(order)), start.scale, start.zero_point), remaining
+    return replace(start, levels=_columns_of(levels, torch.argsort(order))), remaining
 
 
 def descend(
@@ -241,14 +251,4 @@ def descend(
             levels[..., block] = found
             pull[..., block].addcmul_(change, added[:, None, block], value=-1)
             pull.baddbmm_(change, hessian[:, block], alpha=-1)
-    return Rounded(levels, start.scale, start.zero_point), gain
-
-
-def _chosen(kept: Tensor, nearest: Rounded, solved: Rounded) -> Rounded:
-    """The nearest levels in the rows that are `kept`, the solved ones in the others."""
-    which = kept[..., None]
-    return Rounded(
-        torch.where(which, nearest.levels, solved.levels),
-        torch.where(which, nearest.scale, solved.scale),
-        torch.where(which, nearest.zero_point, solved.zero_point),
-    )
+    return replace(start, levels=levels), gain

@@ -92,7 +92,8 @@ class ScaleDtype(StrEnum):
     """The kind of a scale: a float dtype, where `source` is that of the matrix it was made from.
 
     Those of four-bit floats are a byte each, see `scales`: powers of two (E8M0, as MXFP4 has them), or E4M3 numbers over
-    a global scale that a whole matrix has (NVFP4).
+    a global scale that a whole matrix has (NVFP4). Those of Q4_K are 6-bit codes over numbers of a super-block, and so are
+    the minima that stand for zero points, see `superblocks`.
     """
 
     SOURCE = "source"
@@ -101,3 +102,4 @@ class ScaleDtype(StrEnum):
     FLOAT32 = "float32"
     E8M0 = "float8_e8m0fnu"
     E4M3 = "float8_e4m3fn"
+    Q4_K = "q4_k"

@@ -9,35 +9,39 @@ from numpy.typing import NDArray
 
 from l4pack.quant.codes import kernel
 
-HALF = 8  # bytes that hold half of a block of 32 codes
+HALF_BLOCK = 8  # bytes that hold half of a block of 32 codes
+HALF_RUN = 16  # the same of the runs of 64 that a super-block of Q4_K is made of
 
 
 @kernel
-def interleave(packed: NDArray[np.uint8], blocks: NDArray[np.uint8], first: Any) -> None:
-    """Codes of `packed` uint8 [rows, 16 * blocks], two neighbours a byte, into `blocks` uint8 [rows, blocks, bytes].
+def interleave(packed: NDArray[np.uint8], blocks: NDArray[np.uint8], first: Any, half: int) -> None:
+    """Codes of `packed` uint8 [rows, bytes], two neighbours a byte, into `blocks` uint8 [rows, blocks, bytes of a block].
 
-    From byte `first` of a block on, byte j holds code j of the block in its low half and code j + 16 in its high one.
+    From byte `first` of a block on there are runs of 2 `half` bytes: of each, byte j holds code j in its low half and code
+    j + 2 `half` in its high one.
     """
+    runs = (blocks.shape[2] - first) // (2 * half)
     for o in range(packed.shape[0]):
         for b in range(blocks.shape[1]):
-            low = packed[o, 2 * HALF * b : 2 * HALF * b + HALF]
-            high = packed[o, 2 * HALF * b + HALF : 2 * HALF * (b + 1)]
-            target = blocks[o, b, first : first + 2 * HALF]
-            for j in range(HALF):
-                target[2 * j] = (low[j] & 15) | ((high[j] & 15) << 4)
-                target[2 * j + 1] = (low[j] >> 4) | (high[j] & 0xF0)
+            for run in range(runs):
+                start = 2 * half * (runs * b + run)
+                low, high = packed[o, start : start + half], packed[o, start + half : start + 2 * half]
+                target = blocks[o, b, first + 2 * half * run : first + 2 * half * (run + 1)]
+                for j in range(half):
+                    target[2 * j] = (low[j] & 15) | ((high[j] & 15) << 4)
+                    target[2 * j + 1] = (low[j] >> 4) | (high[j] & 0xF0)
 
 
 @kernel
 def differing(packed: NDArray[np.uint8], blocks: NDArray[np.uint8], first: Any) -> int:
-    """0 where `blocks` hold the codes of `packed`, laid out as for `interleave`, and nothing of another one."""
+    """0 where `blocks` hold the codes of `packed`, laid out as `interleave` does it in runs of a block, and nothing of another one."""
     found = np.uint8(0)
     for o in range(packed.shape[0]):
         for b in range(blocks.shape[1]):
-            held = blocks[o, b, first : first + 2 * HALF]
-            low = packed[o, 2 * HALF * b : 2 * HALF * b + HALF]
-            high = packed[o, 2 * HALF * b + HALF : 2 * HALF * (b + 1)]
-            for j in range(HALF):
+            held = blocks[o, b, first : first + 2 * HALF_BLOCK]
+            low = packed[o, 2 * HALF_BLOCK * b : 2 * HALF_BLOCK * b + HALF_BLOCK]
+            high = packed[o, 2 * HALF_BLOCK * b + HALF_BLOCK : 2 * HALF_BLOCK * (b + 1)]
+            for j in range(HALF_BLOCK):
                 here, there = held[2 * j], held[2 * j + 1]
                 found |= ((here & 15) | ((there & 15) << 4)) ^ low[j]
                 found |= ((here >> 4) | (there & 0xF0)) ^ high[j]

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from l4pack.quant import cpu
+from l4pack.quant import cpu, superblocks
 from l4pack.quant.codes import KINDS
 from l4pack.quant.dtypes import FloatName
-from l4pack.quant.floats import HELD_AS, Float32Array, not_finite
-from l4pack.quant.grid import E2M1, E4M3
+from l4pack.quant.floats import HELD_AS, Float32Array, not_finite, widen
+from l4pack.quant.grid import E2M1, E4M3, INT4
 from l4pack.quant.layout import Layout
-from l4pack.quant.packing import pack_zero_points, packed_columns
+from l4pack.quant.packing import pack_levels, pack_zero_points, packed_columns
 from l4pack.quant.qparams import QParams, candidates, halving_sum, least_error, qparams_of_range
 from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Observer, Scheme, Strategy
@@ -74,6 +74,8 @@ def quantize_block(
     """
     out_features, in_features = _shape(source, layout)
     check_scheme(in_features, scheme, amax, global_scale)
+    if scheme.super_blocked:
+        return _super_blocks(source, layout, dtype, column_weight)
     words = packed_columns(in_features, scheme.num_bits)
     packed = np.empty((out_features, words), np.uint32)
     weight = _padded_weight(column_weight, in_features, scheme) if scheme.observer is Observer.MSE else None
@@ -84,6 +86,25 @@ def quantize_block(
         parts.append(part)
         _encode(piece, scheme, part, packed[start : start + piece.out_features])
     return _assemble(packed, parts, scheme, in_features, global_scale)
+
+
+def _super_blocks(
+    source: NDArray[Any], layout: Layout, dtype: FloatName, column_weight: Float32Array | None
+) -> Quantized:
+    _, in_features = _shape(source, layout)
+    weight = np.ones(in_features, np.float32) if column_weight is None else column_weight.astype(np.float32)
+    parts = []
+    for start, piece in _pieces(source, layout, dtype):
+        _ranges(piece, in_features, start)  # refuses what is not finite
+        cut = slice(start, start + piece.out_features)
+        block = source[cut] if layout is Layout.OUT_IN else source[:, cut].T
+        rows = np.ascontiguousarray(widen(block))
+        headers = superblocks.search(rows, weight)
+        levels = np.empty(rows.shape, np.int8)
+        superblocks.levels_of(rows, *superblocks.values_of(headers), levels)
+        parts.append((pack_levels(levels, INT4.bits), headers))
+    words, headers = (np.concatenate(made) for made in zip(*parts, strict=True))
+    return Quantized(words, headers, None)
 
 
 def absmax(source: NDArray[Any], layout: Layout, dtype: FloatName) -> float:
@@ -105,8 +126,9 @@ def _shape(source: NDArray[Any], layout: Layout) -> tuple[int, int]:
 
 def check_scheme(in_features: int, scheme: Scheme, amax: float | None, global_scale: float | None) -> None:
     """Raise ValueError if a matrix of `in_features` inputs can't be quantized so."""
-    if scheme.group_size is not None and in_features % scheme.group_size:
-        raise ValueError(f"group_size {scheme.group_size} does not divide {in_features} input features")
+    if in_features % scheme.column_multiple():
+        what = "a super-block" if scheme.super_blocked else f"group_size {scheme.group_size}"
+        raise ValueError(f"{what} does not divide {in_features} input features")
     if (scheme.strategy is Strategy.TENSOR) != (amax is not None):
         raise ValueError("amax goes with strategy 'tensor'")
     if scheme.globally_scaled != (global_scale is not None):

@@ -15,7 +15,8 @@ class Quantized:
 
     Integers: `values` int32 words [out, ceil(in * bits / 32)]; `zero_point` int32 words [ceil(out * bits / 32), groups]
     if asymmetric. FP8: `values` uint8 E4M3FN codes [out, in]. FP4: two E2M1 codes in a byte of `values` [out, in / 2], the
-    lower half first; `scale` are uint8 codes, see `scales`; `global_scale` float32 [1] for strategy `tensor_group`. `scale` is [out, groups] (group), [out, 1] (channel),
+    lower half first; `scale` are uint8 codes, see `scales`; `global_scale` float32 [1] for strategy `tensor_group`. Q4_K: `scale` are
+    the 16 bytes of each super-block, uint8 [out, in / 16], see `superblocks`. Else `scale` is [out, groups] (group), [out, 1] (channel),
     [ceil(out / height), ceil(in / width)] (block) or [1] (tensor); bfloat16 scales are uint16 bit patterns.
     """
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from l4pack.quant.dtypes import NAMES, FloatName
-from l4pack.quant.grid import E2M1, GRIDS, Grid, NumberType, ScaleDtype
+from l4pack.quant.grid import E2M1, GRIDS, INT4, Grid, NumberType, ScaleDtype
 
 
 class Strategy(StrEnum):
@@ -45,6 +45,11 @@ class ScaleRule(StrEnum):
 FP4_SCALES = {Strategy.GROUP: ScaleDtype.E8M0, Strategy.TENSOR_GROUP: ScaleDtype.E4M3}
 """What scales of four-bit floats are, by the strategy: MXFP4's and NVFP4's."""
 
+SUPER_BLOCK = 256, 32
+"""Columns of a super-block of Q4_K, and of each of its groups."""
+HEADER_COLUMNS = 16
+"""Columns to a byte of a super-block's scales."""
+
 BlockSide = Annotated[int, Field(gt=0, le=65536)]
 GroupSize = Annotated[int, Field(gt=0, multiple_of=8, le=1024)]
 
@@ -72,6 +77,13 @@ class Scheme(BaseModel):
             return {"scale_dtype": FP4_SCALES[strategy], **values} if strategy in FP4_SCALES else values
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _super_blocks_are_searched_for(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("scale_dtype") == ScaleDtype.Q4_K:
+            return {"symmetric": False, "group_size": SUPER_BLOCK[1], "observer": Observer.MSE, **values}
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> Scheme:
         _refuse(self.grouped and self.group_size is None, f"strategy '{self.strategy}' needs a group_size")
@@ -96,6 +108,13 @@ class Scheme(BaseModel):
             return self
         _refuse(self.coded_scales, f"scales of kind {self.scale_dtype} are for FP4")
         _refuse(self.strategy is Strategy.TENSOR_GROUP, "strategy 'tensor_group' is for FP4")
+        if self.super_blocked:
+            found = (self.grid, self.strategy, self.group_size, self.symmetric, self.observer)
+            wanted = (INT4, Strategy.GROUP, SUPER_BLOCK[1], False, Observer.MSE)
+            _refuse(
+                found != wanted,
+                "scales of kind q4_k go with int 4, strategy group, group_size 32, asymmetric, observer mse",
+            )
         if not self.grid.even:
             _refuse(not self.symmetric, "FP8 is symmetric")
             _refuse(self.strategy is Strategy.GROUP, "FP8 takes strategy tensor, channel or block")
@@ -128,6 +147,15 @@ class Scheme(BaseModel):
         """Whether scales are stored as codes of a byte, see `scales`."""
         return self.scale_dtype in (ScaleDtype.E8M0, ScaleDtype.E4M3)
 
+    @property
+    def super_blocked(self) -> bool:
+        """Whether scales and minima of groups are codes over numbers of a super-block, see `superblocks`."""
+        return self.scale_dtype is ScaleDtype.Q4_K
+
+    def column_multiple(self) -> int:
+        """A matrix must have input features that are a multiple of this."""
+        return SUPER_BLOCK[0] if self.super_blocked else self.group_size or 1
+
     def scale_float(self, source: FloatName) -> FloatName:
         """The float dtype that scales are stored in, for a matrix whose weights are `source`."""
         return NAMES.get(self.scale_dtype, source)
@@ -149,7 +177,7 @@ class Scheme(BaseModel):
         """A matrix may be cut only at output rows that are a multiple of this."""
         if self.block_structure is not None:
             return self.block_structure[0]
-        return 1 if self.symmetric else self.pack_factor
+        return 1 if self.symmetric or self.super_blocked else self.pack_factor
 
 
 def _refuse(wrong: bool, message: str) -> None:

@@ -15,13 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from l4pack.quant import torch_superblocks
 from l4pack.quant.dtypes import FLOATS, NAMES
-from l4pack.quant.grid import E2M1, E4M3, Grid
+from l4pack.quant.grid import E2M1, E4M3, INT4, Grid
 from l4pack.quant.packing import packed_columns
 from l4pack.quant.qparams import SHRINK, top_level
 from l4pack.quant.quantize import NonFiniteError, check_scheme
 from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Observer, Scheme
+from l4pack.quant.superblocks import ZERO_POINT
 from l4pack.quant.torch_scales import Over, coded, codes_of, neighbours, values_of
 
 DTYPES: dict[str, torch.dtype] = {word: getattr(torch, word) for word in NAMES}
@@ -82,10 +84,20 @@ def quantize(
     as its transpose.
     """
     check_scheme(weight.shape[1], scheme, amax, global_scale)
+    if scheme.super_blocked:
+        return _super_blocks(weight, column_weight)
     qparams = choose_qparams(
         weight, scheme, amax=amax, column_weight=column_weight, over=1.0 if global_scale is None else global_scale
     )
     return encode(weight, scheme, qparams, global_scale)
+
+
+def _super_blocks(weight: Tensor, column_weight: Tensor | None) -> QuantizedTensors:
+    refuse_non_finite(weight)
+    importance = torch.ones(weight.shape[1], device=weight.device) if column_weight is None else column_weight
+    headers = torch_superblocks.search(weight.float(), importance[None])
+    levels = torch_superblocks.levels_of(weight.float().contiguous(), *torch_superblocks.values_of(headers))
+    return QuantizedTensors(pack_levels(levels, INT4.bits), headers, None)
 
 
 def choose_qparams(
@@ -191,6 +203,10 @@ def encode(
 def dequantize(quantized: QuantizedTensors, scheme: Scheme, out_features: int, in_features: int) -> Tensor:
     """float32 [out, in] of a quantized matrix, on its device."""
     stored = quantized.scale
+    if scheme.super_blocked:
+        scale, minimum = torch_superblocks.values_of(stored)
+        codes = _grouped(unpack_levels(quantized.values, scheme.num_bits, in_features), scheme) - ZERO_POINT
+        return codes.mul_(scale[..., None]).sub_(minimum[..., None]).flatten(1)
     if scheme.grid is E2M1:
         scale = values_of(stored, scheme.scale_dtype, quantized.global_scale or 1.0)
         values = _grouped(unpack_e2m1(quantized.values), scheme)

@@ -62,7 +62,8 @@ class Weights:
     """Reads tensors and matrices of a checkpoint; safe to use from several threads.
 
     Weight-only schemes give weights rounded to the model's dtype, as runtimes multiply them; where inputs are rounded
-    too, kernels multiply the codes and scale the product, so the weights are the exact product of code and scale.
+    too, kernels multiply the codes and scale the product, so the weights are the exact product of code and scale. Those of
+    super-blocks are as ggml has them.
     """
 
     def __init__(
@@ -214,7 +215,8 @@ class Weights:
         given = self._quantization.scheme(module)
         arrays = {suffix: self._read(name) for suffix, name in self._names(linear).items()}
         activations = self._activations(given, arrays, linear, module)
-        rounded = self.model_dtype if given.scheme.input_activations is None else None
+        exact = given.scheme.input_activations is not None or (given.own is not None and given.own[1].super_blocked)
+        rounded = None if exact else self.model_dtype
         if given.own is not None and Suffix.ORDER not in arrays:
             own = dequantizer(arrays, *given.own, linear.out_features, linear.in_features, module)
             if tiled:

@@ -24,13 +24,11 @@ from l4pack.checkpoint.matrices import MatrixBlock
 from l4pack.checkpoint.reader import Reader
 from l4pack.errors import SourceError
 from l4pack.model.tensors import Linear, Role
-from l4pack.quant import cpu
 from l4pack.quant.codes import KINDS
-from l4pack.quant.dequantize import Dequantizer, scales_of
+from l4pack.quant.dequantize import Dequantizer, scales_of, zero_points_of
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.floats import Float32Array, narrowed, widen
 from l4pack.quant.layout import Layout
-from l4pack.quant.packing import unpack_zero_points
 from l4pack.quant.qparams import QParams, qparams_of_range
 from l4pack.quant.quantize import NonFiniteError, absmax, quantize_block, spread
 from l4pack.quant.quantized import Quantized
@@ -302,15 +300,10 @@ def _compare(
     group = scheme.group_columns(columns)
     shape = (rows, -(-columns // group))
     scale = spread(scales_of(part, scheme), scheme, shape)
-    zero = np.zeros(shape, np.float32)
-    if part.zero_point is not None:
-        zero = unpack_zero_points(part.zero_point, scheme.num_bits, rows).astype(np.float32)
-    codes = part.values.view(np.uint8)
-    if not scheme.grid.even:
-        table = np.array(scheme.grid.values, np.float32)
-        cpu.dequantize_table(codes, scheme.num_bits, table, group, scale, stored)
-    else:
-        cpu.dequantize_int(codes, scheme.num_bits, group, scale, zero, stored)
+    zero = zero_points_of(part, scheme, rows)
+    if zero is None:
+        zero = np.zeros(shape, np.float32)
+    Dequantizer(part, scheme, rows, columns).rows(slice(None), stored)
     rtn_scale, rtn_zero = (spread(values, scheme, shape) for values in (rtn.scale, rtn.zero_point))
     rounding = (scale, zero, rtn_scale, rtn_zero)
     into = (compared.rows, compared.slopes, compared.energies)

@@ -31,11 +31,14 @@ FLOAT.append({"num_bits": 8, "type": "float", "strategy": "block", "block_struct
 
 
 def test_shipped_formats():
-    assert format_names() == ["float-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized", "pack-quantized"]
+    assert format_names() == [
+        "float-quantized", "ggml-q4_k", "mxfp4-pack-quantized", "nvfp4-pack-quantized", "pack-quantized",
+    ]  # fmt: skip
     for name in format_names():
         spec = load_format(name)
         assert spec.name == name
-        assert {reader.runtime for reader in spec.readers} >= {"vllm", "transformers"}
+        read_by = {"llama.cpp"} if spec.exported else {"vllm", "transformers"}
+        assert {reader.runtime for reader in spec.readers} >= read_by
 
 
 @pytest.mark.parametrize("numbers", [*INT, *FLOAT, *FP4.values()], ids=str)
