@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from l4pack.budget.devices import Device, find_host
+from l4pack.budget.files import FileSubject
 from l4pack.budget.model import Budget, budget
 from l4pack.budget.named import Asked, alternatives, question_of
 from l4pack.budget.record import budget_record
@@ -55,5 +56,6 @@ def answer(asked: Asked, runtime: str, devices: dict[str, Device]) -> Answer:
     found = budget(question.subject, find_host(question.device, devices), question.load, runtime)
     others = alternatives(question.source, question.subject)
     tried = [] if found.fits else changes(found, question.load, runtime, devices, others)
-    serve = serve_command(found, question.source if question.subject.config.quantized else "ARTIFACT")
+    made = question.subject.config.quantized or isinstance(question.subject, FileSubject)
+    serve = serve_command(found, question.source if made else "ARTIFACT")
     return Answer(found, limits(found), tuple(tried), question.promised_by, serve)

@@ -65,7 +65,7 @@ class Check(BaseModel):
     device: str
     context: Tokens
     sequences: PositiveCount = 1
-    kv_dtype: Literal["auto", "bfloat16", "bf16", "fp8"] = "auto"
+    kv_dtype: Literal["auto", "bfloat16", "bf16", "fp8", "float16", "q8_0"] = "auto"
     runtime: str = "vllm"
     tp: PositiveCount | None = None
     pp: PositiveCount | None = None
@@ -76,6 +76,7 @@ class Check(BaseModel):
     max_positions: Tokens | None = None
     images: Annotated[int, Field(ge=0)] | None = None
     utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    gpu_layers: Annotated[int, Field(ge=0)] | None = None
     min_headroom: WrittenSize = 0
     quality: Gates | None = None
     licence: bool = False

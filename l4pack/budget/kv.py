@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from l4pack.budget.load import Setting
 from l4pack.budget.runtimes import Runtime
+from l4pack.errors import UsageError
 from l4pack.model.config import TextConfig
 
 
@@ -29,7 +30,7 @@ class StageCache:
 def token_bytes(text: TextConfig, setting: Setting) -> int:
     """Bytes of one token in one layer on one GPU."""
     heads = max(1, text.num_key_value_heads // setting.tp)
-    return 2 * heads * text.head_dim * setting.kv_bytes
+    return int(2 * heads * text.head_dim * setting.kv_bytes)
 
 
 def kv_cache(text: TextConfig, setting: Setting, runtime: Runtime, layers: range) -> StageCache:
@@ -43,6 +44,8 @@ def kv_cache(text: TextConfig, setting: Setting, runtime: Runtime, layers: range
             return _dynamic(text, setting, layers)
         case "full":
             return StageCache(setting.context * len(layers) * token_bytes(text, setting), 0)
+        case "llama.cpp" | "mlx":
+            raise UsageError(f"{runtime.title} is budgeted for from its own files", hint="l4pack export makes them")
 
 
 def layer_kinds(text: TextConfig, hybrid: bool) -> tuple[list[int], list[int]]:

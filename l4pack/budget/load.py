@@ -10,8 +10,8 @@ from l4pack.budget.subject import Subject
 from l4pack.errors import UsageError
 from l4pack.model.config import TextConfig
 
-KV_BYTES = {"bfloat16": 2, "fp8": 1}
-KV_ALIASES = {"bf16": "bfloat16", "fp8_e4m3": "fp8"}
+KV_BYTES = {"bfloat16": 2.0, "fp8": 1.0, "float16": 2.0, "q8_0": 34 / 32}
+KV_ALIASES = {"bf16": "bfloat16", "fp8_e4m3": "fp8", "f16": "float16"}
 DEFAULT_CONTEXT = 131072
 MAX_SEQUENCES = 1_000_000
 MAX_CONTEXT = 2**34  # beyond any model: a configuration's own figure is believed up to here
@@ -33,6 +33,7 @@ class Load:
     max_positions: int | None = None
     images: int | None = None
     utilization: float | None = None
+    gpu_layers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Setting:
     utilization: float
     sequence_limit: int
     idle_gpus: int = 0
+    gpu_layers: int | None = None  # layers that are not in the machine's own memory; None: all
 
     @property
     def gpus(self) -> int:
@@ -66,7 +68,7 @@ class Setting:
         return self.batched_tokens if self.chunked_prefill else self.context * self.sequences
 
     @property
-    def kv_bytes(self) -> int:
+    def kv_bytes(self) -> float:
         """Bytes of one KV element."""
         return KV_BYTES[self.kv_dtype]
 
@@ -85,7 +87,7 @@ def resolve(subject: Subject, host: Host, runtime: Runtime, load: Load) -> Setti
     setting = Setting(
         context=_context(text, load),
         sequences=load.sequences,
-        kv_dtype=_kv_dtype(subject, load.kv_dtype),
+        kv_dtype=_kv_dtype(subject, runtime, load.kv_dtype),
         tp=tp,
         pp=pp,
         expert_parallel=load.expert_parallel,
@@ -98,6 +100,7 @@ def resolve(subject: Subject, host: Host, runtime: Runtime, load: Load) -> Setti
         utilization=_utilization(subject, host, runtime, load, tp * pp),
         sequence_limit=load.max_num_seqs or MAX_SEQUENCES,
         idle_gpus=host.count - tp * pp,
+        gpu_layers=_gpu_layers(runtime, load),
     )
     _check_limits(setting, load)
     return setting
@@ -160,13 +163,23 @@ def _context(text: TextConfig, load: Load) -> int:
     return context
 
 
-def _kv_dtype(subject: Subject, name: str) -> str:
+def _kv_dtype(subject: Subject, runtime: Runtime, name: str) -> str:
     if name == "auto":
         return subject.kv_dtype
     dtype = KV_ALIASES.get(name, name)
     if dtype not in KV_BYTES:
-        raise UsageError(f"no KV dtype is named '{name}'", hint="use auto, bfloat16 or fp8")
+        raise UsageError(f"no KV dtype is named '{name}'", hint="use auto, bfloat16 or fp8; llama.cpp's: float16, q8_0")
+    if dtype not in runtime.kv_dtypes:
+        raise UsageError(f"{runtime.title} keeps no {dtype} KV", hint=f"use auto, {' or '.join(runtime.kv_dtypes)}")
     return dtype
+
+
+def _gpu_layers(runtime: Runtime, load: Load) -> int | None:
+    if load.gpu_layers is not None and runtime.kv != "llama.cpp":
+        raise UsageError(f"{runtime.title} keeps all layers on the device", hint="--gpu-layers goes with a GGUF file")
+    if load.gpu_layers is not None and load.gpu_layers < 0:
+        raise UsageError(f"gpu-layers {load.gpu_layers} is negative", hint="0 keeps all in the machine's own memory")
+    return load.gpu_layers
 
 
 def _utilization(subject: Subject, host: Host, runtime: Runtime, load: Load, gpus: int) -> float:

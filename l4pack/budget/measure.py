@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from l4pack.budget.model import Budget, Line, LineGroup
+from l4pack.budget.lines import Line, LineGroup
+from l4pack.budget.model import Budget
 from l4pack.errors import L4packError
 
 SAMPLED_PHASES = ("sampler",)

@@ -12,8 +12,11 @@ from functools import cached_property
 
 from l4pack.budget.activations import phases, request_tables, rope_table
 from l4pack.budget.devices import Host
+from l4pack.budget.files import FileSubject, runtime_of
 from l4pack.budget.kv import kv_cache
+from l4pack.budget.lines import WEIGHT_LINES, Line, LineGroup, Stage
 from l4pack.budget.load import Load, Setting, resolve
+from l4pack.budget.local import local_lines
 from l4pack.budget.runtimes import Runtime, load_runtime
 from l4pack.budget.split import check_split
 from l4pack.budget.subject import Subject
@@ -22,15 +25,6 @@ from l4pack.model.tensors import Role
 from l4pack.units import KIB, human_bytes, human_gib
 
 UNPUBLISHED = "a range: no runtime publishes it"
-
-
-class LineGroup(StrEnum):
-    """What a line is about."""
-
-    WEIGHTS = "weights"
-    KV_CACHE = "kv_cache"
-    ACTIVATIONS = "activations"
-    RUNTIME = "runtime"
 
 
 class Verdict(StrEnum):
@@ -42,34 +36,6 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of memory on one GPU, in bytes; `formula` says how it was made, in words of the memory model."""
-
-    name: str
-    group: LineGroup
-    low: int
-    high: int
-    formula: str
-    outside: bool = False  # taken from what the runtime's own fraction leaves over
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One pipeline stage's GPU: its lines, the bytes the runtime plans with, and the bytes it leaves over."""
-
-    index: int
-    lines: tuple[Line, ...]
-    planned_bytes: int
-    rest_bytes: int
-
-    def headroom(self, *, high: bool) -> int:
-        """Bytes to spare at one end of the ranges; negative when the lines are too large."""
-        inside = sum(line.high if high else line.low for line in self.lines if not line.outside)
-        outside = sum(line.high if high else line.low for line in self.lines if line.outside)
-        return min(self.planned_bytes - inside, self.rest_bytes - outside) if outside else self.planned_bytes - inside
-
-
-@dataclass(frozen=True)
 class Budget:
     """A subject's memory on a host under a load."""
 
@@ -78,6 +44,7 @@ class Budget:
     runtime: Runtime
     setting: Setting
     stages: tuple[Stage, ...]
+    outside: tuple[Line, ...] = ()  # in the machine's own memory, where a runtime keeps a part of the model there
 
     @cached_property
     def tightest(self) -> Stage:
@@ -119,7 +86,7 @@ class Budget:
 
 def budget(subject: Subject, host: Host, load: Load, runtime: str = "vllm") -> Budget:
     """The budget of a subject on a host. Raises UsageError for a load that the model or the runtime can't take."""
-    profile = load_runtime(runtime)
+    profile = load_runtime(runtime_of(subject, runtime))
     setting = resolve(subject, host, profile, load)
     check_split(subject, setting, runtime)
     return assess(subject, host, profile, setting)
@@ -127,6 +94,8 @@ def budget(subject: Subject, host: Host, load: Load, runtime: str = "vllm") -> B
 
 def assess(subject: Subject, host: Host, runtime: Runtime, setting: Setting) -> Budget:
     """The budget for a setting with every choice made."""
+    if isinstance(subject, FileSubject):
+        return Budget(subject, host, runtime, setting, *local_lines(subject, host, runtime, setting))
     weights = weights_by_role(subject, setting, runtime)
     memory = host.device.memory_bytes
     planned = -int(-memory * setting.utilization // 1)  # rounded up, as vLLM does
@@ -142,17 +111,6 @@ def assess(subject: Subject, host: Host, runtime: Runtime, setting: Setting) -> 
         for index, roles in enumerate(weights)
     )
     return Budget(subject, host, runtime, setting, stages)
-
-
-WEIGHT_LINES: tuple[tuple[str, tuple[Role, ...], str], ...] = (
-    ("routed experts", (Role.ROUTED_EXPERT,), "stored / tp"),
-    ("shared experts", (Role.SHARED_EXPERT,), "stored / tp"),
-    ("dense MLP", (Role.DENSE_MLP,), "stored / tp"),
-    ("attention", (Role.ATTENTION,), "stored / tp, KV heads repeated beyond their number"),
-    ("embedding, head", (Role.EMBEDDING, Role.LM_HEAD), "vocabulary padded to 64, / tp"),
-    ("vision, projector", (Role.VISION, Role.PROJECTOR), "matrices / tp, norms and positions whole"),
-    ("router, norms", (Role.ROUTER, Role.NORM), "whole on every GPU"),
-)
 
 
 def _weight_lines(roles: dict[Role, int], setting: Setting) -> list[Line]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from l4pack.artifact.manifest_schema import read_manifest
+from l4pack.budget.files import FileSubject, open_files
 from l4pack.budget.load import Load
 from l4pack.budget.subject import Subject, from_config, from_entries
 from l4pack.checkpoint.open import exists, open_source
@@ -106,6 +107,11 @@ def open_subject(source: str, recipe: str | None = None) -> Subject:
 
     Raises SourceError (nothing there, damaged, or quantized already when a recipe is asked for), RecipeError.
     """
+    files = open_files(Path(source))
+    if files is not None:
+        if recipe:
+            raise SourceError(f"{source} is made already", hint="leave --recipe out")
+        return files
     checkpoint = open_source(source)
     return planned(checkpoint, recipe) if recipe else _as_it_is(checkpoint)
 
@@ -121,7 +127,7 @@ def planned(checkpoint: Checkpoint, recipe: str) -> Subject:
 
 def alternatives(source: str, subject: Subject) -> dict[str, Callable[[], Subject]]:
     """Other recipes worth trying for a subject that is not an artifact yet."""
-    if subject.config.quantized:
+    if subject.config.quantized or isinstance(subject, FileSubject):
         return {}
     checkpoint = open_source(source)
     return {name: partial(planned, checkpoint, name) for name in ALTERNATIVES}

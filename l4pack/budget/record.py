@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from l4pack.budget.model import Budget, Line
+from l4pack.budget.lines import Line
+from l4pack.budget.model import Budget
 from l4pack.budget.solve import LargestLoads, Suggestion
 
 
@@ -42,6 +43,9 @@ def budget_record(found: Budget, limits: LargestLoads, changes: Sequence[Suggest
         "kv_bytes": sum(line.low for line in found.lines if line.group == "kv_cache"),
         "stage": found.tightest.index,
         "lines": [_line(line) for line in found.lines],
+        "gpu_layers": setting.gpu_layers,
+        "machine_bytes": sum(line.high for line in found.outside),
+        "machine_lines": [_line(line) for line in found.outside],
         "changes": [asdict(change) for change in changes],
     }
 

@@ -63,7 +63,8 @@ class Runtime(_Data):
     reserve: list[Reserve] = []
     vision_shrinks_reserve: bool = False
     serve: ServeOptions | None = None
-    kv: Literal["blocks", "pools", "dynamic", "full"]
+    kv: Literal["blocks", "pools", "dynamic", "full", "llama.cpp", "mlx"]
+    kv_dtypes: list[str] = ["bfloat16", "fp8"]
     hybrid: bool
     block_size: int
     local_ratio: float = 1.0

@@ -6,11 +6,13 @@ import json
 import shlex
 from collections.abc import Iterator
 
+from l4pack.budget.files import FileSubject
 from l4pack.budget.load import longest_context
 from l4pack.budget.model import Budget
 from l4pack.budget.runtimes import ServeOptions
 
 LINE = 72
+DEFAULT_UBATCH = 512
 
 
 def serve_command(found: Budget, model: str) -> str | None:
@@ -18,10 +20,34 @@ def serve_command(found: Budget, model: str) -> str | None:
 
     None when it does not fit at both ends, or the runtime has no server.
     """
+    if isinstance(found.subject, FileSubject):
+        return shlex.join(_local(found, found.subject)) if found.fits else None
     options = found.runtime.serve
     if options is None or not found.fits:
         return None
     return shlex.join([*options.command, model, *_always(found, options), *_where_asked(found, options)])
+
+
+def _local(found: Budget, subject: FileSubject) -> Iterator[str]:
+    """llama.cpp's or MLX's own server; llama.cpp's context is that of all its slots."""
+    setting = found.setting
+    if found.runtime.kv == "mlx":
+        yield from ("mlx_lm.server", "--model", str(subject.path))
+        return
+    yield from ("llama-server", "--model", str(subject.path))
+    if subject.tower is not None:
+        yield from ("--mmproj", str(subject.tower))
+    yield from ("--ctx-size", str(setting.context * setting.sequences), "--parallel", str(setting.sequences))
+    yield from ("--gpu-layers", str(setting.gpu_layers if setting.gpu_layers is not None else _all_layers(found)))
+    if setting.batched_tokens != DEFAULT_UBATCH:
+        yield from ("--ubatch-size", str(setting.batched_tokens))
+    if setting.kv_dtype == "q8_0":
+        yield from ("--cache-type-k", "q8_0", "--cache-type-v", "q8_0")
+
+
+def _all_layers(found: Budget) -> int:
+    """Every layer and the head."""
+    return found.subject.config.text.num_hidden_layers + 1
 
 
 def on_lines(command: str) -> str:

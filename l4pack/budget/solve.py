@@ -109,12 +109,27 @@ class _Trial:
 
     def smaller_load(self) -> Iterator[Suggestion]:
         """Less context; fewer sequences."""
+        yield from self._fewer_layers()
         context = max_context(self.found)
         if 0 < context < self.found.setting.context:
             yield from self._try(f"context {context:,}", f"--context {context}", replace(self.load, context=context))
         count = max_sequences(self.found)
         if 0 < count < self.found.setting.sequences:
             yield from self._try(f"{count} sequences", f"--sequences {count}", replace(self.load, sequences=count))
+
+    def _fewer_layers(self) -> Iterator[Suggestion]:
+        """The most layers on the GPU that fit, of a runtime that can keep the others in the machine's own memory."""
+        if self.found.runtime.kv != "llama.cpp" or self.found.host.device.unified:
+            return
+        setting = self.found.setting
+        room = _room(self.found, high=True)
+        most = _largest(
+            self.found.subject.config.text.num_hidden_layers, lambda count: room(replace(setting, gpu_layers=count))
+        )
+        if most:
+            yield from self._try(
+                f"{most} layers on the GPU", f"--gpu-layers {most}", replace(self.load, gpu_layers=most)
+            )
 
     def leaner_runtime(self) -> Iterator[Suggestion]:
         """FP8 KV, fewer request slots, a shorter position table, and all of them."""

@@ -12,10 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from l4pack.budget.devices import Device
+from l4pack.budget.lines import Line, LineGroup
 from l4pack.budget.load import Load, degrees, longest_context
 from l4pack.budget.matrix import Row
 from l4pack.budget.measure import Measured
-from l4pack.budget.model import Budget, Line, LineGroup, Verdict
+from l4pack.budget.model import Budget, Verdict
 from l4pack.budget.runtimes import load_runtime
 from l4pack.budget.serve import on_lines
 from l4pack.budget.solve import LargestLoads, Suggestion
@@ -40,6 +41,7 @@ VERDICTS = {
     Verdict.UNSURE: ("bold yellow", "may not fit"),
     Verdict.TOO_LARGE: ("bold red", "does not fit"),
 }
+KV_NAMES = {"fp8": "FP8", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
 SPARE, MAYBE = "·", "?"
 
 
@@ -53,7 +55,16 @@ def budget_view(
     """All that `l4pack budget` shows; `serve` is the command that would."""
     promise = [f"what recipe {promised_by} promises, but for what was said"] if promised_by else []
     asked = [Text(line, "dim") for line in (question(found), *promise, *_idle(found))]
-    shown: list[RenderableType] = [verdict_line(found, limits), *asked, "", _table(found), "", _Bar(found), ""]
+    shown: list[RenderableType] = [
+        verdict_line(found, limits),
+        *asked,
+        "",
+        _table(found),
+        "",
+        _Bar(found),
+        *_outside(found),
+        "",
+    ]
     shown.append(_limits(found, limits))
     if serve:
         shown += ["", "[bold]serve it[/bold]", Text(f"  {on_lines(serve)}", no_wrap=True)]
@@ -79,7 +90,7 @@ def question(found: Budget) -> str:
     recipe = f" {subject.recipe}" if subject.recipe else ""
     return (
         f"{subject.name}{recipe}, {_sequences(setting.sequences)} of {setting.context:,} tokens, "
-        f"{'FP8' if setting.kv_dtype == 'fp8' else 'BF16'} KV, {found.runtime.title}"
+        f"{KV_NAMES[setting.kv_dtype]} KV, {found.runtime.title}"
     )
 
 
@@ -130,6 +141,15 @@ def _table(found: Budget) -> Table:
     share = f"{100 * found.setting.utilization:.3g} % of {human_gib(found.host.device.memory_bytes)}"
     table.add_row("the runtime plans with", f"{stage.planned_bytes / GIB:.2f}", Text(share, "dim"))
     return table
+
+
+def _outside(found: Budget) -> list[RenderableType]:
+    """What the machine's own memory must hold beside the GPU."""
+    if not found.outside:
+        return []
+    low, high = (sum(getattr(line, end) for line in found.outside) for end in ("low", "high"))
+    parts = ", ".join(f"{line.name} {_amount(line)}" for line in found.outside)
+    return ["", Text.assemble("in the machine's own memory: ", (f"{_range(low, high)} GiB", "bold"), f" ({parts})")]
 
 
 def _amount(line: Line) -> str:

@@ -19,6 +19,7 @@ from l4pack.cli.options import (
     DeviceOption,
     DevicesFileOption,
     ExpertParallelOption,
+    GpuLayersOption,
     HybridKVOption,
     ImagesOption,
     KVDtypeOption,
@@ -84,6 +85,7 @@ def show(
     max_positions: MaxPositionsOption = None,
     images: ImagesOption = None,
     utilization: UtilizationOption = None,
+    gpu_layers: GpuLayersOption = None,
     devices: DevicesFileOption = None,
     matrix: MatrixOption = False,
     measure: MeasureGpuOption = False,
@@ -92,7 +94,7 @@ def show(
     """Say whether a model fits, before it is made or after.
 
     A recipe made for a model and a device, or an artifact of it, is asked what it promises, but for what is said here:
-    `l4pack budget scout-int4-1xh100`. Else the device is h100.
+    `l4pack budget scout-int4-1xh100`. Else the device is h100. A GGUF file is budgeted for llama.cpp, a folder of MLX for mlx-lm.
 
     Example: `l4pack budget llama-4-scout --recipe int4 --device h100 --context 32k --kv-dtype fp8`
     """
@@ -101,7 +103,7 @@ def show(
 
     load = Load(
         context, sequences or 1, kv_dtype or "auto", tp, pp, expert_parallel, hybrid, batched_tokens, max_num_seqs,
-        max_positions, images, utilization,
+        max_positions, images, utilization, gpu_layers,
     )  # fmt: skip
     if matrix:
         _matrix(subject, recipe, device, load, runtime, devices, as_json)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from l4pack.budget.devices import Host, find_host, load_devices
+from l4pack.budget.lines import LineGroup
 from l4pack.budget.load import Load
-from l4pack.budget.model import Budget, LineGroup, budget
+from l4pack.budget.model import Budget, budget
 from l4pack.budget.solve import changes
 from l4pack.budget.subject import Subject
 from l4pack.budget.weights import stage_layers

@@ -107,7 +107,7 @@ DAMAGE = {
 def test_what_can_not_be_true_is_refused(raw, tmp_path, name, l4pack):
     path = tmp_path / "foreign.gguf"
     path.write_bytes(DAMAGE[name](raw))
-    for command in (("verify", path),):
+    for command in (("verify", path), ("budget", path, "--device", "h100")):
         ended = l4pack(*command)
         assert ended.code == 4, (name, command, ended.err)
         assert ended.err.startswith("error: foreign.gguf: ")

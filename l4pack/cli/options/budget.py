@@ -39,7 +39,10 @@ SequencesOption = Annotated[
 KVDtypeOption = Annotated[
     _T,
     typer.Option(
-        "--kv-dtype", metavar="auto|bfloat16|fp8", help="What the KV cache is kept in.", rich_help_panel=_PANEL
+        "--kv-dtype",
+        metavar="auto|bfloat16|fp8",
+        help="What the KV cache is kept in; of a GGUF file, float16 or q8_0.",
+        rich_help_panel=_PANEL,
     ),
 ]
 MaxBytesOption = Annotated[
@@ -65,8 +68,16 @@ RuntimeOption = Annotated[
     typer.Option(
         "--runtime",
         metavar="NAME",
-        help="What must load it: vllm, sglang, transformers; budgets know vllm-0.8 and meta too, `fit` takes any of them.",
+        help="What must load it: vllm, sglang, transformers; budgets know vllm-0.8 and meta too, llama.cpp and mlx by their files, `fit` takes any of them.",
         rich_help_panel=_PANEL,
+    ),
+]
+GpuLayersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpu-layers",
+        metavar="N",
+        help="Of a GGUF file: layers that llama.cpp puts on the GPU, the head counted; all unless given, the others stay in the machine's memory.",
     ),
 ]
 TPOption = Annotated[int | None, typer.Option("--tp", metavar="N", help="Tensor parallel; all GPUs unless given.")]
