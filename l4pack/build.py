@@ -331,7 +331,7 @@ class _Chain:
         from l4pack.evaluate.evaluate import total_bytes
 
         models = open_folder(self._order.out), self._plan.checkpoint
-        said = self._order.talk.walked_bytes(models[0].config.text, [layer_weights(one) for one in models])
+        said = self._order.talk.walked_bytes([layer_weights(one) for one in models])
         return total_bytes(*models) + said
 
     def _prepared(self, text: TextChoice, progress: Progress) -> PreparedEvaluation:

@@ -166,7 +166,7 @@ def _run(
         None if against is None else open_original(against, companions=companions, requantize=True),
     )
     models = [one for one in (None if settings.reference else original, checkpoint) if one is not None]
-    said = sample_talk(settings.sample_tokens).walked_bytes(checkpoint.config.text, list(map(layer_weights, models)))
+    said = sample_talk(settings.sample_tokens).walked_bytes(list(map(layer_weights, models)))
     total = total_bytes(*models) + said
     with console.progress("evaluating", total) as bar, stop_signals() as stop:
         prepared = prepare_evaluation(checkpoint, original, settings, Progress.of(bar.shown, stop))

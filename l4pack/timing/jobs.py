@@ -254,15 +254,15 @@ class Talk:
 
     def read_bytes(self, text: TextConfig, models: Sequence[LayerWeights]) -> int:
         """Bytes that are read at most, the head of each model included."""
-        heads = len(models) * self.tokens * STORED * text.vocab_size * text.hidden_size
-        return self.walked_bytes(text, models) + heads
-
-    def walked_bytes(self, text: TextConfig, models: Sequence[LayerWeights]) -> int:
-        """Of those, the bytes of layers: what a walk says that it has done."""
         if not self.tokens:
             return 0
+        heads = len(models) * self.tokens * STORED * text.vocab_size * text.hidden_size
         whole, routed = self.shares(text)
-        return round(sum(whole * (one.nbytes - one.routed) + routed * one.routed for one in models))
+        return round(sum(whole * (one.nbytes - one.routed) + routed * one.routed for one in models)) + heads
+
+    def walked_bytes(self, models: Sequence[LayerWeights]) -> int:
+        """Bytes of layers that a walk says it has done: experts that no token goes to are done too."""
+        return self.tokens * sum(one.nbytes for one in models)
 
 
 NO_TALK = Talk(0, 0, 0)

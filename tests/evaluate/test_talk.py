@@ -15,6 +15,7 @@ from l4pack.evaluate.generate import Asking, continued
 from l4pack.evaluate.talk import Answer, Conversation, converse
 from l4pack.stream.hidden import TokenSequence
 from l4pack.stream.visitor import Progress
+from l4pack.timing.jobs import Talk, layer_weights
 
 ASKED = [{"role": "user", "content": "Why is the sky blue?"}]
 
@@ -83,7 +84,10 @@ def test_a_prompt_that_ends_stands_still_while_others_go_on(checkpoint):
     source = open_folder(checkpoint("scout"))
     prompts = [TokenSequence(tuple(ids)) for ids in token_rows(lengths=(20, 9))]
     asking = Asking(most=3, compute="cpu")
-    free = continued(source, prompts, frozenset(), asking, Progress())
+    walked: list[int] = []
+    free = continued(source, prompts, frozenset(), asking, Progress(walked.append))
+    talk = Talk(len(prompts), 1, asking.most)
+    assert sum(walked) == talk.walked_bytes([layer_weights(source)])
     ended = continued(source, prompts, frozenset({free[0][0]}), asking, Progress())
     assert ended[0] == free[0][:1]
     assert ended[1] == free[1] or free[0][0] in ended[1]
