@@ -65,11 +65,6 @@ def test_fp8_keeps_the_codes_of_the_source(pair, tmp_path, l4pack):
             half = {"gate_proj": slice(0, 128), "up_proj": slice(128, 256)}.get(projection, slice(None))
             assert torch.equal(dense[name], fused[half])
     assert l4pack("verify", out, "--against", pair[0], "--json").code == 0
-
-
-def test_a_damaged_carried_matrix_is_found(pair, tmp_path, l4pack):
-    out = tmp_path / "fp8"
-    assert l4pack("quantize", pair[0], "--recipe", "fp8", "--out", out).code == 0
     file = out / "model.safetensors"
     entry = next(e for n, e in _header(file).items() if ".experts.2.up_proj.weight" in n and e["dtype"] == "F8_E4M3")
     with file.open("r+b") as stream:
