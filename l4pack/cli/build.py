@@ -332,7 +332,7 @@ def _places(order: Order, built: Built) -> list[RenderableType]:
     for name, made in exports.items():
         for text in made["warnings"]:
             console.warning(f"{name}: {text}")
-        compared = f"the same, read back by {made['proved_by']}"
+        compared = f"the same, compared ({made['proved_by']})"
         table.add_row(made["clients"], console.plain(made["out"]), human_bytes(made["artifact_bytes"]), compared)
     count = "both" if len(exports) == 1 else "all three"
     return ["", table, "", f"numbers  the same in {count}: one solve, each weight compared with the artifact's", ""]
