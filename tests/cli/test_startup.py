@@ -85,4 +85,5 @@ def test_the_version_imports_no_command():
 
 
 def test_a_command_imports_no_other():
-    assert own_commands(modules_after("recipes")) == {"app", "console", "options", "recipes", "shared"}
+    found = {name.partition(".")[0] for name in own_commands(modules_after("recipes"))}  # options are a package
+    assert found == {"app", "console", "options", "recipes", "shared"}
