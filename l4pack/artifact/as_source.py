@@ -24,7 +24,7 @@ from l4pack.artifact.patterns import matches, pattern
 from l4pack.artifact.stanza import METHOD, StanzaGroup, read_stanza
 from l4pack.checkpoint.exports import WEIGHT_DTYPES, without_stanza
 from l4pack.checkpoint.header import TensorEntry, tensor_bytes
-from l4pack.checkpoint.open import open_source
+from l4pack.checkpoint.open import open_source, with_lora
 from l4pack.checkpoint.source import Checkpoint, LocalStore
 from l4pack.datafile import first_fault
 from l4pack.errors import SourceError
@@ -61,6 +61,7 @@ def open_original(
     include: Sequence[str] = (),
     companions: str | None = None,
     requantize: bool = False,
+    lora: Sequence[str] = (),
 ) -> Checkpoint:
     """`open_source`, and a quantized checkpoint as a source. With `requantize`, of any kind that is read, else FP8 releases.
 
@@ -68,14 +69,14 @@ def open_original(
     """
     opened = open_source(text, fetch_folder=fetch_folder, include=include, companions=companions)
     if not opened.config.quantized:
-        return opened
+        return with_lora(opened, lora)
     source = as_source(opened)
     if not requantize and not is_release(source):
         raise SourceError(
             f"{opened.name} is quantized already ({source.dequantized})",
             hint="start from the original BF16 checkpoint; plan, quantize and build take --allow-requantize",
         )
-    return source
+    return with_lora(source, lora)
 
 
 def as_source(checkpoint: Checkpoint) -> Checkpoint:

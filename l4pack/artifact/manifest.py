@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from l4pack import __version__
+from l4pack.checkpoint.adapter import Adapter
 from l4pack.checkpoint.header import TypedTensor
 from l4pack.checkpoint.source import HUB_ID, Checkpoint
 from l4pack.datafile import parse_json
@@ -147,6 +148,19 @@ def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
         "weight_bytes": checkpoint.weight_bytes,
         "headers_sha256": headers.hexdigest(),
         **({} if checkpoint.dequantized is None else {"dequantized_from": checkpoint.dequantized}),
+        **({"adapters": [adapter_record(adapter) for adapter in checkpoint.adapters]} if checkpoint.adapters else {}),
+    }
+
+
+def adapter_record(adapter: Adapter) -> dict[str, Any]:
+    """What an adapter that was merged into a source is, without where it lies on this machine."""
+    base = adapter.config.base_model_name_or_path
+    return {
+        "name": adapter.name,
+        "repository": adapter.files.repository,
+        "revision": adapter.files.revision,
+        "base": base if base is not None and HUB_ID.fullmatch(base) else None,
+        "sha256": adapter.sha256,
     }
 
 

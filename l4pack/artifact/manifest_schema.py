@@ -27,6 +27,16 @@ class _Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class AdapterRecord(_Data):
+    """A LoRA adapter that was merged into the source: `base` is the model it says it was trained on."""
+
+    name: str
+    repository: RepositoryName | None
+    revision: str | None
+    base: RepositoryName | None
+    sha256: Sha256  # of its configuration's and its weights' digests
+
+
 class SourceRecord(_Data):
     """The checkpoint an artifact was made from."""
 
@@ -40,6 +50,7 @@ class SourceRecord(_Data):
     sample_sha256: Sha256 | None = None
     # What it was quantized to itself, where the artifact was made of products of codes and scales.
     dequantized_from: str | None = None
+    adapters: list[AdapterRecord] = []  # merged into it in this order, as it was read
 
 
 class CalibrationRecord(_Data):

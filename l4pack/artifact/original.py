@@ -12,6 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from l4pack.artifact.adapters import other_adapters
 from l4pack.artifact.as_source import is_own, is_release
 from l4pack.artifact.contents import tensor_digest
 from l4pack.artifact.manifest import MANIFEST_NAME, source_record
@@ -50,6 +51,9 @@ def check_original(artifact: Checkpoint, original: Checkpoint) -> None:
             f"{original.name} is not what {artifact.name} was made from: that was {_title(source)}, with other tensors",
             hint="give the checkpoint it was quantized from",
         )
+    unlike = other_adapters(artifact.name, source, original)
+    if unlike is not None:
+        raise UsageError(unlike[0], hint=unlike[1])
     sample = None if source.sample_sha256 is None else local_sample(original)
     changed = _changed(artifact, original, manifest)
     if changed is not None:
@@ -64,6 +68,13 @@ def check_original(artifact: Checkpoint, original: Checkpoint) -> None:
             "shapes: its weights are not those that were read then",
             hint=_FINE_TUNE,
         )
+
+
+def adapter_digests(checkpoint: Checkpoint) -> list[str]:
+    """Of the adapters merged into a checkpoint as it is read, or into an artifact when it was made."""
+    manifest = None if checkpoint.adapters else manifest_of(checkpoint)
+    merged = checkpoint.adapters if manifest is None else manifest.source.adapters
+    return [adapter.sha256 for adapter in merged]
 
 
 def check_unquantized(original: Checkpoint, manifest: ManifestFile | None) -> None:
@@ -105,7 +116,8 @@ def original_record(original: Checkpoint) -> dict[str, str]:
 
 
 def weights_digest(checkpoint: Checkpoint) -> str:
-    """Hex SHA-256 of the norms' and routers' numbers by name: a fine-tune has another, and little is read.
+    """Hex SHA-256 of the norms' and routers' numbers by name, and of what was merged: a fine-tune has another, and little
+    is read.
 
     An artifact has the same as its original, whatever prefixes and float dtype they are kept with: numbers are rounded
     to bfloat16 first. Raises SourceError for a configuration without weights.
@@ -115,6 +127,8 @@ def weights_digest(checkpoint: Checkpoint) -> str:
     old, new = detect_layout(checkpoint.config, checkpoint.entries).naming, canonical_naming(checkpoint.config)
     small = {rename(name, old, new): name for name in checkpoint.entries if classify(name).role in _SMALL}
     digest = hashlib.sha256()
+    for merged in adapter_digests(checkpoint):
+        digest.update(merged.encode())
     with Reader(checkpoint.entries, checkpoint.store.path) as reader:
         for name in sorted(small):
             digest.update(name.encode())

@@ -118,7 +118,7 @@ def cover(
     longest = checkpoint.config.text.max_position_embeddings
     text = load_text(choice, load_tokenizer(checkpoint), longest, ImageReader(checkpoint))
     where = Compute.of(compute)
-    computing = computing_on(where, checkpoint.config, text.sequences)
+    computing = computing_on(where, checkpoint.config, text.sequences, merging=checkpoint.merging_bytes)
     ram, device = machine.memory(wanted.max_ram), where.device_room(wanted.max_vram)
     _, ahead = walk_within(computing, Computing.memory, ram, device)
     coverage = Coverage.of(checkpoint.config, wanted.max_cold)

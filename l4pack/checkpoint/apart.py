@@ -15,5 +15,5 @@ def refuse_overlap(checkpoints: Iterable[Checkpoint], *written: Path) -> None:
     for checkpoint in checkpoints:
         store = checkpoint.store
         if isinstance(store, LocalStore):
-            files = map(store.path, (*checkpoint.shards, *checkpoint.companions))
+            files = map(store.path, (*checkpoint.shards, *checkpoint.companions, *store.elsewhere))
             keep_apart((store.folder, *files), written)

@@ -73,7 +73,7 @@ def refuse_adapter(names: Collection[str], where: str, config: bytes = b"") -> N
         base = _base_model(config)
         raise SourceError(
             f"{where} is a LoRA adapter{f' of {base}' if base else ''}, not a model: the base model's weights are missing",
-            hint=_MERGE,
+            hint=f"name the base model as the source, and add --lora {where}",
         )
 
 

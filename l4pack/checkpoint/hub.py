@@ -29,9 +29,10 @@ from huggingface_hub import (
 )
 from huggingface_hub.utils._headers import build_hf_headers
 
+from l4pack.checkpoint.adapter import ADAPTER_WEIGHTS, AdapterFiles, refuse_other_files
 from l4pack.checkpoint.companions import is_companion
 from l4pack.checkpoint.consolidated import compose, is_consolidated, shard_files
-from l4pack.checkpoint.exports import refuse_adapter, refuse_two_models, single_weight_file
+from l4pack.checkpoint.exports import ADAPTER_CONFIG, refuse_adapter, refuse_two_models, single_weight_file
 from l4pack.checkpoint.folders import open_any_folder
 from l4pack.checkpoint.given import Given, beside, given_files, given_folder
 from l4pack.checkpoint.header import LENGTH_BYTES, TensorEntry, parse_header, read_header
@@ -171,6 +172,24 @@ def _open_cached(
     return open_any_folder(folder, include, given)
 
 
+def fetch_adapter(repo_id: str, revision: str | None) -> AdapterFiles:
+    """A LoRA adapter's files from a Hub repository. Raises HubError, SourceError where it holds none."""
+    api = hub_api(None, None)
+    with hub_errors(api, repo_id, revision):
+        if is_offline_mode():
+            folder = Path(
+                snapshot_download(
+                    repo_id, revision=revision, local_files_only=True, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+                )
+            )
+            refuse_other_files(repo_id, {path.name for path in folder.iterdir()})
+            return AdapterFiles(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS, repo_id, folder.name)
+        remote = open_remote(api, repo_id, revision)
+    refuse_other_files(repo_id, set(remote.files))
+    store = HubStore(remote, {})
+    return AdapterFiles(store.path(ADAPTER_CONFIG), store.path(ADAPTER_WEIGHTS), repo_id, remote.revision)
+
+
 def _listing(siblings: Sequence[Any]) -> dict[str, RemoteFile]:
     """The repository's files, those with names that would lead out of a folder left out."""
     found = {}
@@ -297,7 +316,7 @@ class HubStore:
     headers: Mapping[str, Any] = field(repr=False)
     folder: Path | None = None
     reread: Callable[[Path, str], Any] = read_header
-    elsewhere: Mapping[str, Path] = field(default_factory=dict)
+    elsewhere: Mapping[str, Path] = field(default_factory=dict, repr=False)  # files of other origin, by name
     _checked: dict[str, Path] = field(default_factory=dict, repr=False)
     _locks: defaultdict[str, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock), repr=False)
 
@@ -317,6 +336,8 @@ class HubStore:
 
     def release(self, file: str) -> None:
         """Delete a shard from the private folder; the client's cache is left as it is."""
+        if file in self.elsewhere:
+            return
         with self._locks[file]:
             if self.folder is not None:
                 self._checked.pop(file, None)

@@ -6,9 +6,11 @@ import errno
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from l4pack.checkpoint.adapter import Adapter, adapter_in, read_adapter
 from l4pack.checkpoint.folders import open_any_folder
 from l4pack.checkpoint.given import Given, given_folder
 from l4pack.checkpoint.source import HUB_ID, Checkpoint, open_bare, snapshot_of
@@ -35,8 +37,45 @@ class Repository(NamedTuple):
 
 
 def open_source(
-    text: str, *, fetch_folder: Path | None = None, include: Sequence[str] = (), companions: str | None = None
+    text: str,
+    *,
+    fetch_folder: Path | None = None,
+    include: Sequence[str] = (),
+    companions: str | None = None,
+    lora: Sequence[str] = (),
 ) -> Checkpoint:
+    """Open what `_open` does, with LoRA adapters (folders, or repositories on the Hub) merged into it in their order.
+
+    Raises SourceError, HubError, or UsageError for an `include` that is wrong.
+    """
+    return with_lora(_open(text, fetch_folder, include, companions), lora)
+
+
+def with_lora(opened: Checkpoint, lora: Sequence[str]) -> Checkpoint:
+    """A checkpoint with LoRA adapters merged into it, folders or repositories on the Hub. Raises SourceError, HubError."""
+    if not lora:
+        return opened
+    from l4pack.checkpoint.with_adapters import merged
+
+    return merged(opened, [open_adapter(text, number) for number, text in enumerate(lora, 1)])
+
+
+def open_adapter(text: str, number: int) -> Adapter:
+    """Open the adapter that `text` names, a folder or `ORG/NAME[@REVISION]`, the `number`th of those given.
+
+    Raises SourceError, HubError.
+    """
+    reopen = partial(open_adapter, text, number)
+    path = Path(text)
+    if exists(path):
+        return read_adapter(text, path.absolute().name, number, adapter_in(snapshot_of(path)), reopen)
+    repository = hub_repository(text)
+    from l4pack.checkpoint.hub import fetch_adapter
+
+    return read_adapter(text, repository.repo_id.rpartition("/")[2], number, fetch_adapter(*repository), reopen)
+
+
+def _open(text: str, fetch_folder: Path | None, include: Sequence[str], companions: str | None) -> Checkpoint:
     """Open a folder, `ORG/NAME[@REVISION]` on the Hub, a `config.json`, a known model's name, or `demo`.
 
     With `fetch_folder`, a Hub source's shards are fetched there one by one and dropped after use. `include` carries

@@ -31,7 +31,8 @@ def weight_parts(checkpoint: Checkpoint, name: str = "source") -> dict[str, str]
     """The same of configuration and weight files alone, all that a walk through the layers reads."""
     store = checkpoint.store
     assert store is not None
-    digests = {CONFIG_NAME: _config(checkpoint, store), **_shards(checkpoint, store)}
+    adapters = {f"adapter {number}": adapter.sha256 for number, adapter in enumerate(checkpoint.adapters, 1)}
+    digests = {CONFIG_NAME: _config(checkpoint, store), **_shards(checkpoint, store), **adapters}
     return {source_part(file, name): digest for file, digest in digests.items()}
 
 

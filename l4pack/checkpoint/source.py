@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from l4pack.checkpoint.companions import check_companions, choose, folder_files
 from l4pack.checkpoint.exports import (
@@ -29,12 +29,16 @@ from l4pack.checkpoint.exports import (
     without_tied_head,
 )
 from l4pack.checkpoint.header import TensorEntry, read_header
+from l4pack.checkpoint.merged import merging_bytes
 from l4pack.datafile import parse_json, refuse_lfs_pointer
 from l4pack.errors import SourceError
 from l4pack.model.config import CONFIG_NAME, KNOWN_MODELS, Llama4Config, known_config, load_config
 from l4pack.model.names import detect_layout
 from l4pack.model.tensors import Catalogue, catalogue
 from l4pack.quant.dtypes import NAMES, FloatName
+
+if TYPE_CHECKING:
+    from l4pack.checkpoint.adapter import Adapter
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
@@ -134,6 +138,7 @@ class Checkpoint:
     kind: str = "safetensors"  # how the weights lie in files, in words
     reopen: Callable[[], Checkpoint] | None = field(default=None, compare=False, repr=False)  # the same, seen now
     complete: Callable[[Llama4Config], Llama4Config | None] | None = field(default=None, compare=False, repr=False)
+    adapters: tuple[Adapter, ...] = ()  # merged into the weights as they are read
 
     @property
     def bare(self) -> bool:
@@ -144,6 +149,11 @@ class Checkpoint:
     def weight_bytes(self) -> int:
         """Bytes of all tensors in the files."""
         return sum(nbytes for entry in self.entries.values() for nbytes in entry.stored.values())
+
+    @cached_property
+    def merging_bytes(self) -> int:
+        """Most bytes that are taken beside a matrix while adapters are merged into it; 0 without any."""
+        return max(map(merging_bytes, self.entries.values())) if self.adapters and self.entries else 0
 
     @cached_property
     def float_names(self) -> dict[str, FloatName]:
@@ -181,6 +191,8 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(self.config.raw, sort_keys=True).encode())
         for entry in sorted(self.entries.values(), key=lambda entry: entry.name):
             digest.update(entry.identity.encode())
+        for adapter in self.adapters:
+            digest.update(adapter.sha256.encode())
         if self.store is not None:
             for file in (*self.shards, *sorted(self.companions)):
                 digest.update(os.fsencode(f"{file}={self.store.identity(file)}"))

@@ -34,6 +34,7 @@ from l4pack.cli.options import (
     IncludeOption,
     KeepFloat32Option,
     KVDtypeOption,
+    LoraOption,
     MaxBytesOption,
     MaxKlOption,
     MaxPerplexityRatioOption,
@@ -89,6 +90,7 @@ def build(
     source: SourceOption,
     out: OutOption[Path],
     recipe: RecipeOption[str | None] = None,
+    lora: LoraOption = None,
     fit: FitRecipeOption = False,
     device: DeviceOption[str | None] = None,
     context: ContextOption = None,
@@ -159,6 +161,7 @@ def build(
         include=include or (),
         companions=companions,
         requantize=allow_requantize,
+        lora=lora or (),
     )
     before: list[Step] = []
     if fit:

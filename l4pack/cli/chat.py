@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from l4pack.cli import console
+from l4pack.cli.opening import opened_original
 from l4pack.cli.options import (
     AgainstOption,
     AsJsonOption,
     CompanionsOption,
     ComputeOption,
     ImageOption,
+    LoraOption,
     MaxRamOption,
     MaxVramOption,
     PromptOption,
@@ -36,6 +38,7 @@ def chat(
     source: SourceOption,
     against: AgainstOption = None,
     companions: CompanionsOption = None,
+    lora: LoraOption = None,
     prompt: PromptOption = None,
     image: ImageOption = None,
     tokens: TokensOption = 32,
@@ -49,11 +52,12 @@ def chat(
     With `--against`, the original answers the same beside it, in colour from where the two part. The first token reads the
     whole model, every other what it is routed to, so this shows that an artifact works; a server is for talking.
 
+    `--lora` is merged into the original: what --against names, else the source.
+
     With `--image`, the first prompt is about an image, which goes through the model's own processor and its vision tower.
 
     Example: `l4pack chat demo --prompt "Why is the sky blue?" -n 16`
     """
-    from l4pack.artifact.as_source import open_original
     from l4pack.checkpoint.open import open_source
     from l4pack.evaluate.generate import Asking
     from l4pack.evaluate.talk import converse
@@ -62,8 +66,8 @@ def chat(
 
     limits = [given_size(limit) for limit in (max_ram, max_vram)]
     asking = Asking(tokens, compute, *limits)
-    artifact = open_source(source, companions=None if against else companions)
-    original = open_original(against, companions=companions, requantize=True) if against else None
+    original = opened_original(against, companions, lora) if against else None
+    artifact = open_source(source, companions=None if against else companions, lora=() if against else lora or ())
     total = tokens * sum(one.weight_bytes for one in (artifact, original) if one is not None)
     messages: list[dict[str, Any]] = []
     for said in _said(prompt):

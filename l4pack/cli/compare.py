@@ -15,6 +15,7 @@ from l4pack.cli.cluster import cluster_options, joined, planned_workers, slots
 from l4pack.cli.evaluate import UNREAD
 from l4pack.cli.evaluation_plan import planned_of, show_plan
 from l4pack.cli.hours import Hours
+from l4pack.cli.opening import opened_original
 from l4pack.cli.options import (
     AgainstOption,
     ArtifactsOption,
@@ -26,6 +27,7 @@ from l4pack.cli.options import (
     DevicesFileOption,
     DryRunOption,
     GpusPerWorkerOption,
+    LoraOption,
     MaxRamOption,
     MaxVramOption,
     OnOption,
@@ -56,6 +58,7 @@ def compare(
     artifacts: ArtifactsOption,
     against: AgainstOption = None,
     companions: CompanionsOption = None,
+    lora: LoraOption = None,
     text: TextOption = "demo",
     samples: SamplesOption = 32,
     sequence_length: SequenceLengthOption = None,
@@ -90,8 +93,10 @@ def compare(
     from l4pack.text.choice import TextChoice
     from l4pack.work.files import path_beside
 
-    original = _refuse(artifacts, against), companions
+    _refuse(artifacts, against)
     find_host(device, load_devices())
+    original = opened_original(against, companions, lora)
+    assert original is not None
     own, where = own_path(artifacts[0]), chosen(compute)
     hours = Hours(on, devices, price, where, path_beside(own, "").parent, planned=dry_run)
     settings = EvaluationSettings(
@@ -117,12 +122,8 @@ def compare(
     console.show_json(record) if as_json else console.show(*comparison_view(record))
 
 
-Original = tuple[str, str | None]
-"""The source to compare with, and where its companions are, if elsewhere."""
-
-
-def _refuse(artifacts: list[str], against: str | None) -> str:
-    """The original's name. Raises UsageError for what is no comparison."""
+def _refuse(artifacts: list[str], against: str | None) -> None:
+    """Raise UsageError for what is no comparison."""
     if against is None:
         raise UsageError("compare needs the original", hint="add --against SOURCE")
     if len(artifacts) < 2:
@@ -131,7 +132,6 @@ def _refuse(artifacts: list[str], against: str | None) -> str:
         )
     if len({Path(artifact).resolve() for artifact in artifacts}) < len(artifacts):
         raise UsageError("an artifact is named twice", hint="name each once")
-    return against
 
 
 @contextmanager
@@ -147,18 +147,15 @@ def _looked(artifacts: list[str], *, weights: bool) -> Iterator[list[Looked]]:
         yield looked
 
 
-def _opened(artifacts: list[Looked], original: Original) -> tuple[list[Checkpoint], Checkpoint]:
-    from l4pack.artifact.as_source import open_original
+def _opened(artifacts: list[Looked]) -> list[Checkpoint]:
     from l4pack.checkpoint.source import open_folder
 
-    against, companions = original
-    opened = open_original(against, companions=companions, requantize=True)
-    return [open_folder(one.folder) for one in artifacts], opened
+    return [open_folder(one.folder) for one in artifacts]
 
 
 def _plan(
     artifacts: list[Looked],
-    original: Original,
+    original: Checkpoint,
     settings: EvaluationSettings,
     hours: Hours,
     workers: int | None,
@@ -167,13 +164,13 @@ def _plan(
 ) -> None:
     from l4pack.evaluate.compare import prepare_comparison
 
-    prepared = prepare_comparison(*_opened(artifacts, original), settings, measured=UNREAD).evaluations
+    prepared = prepare_comparison(_opened(artifacts), original, settings, measured=UNREAD).evaluations
     fetched = None if all(one.here for one in artifacts) else sum(one.fetched_bytes for one in artifacts)
     show_plan(planned_of(prepared, hours, workers, fetched=fetched), as_json=as_json)
 
 
 def _run(
-    artifacts: list[Looked], source: Original, settings: EvaluationSettings, hours: Hours, cluster: Cluster | None
+    artifacts: list[Looked], original: Checkpoint, settings: EvaluationSettings, hours: Hours, cluster: Cluster | None
 ) -> tuple[Comparison, float | None]:
     """The comparison, and the seconds it was to take."""
     from l4pack.evaluate.compare import prepare_comparison
@@ -181,7 +178,7 @@ def _run(
     from l4pack.stream.visitor import Progress
     from l4pack.work.signals import stop_signals
 
-    checkpoints, original = _opened(artifacts, source)
+    checkpoints = _opened(artifacts)
     with console.progress("comparing", total_bytes(original, *checkpoints)) as bar, stop_signals() as stop:
         prepared = prepare_comparison(checkpoints, original, settings, Progress.of(bar.shown, stop))
         planned = planned_of(prepared.evaluations, hours, slots(cluster))

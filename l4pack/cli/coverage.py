@@ -16,6 +16,7 @@ from l4pack.cli.options import (
     ComputeOption,
     EarlierSamplesOption,
     EarlierTextOption,
+    LoraOption,
     MaxColdOption,
     MaxRamOption,
     MaxVramOption,
@@ -32,6 +33,7 @@ from l4pack.units import given_size, human_seconds
 def coverage(
     source: SourceOption,
     companions: CompanionsOption = None,
+    lora: LoraOption = None,
     calibration: CalibrationOption = None,
     calibration_samples: CalibrationSamplesOption[int | None] = None,
     sequence_length: SequenceLengthOption = None,
@@ -60,7 +62,7 @@ def coverage(
     limits = map(given_size, (max_ram, max_vram))
     wanted = Wanted(calibration, calibration_samples, sequence_length, seed, max_cold, *limits)
     folder = work or Path(f"{Path(source).resolve().name}.coverage.partial")
-    checkpoint = open_original(source, companions=companions)
+    checkpoint = open_original(source, companions=companions, lora=lora or ())
     with console.progress("covering", checkpoint.weight_bytes) as bar, stop_signals() as stop:
         progress = Progress.of(bar.shown, stop)
         found = cover(checkpoint, wanted, folder, compute, progress, restart=restart)

@@ -13,6 +13,7 @@ from l4pack.cli.evaluation_plan import Planned, asked_of, planned_of, show_plan
 from l4pack.cli.hours import (
     Hours,
 )
+from l4pack.cli.opening import opened_original
 from l4pack.cli.options import (
     AgainstOption,
     AsJsonOption,
@@ -24,6 +25,7 @@ from l4pack.cli.options import (
     DryRunOption,
     GpusPerWorkerOption,
     LimitOption,
+    LoraOption,
     MaxKlOption,
     MaxPerplexityRatioOption,
     MaxRamOption,
@@ -64,6 +66,7 @@ def evaluate(
     artifact: AuditedOption,
     against: AgainstOption = None,
     companions: CompanionsOption = None,
+    lora: LoraOption = None,
     text: TextOption = "demo",
     samples: SamplesOption = 32,
     sequence_length: SequenceLengthOption = None,
@@ -135,10 +138,11 @@ def evaluate(
             read_evaluations(looked.folder)  # what can't be added to is said before the work, not after it
         if dry_run:
             workers = planned_workers(ray, gpus_per_worker, chosen_device, computes=True)
-            show_plan(_planned(looked, against, companions, settings, hours, workers), as_json=as_json)
+            shown = _planned(looked, against, companions, lora, settings, hours, workers)
+            show_plan(shown, as_json=as_json)
             return
         with joined(cluster_options(ray, gpus_per_worker, chosen_device), computes=True) as cluster:
-            record = _run(looked.folder, against, companions, settings, hours, cluster)
+            record = _run(looked.folder, against, companions, lora, settings, hours, cluster)
         record["gates"] = judge(record, limits_of(gates, recovery))
         if looked.here:
             write_accuracy(looked.folder, record, gates, recovery)
@@ -150,21 +154,18 @@ def _run(
     artifact: Path,
     against: str | None,
     companions: str | None,
+    lora: list[str] | None,
     settings: EvaluationSettings,
     hours: Hours,
     cluster: Cluster | None,
 ) -> dict[str, Any]:
-    from l4pack.artifact.as_source import open_original
     from l4pack.checkpoint.source import open_folder
     from l4pack.evaluate.evaluate import prepare_evaluation, total_bytes
     from l4pack.stream.visitor import Progress
     from l4pack.timing.jobs import layer_weights
     from l4pack.work.signals import stop_signals
 
-    checkpoint, original = (
-        open_folder(artifact),
-        None if against is None else open_original(against, companions=companions, requantize=True),
-    )
+    checkpoint, original = open_folder(artifact), opened_original(against, companions, lora)
     models = [one for one in (None if settings.reference else original, checkpoint) if one is not None]
     said = sample_talk(settings.sample_tokens).walked_bytes(list(map(layer_weights, models)))
     total = total_bytes(*models) + said
@@ -183,19 +184,16 @@ def _planned(
     looked: Looked,
     against: str | None,
     companions: str | None,
+    lora: list[str] | None,
     settings: EvaluationSettings,
     hours: Hours,
     workers: int | None,
 ) -> Planned:
     """What an evaluation would take; no weight is read."""
-    from l4pack.artifact.as_source import open_original
     from l4pack.checkpoint.source import open_folder
     from l4pack.evaluate.evaluate import prepare_evaluation
 
-    checkpoint, original = (
-        open_folder(looked.folder),
-        None if against is None else open_original(against, companions=companions, requantize=True),
-    )
+    checkpoint, original = open_folder(looked.folder), opened_original(against, companions, lora)
     prepared = [prepare_evaluation(checkpoint, original, settings, measured=UNREAD)]
     fetched = None if looked.here else looked.fetched_bytes
     return planned_of(prepared, hours, workers, asked_of(prepared[0]), fetched)

@@ -18,6 +18,7 @@ from l4pack.cli.options import (
     ContextOption,
     DeviceOption,
     KVDtypeOption,
+    LoraOption,
     MaxBytesOption,
     OutOption,
     RuntimeOption,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 def fit(
     source: SourceOption,
     companions: CompanionsOption = None,
+    lora: LoraOption = None,
     device: DeviceOption[str | None] = None,
     context: ContextOption = None,
     sequences: SequencesOption[int | None] = None,
@@ -69,7 +71,7 @@ def fit(
     check_file(out)
     if chart is not None:
         check_chart(chart)
-    checkpoint = open_original(source, companions=companions)
+    checkpoint = open_original(source, companions=companions, lora=lora or ())
     found = shipped_sensitivity(checkpoint) if sensitivity is None else read_sensitivity(sensitivity)
     warn_of_stand_in(found, checkpoint)
     fitted = run(checkpoint, found, wish, out.stem)

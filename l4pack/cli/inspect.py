@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from l4pack.cli import console
-from l4pack.cli.options import AsJsonOption, CompanionsOption, SourceOption
+from l4pack.cli.options import AsJsonOption, CompanionsOption, LoraOption, SourceOption
 from l4pack.cli.plan import beside_view
 from l4pack.units import human_bytes
 
@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from l4pack.checkpoint.source import Checkpoint
 
 
-def inspect(source: SourceOption, companions: CompanionsOption = None, as_json: AsJsonOption = False) -> None:
+def inspect(
+    source: SourceOption,
+    companions: CompanionsOption = None,
+    lora: LoraOption = None,
+    as_json: AsJsonOption = False,
+) -> None:
     """Say what a checkpoint is, from its headers alone.
 
     What may come in: transformers' safetensors (BF16, F16 or F32; fused experts or one by one; with or without vision), and Meta's own release, consolidated.NN.pth with params.json, of which nothing is unpickled.
@@ -23,7 +28,7 @@ def inspect(source: SourceOption, companions: CompanionsOption = None, as_json: 
     from l4pack.checkpoint.open import open_source
     from l4pack.plan.summary import checkpoint_record, checkpoint_roles
 
-    checkpoint = open_source(source, companions=companions)
+    checkpoint = open_source(source, companions=companions, lora=lora or ())
     if as_json:
         console.show_json(checkpoint_record(checkpoint))
         return

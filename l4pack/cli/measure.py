@@ -28,6 +28,7 @@ from l4pack.cli.options import (
     DirectOption,
     DryRunOption,
     GpusPerWorkerOption,
+    LoraOption,
     MaxRamOption,
     MaxVramOption,
     MeasuredOptionsOption,
@@ -58,6 +59,7 @@ WORST = 8
 def measure(
     source: SourceOption,
     companions: CompanionsOption = None,
+    lora: LoraOption = None,
     out: OutOption[Path] = Path("sensitivity.json"),
     text: TextOption = "demo",
     samples: SamplesOption = 32,
@@ -106,7 +108,7 @@ def measure(
     )
     device = chosen(compute)
     hours = Hours(on, devices, price, device, out.parent, planned=dry_run)
-    checkpoint = open_original(source, companions=companions)
+    checkpoint = open_original(source, companions=companions, lora=lora or ())
     if dry_run:
         workers = planned_workers(ray, gpus_per_worker, device, computes=True)
         prepared = prepare_measurement(checkpoint, settings, workers)

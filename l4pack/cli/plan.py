@@ -30,6 +30,7 @@ from l4pack.cli.options import (
     DevicesFileOption,
     IncludeOption,
     KeepFloat32Option,
+    LoraOption,
     MaxRamOption,
     MaxVramOption,
     OnOption,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 def plan(
     source: SourceOption,
+    lora: LoraOption = None,
     recipe: RecipeOption[str] = "int4",
     calibration: CalibrationOption = None,
     calibration_samples: CalibrationSamplesOption[int | None] = None,
@@ -90,7 +92,9 @@ def plan(
         .keeping(float32=keep_float32)
         .calibrating(calibration is not None, samples=calibration_samples, sequence_length=sequence_length, seed=seed)
     )
-    opened = open_original(source, include=include or (), companions=companions, requantize=allow_requantize)
+    opened = open_original(
+        source, include=include or (), companions=companions, requantize=allow_requantize, lora=lora or ()
+    )
     made = make_plan(opened, wanted, allowed)
     made, fitted = within_time(made, allowed, hours, within, calibration_samples)
     made = made if workers is None else made.on_cluster()

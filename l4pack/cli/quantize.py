@@ -33,6 +33,7 @@ from l4pack.cli.options import (
     GpusPerWorkerOption,
     IncludeOption,
     KeepFloat32Option,
+    LoraOption,
     MaxRamOption,
     MaxVramOption,
     OnOption,
@@ -62,6 +63,7 @@ def quantize(
     source: SourceOption,
     out: OutOption[Path],
     recipe: RecipeOption[str] = "int4",
+    lora: LoraOption = None,
     calibration: CalibrationOption = None,
     calibration_samples: CalibrationSamplesOption[int | None] = None,
     sequence_length: SequenceLengthOption = None,
@@ -118,6 +120,7 @@ def quantize(
             include=include or (),
             companions=companions,
             requantize=allow_requantize,
+            lora=lora or (),
         ),
         wanted,
         allowed,
@@ -198,4 +201,6 @@ def result_view(plan: Plan, result: RunResult) -> list[str]:
     ]
     if result.resumed_bytes:
         lines.append(f"went on after {human_bytes(result.resumed_bytes)} of the source that were done before")
-    return [*lines, f"next: l4pack verify {console.plain(result.out)} --against {console.plain(plan.checkpoint.name)}"]
+    merged = "".join(f" --lora {console.plain(adapter.given)}" for adapter in plan.checkpoint.adapters)
+    against = f"{console.plain(plan.checkpoint.name)}{merged}"
+    return [*lines, f"next: l4pack verify {console.plain(result.out)} --against {against}"]

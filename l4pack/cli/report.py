@@ -7,10 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4pack.cli import console
-from l4pack.cli.options import AgainstOption, AsJsonOption, AuditedOption, DeviceOption, FittedOption, OutOption
+from l4pack.cli.opening import opened_original
+from l4pack.cli.options import (
+    AgainstOption,
+    AsJsonOption,
+    AuditedOption,
+    DeviceOption,
+    FittedOption,
+    LoraOption,
+    OutOption,
+)
 from l4pack.errors import UsageError
 
 if TYPE_CHECKING:
+    from l4pack.checkpoint.source import Checkpoint
     from l4pack.report.page import Records
     from l4pack.verify.verify import Verification
 
@@ -22,6 +32,7 @@ def report(
     fitted: FittedOption = None,
     against: AgainstOption = None,
     as_json: AsJsonOption = False,
+    lora: LoraOption = None,
 ) -> None:
     """Write one HTML page about an artifact: how close it is, where it runs, how it was made. Needs no network.
 
@@ -40,7 +51,7 @@ def report(
 
     own = own_path(artifact)
     with look(artifact, weights=against is not None, say=console.tell) as looked:
-        records = _records(looked.folder, _fitted(own, fitted), against)
+        records = _records(looked.folder, _fitted(own, fitted), opened_original(against, None, lora))
         question = question_of(Asked(str(looked.folder), None, device, Load()))
         page = render_report(open_folder(looked.folder), records, question, datetime.now(UTC).date().isoformat())
     path = out or path_beside(own, ".report.html")
@@ -51,25 +62,23 @@ def report(
         console.show(f"[bold]{console.plain(path)}[/bold]  open it in a browser")
 
 
-def _records(artifact: Path, fitted: dict[str, Any] | None, against: str | None) -> Records:
+def _records(artifact: Path, fitted: dict[str, Any] | None, original: Checkpoint | None) -> Records:
     """What was measured, fitted and verified. Raises UsageError, QualityError for a measurement of other weights."""
     from l4pack.evaluate.record import check_current, read_evaluations
     from l4pack.report.page import Records
 
     measured = read_evaluations(artifact)
     check_current(artifact, measured)
-    return Records(_verified(artifact, against), measured[0] if measured else None, fitted)
+    return Records(_verified(artifact, original), measured[0] if measured else None, fitted)
 
 
-def _verified(artifact: Path, against: str | None) -> Verification:
+def _verified(artifact: Path, source: Checkpoint | None) -> Verification:
     """What `verify` finds: beside a source by every byte, else by headers. Raises SourceError."""
-    from l4pack.artifact.as_source import open_original
     from l4pack.containers.safetensors_folder import CONTAINER
     from l4pack.verify.verify import verify_artifact
 
-    if against is None:
+    if source is None:
         return verify_artifact(artifact, headers_only=True)
-    source = open_original(against, requantize=True)
     with console.progress("verifying", CONTAINER.weight_bytes(artifact)) as bar:
         return verify_artifact(artifact, source, advance=bar.advance)
 

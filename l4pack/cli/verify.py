@@ -11,12 +11,14 @@ import typer
 from rich.console import RenderableType
 
 from l4pack.cli import console
+from l4pack.cli.opening import opened_original
 from l4pack.cli.options import (
     AgainstOption,
     AsJsonOption,
     AuditedOption,
     CompanionsOption,
     HeadersOnlyOption,
+    LoraOption,
     SampleOption,
     SignatureOption,
     StrictOption,
@@ -35,6 +37,7 @@ def verify(
     artifact: AuditedOption,
     against: AgainstOption = None,
     companions: CompanionsOption = None,
+    lora: LoraOption = None,
     sample: SampleOption = None,
     headers_only: HeadersOnlyOption = False,
     signature: SignatureOption = None,
@@ -49,7 +52,6 @@ def verify(
 
     Example: `l4pack verify demo-int4 --against demo`
     """
-    from l4pack.artifact.as_source import open_original
     from l4pack.artifact.published import look
     from l4pack.cli.verify_gguf import holds_gguf, show_gguf
     from l4pack.containers.safetensors_folder import CONTAINER
@@ -73,7 +75,7 @@ def verify(
         raise typer.BadParameter("reads nothing to hold against a source", param_hint="--headers-only")
     if headers_only and signature is not None:
         raise typer.BadParameter("reads not the bytes that are signed", param_hint="--headers-only")
-    source = open_original(against, companions=companions, requantize=True) if against is not None else None
+    source = opened_original(against, companions, lora)
     with (
         look(artifact, weights=not headers_only, say=console.tell) as looked,
         console.progress("verifying", CONTAINER.weight_bytes(looked.folder)) as bar,

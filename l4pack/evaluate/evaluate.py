@@ -137,7 +137,10 @@ def _walk_memory(
     """What the walk takes, and whether a unit is loaded while another computes. Raises BudgetError where there is not
     even what it takes without."""
     walking = [*artifacts] if original is None or settings.reference is not None else [original, *artifacts]
-    computing = computing_on(compute, artifacts[0].config, inputs.sequences, models=len(walking), streams=len(walking))
+    count, merging = len(walking), max(one.merging_bytes for one in walking)
+    computing = computing_on(
+        compute, artifacts[0].config, inputs.sequences, models=count, streams=count, merging=merging
+    )
     stored = max(stored_itemsize(one) for one in (*artifacts, original) if one is not None)
     computing = replace(computing, tiles=compute.tiles, stored=stored)
     sampled = 2 * SAMPLED_ROWS * computing.row  # inputs and outputs

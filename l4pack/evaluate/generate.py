@@ -74,7 +74,7 @@ def continued(
 def _ahead(checkpoint: Checkpoint, prompts: Sequence[TokenSequence], asking: Asking, compute: Compute) -> bool:
     """Whether a unit is loaded while another computes. Raises BudgetError where not even one by one fits."""
     whole = [replace(prompt, tokens=(*prompt.tokens, *[0] * asking.most)) for prompt in prompts]
-    computing = computing_on(compute, checkpoint.config, whole)
+    computing = computing_on(compute, checkpoint.config, whole, merging=checkpoint.merging_bytes)
     computing = replace(computing, tiles=compute.tiles, stored=stored_itemsize(checkpoint))
     kept = sum(kept_bytes(computing, len(one.tokens)) for one in whole)
     ram, device = machine.memory(asking.max_ram), compute.device_room(asking.max_vram)

@@ -189,7 +189,9 @@ def _memory(
     """Of altered streams beside the original's own, over both texts, and whether units are loaded ahead. Raises
     BudgetError."""
     sequences = [*texts.measured.sequences, *(texts.calibration.sequences if texts.calibration else ())]
-    computing = computing_on(compute, checkpoint.config, sequences, streams=streams + 2)
+    computing = computing_on(
+        compute, checkpoint.config, sequences, streams=streams + 2, merging=checkpoint.merging_bytes
+    )
     ram, device = machine.memory(settings.max_ram), compute.device_room(settings.max_vram)
     return walk_within(computing, partial(measuring, solved=options.calibrated), ram, device)
 

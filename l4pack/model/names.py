@@ -119,6 +119,20 @@ def _prefix(names: list[str], ending: str) -> str | None:
     return min(found, key=len) if found else None
 
 
+_BELOW = re.compile(
+    rf"(?:(?:model|{parts.LANGUAGE_MODEL}|module|_orig_mod)\.)*"
+    rf"(?P<name>(?:{parts.LAYERS}|{parts.EMBEDDING}|{parts.FINAL_NORM}|{parts.HEAD}|{parts.VISION_MODEL}|{parts.PROJECTOR})"
+    r"\..+|(?:" + parts.HEAD + "|" + parts.EMBEDDING + "))"
+)
+
+
+def below_prefix(name: str) -> str | None:
+    """A tensor's or module's name below the prefixes that the model's parts have in different wrappings: two that are
+    the same in this are the same part. None where it is no part of Llama 4's."""
+    match = _BELOW.fullmatch(name)
+    return None if match is None else match["name"]
+
+
 def of_vision(name: str) -> bool:
     """Whether a tensor's name is one of the vision tower or the projector, whatever lies before them."""
     return f"{parts.VISION_MODEL}." in name or f"{parts.PROJECTOR}." in name

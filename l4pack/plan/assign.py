@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import groupby
 from typing import cast
@@ -12,6 +12,7 @@ from l4pack.artifact import kv_cache
 from l4pack.artifact.codes import codes_of
 from l4pack.checkpoint.header import tensor_bytes
 from l4pack.checkpoint.matrices import MatrixSource, matrices_of
+from l4pack.checkpoint.merged import merging_bytes
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import RecipeError
 from l4pack.formats.known import load_format
@@ -95,13 +96,15 @@ class Task:
     copied: PlannedTensor | None = None
     read_bytes: int = 0
     write_bytes: int = 0
+    merging_bytes: int = 0  # taken while adapters are merged into what is read
 
     @property
     def ram_bytes(self) -> int:
-        """Bytes held at once: the source slab and what is made of it."""
+        """Bytes held at once: the source slab, what is made of it, and what merging takes."""
         if self.action is Action.COPY:
-            return min(self.read_bytes, COPY_CHUNK) * (1 if self.read_bytes == self.write_bytes else _ROUNDING)
-        return self.read_bytes + self.write_bytes
+            copied = min(self.read_bytes, COPY_CHUNK) * (1 if self.read_bytes == self.write_bytes else _ROUNDING)
+            return copied + self.merging_bytes
+        return self.read_bytes + self.write_bytes + self.merging_bytes
 
 
 @dataclass(frozen=True)
@@ -270,6 +273,8 @@ def cut(checkpoint: Checkpoint, recipe: Recipe, assignment: Assignment, slab_byt
     if checkpoint.bare:
         return tuple(tasks)
     entries = checkpoint.entries
+    if checkpoint.adapters:
+        tasks = [replace(task, merging_bytes=merging_bytes(entries[task.tensor])) for task in tasks]
     return tuple(sorted(tasks, key=lambda task: (entries[task.tensor].file, entries[task.tensor].start)))
 
 

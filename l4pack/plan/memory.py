@@ -118,7 +118,7 @@ class Computing:
     states; with `ahead`, the next unit is loaded while one computes. As many experts are in use `together`; hidden states
     that are `resident` stay on the device. Where `tiles`
     threads widen a tile of a matrix at a time (0: none do), matrices of MLPs are there as they are stored, in `stored`
-    bytes a number. With `sight`, there are images.
+    bytes a number. With `sight`, there are images. `merging` bytes are taken where adapters are merged as it is read.
     """
 
     text: TextConfig
@@ -134,6 +134,7 @@ class Computing:
     tiles: int = 0
     stored: int = STORED
     sight: Sight | None = None
+    merging: int = 0
 
     @property
     def rows(self) -> int:
@@ -162,8 +163,8 @@ class Computing:
         computing = max(self._held() + held + widest, self._scoring() if scored else 0)
         before = Memory(0) if self.sight is None else seeing(self.sight, self.text, self.device, self.itemsize)
         if self.device == CPU:
-            return Memory(MODEL_LOADED + self._routing() + self._mapped() + computing).most(before)
-        held_here = self._routing() + self._mapped() + self._passing()
+            return Memory(MODEL_LOADED + self.merging + self._routing() + self._mapped() + computing).most(before)
+        held_here = self.merging + self._routing() + self._mapped() + self._passing()
         return Memory(MODEL_LOADED + CUDA_LOADED + held_here, CUBLAS + computing).most(before)
 
     def running(self) -> int:
@@ -212,14 +213,20 @@ class Computing:
 
 
 def computing_on(
-    compute: Compute, config: Llama4Config, sequences: Sequence[TokenSequence], *, models: int = 1, streams: int = 1
+    compute: Compute,
+    config: Llama4Config,
+    sequences: Sequence[TokenSequence],
+    *,
+    models: int = 1,
+    streams: int = 1,
+    merging: int = 0,
 ) -> Computing:
-    """What decides the memory of running these sequences."""
+    """What decides the memory of running these sequences; `merging` is `Checkpoint.merging_bytes`."""
     lengths = [len(sequence.tokens) for sequence in sequences]
     found = Computing(
         config.text, compute.device.type, compute.dtype.itemsize, max(lengths), sum(lengths), models, streams
     )
-    return replace(found, sight=sight_of(config.vision, sequences))
+    return replace(found, sight=sight_of(config.vision, sequences), merging=merging)
 
 
 @dataclass(frozen=True)

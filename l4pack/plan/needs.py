@@ -72,7 +72,7 @@ def calibration_needs(
     tokens = recipe.calibration.samples * length
     streams = 2 if asymmetric(recipe, targets) else 1
     disk = streams * BUFFERS * tokens * text.hidden_size * FLOAT
-    computing = Computing(text, device, FLOAT, length, tokens, streams=streams)
+    computing = Computing(text, device, FLOAT, length, tokens, streams=streams, merging=checkpoint.merging_bytes)
     quantized = any(rule.roles == "all" or Role.ATTENTION in rule.roles for rule in recipe.rules if rule.scheme != KEEP)
     solved = _solved(recipe, targets)
     for chosen in _choices(computing, vram):

@@ -19,7 +19,7 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import L4packError, LicenceError
 from l4pack.publish.base_model import base_claim, checked_base
 from l4pack.publish.licence import Materials, breaches, governing_policy, with_lineage
-from l4pack.publish.names import check_name, derive_name
+from l4pack.publish.names import adapted_name, check_name, derive_name
 from l4pack.publish.origin import Origin, source_text, taken
 from l4pack.recipe import Recipe
 from l4pack.verify.checks_files import absent_files
@@ -60,7 +60,7 @@ def refused_later(
         return [Refusal("licence", materials.where, error.message, "put the licence's file beside the weights")]
     claims = {**policy.metadata, **({"base_model": base} if base else {})}
     found = list(_duties(policy, with_lineage(materials, called, base, claims), Origin(checkpoint)))
-    wanted = name or derive_name(called, recipe)
+    wanted = name or derive_name(adapted_name(called, [adapter.name for adapter in source.adapters]), recipe)
     found += _refused("name", wanted, lambda: check_name(wanted, policy.name))
     if base is not None:
         found += _refused("base-model", base, lambda: base_claim(base, source, checkpoint.config.raw))

@@ -61,8 +61,10 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
     recipe = facts.recipe
     formats = sorted({scheme_tag(scheme).lower() for scheme in recipe.schemes.values()})
     values: dict[str, Any] = {**facts.policy.metadata}
-    if facts.base_model:
-        values |= {"base_model": [facts.base_model], "base_model_relation": "quantized"}
+    adapters = [one["repository"] for one in facts.manifest["source"].get("adapters", ()) if one["repository"]]
+    bases = [*([facts.base_model] if facts.base_model else []), *map(str, adapters)]
+    if bases:
+        values |= {"base_model": bases, "base_model_relation": "quantized"}
     if facts.languages:
         values["language"] = list(facts.languages)
     if facts.gated:
@@ -103,6 +105,13 @@ _INDEXED = {
 }
 
 
+def _adapter(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A merged adapter for the page."""
+    repository = record["repository"]
+    name = f"[{word(repository)}](https://huggingface.co/{word(repository)})" if repository else code(record["name"])
+    return {"name": name, "revision": record["revision"], "sha256": record["sha256"]}
+
+
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "text"
 
@@ -137,6 +146,7 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
         "name": word(facts.name),
         "licence_block": facts.policy.block.strip(),
         "base": facts.base_model,
+        "adapters": [_adapter(one) for one in source.get("adapters", ())],
         "source": source,
         "dequantized_from": safe(source.get("dequantized_from") or ""),
         "recipe": {"name": word(recipe.name), "title": safe(recipe.title)},

@@ -66,8 +66,15 @@ def make_command(manifest: Mapping[str, Any], recipe: str, name: str) -> str:
     made_from = f"{word(source.get('repository') or source['name'])}{revision}"
     given = {"--recipe": recipe if recipe in recipe_names() else f"{recipe}.yaml"}
     options = (manifest.get("job") or {}).get("options") or given
+    merged = [
+        part
+        for one in source.get("adapters", ())
+        for part in typed(
+            "--lora", f"{one['repository'] or one['name']}{'@' if one['revision'] else ''}{one['revision'] or ''}"
+        )
+    ]
     words = [part for option, value in options.items() for part in typed(option, value)]
-    return shlex.join(["l4pack", "quantize", made_from, *words, "--out", name])
+    return shlex.join(["l4pack", "quantize", made_from, *merged, *words, "--out", name])
 
 
 def typed(option: str, value: Any) -> list[str]:

@@ -73,7 +73,14 @@ def _members(slug: str, say: Callable[[str], None]) -> Iterator[str]:
 
 
 def _is_stranger(looked: Looked, manifest: ManifestFile) -> bool:
-    return read_manifest(looked.folder).source.headers_sha256 != manifest.source.headers_sha256
+    other = read_manifest(looked.folder)
+    alike = other.source.headers_sha256 == manifest.source.headers_sha256
+    return not alike or _merged(other) != _merged(manifest)
+
+
+def _merged(manifest: ManifestFile) -> list[str]:
+    """The digests of the adapters in a model."""
+    return [adapter.sha256 for adapter in manifest.source.adapters]
 
 
 def _refuse_strangers(looked: Looked, manifest: ManifestFile) -> None:

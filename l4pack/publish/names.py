@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from l4pack.artifact.mixture import recipe_tag
 from l4pack.artifact.policy import Breach, NameRule
@@ -12,7 +13,15 @@ from l4pack.recipe import Recipe
 
 MAX_NAME = 96  # the Hub's limit
 _HUB_NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
+_FAMILY = re.compile(r"llama(?![a-z])", re.IGNORECASE)
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+
+
+def adapted_name(base: str, adapters: Sequence[str]) -> str:
+    """A model's name with those of the adapters merged into it; one that names the family itself stands for the model."""
+    for adapter in adapters:
+        base = adapter if _FAMILY.match(adapter) else f"{base}-{adapter}"
+    return base
 
 
 def derive_name(source_name: str, recipe: Recipe) -> str:

@@ -42,7 +42,7 @@ from l4pack.publish.licence import (
     with_lineage,
 )
 from l4pack.publish.markdown import word
-from l4pack.publish.names import check_name, derive_name
+from l4pack.publish.names import adapted_name, check_name, derive_name
 from l4pack.publish.origin import MAX_SMALL_FILE, Origin, source_text, taken
 from l4pack.publish.upload import Destination, Uploaded, UploadPlan, left_here, local_files, plan_upload, upload
 from l4pack.recipe import Gates, Promise
@@ -88,6 +88,7 @@ def package_artifact(folder: Path, source: Checkpoint | None = None, wishes: Wis
     base = checked_base(wishes.base_model or manifest.source.repository)
     policy = governing_policy(with_lineage(folder_materials(folder), folder.resolve().name, base))
     called = wishes.base_model.rpartition("/")[2] if wishes.base_model else manifest.source.name
+    called = adapted_name(called, [adapter.name for adapter in manifest.source.adapters])
     name = wishes.name or derive_name(called, manifest.made_with())
     check_name(name, policy.name)
     origin = Origin(source, *_repository_of(manifest, wishes), wishes.endpoint)
@@ -213,8 +214,10 @@ def _check_card(folder: Path, policy: Policy) -> str:
     text = (folder / CARD_NAME).read_text(encoding="utf-8")
     card = Card.parse(text)
     bases = card.metadata.get("base_model") or []
-    named = [base for base in (bases if isinstance(bases, list) else [bases]) if isinstance(base, str)]
     manifest = read_manifest(folder)
+    adapters = {adapter.repository for adapter in manifest.source.adapters}
+    listed = bases if isinstance(bases, list) else [bases]
+    named = [base for base in listed if isinstance(base, str) and base not in adapters]
     for base in named:
         base_claim(base, manifest.source, folder_materials(folder).config)
     name = (card.title or folder.resolve().name).rpartition("/")[2]

@@ -43,7 +43,9 @@ def a_line_each(command: str) -> str:
 
 def _source(source: Mapping[str, Any]) -> str:
     name = str(source["repository"] or source["name"])
-    return f"{name} at {source['revision']}" if source["revision"] else name
+    merged = [str(one["repository"] or one["name"]) for one in source.get("adapters", ())]
+    at = f"{name} at {source['revision']}" if source["revision"] else name
+    return f"{at}, with {', '.join(merged)} merged" if merged else at
 
 
 def _calibration(record: Mapping[str, Any] | None) -> Facts:

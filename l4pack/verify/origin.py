@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from l4pack import __version__
+from l4pack.artifact.adapters import other_adapters
 from l4pack.artifact.manifest import source_record
 from l4pack.artifact.manifest_schema import ManifestFile
 from l4pack.checkpoint.sample import local_sample
@@ -36,6 +37,7 @@ class OriginCheck:
             manifest is None or manifest.source.headers_sha256 == source_record(source)["headers_sha256"]
         )
         known = manifest.source.sample_sha256 if manifest is not None and self._same_tensors else None
+        self._unlike = manifest if manifest is None else other_adapters("the artifact", manifest.source, source)
         self._same_weights = known is None or local_sample(source) in (None, known)
         self.comparable = source_linears(source, artifact.layout.linears) is not None
         """Whether the models have the same matrices."""
@@ -48,7 +50,9 @@ class OriginCheck:
             return
         matrices = sum(finding.rule in ("weights", "dead") for finding in found if finding.level == "error")
         kept = sum(finding.rule == "kept" for finding in found)
-        if matrices > _MATRICES * tally.matrices_compared and kept > _KEPT * tally.kept_compared:
+        if self._unlike is not None:
+            found.lead("source", self._source.name, ": ".join(self._unlike), instead_of=_OF_SOURCE)
+        elif matrices > _MATRICES * tally.matrices_compared and kept > _KEPT * tally.kept_compared:
             message = (
                 f"{self._made_from()}; it has other weights, so it is another model or a fine-tune: {matrices} of "
                 f"{tally.matrices_compared} quantized matrices and {kept} of {tally.kept_compared} kept tensors differ"

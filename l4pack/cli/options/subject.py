@@ -49,6 +49,14 @@ ExplainedOption = Annotated[str | None, typer.Argument(metavar="NAME", help="Exp
 AgainstOption = Annotated[
     str | None, typer.Option("--against", metavar="SOURCE", help="The original checkpoint to compare with.")
 ]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="ADAPTER",
+        help="LoRA adapter in peft's format, a folder or ORG/NAME[@REVISION], merged into the original; may be repeated.",
+    ),
+]
 OriginalSourceOption = Annotated[
     str | None,
     typer.Option("--source", metavar="SOURCE", help="The original, where the folder lacks its licence."),
