@@ -71,11 +71,9 @@ class _Commands(UserDict[str, Any]):
 
 class _Root(TyperGroup):
     def __init__(self, **options: Any) -> None:
-        from l4pack.cli.shared import without_types
-
         super().__init__(**options)
         self.commands = _Commands(COMMANDS)
-        without_types(self)
+        console.without_types(self)
 
 
 app = typer.Typer(

@@ -281,3 +281,17 @@ def progress(label: str, total: int) -> Iterator[Bar]:
 
     with progress_of_bytes(_console(stderr=True)) as bars:
         yield Bar(bars, total, label)
+
+
+def without_types(command: Any) -> None:
+    """Let a command's help show no type beside flags, those that Typer and Click add among them: they take no value."""
+    listed = command.get_params
+
+    def bare(context: Any) -> list[Any]:
+        params: list[Any] = listed(context)
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+    command.get_params = bare

@@ -14,6 +14,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
+from l4pack.cli import console
 from l4pack.cli.options import LogFileOption, QuietOption, VerboseOption
 from l4pack.errors import UsageError
 
@@ -55,7 +56,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def prepare(command: Any, name: str, words: tuple[str, ...]) -> None:
     """Give a command, or each of a group's, the options that all take, and the defaults that were set for it."""
-    without_types(command)
+    console.without_types(command)
     inner = getattr(command, "commands", None)
     if inner is not None:
         for one, part in inner.items():
@@ -66,20 +67,6 @@ def prepare(command: Any, name: str, words: tuple[str, ...]) -> None:
     command.context_settings["default_map"] = {
         _option(command, default.option).name: default.value for default in found
     }
-
-
-def without_types(command: Any) -> None:
-    """Let a command's help show no type beside flags, those that Typer and Click add among them: they take no value."""
-    listed = command.get_params
-
-    def bare(context: Any) -> list[Any]:
-        params: list[Any] = listed(context)
-        for param in params:
-            if getattr(param, "is_flag", False):
-                param.metavar = ""
-        return params
-
-    command.get_params = bare
 
 
 def defaults_in(command: Any, name: str, words: tuple[str, ...] = ()) -> Iterator[tuple[str, Default]]:
