@@ -6,8 +6,10 @@ Log-likelihood requests of all tasks go through the layers together, in blocks o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from l4pack.checkpoint.source import Checkpoint
-from l4pack.errors import UsageError
+from l4pack.errors import HubError, UsageError
 from l4pack.evaluate.harness_suite import AskedTasks, HarnessTask
 from l4pack.evaluate.inputs import STREAMED
 from l4pack.evaluate.streamed_scorer import BLOCK_TOKENS, Scorer, blocks, shared
@@ -82,19 +84,39 @@ def counted(checkpoint: Checkpoint, tasks: AskedTasks, limit: int | None, manage
 def run_tasks(
     model: Any, tasks: Sequence[HarnessTask], limit: int | None, manager: Any, **options: Any
 ) -> dict[str, dict[str, float]]:
-    """Numbers of each task by metric, standard errors under `NAME_stderr`, and `questions`."""
+    """Numbers of each task by metric, standard errors under `NAME_stderr`, and `questions`. Raises HubError for data that
+    can't be fetched."""
     import lm_eval
 
     found: dict[str, dict[str, float]] = {}
     for shots in dict.fromkeys(one.num_fewshot for one in tasks):
         names = [one.task for one in tasks if one.num_fewshot == shots]
-        part = lm_eval.simple_evaluate(
-            model=model, tasks=names, num_fewshot=shots, limit=limit, task_manager=manager, **options
-        )
+        with _fetching(names):
+            part = lm_eval.simple_evaluate(
+                model=model, tasks=names, num_fewshot=shots, limit=limit, task_manager=manager, **options
+            )
         found |= {
             task: {**_numbers(values), "questions": _questions(task, part)} for task, values in part["results"].items()
         }
     return found
+
+
+@contextmanager
+def _fetching(tasks: Sequence[str]) -> Iterator[None]:
+    """Data that can't be fetched, in one line: the client says every try of its own."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(ERROR)
+    try:
+        yield
+    except ConnectionError as error:
+        raise HubError(
+            f"the data of {', '.join(tasks)} can't be fetched: {error}",
+            hint="check the network; questions of your own go in a file: --task FILE.jsonl",
+        ) from error
+    finally:
+        logging.set_verbosity(before)
 
 
 def _questions(task: str, found: Mapping[str, Any]) -> int:

@@ -102,6 +102,18 @@ def small_suite(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "task_manager", lambda *_: manager)
 
 
+def test_data_that_can_not_be_fetched_is_one_line(small_suite, checkpoint, artifact, l4pack, monkeypatch):
+    def unreachable(**_):
+        raise ConnectionError("Couldn't reach 'foxes' on the Hub")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", unreachable)
+    ended = l4pack(
+        "evaluate", artifact("int4-rtn"), "--against", checkpoint("scout"), "--suite", "openllm", "--dry-run"
+    )
+    assert ended.code == 5
+    assert ended.err.splitlines()[0] == "error: the data of foxes can't be fetched: Couldn't reach 'foxes' on the Hub"
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_set_of_tasks_has_its_shots_its_cost_and_its_recovery(
     small_suite, checkpoint, artifact, tmp_path, l4pack, monkeypatch
