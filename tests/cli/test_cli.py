@@ -141,7 +141,7 @@ KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and is
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_error_is_one_line_a_hint_and_its_code(l4pack, monkeypatch, kind):
-    def fail(*_):
+    def fail(*_, **__):
         raise kind("something\nwith a line break \x1b[31m", hint="do\tthat")
 
     monkeypatch.setattr("l4pack.checkpoint.open.open_source", fail)
@@ -160,7 +160,7 @@ def test_the_table_of_exit_codes_is_true():
 
 
 def test_an_unforeseen_error_is_not_hidden(l4pack, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("l4pack.checkpoint.open.open_source", fail)
