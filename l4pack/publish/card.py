@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from l4pack.artifact.mixture import scheme_layers, scheme_rows, scheme_tag
 from l4pack.artifact.policy import plain
@@ -35,6 +36,7 @@ from l4pack.publish.card_measured import (
     with_error,
 )
 from l4pack.publish.commands import make_command, request, serve_commands, transformers_code
+from l4pack.publish.export_card import export_commands, export_values, libraries
 from l4pack.publish.markdown import code, safe, word
 from l4pack.publish.template import render_template
 from l4pack.recipe import KEEP, KVStrategy, Recipe
@@ -47,7 +49,8 @@ MAX_TEMPLATE_BYTES = 1_000_000
 def render_card(facts: CardFacts, template: Path | None = None) -> str:
     """The whole README.md. Raises UsageError when the user's template can't be rendered."""
     values = card_values(facts)
-    body = (_own_page(values) if template is None else render_template(_read(template), template.name, values)).strip()
+    page = "card.md.jinja" if facts.export is None else "export.md.jinja"
+    body = (_own_page(page, values) if template is None else render_template(_read(template), template.name, values)).strip()
     if plain(facts.policy.block) not in plain(body):
         body = f"{facts.policy.block.strip()}\n\n{body}"
     if template is not None:
@@ -60,6 +63,7 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
     """The card's Hub metadata, through huggingface_hub's own class."""
     recipe = facts.recipe
     formats = sorted({scheme_tag(scheme).lower() for scheme in recipe.schemes.values()})
+    library, *tags = ("transformers", "compressed-tensors", "vllm") if facts.export is None else libraries(facts.export)
     values: dict[str, Any] = {**facts.policy.metadata}
     adapters = [one["repository"] for one in facts.manifest["source"].get("adapters", ()) if one["repository"]]
     bases = [*([facts.base_model] if facts.base_model else []), *map(str, adapters)]
@@ -72,9 +76,9 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
     return ModelCardData(
         **values,
         **model_index(facts),
-        library_name="transformers",
+        library_name=library,
         pipeline_tag="image-text-to-text" if facts.multimodal else "text-generation",
-        tags=[*facts.policy.tags, "compressed-tensors", *formats, "vllm", "l4pack"],
+        tags=[*facts.policy.tags, *tags[:1], *formats, *tags[1:], "l4pack"],
     )
 
 
@@ -129,10 +133,11 @@ def _read(template: Path) -> str:
         raise UsageError(f"{template}: can't be read as text", hint="give a Jinja template file") from error
 
 
-def _own_page(values: Mapping[str, Any]) -> str:
-    environment = Environment(undefined=StrictUndefined, autoescape=False)
+def _own_page(page: str, values: Mapping[str, Any]) -> str:
+    loader = FunctionLoader(partial(data_text, "publish", "templates"))
+    environment = Environment(undefined=StrictUndefined, autoescape=False, loader=loader)
     environment.filters["code"] = code
-    return environment.from_string(data_text("publish", "templates", "card.md.jinja")).render(values)
+    return environment.get_template(page).render(values)
 
 
 def card_values(facts: CardFacts) -> dict[str, Any]:
@@ -178,6 +183,7 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
         "calibration": _calibration(facts),
         "fallbacks": _fallbacks(facts),
         "commands": _commands(facts),
+        **({} if facts.export is None else {"export": export_values(facts, facts.export)}),
     }
 
 
@@ -276,9 +282,12 @@ def _fallbacks(facts: CardFacts) -> str:
 def _commands(facts: CardFacts) -> dict[str, str]:
     """Commands to serve, to ask and to make the artifact."""
     where = word(facts.repository or f"ORG/{facts.name}")
+    make = partial(make_command, facts.manifest, facts.recipe.name)
+    if facts.export is not None:
+        return {**export_commands(where, word(facts.name), facts.export), "make": make(word(facts.export.artifact))}
     return {
         **serve_commands(where, facts.served),
         "request": request(where, multimodal=facts.multimodal),
         "transformers": transformers_code(where, multimodal=facts.multimodal, chat=facts.chat),
-        "make": make_command(facts.manifest, facts.recipe.name, word(facts.name)),
+        "make": make(word(facts.name)),
     }

@@ -35,6 +35,24 @@ class Rung:
 
 
 @dataclass(frozen=True)
+class ExportFacts:
+    """What is said of an export: an artifact's numbers in the files of another runtime.
+
+    `rounded` has the matrices that the files don't hold exactly: where, their type there, and why. `memory` has the most tokens
+    of one sequence by device.
+    """
+
+    container: str
+    artifact: str
+    proved_by: str
+    model: str  # the file, or the first of its parts, that llama.cpp is given; empty for a folder
+    tower: str | None
+    context: int
+    rounded: Sequence[tuple[str, str, str]] = ()
+    memory: Sequence[tuple[str, int]] = ()
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """All a card is made from."""
 
@@ -59,6 +77,7 @@ class CardFacts:
     chat: bool = False  # whether there is a template for conversations
     family: Sequence[Rung] = ()  # other artifacts of the same model
     packaged: str = ""  # the day, as 2026-11-26
+    export: ExportFacts | None = None  # None for an artifact itself
 
     @property
     def recipe(self) -> Recipe:

@@ -24,13 +24,14 @@ from l4pack.publish.markdown import word
 
 USE = re.compile(r"^## Use it$.*?(?=^## )", re.MULTILINE | re.DOTALL)
 PLACEHOLDER = "ORG/"
+_NAMED = r"(?:vllm serve|hf download|mlx_lm\.generate --model)"
 _COLLECTION = re.compile(r"(?:https://huggingface\.co/)?collections/([\w.-]+/[\w.-]+)")
 
 
 def addressee(card: str) -> str | None:
     """The repository that a card's commands name."""
     part = USE.search(card)
-    named = re.search(r"^vllm serve ([\w.-]+/[\w.-]+)(?=\s)", part[0], re.MULTILINE) if part else None
+    named = re.search(rf"^{_NAMED} ([\w.-]+/[\w.-]+)(?=\s)", part[0], re.MULTILINE) if part else None
     return named[1] if named else None
 
 
