@@ -393,9 +393,11 @@ def package(
     base_model: str | None = None,
     template: Place | None = None,
     gated: bool = False,
+    of: Place | None = None,
 ) -> Packaged:
     """Put licence, notice, model card and name into an artifact's folder, all checked; `push` asks for them.
 
+    An export's folder too, with `of` the artifact that it was made from.
     Licence files come from `source`, or from the repository that the artifact's manifest or `base_model` names.
     Raises LicenceError (a duty or the name), UsageError, SourceError, HubError.
 
@@ -404,11 +406,15 @@ def package(
     'demo-W4A16-g128'
     """
     from l4pack.artifact.as_source import open_original
+    from l4pack.export.publish import find_export, package_export
     from l4pack.publish.publish import Wishes, package_artifact
 
     original = None if source is None else open_original(str(source), requantize=True)
-    own = None if template is None else Path(template)
-    return package_artifact(Path(artifact), original, Wishes(name, base_model, own, gated))
+    wishes = Wishes(name, base_model, None if template is None else Path(template), gated)
+    export = find_export(Path(artifact), None if of is None else Path(of))
+    if export is not None:
+        return package_export(export, original, wishes)
+    return package_artifact(Path(artifact), original, wishes)
 
 
 @dataclass(frozen=True)
@@ -433,12 +439,14 @@ def push(
     gated: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    of: Place | None = None,
     advance: Advance | None = None,
 ) -> Pushed:
     """Upload a packaged artifact to `ORG/NAME` on the Hub once verify, licence, gates and budget pass; compare every digest.
 
     The token is the one that `hf auth login` or HF_TOKEN gives. `dry_run` changes nothing, and says what would happen.
-    `advance` is told bytes as they are sent. The same call goes on after any interruption.
+    `of` is the artifact where `artifact` is an export of it. `advance` is told bytes as they are sent. The same call goes on
+    after any interruption.
 
     Raises LicenceError, BudgetError, QualityError, L4packError (what `verify` found), HubError, UsageError.
 
@@ -446,17 +454,20 @@ def push(
     >>> pushed.plan.private, pushed.plan.exists, pushed.done
     (True, False, None)
     """
+    from l4pack.export.publish import check_export_ready, find_export
     from l4pack.publish.publish import address_card, check_ready, plan_push, push_artifact, who_pushes
     from l4pack.publish.upload import Destination
 
-    folder = Path(artifact)
+    folder, name = Path(artifact), repository.rpartition("/")[2]
     target = Destination(repository, revision, public, pull_request, overwrite, gated, tag, collection)
-    ready = check_ready(folder, repository.rpartition("/")[2], gated=gated)
+    export = find_export(folder, None if of is None else Path(of))
+    names = None if export is None else export.names
+    ready = check_ready(folder, name, gated=gated) if export is None else check_export_ready(export, name, gated=gated)
     if dry_run:
         ready.append(f"account: {who_pushes(target)}")
     else:
         address_card(folder, repository)
-    planned = plan_push(folder, target)
+    planned = plan_push(folder, target, names)
     done = None if dry_run else push_artifact(planned, advance=advance or (lambda _: None))
     return Pushed(tuple(ready), planned, done)
 

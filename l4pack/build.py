@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -39,7 +39,7 @@ from l4pack.plan.plan import Plan
 from l4pack.plan.summary import plan_record
 from l4pack.publish.ahead import Refusal
 from l4pack.publish.publish import Wishes, address_card, check_ready, package_artifact, plan_push, push_artifact
-from l4pack.publish.upload import Destination
+from l4pack.publish.upload import Destination, Uploaded
 from l4pack.quantize.accelerator import quantizer
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Gates
@@ -362,8 +362,10 @@ class _Chain:
             return NOT_ASKED
         from l4pack.export.known import target_named
         from l4pack.export.plan import plan_export
+        from l4pack.export.publish import open_export, package_export
         from l4pack.export.run import run_export
 
+        wishes = replace(order.wishes, name=None, template=None)  # those are the artifact's
         made, outcome, weights = {}, Outcome.KEPT, 0
         for name in order.exports:
             plan = plan_export(open_folder(order.out), target_named(name), max_ram=order.max_ram)
@@ -371,8 +373,10 @@ class _Chain:
             with self._watch(f"exporting {name}", plan.read_bytes) as bar:
                 result = run_export(plan, export_place(order.out, name), restart=order.restart, shown=bar.shown)
             outcome = outcome if result.proof is None else Outcome.DONE
+            packaged = package_export(open_export(result.out, order.out), self._plan.checkpoint, wishes)
             made[name] = {
                 "out": str(result.out),
+                "name": packaged.name,
                 "clients": plan.target.clients,
                 "artifact_bytes": plan.artifact_bytes,
                 "proved_by": plan.target.proved_by,
@@ -387,11 +391,31 @@ class _Chain:
         if target is None:
             return NOT_ASKED
         check_ready(self._order.out, target.repo_id.rpartition("/")[2], gated=target.gated)
-        address_card(self._order.out, target.repo_id)
-        plan = plan_push(self._order.out, target)
+        done = self._send(self._order.out, target, None)
+        exports = {name: self._push_export(name, target) for name in self._order.exports}
+        record = {"url": done.url, "commit": done.commit, "exports": exports}
+        return (
+            Outcome.DONE,
+            "; ".join([f"{done.url} at {done.commit}", *(one["url"] for one in exports.values())]),
+            record,
+        )
+
+    def _push_export(self, container: str, target: Destination) -> dict[str, str]:
+        """An export goes beside its artifact, to a repository of that name with `-GGUF` or `-MLX`."""
+        from l4pack.export.publish import check_export_ready, open_export
+        from l4pack.publish.export_card import suffixed
+
+        beside = replace(target, repo_id=suffixed(target.repo_id, container))
+        export = open_export(export_place(self._order.out, container), self._order.out)
+        check_export_ready(export, beside.repo_id.rpartition("/")[2], gated=target.gated)
+        done = self._send(export.folder, beside, export.names)
+        return {"url": done.url, "commit": done.commit}
+
+    def _send(self, folder: Path, target: Destination, names: Collection[str] | None) -> Uploaded:
+        address_card(folder, target.repo_id)
+        plan = plan_push(folder, target, names)
         with self._watch("uploading", plan.send_bytes) as bar:
-            done = push_artifact(plan, advance=bar.shown.advance)
-        return Outcome.DONE, f"{done.url} at {done.commit}", {"url": done.url, "commit": done.commit}
+            return push_artifact(plan, advance=bar.shown.advance)
 
     def _remember(self, state: Mapping[str, Any]) -> None:
         write_atomic(build_state(self._order.out), (json.dumps(state, indent=1) + "\n").encode())

@@ -14,6 +14,7 @@ from l4pack.cli.options import (
     CollectionOption,
     DryRunOption,
     GatedOption,
+    OfOption,
     OverwriteOption,
     PublicOption,
     PullRequestOption,
@@ -25,12 +26,14 @@ from l4pack.cli.options import (
 from l4pack.units import human_bytes
 
 if TYPE_CHECKING:
+    from l4pack.export.publish import Export
     from l4pack.publish.upload import Destination, Uploaded, UploadPlan
 
 
 def push(
     folder: ArtifactOption,
     repository: RepositoryOption,
+    of: OfOption = None,
     public: PublicOption = False,
     revision: RevisionOption = "main",
     pull_request: PullRequestOption = False,
@@ -44,22 +47,25 @@ def push(
 ) -> None:
     """Upload an artifact to the Hub, once verify, licence, gates and budget pass; then compare every digest.
 
-    The same command goes on after any interruption. The token is the one `hf auth login` or HF_TOKEN gives.
+    An export (GGUF, MLX) too, with `--of` and its artifact. The same command goes on after any interruption. The token is the one `hf auth login` or HF_TOKEN gives.
 
     `--sign` signs after the repository is in the card, so that the signature is of what is sent.
 
     Example: `l4pack push scout-int4 my-org/Llama-4-Scout-17B-16E-Instruct-W4A16-g128-mixed --dry-run`
     """
+    from l4pack.export.publish import find_export
     from l4pack.publish.publish import address_card, plan_push, sign_artifact, who_pushes
     from l4pack.publish.upload import Destination
 
+    export = find_export(folder, of)
+    names = None if export is None else export.names
     target = Destination(repository, revision, public, pull_request, overwrite, gated, tag, collection)
-    ready = [*_check(folder, target), f"account: {who_pushes(target)}"]
+    ready = [*_check(folder, target, export), f"account: {who_pushes(target)}"]
     if not dry_run:
         address_card(folder, repository)
         if sign is not None:
-            sign_artifact(folder, sign)
-    plan = plan_push(folder, target)
+            sign_artifact(folder, sign, names)
+    plan = plan_push(folder, target, names)
     if not as_json:
         (console.show if dry_run else console.talk)(*plan_view(plan, ready))
     done = None if dry_run else _upload(plan)
@@ -69,10 +75,14 @@ def push(
         console.show(*done_view(plan, done))
 
 
-def _check(folder: Path, target: Destination) -> list[str]:
+def _check(folder: Path, target: Destination, export: Export | None) -> list[str]:
     from l4pack.containers.safetensors_folder import CONTAINER
+    from l4pack.export.publish import check_export_ready
     from l4pack.publish.publish import check_ready
 
+    if export is not None:
+        console.talk("verifying: every weight is read back and compared with the artifact's")
+        return check_export_ready(export, target.repo_id.rpartition("/")[2], gated=target.gated)
     with console.progress("verifying", CONTAINER.weight_bytes(folder)) as bar:
         return check_ready(folder, target.repo_id.rpartition("/")[2], gated=target.gated, advance=bar.advance)
 

@@ -50,7 +50,9 @@ def render_card(facts: CardFacts, template: Path | None = None) -> str:
     """The whole README.md. Raises UsageError when the user's template can't be rendered."""
     values = card_values(facts)
     page = "card.md.jinja" if facts.export is None else "export.md.jinja"
-    body = (_own_page(page, values) if template is None else render_template(_read(template), template.name, values)).strip()
+    body = (
+        _own_page(page, values) if template is None else render_template(_read(template), template.name, values)
+    ).strip()
     if plain(facts.policy.block) not in plain(body):
         body = f"{facts.policy.block.strip()}\n\n{body}"
     if template is not None:

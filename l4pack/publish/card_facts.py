@@ -48,6 +48,7 @@ class ExportFacts:
     model: str  # the file, or the first of its parts, that llama.cpp is given; empty for a folder
     tower: str | None
     context: int
+    text_alone: bool = False  # whether a vision tower was left out
     rounded: Sequence[tuple[str, str, str]] = ()
     memory: Sequence[tuple[str, int]] = ()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from l4pack.budget.serve import on_lines
 from l4pack.publish.card_facts import CardFacts, ExportFacts
 from l4pack.publish.markdown import safe, word
 from l4pack.units import human_bytes
@@ -36,7 +37,8 @@ def export_values(facts: CardFacts, export: ExportFacts) -> dict[str, Any]:
         "rounded": [tuple(map(safe, one)) for one in export.rounded],
         "files": [(word(name), human_bytes(size)) for name, size in sorted(facts.files.items())],
         "tower": export.tower is not None,
-        "parts": _parts(export),
+        "text_alone": export.text_alone,
+        "parts": "-of-" in export.model,
         "memory": [(device, f"{most:,}" if most else "too large") for device, most in export.memory],
     }
 
@@ -52,17 +54,13 @@ def export_commands(where: str, name: str, export: ExportFacts) -> dict[str, str
         }
     model = f"{name}/{word(export.model)}"
     tower = [] if export.tower is None else ["--mmproj", f"{name}/{word(export.tower)}"]
+    serve = ["llama-server", "--model", model]
     context = str(min(_CONTEXT, export.context))
     return {
         "download": f"hf download {where} --local-dir {name}",
-        "server": shlex.join(["llama-server", "--model", model, *tower, "--ctx-size", context, "--gpu-layers", "99"]),
+        "server": on_lines(shlex.join([*serve, *tower, "--ctx-size", context, "--gpu-layers", "99"])),
         "merge": shlex.join(["llama-gguf-split", "--merge", model, f"{name}.gguf"]),
         "ollama": f"ollama run hf.co/{where}",
         "studio": f"lms get https://huggingface.co/{where}",
         "export": again,
     }
-
-
-def _parts(export: ExportFacts) -> bool:
-    """Whether the model lies in several files."""
-    return "-of-" in export.model

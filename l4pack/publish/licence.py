@@ -7,6 +7,7 @@ when it carries that licence's text, none of Meta's dimensions and no Llama 4 li
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +19,9 @@ import yaml
 
 from l4pack.artifact.policy import Breach, Duty, Policy, agrees, plain, policies
 from l4pack.checkpoint.open import hub_repository
+from l4pack.containers.gguf_check import gguf_files, holds_gguf
+from l4pack.containers.gguf_header import read_model
+from l4pack.containers.gguf_model import TEXT, text_config
 from l4pack.datafile import MAX_BYTES, json_or_none, parse_yaml
 from l4pack.errors import LicenceError, SourceError
 from l4pack.model.config import known_config
@@ -164,14 +168,24 @@ def audit_materials(materials: Materials) -> Audit:
 
 
 def folder_materials(folder: Path, name: str | None = None) -> Materials:
-    """The files at a folder's root."""
+    """The files at a folder's root; GGUF files say themselves which model they hold."""
+
+    described = holds_gguf(folder)
 
     def load(file: str) -> bytes:
+        if described and file == "config.json":
+            return gguf_config(folder)
         with (folder / file).open("rb") as stream:
             return stream.read(MAX_TEXT_BYTES)
 
     files = frozenset(path.name for path in folder.iterdir() if path.is_file())
-    return Materials(str(folder), name, files, load)
+    return Materials(str(folder), name, files | ({"config.json"} if described else set()), load)
+
+
+def gguf_config(folder: Path) -> bytes:
+    """What config.json would say of the Llama 4 in a folder's GGUF files; no key where there is none. Raises SourceError."""
+    texts = (file for file in map(read_model, gguf_files(folder)) if file.architecture == TEXT)
+    return json.dumps(next((text_config(file).raw for file in texts), {})).encode()
 
 
 def hub_materials(api: HfApi, repo_id: str, revision: str | None, name: str | None = None) -> Materials:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,7 +44,16 @@ from l4pack.publish.licence import (
 from l4pack.publish.markdown import word
 from l4pack.publish.names import adapted_name, check_name, derive_name
 from l4pack.publish.origin import MAX_SMALL_FILE, Origin, source_text, taken
-from l4pack.publish.upload import Destination, Uploaded, UploadPlan, left_here, local_files, plan_upload, upload
+from l4pack.publish.upload import (
+    Destination,
+    LocalFile,
+    Uploaded,
+    UploadPlan,
+    left_here,
+    local_files,
+    plan_upload,
+    upload,
+)
 from l4pack.recipe import Gates, Promise
 from l4pack.units import human_bytes, human_gib
 from l4pack.verify.verify import verify_artifact
@@ -84,21 +93,22 @@ def package_artifact(folder: Path, source: Checkpoint | None = None, wishes: Wis
     """
     wishes = wishes or Wishes()
     manifest = read_manifest(folder)
-    judged = [gate for record in _evaluations(folder) for gate in recorded(record)]
+    _evaluations(folder)
     base = checked_base(wishes.base_model or manifest.source.repository)
     policy = governing_policy(with_lineage(folder_materials(folder), folder.resolve().name, base))
-    called = wishes.base_model.rpartition("/")[2] if wishes.base_model else manifest.source.name
-    called = adapted_name(called, [adapter.name for adapter in manifest.source.adapters])
-    name = wishes.name or derive_name(called, manifest.made_with())
+    name = wishes.name or derived_name(manifest, wishes.base_model)
     check_name(name, policy.name)
-    origin = Origin(source, *_repository_of(manifest, wishes), wishes.endpoint)
-    written = [*_duty_files(folder, policy, origin)]
-    card = render_card(_facts(folder, name, policy, manifest, source, base, wishes), wishes.template)
-    written += _write(folder, CARD_NAME, card)
-    result = audit_materials(folder_materials(folder, name))
-    if not result.ok:
-        raise licence_error(result)
-    return Packaged(name, tuple(written), result, tuple(gate["gate"] for gate in judged if not gate["ok"]))
+    origin = Origin(source, *repository_of(manifest, wishes), wishes.endpoint)
+    written = [*put_duty_files(folder, policy, origin)]
+    card = render_card(gather_facts(folder, name, policy, manifest, source, base, wishes), wishes.template)
+    written += write_changed(folder, CARD_NAME, card)
+    return Packaged(name, tuple(written), audited(folder, name), missed_gates(folder))
+
+
+def derived_name(manifest: ManifestFile, base_model: str | None) -> str:
+    """What an artifact is called by what it was made from, the adapters in it and its recipe."""
+    called = base_model.rpartition("/")[2] if base_model else manifest.source.name
+    return derive_name(adapted_name(called, [one.name for one in manifest.source.adapters]), manifest.made_with())
 
 
 def check_ready(
@@ -109,21 +119,19 @@ def check_ready(
     Raises LicenceError (a duty or the name), BudgetError (the recipe's promise), QualityError (its gates), or
     L4packError (what `verify` found).
     """
-    result = audit_materials(folder_materials(folder, name))
-    if not result.ok:
-        raise licence_error(result)
+    result = audited(folder, name)
     nbytes = artifact_bytes(folder)
     done = [
         f"artifact: {nbytes:,} bytes ({human_bytes(nbytes)})",
         f"licence: {result.policy.title}, {result.duties} duties met",
     ]
-    _check_gating(folder, gated=gated)
-    done += _check_measured(folder)
+    check_gating(folder, gated=gated)
+    done += check_measured(folder)
     promise = read_manifest(folder).made_with().promise
     if promise is None:
         done.append("budget and gates: the recipe promises none")
     else:
-        done += [_check_budget(folder, promise), _check_gates(folder, promise.gates)]
+        done += [_check_budget(folder, promise), check_gates(folder, promise.gates)]
     done.append(_check_card(folder, result.policy))
     verification = verify_artifact(folder, advance=advance)
     if not verification.ok:
@@ -131,6 +139,19 @@ def check_ready(
         what = f"{first.where}: {first.message}" if first else "nothing could be checked"
         raise L4packError(f"{folder} does not verify: {what}", hint=f"l4pack verify {folder} lists all findings")
     return [*done, f"verify: {verification.checked.tally.matrices} quantized matrices and every other tensor in order"]
+
+
+def audited(folder: Path, name: str) -> Audit:
+    """The audit of a folder that may go out under `name`. Raises LicenceError for the first duty that is not met."""
+    result = audit_materials(folder_materials(folder, name))
+    if not result.ok:
+        raise licence_error(result)
+    return result
+
+
+def missed_gates(folder: Path) -> tuple[str, ...]:
+    """Gates that a recorded evaluation of an artifact missed."""
+    return tuple(gate["gate"] for record in _evaluations(folder) for gate in recorded(record) if not gate["ok"])
 
 
 def address_card(folder: Path, repo_id: str) -> None:
@@ -148,16 +169,19 @@ def who_pushes(target: Destination) -> str:
     return writer(hub_api(None, None), target.repo_id, proposes=target.pull_request)
 
 
-def sign_artifact(folder: Path, key: Path) -> None:
-    """Sign every file that `push` would send. Raises UsageError, HubError."""
-    sign(folder, local_files(folder, read_manifest(folder).files), key)
+def sign_artifact(folder: Path, key: Path, names: Collection[str] | None = None) -> None:
+    """Sign every file that `push` would send. `names` as for `plan_push`. Raises UsageError, HubError."""
+    sign(folder, _sent(folder, names), key)
 
 
-def plan_push(folder: Path, target: Destination) -> UploadPlan:
-    """What a push would do; changes nothing. Raises HubError, L4packError for a signature of other files than these."""
+def plan_push(folder: Path, target: Destination, names: Collection[str] | None = None) -> UploadPlan:
+    """What a push would do; changes nothing. `names` are the files that belong to the folder, its manifest's unless given.
+
+    Raises HubError, L4packError for a signature of other files than these.
+    """
+    local = _sent(folder, names)
     if is_signed(folder):
-        _check_still_signed(folder)
-    local = local_files(folder, read_manifest(folder).files)
+        _check_still_signed(folder, local)
     return replace(plan_upload(hub_api(None, None), target, local), left_behind=left_here(folder, local))
 
 
@@ -167,15 +191,19 @@ def push_artifact(plan: UploadPlan, *, advance: Callable[[int], None] = lambda _
     return upload(hub_api(None, None), plan, f"Upload {name} with l4pack", advance)
 
 
-def _check_still_signed(folder: Path) -> None:
+def _sent(folder: Path, names: Collection[str] | None) -> dict[str, LocalFile]:
+    return local_files(folder, read_manifest(folder).files if names is None else names)
+
+
+def _check_still_signed(folder: Path, sent: Collection[str]) -> None:
     """Nothing changed since the folder was signed; weights were held against the manifest, which is among the signed."""
-    sent = local_files(folder, read_manifest(folder).files)
     for name, message in broken_files(folder, largest=SMALL_BYTES):
         if name in sent or not (folder / name).exists():
             raise L4packError(f"{name} {message}", hint="sign it again: --sign KEY")
 
 
-def _check_gating(folder: Path, *, gated: bool) -> None:
+def check_gating(folder: Path, *, gated: bool) -> None:
+    """Raise UsageError where readers are let in by request and the card has no fields for that."""
     card = Card.parse((folder / CARD_NAME).read_text(encoding="utf-8-sig"))
     if gated and GATED_KEY not in card.metadata:
         raise UsageError(f"the card has no {GATED_KEY}", hint=f"run l4pack package {folder} --gated first")
@@ -193,7 +221,7 @@ def _check_budget(folder: Path, promise: Promise) -> str:
     return f"budget: {what} fits, {human_gib(found.headroom_bytes)} to spare"
 
 
-def _check_measured(folder: Path) -> list[str]:
+def check_measured(folder: Path) -> list[str]:
     """Every evaluation is of these weights, and no gate that one was judged by was missed."""
     records = _evaluations(folder)
     results = [result for record in records for result in recorded(record)]
@@ -211,17 +239,35 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
 
 def _check_card(folder: Path, policy: Policy) -> str:
     """The card as it would be made now agrees with the one that is there in all that l4pack writes."""
-    text = (folder / CARD_NAME).read_text(encoding="utf-8")
-    card = Card.parse(text)
-    bases = card.metadata.get("base_model") or []
-    manifest = read_manifest(folder)
-    adapters = {adapter.repository for adapter in manifest.source.adapters}
+    manifest, base = read_manifest(folder), base_on_card(folder)
+    facts = gather_facts(folder, name_on_card(folder), policy, manifest, None, base, Wishes())
+    return same_card(folder, facts)
+
+
+def base_on_card(folder: Path, artifact: Path | None = None) -> str | None:
+    """The first base model that a card names, of a folder that is an artifact or was made from `artifact`.
+
+    Raises LicenceError for one that the artifact can't have been made from.
+    """
+    materials, artifact = folder_materials(folder), artifact or folder
+    bases = materials.card.metadata.get("base_model") or []
+    source = read_manifest(artifact).source
+    adapters = {adapter.repository for adapter in source.adapters}
     listed = bases if isinstance(bases, list) else [bases]
     named = [base for base in listed if isinstance(base, str) and base not in adapters]
     for base in named:
-        base_claim(base, manifest.source, folder_materials(folder).config)
-    name = (card.title or folder.resolve().name).rpartition("/")[2]
-    facts = _facts(folder, name, policy, manifest, None, named[0] if named else None, Wishes())
+        base_claim(base, source, folder_materials(artifact).config)
+    return named[0] if named else None
+
+
+def name_on_card(folder: Path) -> str:
+    """What a folder's card calls it, else the folder's own name."""
+    return (folder_materials(folder).card.title or folder.resolve().name).rpartition("/")[2]
+
+
+def same_card(folder: Path, facts: CardFacts) -> str:
+    """That a folder's card says what these facts say, in words. Raises L4packError where it says otherwise."""
+    text = (folder / CARD_NAME).read_text(encoding="utf-8")
     if carries_mark(text):
         wrong = None if same_mark(text, card_values(facts)) else "its text"
     else:
@@ -234,7 +280,8 @@ def _check_card(folder: Path, policy: Policy) -> str:
     return "card: says what the records say"
 
 
-def _check_gates(folder: Path, gates: Gates) -> str:
+def check_gates(folder: Path, gates: Gates) -> str:
+    """That the most careful evaluation meets a recipe's gates, in words. Raises QualityError."""
     asked = limits_of(gates, {})
     if not asked:
         return "gates: the recipe has none"
@@ -242,14 +289,14 @@ def _check_gates(folder: Path, gates: Gates) -> str:
     return f"gates: {', '.join(sorted(asked))} met"
 
 
-def _repository_of(manifest: ManifestFile, wishes: Wishes) -> tuple[str | None, str | None]:
+def repository_of(manifest: ManifestFile, wishes: Wishes) -> tuple[str | None, str | None]:
     """The repository that the artifact was made from at its revision, else the base model that was named."""
     if manifest.source.repository:
         return manifest.source.repository, manifest.source.revision
     return wishes.base_model, None
 
 
-def _duty_files(folder: Path, policy: Policy, origin: Origin) -> list[str]:
+def put_duty_files(folder: Path, policy: Policy, origin: Origin) -> list[str]:
     """Bring in every file the licence asks for that is not there yet."""
     written = []
     for duty in policy.duties:
@@ -257,13 +304,13 @@ def _duty_files(folder: Path, policy: Policy, origin: Origin) -> list[str]:
         if duty.files is None or (there is not None and duty.origin == "source"):
             continue
         if duty.origin == "written":
-            written += _write(folder, there or duty.files[0], "\n\n".join(duty.contains) + "\n")
+            written += write_changed(folder, there or duty.files[0], "\n\n".join(duty.contains) + "\n")
         else:
-            written += _write(folder, *taken(duty, origin))
+            written += write_changed(folder, *taken(duty, origin))
     return written
 
 
-def _facts(
+def gather_facts(
     folder: Path,
     name: str,
     policy: Policy,
@@ -272,6 +319,7 @@ def _facts(
     base: str | None,
     wishes: Wishes,
 ) -> CardFacts:
+    """All that an artifact's card is made from. Raises UsageError, SourceError, QualityError, LicenceError."""
     config = folder_materials(folder).config
     parse_config(config)
     records = _evaluations(folder)
@@ -298,12 +346,12 @@ def _facts(
         generation=small_object(folder / "generation_config.json", MAX_SMALL_FILE),
         chat=(folder / "chat_template.jinja").is_file()
         or "chat_template" in small_object(folder / "tokenizer_config.json", MAX_SMALL_FILE),
-        packaged=_packaged_on(folder),
+        packaged=packaged_on(folder),
         family=wishes.family,
     )
 
 
-def _packaged_on(folder: Path) -> str:
+def packaged_on(folder: Path) -> str:
     """The day that the card there was made, so that making it again changes nothing; today for the first."""
     card = folder / CARD_NAME
     said = re.search(r"Packaged (\d{4}-\d\d-\d\d)\.", card.read_text(encoding="utf-8")) if card.is_file() else None
@@ -317,7 +365,7 @@ def _languages(source: Checkpoint | None) -> list[str]:
     return [language for language in listed if isinstance(language, str)]
 
 
-def _write(folder: Path, name: str, text: str) -> list[str]:
+def write_changed(folder: Path, name: str, text: str) -> list[str]:
     """Write a small file in one step; its name if that changed anything."""
     path, content = folder / name, text.encode()
     if path.is_file() and path.read_bytes() == content:

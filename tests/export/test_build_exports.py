@@ -37,6 +37,8 @@ def test_one_build_serves_three_runtimes(source, tmp_path, l4pack):
     assert again["outcome"] == "kept"
     for name, made in again["exports"].items():
         assert made["out"] == f"{out}-{name}"
+        assert made["name"].endswith(f"-{name.upper()}")
+        assert l4pack("licence", made["out"]).code == 0
         assert l4pack("verify", made["out"], "--against", out).code == 0
 
 

@@ -15,6 +15,10 @@ BaseModelOption = Annotated[
     str | None,
     typer.Option("--base-model", metavar="ORG/NAME", help="The original's repository, for the card."),
 ]
+OfOption = Annotated[
+    Path | None,
+    typer.Option("--of", metavar="ARTIFACT", help="The artifact's folder, where DIR is an export of it."),
+]
 TemplateOption = Annotated[
     Path | None,
     typer.Option("--template", metavar="FILE", help="Your own card (Jinja); the licence block stays."),
