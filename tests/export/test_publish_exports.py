@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from exporting import MIX, with_merge
 from huggingface_hub import ModelCard
-from licence_texts import APACHE
+from licence_texts import LICENSE
 from measured import measured
 from publishing import BASE
 
@@ -147,10 +147,10 @@ def test_what_is_not_the_artifacts_does_not_leave(there):
 
 
 def test_a_gguf_says_itself_that_it_is_llama_4(there):
-    """Whatever a card claims, and with the text of another licence beside it."""
+    """Whatever its card claims."""
     for name in ("LICENSE", "USE_POLICY.md"):
         (there.gguf / name).unlink(missing_ok=True)
-    (there.gguf / "LICENSE").write_text(APACHE)
+    (there.gguf / "LICENSE").write_text(LICENSE)
     (there.gguf / "README.md").write_text("---\nlicense: apache-2.0\n---\n# tiny\n")
     found = audit(str(there.gguf))
     assert found.policy.policy == "llama4"
