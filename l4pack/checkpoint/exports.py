@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,35 @@ def single_weight_file(names: Collection[str], where: str) -> str:
         return SINGLE_NAME
     if len(weights) > 1:
         index = f"{SINGLE_NAME}.index.json"
+        refuse_other_indexes(names, where, index)
         raise SourceError(f"{where} has {len(weights)} shards but no {index}", hint=f"download {index}")
     if weights:
         return weights[0]
     refuse_adapter(names, where)
     raise SourceError(f"{where} holds no safetensors files", hint=_instead(names))
+
+
+def refuse_other_indexes(names: Collection[str], where: str, index: str) -> None:
+    """Raise SourceError when the indexes that are there are of variants: no runtime takes one unasked."""
+    others = sorted(name for name in names if name.endswith(".safetensors.index.json") and "/" not in name)
+    if others:
+        raise SourceError(
+            f"{where} has {' and '.join(others[:3])}, and no {index}: runtimes read the one of that name",
+            hint=f"rename the index of the model you mean: {others[0]} to {index}",
+        )
+
+
+def why_missing(missing: Sequence[str], weight_map: Mapping[str, str], names: Collection[str]) -> SourceError:
+    """The error for shards that the index names and that are not there."""
+    shards = set(weight_map.values())
+    others = sorted(name for name in names if name.endswith(".safetensors") and not _NO_WEIGHTS.fullmatch(name))
+    told = f"{len(missing)} of {len(shards)} shards are missing, the first is {missing[0]}"
+    if len(missing) == len(shards) and others:
+        return SourceError(
+            f"the index is not of the shards that are here ({others[0]}): {told}",
+            hint=f"replace {SINGLE_NAME}.index.json by that of these shards, or download the shards it names",
+        )
+    return SourceError(told, hint="download the missing shards")
 
 
 def _instead(names: Collection[str]) -> str:
@@ -126,6 +150,40 @@ def without_stanza(config: Llama4Config) -> Llama4Config:
 
 def _without_stanzas(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in STANZA_KEYS}
+
+
+def with_stored_vocabulary(config: Llama4Config, entries: Mapping[str, TensorEntry]) -> tuple[Llama4Config, list[str]]:
+    """A configuration whose vocabulary is as large as embedding and head are, and a note if it said otherwise.
+
+    Added tokens resize the two; not every tool says so in config.json, from which runtimes make the model. Raises
+    SourceError where embedding and head have different numbers of rows.
+    """
+    rows = {
+        entry.name: entry.shape[0]
+        for name, entry in entries.items()
+        for part in (parts.EMBEDDING, parts.HEAD)
+        if f".{name}".endswith(f".{part}.{parts.WEIGHT}") and entry.shape[1:] == (config.text.hidden_size,)
+    }
+    if len(set(rows.values())) > 1:
+        told = " and ".join(f"{name} has {count:,} rows" for name, count in rows.items())
+        raise SourceError(
+            f"{told}: embedding and head must know the same tokens",
+            hint="load it with transformers, call resize_token_embeddings with the larger number, and save it again",
+        )
+    stored = next(iter(rows.values()), config.text.vocab_size)
+    if stored == config.text.vocab_size:
+        return config, []
+    note = f"config.json says vocab_size {config.text.vocab_size:,}, the embedding has {stored:,} rows: those are taken"
+    return _with_vocabulary(config, stored), [f"{note}, and the artifact's config.json says so"]
+
+
+def _with_vocabulary(config: Llama4Config, size: int) -> Llama4Config:
+    raw = dict(config.raw)
+    if config.text_raw is config.raw or "vocab_size" in raw:
+        raw["vocab_size"] = size
+    if config.text_raw is not config.raw:
+        raw["text_config"] = {**config.text_raw, "vocab_size": size}
+    return parse_config(raw)
 
 
 def without_tied_head(

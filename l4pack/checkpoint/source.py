@@ -24,12 +24,15 @@ from l4pack.checkpoint.exports import (
     refuse_unmerged,
     single_weight_file,
     why_incomplete,
+    why_missing,
     why_unknown,
+    with_stored_vocabulary,
     without_stale_stanza,
     without_tied_head,
 )
 from l4pack.checkpoint.header import TensorEntry, read_header
 from l4pack.checkpoint.merged import merging_bytes
+from l4pack.checkpoint.twice import Duplicate, taken_once
 from l4pack.datafile import parse_json, refuse_lfs_pointer
 from l4pack.errors import SourceError
 from l4pack.model.config import CONFIG_NAME, KNOWN_MODELS, Llama4Config, known_config, load_config
@@ -120,7 +123,8 @@ class Checkpoint:
     """An opened checkpoint: configuration, every tensor's place, and the other files that belong to it.
 
     `entries` is empty for a bare configuration, from which a plan can be made but nothing read. `tied_head` is a stored
-    head that is not among them, because runtimes take the embedding for it. `complete` is there where the files leave
+    head that is not among them, because runtimes take the embedding for it; `duplicates` are entries that are not, because another is the same tensor.
+    `complete` is there where the files leave
     open what a whole configuration says: it gives that configuration, None for one of another model.
     """
 
@@ -134,6 +138,7 @@ class Checkpoint:
     included: tuple[str, ...] = ()  # companions that were asked for by name
     notes: tuple[str, ...] = ()  # what is not as the files say, in words
     tied_head: TensorEntry | None = None
+    duplicates: tuple[Duplicate, ...] = ()
     dequantized: str | None = None  # what its matrices are stored as, where they are read as products of code and scale
     kind: str = "safetensors"  # how the weights lie in files, in words
     reopen: Callable[[], Checkpoint] | None = field(default=None, compare=False, repr=False)  # the same, seen now
@@ -233,9 +238,12 @@ def assemble(
 
     Raises SourceError, UsageError for an `include` that is wrong.
     """
-    entries: Mapping[str, TensorEntry] = merge_headers(headers, weight_map)
+    entries: Mapping[str, TensorEntry]
+    entries, duplicates, notes = taken_once(merge_headers(headers, weight_map), weight_map or {})
     refuse_unmerged(entries)
-    config, notes = without_stale_stanza(config, entries)
+    config, stale = without_stale_stanza(config, entries)
+    config, resized = with_stored_vocabulary(config, entries)
+    notes += stale + resized
     entries, head = without_tied_head(config, entries)
     if head is not None:
         notes = [*notes, f"{head.name} is tied to the embedding: runtimes don't read it, and it is left out"]
@@ -249,6 +257,7 @@ def assemble(
         included=beside.included,
         notes=tuple(notes),
         tied_head=head,
+        duplicates=duplicates,
     )
 
 
@@ -300,10 +309,7 @@ def shard_names(folder: Path) -> ShardNames:
         refuse_two_models({path.name for path in folder.iterdir()}, weight_map, str(folder))
         missing = [file for file in sorted(set(weight_map.values())) if not (folder / file).is_file()]
         if missing:
-            raise SourceError(
-                f"{len(missing)} of {len(set(weight_map.values()))} shards are missing, the first is {missing[0]}",
-                hint="download the missing shards",
-            )
+            raise why_missing(missing, weight_map, [path.name for path in folder.iterdir()])
         return ShardNames(tuple(sorted(set(weight_map.values()))), weight_map)
     single = single_weight_file({path.name for path in folder.iterdir() if path.is_file()}, str(folder))
     return ShardNames((single,), None)
@@ -330,26 +336,19 @@ def parse_index(raw: bytes) -> dict[str, str]:
 
 def merge_headers(
     headers: Mapping[str, Mapping[str, TensorEntry]], weight_map: Mapping[str, str] | None
-) -> dict[str, TensorEntry]:
+) -> list[TensorEntry]:
     """All tensors of all shards, checked against the index. Raises SourceError."""
-    entries: dict[str, TensorEntry] = {}
-    for file, header in headers.items():
-        for name, entry in header.items():
-            if name in entries:
-                raise SourceError(
-                    f"{name} is both in {entries[name].file} and in {file}", hint="download the shards again"
-                )
-            entries[name] = entry
     for name, file in (weight_map or {}).items():
-        if name not in entries or entries[name].file != file:
+        if name not in headers[file]:
             raise SourceError(
                 f"{INDEX_NAME} places {name} in {file}, which does not hold it", hint="download both again"
             )
-    unlisted = sorted(set(entries) - set(weight_map)) if weight_map else []
+    entries = [entry for header in headers.values() for entry in header.values()]
+    unlisted = [entry for entry in entries if entry.name not in weight_map] if weight_map else []
     if unlisted:
+        first = min(unlisted, key=lambda entry: entry.name)
         raise SourceError(
-            f"{entries[unlisted[0]].file} holds {unlisted[0]}, which {INDEX_NAME} does not name",
-            hint="download both again",
+            f"{first.file} holds {first.name}, which {INDEX_NAME} does not name", hint="download both again"
         )
     return entries
 

@@ -59,7 +59,7 @@ def _lines(checkpoint: Checkpoint) -> list[str]:
         f"{_count(text.num_hidden_layers, 'layer')}: {record['moe_layers']} with {text.num_local_experts} experts "
         f"({'fused' if record['fused_experts'] else 'one by one'}), {len(text.rope_layers)} with chunked attention; "
         f"{'with' if record['vision'] else 'without'} vision; context {text.max_position_embeddings:,}",
-        f"layout: {console.plain(checkpoint.kind)}",
+        f"layout: {console.plain(record['layout'])}",
         f"licence: {console.plain(licences)}",
     ]
     if record["quantization"]:

@@ -11,7 +11,7 @@ from l4pack.checkpoint.companions import Missing, is_licence, missing_files
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.checkpoint.templates import has_template
 from l4pack.model.names import classify
-from l4pack.model.tensors import Catalogue, Role, catalogue
+from l4pack.model.tensors import Catalogue, Role, canonical_naming, catalogue
 from l4pack.plan.plan import Plan
 from l4pack.recipe import KEEP
 
@@ -126,6 +126,16 @@ def structure(checkpoint: Checkpoint) -> Catalogue:
     return catalogue(checkpoint.config) if checkpoint.config.quantized else checkpoint.layout
 
 
+def layout_in_words(checkpoint: Checkpoint, layout: Catalogue) -> str:
+    """How the weights lie in files, whether experts are fused, and what the text model's names begin with."""
+    if checkpoint.bare or checkpoint.config.quantized or checkpoint.kind != Checkpoint.kind:
+        return checkpoint.kind
+    experts = "fused" if layout.fused else "one by one"
+    known = layout.naming == canonical_naming(checkpoint.config)
+    names = "named as released" if known else f"the text model's names below {layout.naming.text or 'no prefix'}"
+    return f"{checkpoint.kind}, experts {experts}, {names}"
+
+
 def licence_files(checkpoint: Checkpoint) -> list[str]:
     """Files of a checkpoint that state its licence."""
     return [name for name in checkpoint.companions if is_licence(name)]
@@ -158,7 +168,7 @@ def checkpoint_record(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "source": checkpoint.name,
         "revision": checkpoint.revision,
-        "layout": checkpoint.kind,
+        "layout": layout_in_words(checkpoint, layout),
         "architecture": (checkpoint.config.raw.get("architectures") or [None])[0],
         "quantization": stanza.format or stanza.method,
         "parameters": layout.parameters,

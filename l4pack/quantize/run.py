@@ -15,6 +15,7 @@ from l4pack.artifact.calibration_record import RECORD_NAME
 from l4pack.artifact.manifest import MANIFEST_NAME
 from l4pack.calibration.output import Output
 from l4pack.calibration.text import with_text
+from l4pack.checkpoint.agree import check_duplicates
 from l4pack.checkpoint.apart import refuse_overlap
 from l4pack.checkpoint.companions import folder_files
 from l4pack.checkpoint.journal import Journal
@@ -151,6 +152,7 @@ def _work(
     try:
         _check_begun(plan, folder)
         _check_disk(plan, folder)
+        check_duplicates(plan.checkpoint)
         check_tied_head(plan.checkpoint)
         writer = ShardWriter(folder, plan.shards, plan.places)
         try:

@@ -176,7 +176,7 @@ SPOILERS: dict[str, Bad] = {
     "index at odds with a shard": Bad(edit_index(lambda m: m.update({"ghost": FIRST})), "places ghost in .* does not hold it"),
     "missing shard": Bad(remove(SECOND), f"1 of 3 shards are missing, the first is {SECOND}"),
     "missing index": Bad(remove(INDEX), f"has 3 shards but no {INDEX}"),
-    "tensor in two shards": Bad(lambda f: shutil.copy(f / FIRST, f / SECOND), "is both in"),
+    "tensor in two shards": Bad(lambda f: shutil.copy(f / FIRST, f / SECOND), "which does not hold it"),
     "missing tensor": Bad(edit_config(lambda c: c["text_config"].update(num_hidden_layers=5, no_rope_layers=None, moe_layers=None)), "tensors that config.json implies are missing"),
     "tensor of no Llama 4": Bad(edit_config(lambda c: c["text_config"].update(num_hidden_layers=3, no_rope_layers=None, moe_layers=None)), "tensors are not part of Llama 4, the first is"),
     "transposed experts": Bad(rewrite(GATE_UP, lambda t: t.mT), rf"{GATE_UP} has shape \[4, 256, 128\], config\.json makes it \[4, 128, 256\]"),
