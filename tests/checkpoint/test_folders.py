@@ -122,6 +122,15 @@ def test_a_text_model_with_a_resized_vocabulary(checkpoint, tmp_path, l4pack):
     assert AutoModelForCausalLM.from_pretrained(out).get_input_embeddings().weight.shape[0] == 384
 
 
+def test_a_tied_model_with_a_resized_vocabulary(folder, l4pack):
+    resize(folder, 391)
+    shards = loaded(folder)
+    stored(folder, {file: {n: t for n, t in tensors.items() if n != HEAD} for file, tensors in shards.items()})
+    edit(folder, lambda c: c["text_config"].update(tie_word_embeddings=True))
+    out, _ = made(l4pack, folder)
+    assert json.loads((out / "config.json").read_text())["text_config"]["vocab_size"] == 391
+
+
 def twice(folder, name, other):
     """Store a tensor once more, in a shard it isn't in; the index places it in the first. Returns the shard."""
     shards = loaded(folder)
