@@ -24,7 +24,7 @@ _FAMILIES = {
 _TITLES = {"llama-4-scout": "Llama 4 Scout", "llama-4-maverick": "Llama 4 Maverick"}
 _SHAPE = (
     "hidden_size", "intermediate_size", "intermediate_size_mlp", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "num_local_experts", "vocab_size", "tie_word_embeddings", "attention_bias",
+    "num_key_value_heads", "head_dim", "num_local_experts", "tie_word_embeddings", "attention_bias",
 )  # fmt: skip
 
 
@@ -56,11 +56,18 @@ def base_claim(base: str, source: SourceRecord, config: Mapping[str, Any]) -> st
     if base == source.repository:
         return ""
     alike = f"; names and shapes of its tensors are those of {_TITLES[family]}" if family else ""
+    if family and parse_config(config).text.vocab_size != known_config(family).text.vocab_size:
+        alike += " but for the vocabulary"
     return f"declared by the publisher{alike}"
 
 
+def _with_vocabulary(known: Llama4Config, size: int) -> Llama4Config:
+    """A known model as it is after tokens were added to it or taken away."""
+    return known.model_copy(update={"text": known.text.model_copy(update={"vocab_size": size})})
+
+
 def _check_family(base: str, family: str, source: SourceRecord, config: Llama4Config) -> None:
-    known = known_config(family)
+    known = _with_vocabulary(known_config(family), config.text.vocab_size)
     whole, text = (catalogue(one, fused=True).parameters for one in (known, known.model_copy(update={"vision": None})))
     hint = "name the model it was made from with --base-model"
     if source.parameters not in (whole, text):
