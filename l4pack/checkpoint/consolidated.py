@@ -7,6 +7,7 @@ is one read of each file. What every shard has a copy of is read of all and comp
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -236,7 +237,7 @@ def _parts(name: str, place: Placed, layout: Catalogue, tensors: Mapping[str, Te
     pieces = [cut.pieces(number, shard) for number, shard in enumerate(shards)]
     copied = place.split in (Split.COPIED, Split.ROUTER)
     for target, own in zip(place.names, zip(*pieces, strict=True), strict=True):
-        numel = sum(_numel(piece.shape) for piece in own) // (len(own) if copied else 1)
+        numel = sum(math.prod(piece.shape) for piece in own) // (len(own) if copied else 1)
         yield _Part(target, name, shards[0].dtype, own, copied, numel)
 
 
@@ -244,13 +245,6 @@ def _one(name: str, file: str, tensors: Tensors) -> StoredTensor:
     if name not in tensors:
         raise SourceError(f"{file} has no {ascii(name)[1:-1]:.120}, and other shards have it", hint=_AGAIN)
     return tensors[name]
-
-
-def _numel(shape: Sequence[int]) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel
 
 
 @dataclass(frozen=True)
@@ -345,7 +339,7 @@ def _entry(name: str, shape: tuple[int, ...], parts: Sequence[_Part]) -> TensorE
         raise SourceError(
             f"{parts[0].pieces[0].file}: {names} are the same weight twice, or of two dtypes", hint=_AGAIN
         )
-    if sum(part.numel for part in parts) != _numel(shape):
+    if sum(part.numel for part in parts) != math.prod(shape):
         raise SourceError(
             f"{parts[0].pieces[0].file}: {parts[0].name} is only a part of its tensor, and the rest is in no shard",
             hint=_AGAIN,
@@ -365,7 +359,7 @@ class Copies:
     @property
     def stored(self) -> Mapping[str, int]:
         """Bytes of each copy."""
-        return {copy.file: _numel(copy.shape) * self.itemsize for copy in self.copies}
+        return {copy.file: math.prod(copy.shape) * self.itemsize for copy in self.copies}
 
     def read(self, reader: Numbers, box: Box, out: NDArray[Any]) -> None:
         """A part of the first copy. Raises SourceError where another differs."""

@@ -113,18 +113,15 @@ def quantize(
         .keeping(float32=keep_float32)
         .calibrating(calibration is not None, samples=calibration_samples, sequence_length=sequence_length, seed=seed)
     )
-    made = make_plan(
-        open_original(
-            source,
-            fetch_folder=fetch_folder,
-            include=include or (),
-            companions=companions,
-            requantize=allow_requantize,
-            lora=lora or (),
-        ),
-        wanted,
-        allowed,
+    original = open_original(
+        source,
+        fetch_folder=fetch_folder,
+        include=include or (),
+        companions=companions,
+        requantize=allow_requantize,
+        lora=lora or (),
     )
+    made = make_plan(original, wanted, allowed)
     made, fitted = within_time(made, allowed, hours, within, calibration_samples)
     made = made if spread is None else made.on_cluster()
     if made.needs is not None and not (dry_run and calibration is None and made.checkpoint.bare):
