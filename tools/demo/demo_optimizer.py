@@ -14,8 +14,9 @@ ORTHOGONALIZING_STEPS = 5
 class Optimizer:
     """One step over all parameters, the same in every rank; `scale` multiplies every learning rate."""
 
-    def __init__(self, params: Params) -> None:
-        self.params = params
+    def __init__(self, params: Params, compute: torch.dtype) -> None:
+        """`compute` is the dtype that directions are orthogonalized in."""
+        self.params, self.compute = params, compute
         self.matrices = {name: value for name, value in params.items() if "layers" in name and _is_matrix(name)}
         self.momenta = {name: torch.zeros_like(value) for name, value in self.matrices.items()}
         rest = [name for name in params if name not in self.matrices]
@@ -44,7 +45,7 @@ class Optimizer:
             return torch.zeros_like(gradient)
         direction = gradient.lerp(momentum, MOMENTUM)
         halves = direction.chunk(2, dim=-1) if name.endswith("gate_up_proj") else (direction,)
-        return torch.cat([orthogonal(half) for half in halves], dim=-1)
+        return torch.cat([orthogonal(half, self.compute) for half in halves], dim=-1)
 
 
 def summed(tensors: Params) -> None:
@@ -55,14 +56,14 @@ def summed(tensors: Params) -> None:
         value.copy_(part.view_as(value))
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest orthogonal matrix of [..., rows, columns], roughly, by a quintic Newton-Schulz iteration in BF16.
+def orthogonal(matrix: Tensor, compute: torch.dtype) -> Tensor:
+    """The nearest orthogonal matrix of [..., rows, columns], roughly, by a quintic Newton-Schulz iteration.
 
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
     wide = matrix.shape[-2] <= matrix.shape[-1]
-    current = (matrix if wide else matrix.mT).bfloat16()
-    current = current / (current.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).bfloat16()
+    current = (matrix if wide else matrix.mT).to(compute)
+    current = current / (current.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(compute)
     first, second, third = QUINTIC
     for _ in range(ORTHOGONALIZING_STEPS):
         gram = current @ current.mT

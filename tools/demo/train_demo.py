@@ -49,6 +49,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="shorten the schedule to end by then")
     parser.add_argument("--seed", type=int, default=20250405)
     parser.add_argument("--ranks", type=int, default=2, help=f"processes; a divisor of {SEQUENCES}")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of matrix products; float32 is faster where the processor has no BF16 ones",
+    )
     return parser.parse_args()
 
 
@@ -82,8 +88,9 @@ def _write_texts(corpus: Corpus, folder: Path) -> None:
 def train(sizes: Preset, corpus: Corpus, tokenizer: Tokenizer, arguments: argparse.Namespace) -> Params:
     """Float32 weights after the whole schedule, the same in every rank."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    compute = getattr(torch, arguments.dtype)
     params = initial(sizes, torch.Generator().manual_seed(arguments.seed))
-    model, optimizer = TextModel(sizes, params, torch.bfloat16), Optimizer(params)
+    model, optimizer = TextModel(sizes, params, compute), Optimizer(params, compute)
     data = Windows(streams(corpus, tokenizer), begin_id(tokenizer), arguments.seed + rank)
     report = _Report(model, tokenizer, corpus.heldout) if rank == 0 else None
     clock, step, progress = _Clock(arguments.minutes), 0, 0.0
