@@ -11,9 +11,17 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from l4pack.cli import console
-from l4pack.cli.cluster import cluster_options, joined
+from l4pack.cli.cluster import cluster_options, joined, planned_workers
 from l4pack.cli.fit import warn_of_stand_in
-from l4pack.cli.hours import Hours, hours_view, within_record, within_time, within_view
+from l4pack.cli.hours import (
+    Hours,
+    hours_view,
+    spread_record,
+    spread_view,
+    within_record,
+    within_time,
+    within_view,
+)
 from l4pack.cli.options import (
     AllowRequantizeOption,
     AsJsonOption,
@@ -80,7 +88,10 @@ if TYPE_CHECKING:
     from l4pack.recipe import Recipe
     from l4pack.timing.jobs import Talk
     from l4pack.timing.speeds import Prediction
+    from l4pack.timing.spread import Spread
     from l4pack.timing.within import Chosen
+
+    Shared = tuple[Spread | None, Spread | None]
 
 DEFAULT_RECIPE = "int4"
 _COLOURS = {"done": "green", "kept": "green", "not asked": "dim", "failed": "red"}
@@ -191,7 +202,18 @@ def build(
     )  # fmt: skip
     with joined(None if dry_run else spread, computes=True) as cluster:
         built = run(plan, replace(order, cluster=cluster), console.progress, before)
-    _show(plan, order, built, fitted, as_json=as_json)
+    shared = None
+    if dry_run and spread is not None:
+        shared = _shared(plan, hours, planned_workers(ray, gpus_per_worker, chosen_device, computes=True), order)
+    _show(plan, order, built, fitted, shared, as_json=as_json)
+
+
+def _shared(plan: Plan, hours: Hours, workers: int | None, order: Order) -> Shared:
+    """Quantizing on a cluster's workers, and evaluating there if the chain does."""
+    quantized, text = hours.spread(plan, workers), order.text
+    if text is None:
+        return quantized, None
+    return quantized, hours.spread_evaluating(plan, workers, text.samples, text.sequence_length)
 
 
 def _recipe(
@@ -247,16 +269,20 @@ def _predicted(plan: Plan, hours: Hours, evaluated: tuple[int, int | None] | Non
     return found
 
 
-def _show(plan: Plan, order: Order, built: Built, fitted: Chosen | None, *, as_json: bool) -> None:
+def _show(
+    plan: Plan, order: Order, built: Built, fitted: Chosen | None, shared: Shared | None, *, as_json: bool
+) -> None:
     """Print what came of it, and end with the exit code of what failed."""
+    spread = shared or (None, None)
     if as_json:
-        console.show_json({**built.record(), **within_record(fitted)})
+        console.show_json({**built.record(), **within_record(fitted), **spread_record(*spread)})
     elif order.dry_run and built.error is None:
         from l4pack.timing.speeds import joined
 
         whole = joined(list(order.predicted.values())) if order.predicted else None
         said = sample_line(order.sample(plan))
-        console.show(*plan_view(plan), *refusals_view(order.refused), *said, *hours_view(whole), *within_view(fitted))
+        times = [*hours_view(whole), *spread_view(*spread), *within_view(fitted)]
+        console.show(*plan_view(plan), *refusals_view(order.refused), *said, *times)
     else:
         console.show(*build_view(plan, order, built), *within_view(fitted))
     if built.error is not None:

@@ -99,12 +99,15 @@ class Hours:
 
         return spread(plan, workers, speeds)
 
-    def spread_evaluating(self, plan: Plan, workers: int | None) -> Spread | None:
-        """What `evaluate` takes by default of the plan's artifact beside its original, on so many workers."""
+    def spread_evaluating(
+        self, plan: Plan, workers: int | None, samples: int = DEFAULT_SAMPLES, length: int | None = None
+    ) -> Spread | None:
+        """What `evaluate` takes of the plan's artifact beside its original, by default or on `samples`, on so many
+        workers."""
         from l4pack.timing.jobs import both_weights, tokens_at_most
 
         text = plan.checkpoint.config.text
-        return self.spread_over(text, both_weights(plan), tokens_at_most(text, DEFAULT_SAMPLES, None), workers)
+        return self.spread_over(text, both_weights(plan), tokens_at_most(text, samples, length), workers)
 
     def spread_over(
         self, text: TextConfig, models: Sequence[LayerWeights], tokens: tuple[int, int], workers: int | None

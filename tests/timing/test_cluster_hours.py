@@ -110,3 +110,18 @@ def test_evaluating_and_measuring_say_what_a_cluster_takes(l4pack, artifact, che
     assert (shared["workers"], shared["waves"], shared["cluster"]["workers"]) == (4, 4, 4)
     assert shared["read_bytes"] == 4 * alone["read_bytes"]
     assert shared["disk_bytes"] > alone["disk_bytes"]
+
+
+def test_building_says_what_a_cluster_takes(l4pack, checkpoint, tmp_path):
+    """Of quantizing, and of evaluating after it unless that is left out."""
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog, 0123456789 times. " * 8)
+    command = ("build", checkpoint("scout"), "--recipe", "int4-rtn", "--out", tmp_path / "out")
+    chosen = ("--text", tmp_path / "text.txt", "--samples", 2, "--sequence-length", 48, "--dry-run", "--compute", "cpu")
+    found = json.loads(l4pack(*command, *chosen, "--ray", 4, "--json").out)["cluster"]
+    assert (found["workers"], found["evaluate"]["workers"]) == (4, 4)
+    assert (
+        "evaluate"
+        not in json.loads(l4pack(*command, "--dry-run", "--skip-evaluate", "--ray", 4, "--json").out)["cluster"]
+    )
+    assert "cluster" not in json.loads(l4pack(*command, *chosen, "--json").out)
+    assert "of computing on 4 such workers" in l4pack(*command, *chosen, "--ray", 4).out
