@@ -28,6 +28,7 @@ LAYERS = [
     ["budget", "calibration", "evaluate", "verify"],
     ["plan"],
     ["text"],
+    ["gradient"],
     ["stream"],
     ["artifact"],
     ["recipe"],
