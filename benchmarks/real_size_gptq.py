@@ -155,12 +155,12 @@ def watch() -> None:
     timed(mlp.Matrices, "inner", "gate and up of both streams, for down's moments", TOKENS,
           lambda self, x: 2 * product(*x.shape, len(self.weights[mlp.UP])))  # fmt: skip
     timed(gptq, "factorize", "Cholesky and inverse", MATRICES, lambda h, **_: 2 / 3 * len(h) ** 3)
-    timed(gptq, "_asymmetric_target", "asymmetric target: W C", MATRICES, of_target)
+    timed(gptq, "asymmetric_target", "asymmetric target: W C", MATRICES, of_target)
     timed(gptq, "times_inverse", "asymmetric target: times H^-1", MATRICES, lambda rows, _: 2 * of_rows(rows))
     timed(gptq, "round_to_nearest", "scales and nearest levels", MATRICES)
     timed(gptq, "solve_columns", "GPTQ: trailing columns", MATRICES, of_rows)
     timed(gptq, "factorize_thin", "few inputs: factors", MATRICES)
-    timed(gptq, "asymmetric_target", "few inputs: asymmetric target", MATRICES, lambda w, x, _: of_inputs(w, x, 4))
+    timed(gptq, "thin_target", "few inputs: asymmetric target", MATRICES, lambda w, x, _: of_inputs(w, x, 4))
     timed(gptq, "solve_thin_columns", "few inputs: GPTQ", MATRICES, lambda w, f, *_: of_inputs(w, f.inputs, 4))
     timed(gptq, "thin_pull", "few inputs: start of sweeps", MATRICES, lambda _, w, f: of_inputs(w, f.inputs, 2))
     timed(gptq, "thin_loss", "few inputs: loss of rounding", MATRICES, lambda w, f: of_inputs(w, f.inputs, 2))

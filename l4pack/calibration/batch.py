@@ -24,6 +24,7 @@ from l4pack.quant.dampening import fractions
 from l4pack.quant.dtypes import FLOATS
 from l4pack.quant.grid import ScaleDtype
 from l4pack.quant.scheme import Scheme
+from l4pack.quant.solution import Rounded, Solution, SolvedBy
 from l4pack.quant.torch_scales import global_scale
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class Batch:
         return self.activation(gate) * up
 
 
-def solve(batch: Batch, scheme: RecipeScheme, source_dtype: FloatName) -> list[dict[str, gptq.Solution]]:
+def solve(batch: Batch, scheme: RecipeScheme, source_dtype: FloatName) -> list[dict[str, Solution]]:
     """Solutions by projection of each unit, on the device; `source_dtype` is that of all weights.
 
     Where the dampening was too little for a Hessian, the batch is solved again with the next fraction for that one.
@@ -217,7 +218,7 @@ class _Attempt:
             raise UnitNotFiniteError(int(sound[0].argmin()))
         return _Found(error, rtn_error, kept, finite > 0, definite > 0, dead, over)
 
-    def solutions(self, found: _Found, unit: int, dampening: Sequence[float]) -> dict[str, gptq.Solution]:
+    def solutions(self, found: _Found, unit: int, dampening: Sequence[float]) -> dict[str, Solution]:
         """One unit's solutions by projection."""
         inner = self.pair.rounded.levels.shape[1] // 2
         first, second = self.pair.rounded, self.down.rounded
@@ -227,9 +228,7 @@ class _Attempt:
             for number, (name, rounded, rows) in enumerate(parts)
         }
 
-    def _solution(
-        self, found: _Found, unit: int, number: int, rounded: gptq.Rounded, dampening: float
-    ) -> gptq.Solution:
+    def _solution(self, found: _Found, unit: int, number: int, rounded: Rounded, dampening: float) -> Solution:
         place = number // 2, unit
         kept, error, rtn_error = (float(one[number, unit]) for one in (found.kept, found.error, found.rtn_error))
         reason, dead = "", int(found.dead[place])
@@ -240,14 +239,14 @@ class _Attempt:
         elif kept == len(rounded.levels):
             reason = NEAREST_IS_BETTER
         factored = bool(found.finite[place] and found.definite[place])
-        return gptq.Solution(
+        return Solution(
             rounded.levels,
             rounded.scale,
             None if self.scheme.symmetric else rounded.zero_point.to(torch.int8),
             error,
             rtn_error,
             dampening if factored else 0.0,
-            gptq.SolvedBy.RTN if reason else gptq.SolvedBy.GPTQ,
+            SolvedBy.RTN if reason else SolvedBy.GPTQ,
             reason,
             int(kept),
             dead,
@@ -256,9 +255,9 @@ class _Attempt:
         )
 
 
-def _part_of(rounded: gptq.Rounded, unit: int, rows: slice) -> gptq.Rounded:
+def _part_of(rounded: Rounded, unit: int, rows: slice) -> Rounded:
     headers = None if rounded.headers is None else rounded.headers[unit, rows]
-    return gptq.Rounded(rounded.levels[unit, rows], rounded.scale[unit, rows], rounded.zero_point[unit, rows], headers)
+    return Rounded(rounded.levels[unit, rows], rounded.scale[unit, rows], rounded.zero_point[unit, rows], headers)
 
 
 @torch.inference_mode()

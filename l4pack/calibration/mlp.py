@@ -20,6 +20,7 @@ from l4pack.quant.packing import pack_levels, pack_zero_points
 from l4pack.quant.quantized import Quantized
 from l4pack.quant.scales import global_scale
 from l4pack.quant.scheme import Scheme
+from l4pack.quant.solution import Solution
 from l4pack.quant.torch_ops import QuantizedTensors, pack_e2m1
 from l4pack.quant.torch_scales import coded
 from l4pack.recipe import GptqOptions, RecipeScheme
@@ -47,7 +48,7 @@ def solve_mlp(
     inputs: Inputs,
     scheme: RecipeScheme,
     dtypes: Mapping[str, FloatName],
-) -> dict[str, gptq.Solution]:
+) -> dict[str, Solution]:
     """Solutions by projection. `inputs` gives the unit's inputs anew each time; `dtypes` are those of the source.
 
     Raises NonFiniteError for a weight that is not finite.
@@ -115,7 +116,7 @@ def _solve(
     matrices: Matrices,
     scheme: RecipeScheme,
     dtypes: Mapping[str, FloatName],
-) -> gptq.Solution:
+) -> Solution:
     assert scheme.gptq is not None
     weight = matrices.weights[name]
     return gptq.solve_problem(
@@ -135,22 +136,17 @@ def _global_scale(weights: Iterable[Tensor]) -> float:
     return global_scale(amax if math.isfinite(amax) else 1.0)  # solving tells which weight is not finite
 
 
-def solved_weights(solution: gptq.Solution, dtype: torch.dtype = torch.float32) -> Tensor:
+def solved_weights(solution: Solution, dtype: torch.dtype = torch.float32) -> Tensor:
     """float32 [out, in] of a solution, rounded to `dtype`."""
-    zero_point = torch.zeros_like(solution.scale, dtype=torch.float32)
-    if solution.zero_point is not None:
-        zero_point = solution.zero_point.float()
     values = torch.empty(solution.levels.shape, device=solution.levels.device)
     step = rows_at_once(values.device.type, values.shape[1])
     for first in range(0, len(values), step):
         rows = slice(first, first + step)
-        headers = None if solution.headers is None else solution.headers[rows]
-        part = gptq.Rounded(solution.levels[rows], solution.scale[rows], zero_point[rows], headers)
-        values[rows] = part.values().to(dtype)
+        values[rows] = solution.rounded(rows).values().to(dtype)
     return values
 
 
-def stored(solution: gptq.Solution, scheme: Scheme) -> Quantized:
+def stored(solution: Solution, scheme: Scheme) -> Quantized:
     """A solution's arrays as an artifact stores them; packed on the device, if it is there, for less to come over."""
     if scheme.coded_scales:
         step = scheme.grid.step
@@ -167,7 +163,7 @@ def stored(solution: gptq.Solution, scheme: Scheme) -> Quantized:
     return Quantized(words, torch_ops.to_array(solution.scale), packed)
 
 
-def result_of(solution: gptq.Solution, own: int, borrowed: int) -> dict[str, Any]:
+def result_of(solution: Solution, own: int, borrowed: int) -> dict[str, Any]:
     """What is recorded of a solution; errors are sums over outputs of the mean squared error a token."""
     return {
         "method": solution.method.value,

@@ -17,8 +17,8 @@ from l4pack.calibration.mlp import Matrices, result_of, solve_mlp
 from l4pack.calibration.rows import UnitRows, blocks, expert_rows
 from l4pack.errors import SourceError
 from l4pack.model.parts import GATE, MLP_MATRICES
-from l4pack.quant.gptq import Solution
 from l4pack.quant.quantize import NonFiniteError
+from l4pack.quant.solution import Solution
 from l4pack.quant.torch_ops import DTYPES, refuse_non_finite
 from l4pack.stream.units import LoadedUnit, Part, Unit, module_names
 from l4pack.work.device import CPU

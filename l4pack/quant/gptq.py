@@ -17,7 +17,6 @@ would meet it best, W + W C H^-1 with C the covariance of x' - x with x, become 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -27,16 +26,17 @@ from l4pack.quant.dtypes import FLOATS, FloatName
 from l4pack.quant.factor import Factor, factorize, pull_of, times_inverse
 from l4pack.quant.gptq_thin import (
     ThinFactor,
-    asymmetric_target,
     factorize_thin,
     solve_thin_columns,
     thin_loss,
     thin_pull,
+    thin_target,
 )
 from l4pack.quant.grid import ScaleDtype
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, quantize_block
 from l4pack.quant.scheme import Scheme
+from l4pack.quant.solution import Rounded, Solution, SolvedBy
 from l4pack.quant.superblocks import ZERO_POINT
 from l4pack.quant.torch_scales import values_of
 from l4pack.quant.triangular import (
@@ -49,67 +49,6 @@ NOT_FINITE = "the Hessian is not finite"
 NOT_DEFINITE = "no dampening up to 1.0 made the Hessian positive definite"
 SWEEP_BLOCK = 256  # columns that take their turn in a sweep before the others learn of it
 ROWS_AT_ONCE = 2048  # output rows solved together: bounds the memory beside the factor
-
-
-class SolvedBy(StrEnum):
-    """How a matrix was rounded."""
-
-    GPTQ = "gptq"
-    RTN = "rtn"
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A solved matrix, in the column order of its weights.
-
-    `levels` int8 [out, in], steps of the scheme's grid; `scale` [out, groups], that of a step, in its stored dtype, or
-    float32 where a code is stored; `zero_point` int8 [out, groups] or None; `global_scale` what codes are told over;
-    `headers` the scales of super-blocks as they are stored, see `Rounded`.
-    `error` is the loss trace((W - Q) H (W - Q)^T) with the Hessian undamped and W the asymmetric target if there is one;
-    `rtn_error` the same for rounding to nearest (both NaN if the Hessian is not finite). `dampening` is what was used,
-    as a fraction of the mean diagonal. `rtn_rows` counts output rows where rounding to nearest was better and was kept.
-    `method` is RTN if all rows are, with the `reason`.
-    """
-
-    levels: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    error: float
-    rtn_error: float
-    dampening: float
-    method: SolvedBy
-    reason: str
-    rtn_rows: int
-    dead_columns: int
-    global_scale: float | None = None
-    headers: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """Levels [out, in], steps of a grid, with the scales of a step and zero points [out, groups] (float32) that give them
-    meaning; of super-blocks also their scales as they are stored, `headers` uint8 [out, in / 16]: from what levels mean, a
-    group's minimum is taken off."""
-
-    levels: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    headers: Tensor | None = None
-
-    def values(self) -> Tensor:
-        """float32 [out, in]."""
-        values = self.levels.float().reshape(*self.scale.shape, -1)
-        values.sub_(self.zero_point[..., None]).mul_(self.scale.float()[..., None])
-        if self.headers is not None:
-            values.sub_(torch_superblocks.values_of(self.headers)[1][..., None])
-        return values.reshape(self.levels.shape)
-
-    def raised(self, target: Tensor) -> Tensor:
-        """What levels alone must come near to for values to come near to `target` [out, in]: minima are added to it."""
-        if self.headers is None:
-            return target
-        minimum = torch_superblocks.values_of(self.headers)[1]
-        return (target.view(*minimum.shape, -1) + minimum[..., None]).view(target.shape)
 
 
 @dataclass(frozen=True)
@@ -213,23 +152,31 @@ def solve_problem(
     source_dtype: FloatName = "BF16",
     rows_at_once: int = ROWS_AT_ONCE,
     global_scale: float | None = None,
+    target: Tensor | None = None,
 ) -> Solution:
     """`solve` for one matrix [out, in] of a problem, some output rows at a time: rows don't depend on each other.
 
-    Raises ValueError for a scheme of FP8, NonFiniteError for a weight that is not finite."""
+    `target` is the problem's `asymmetric_target`, if it is known already. Raises ValueError for a scheme of FP8, NonFiniteError for a weight that is not finite."""
     if not scheme.grid.solvable:
         raise ValueError("GPTQ solves schemes of integers and four-bit floats")
     if problem.hessian.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(
             f"a Hessian of shape {tuple(problem.hessian.shape)} does not fit weights {tuple(weight.shape)}"
         )
-    if scheme.scale_dtype is ScaleDtype.SOURCE:
-        scheme = scheme.model_copy(update={"scale_dtype": ScaleDtype(FLOATS[source_dtype].word)})
-    settings = _Settings(scheme, block_size, sweeps, global_scale)
-    pieces = range(0, len(weight), rows_at_once)
-    return _joined(
-        [_solve_piece(problem, weight[first : first + rows_at_once].contiguous(), settings, first) for first in pieces]
-    )
+    settings = _Settings(with_scales(scheme, source_dtype), block_size, sweeps, global_scale)
+    pieces = []
+    for first in range(0, len(weight), rows_at_once):
+        rows = slice(first, first + rows_at_once)
+        aim = None if target is None else target[rows].contiguous()
+        pieces.append(_solve_piece(problem, weight[rows].contiguous(), aim, settings, first))
+    return _joined(pieces)
+
+
+def with_scales(scheme: Scheme, source_dtype: FloatName) -> Scheme:
+    """The scheme with scales in a dtype by name, where it leaves that to the source."""
+    if scheme.scale_dtype is not ScaleDtype.SOURCE:
+        return scheme
+    return scheme.model_copy(update={"scale_dtype": ScaleDtype(FLOATS[source_dtype].word)})
 
 
 @dataclass(frozen=True)
@@ -240,7 +187,7 @@ class _Settings:
     over: float | None
 
 
-def _solve_piece(problem: Problem, weight: Tensor, settings: _Settings, first: int) -> Solution:
+def _solve_piece(problem: Problem, weight: Tensor, target: Tensor | None, settings: _Settings, first: int) -> Solution:
     scheme = settings.scheme
     try:
         nearest = round_to_nearest(weight, scheme, problem.diagonal if problem.finite else None, settings.over)
@@ -253,9 +200,8 @@ def _solve_piece(problem: Problem, weight: Tensor, settings: _Settings, first: i
     if factor is None:
         rtn_error = float(quadratic_form(weight - nearest.values(), problem.hessian).sum())
         return _rtn(nearest, settings, rtn_error, problem.reason, dead)
-    target, start = weight, nearest
+    target, start = asymmetric_target(weight, problem) if target is None else target, nearest
     if problem.cross is not None:
-        target = _asymmetric_target(weight, problem)
         start = round_to_nearest(target, scheme, problem.diagonal, settings.over)
     solved, loss = _solved(target, problem.hessian, factor, start, settings)
     return _better_rows(target, problem.hessian, factor, solved, loss, nearest, settings, dead)
@@ -312,12 +258,13 @@ def _joined(pieces: list[Solution]) -> Solution:
     )
 
 
-def _asymmetric_target(weight: Tensor, problem: Problem) -> Tensor:
-    """W + W C H^-1."""
-    assert problem.cross is not None
+def asymmetric_target(weight: Tensor, problem: Problem) -> Tensor:
+    """W + W C H^-1, or W itself where there is no C."""
+    if problem.cross is None:
+        return weight
     assert problem.factor is not None
     if isinstance(problem.factor, ThinFactor):
-        return asymmetric_target(weight, problem.cross, problem.factor)
+        return thin_target(weight, problem.cross, problem.factor)
     shift = weight @ problem.cross
     if not problem.shifting:
         times_inverse(shift, problem.factor)

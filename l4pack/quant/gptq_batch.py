@@ -18,9 +18,10 @@ from torch import Tensor
 
 from l4pack.quant import gptq_columns, torch_ops, torch_superblocks
 from l4pack.quant.dampening import visits
-from l4pack.quant.gptq import Rounded, chosen, of_super_blocks
+from l4pack.quant.gptq import chosen, of_super_blocks
 from l4pack.quant.grid import Grid
 from l4pack.quant.scheme import Scheme
+from l4pack.quant.solution import Rounded
 from l4pack.quant.triangular import (
     divide_by_upper_transposed,
     invert_lower,

@@ -97,7 +97,7 @@ def _inverse(kernel: Tensor, inputs: Tensor, order: Tensor, added: Tensor) -> Te
     return inverse
 
 
-def asymmetric_target(weight: Tensor, difference: Tensor, factor: ThinFactor) -> Tensor:
+def thin_target(weight: Tensor, difference: Tensor, factor: ThinFactor) -> Tensor:
     """W + W (X' - X)^T X H^-1 [out, in], for `difference` X' - X [n, in]."""
     assert factor.inverse is not None
     return torch.addmm(weight, weight @ difference.T, factor.inverse)

@@ -26,6 +26,7 @@ from l4pack.quant.grid import NumberType
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import quantize_block
 from l4pack.quant.scheme import Observer, Scheme, Strategy
+from l4pack.quant.solution import Solution
 from l4pack.timing.counts import CALLS_A_BLOCK, CALLS_A_FACTOR, CALLS_A_FACTOR_BLOCK, CALLS_A_PIECE
 from l4pack.timing.work import Kind
 from l4pack.work import machine
@@ -148,7 +149,7 @@ class Kernels:
             }
 
 
-def solve_a_block(device: torch.device | str) -> gptq.Solution:
+def solve_a_block(device: torch.device | str) -> Solution:
     """Solve a matrix so small that starting operations is all that takes time."""
     return gptq.solve(torch.ones(16, 128, device=device), torch.eye(128, device=device), INT4, sweeps=1)
 

@@ -13,6 +13,7 @@ from l4pack.quant.quantize import NonFiniteError
 from l4pack.quant.quantized import Quantized
 from l4pack.quant.scales import global_scale
 from l4pack.quant.scheme import Scheme
+from l4pack.quant.solution import Rounded, Solution, SolvedBy
 
 OUT, IN = 48, 192
 SCHEMES = {
@@ -60,7 +61,7 @@ def over(scheme: Scheme) -> float | None:
     return global_scale(float(weight().abs().max())) if scheme.globally_scaled else None
 
 
-def rounded(scheme: Scheme, importance: torch.Tensor | None = None) -> gptq.Rounded:
+def rounded(scheme: Scheme, importance: torch.Tensor | None = None) -> Rounded:
     return gptq.round_to_nearest(weight(), scheme, importance, over(scheme))
 
 
@@ -68,7 +69,7 @@ def spread(values: torch.Tensor) -> np.ndarray:
     return values.double().repeat_interleave(IN // values.shape[1], 1).numpy()
 
 
-def values(solution: gptq.Solution) -> np.ndarray:
+def values(solution: Solution) -> np.ndarray:
     zero_point = 0 if solution.zero_point is None else spread(solution.zero_point)
     return (solution.levels.double().numpy() - zero_point) * spread(solution.scale)
 
@@ -104,7 +105,7 @@ def test_loss_is_what_it_says_and_no_row_is_worse_than_rounding(name, act_order)
     assert solution.rtn_error == pytest.approx(rtn.sum(), rel=1e-4)
     assert (losses <= rtn * (1 + 1e-4)).all()
     assert solution.error < 0.7 * solution.rtn_error
-    assert (solution.method, solution.reason, solution.dampening) == (gptq.SolvedBy.GPTQ, "", 0.01)
+    assert (solution.method, solution.reason, solution.dampening) == (SolvedBy.GPTQ, "", 0.01)
 
 
 def test_float32_loses_next_to_nothing():
@@ -170,7 +171,7 @@ def test_all_columns_dead_is_rounding():
 
 def test_fewer_tokens_than_inputs_still_solve():
     solution = gptq.solve(weight(), hessian(inputs(20)), SCHEMES["int4-g32"])
-    assert solution.method is gptq.SolvedBy.GPTQ
+    assert solution.method is SolvedBy.GPTQ
     assert solution.error < 0.5 * solution.rtn_error
 
 
@@ -193,11 +194,11 @@ def test_rounding_is_the_recorded_fallback():
     broken[3, 3] = torch.inf
     for h, reason in ((indefinite, "positive definite"), (broken, "not finite")):
         solution = gptq.solve(weight(), h, scheme)
-        assert solution.method is gptq.SolvedBy.RTN
+        assert solution.method is SolvedBy.RTN
         assert reason in solution.reason
         assert solution.rtn_rows == OUT
         assert torch.equal(solution.levels, nearest)
-    assert gptq.solve(weight(), hessian(), scheme, cross=broken).method is gptq.SolvedBy.RTN
+    assert gptq.solve(weight(), hessian(), scheme, cross=broken).method is SolvedBy.RTN
 
 
 def test_asymmetric_calibration_meets_the_original_outputs_better():
@@ -206,7 +207,7 @@ def test_asymmetric_calibration_meets_the_original_outputs_better():
     cross = (original - x).T @ x / len(x)
     scheme, h = SCHEMES["int4-g32"], hessian(x)
 
-    def output_error(solution: gptq.Solution) -> float:
+    def output_error(solution: Solution) -> float:
         quantized = torch.from_numpy(values(solution)).float()
         return float((x @ quantized.T - original @ weight().T).square().sum())
 

@@ -9,6 +9,7 @@ import torch
 
 from l4pack.quant import gptq, gptq_thin
 from l4pack.quant.scheme import Scheme
+from l4pack.quant.solution import SolvedBy
 
 OUT, IN, ROWS = 48, 192, 50
 SCHEMES = {
@@ -80,7 +81,7 @@ def test_the_target_is_that_of_the_hessian():
     problem, x = prepared(), inputs()
     damped = x.T @ x + torch.diag(problem.factor.added)
     expected = weight() + weight() @ difference().T @ x @ torch.linalg.inv(damped)
-    found = gptq_thin.asymmetric_target(weight(), problem.cross, problem.factor)
+    found = gptq_thin.thin_target(weight(), problem.cross, problem.factor)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -122,4 +123,4 @@ def test_inputs_that_are_no_numbers_are_the_recorded_fallback():
     x[3, 4] = torch.inf
     problem = gptq.prepare_problem(x.T @ x, inputs=x)
     solution = gptq.solve_problem(problem, weight(), SCHEMES["int4-g32"])
-    assert (solution.method, solution.reason) == (gptq.SolvedBy.RTN, gptq.NOT_FINITE)
+    assert (solution.method, solution.reason) == (SolvedBy.RTN, gptq.NOT_FINITE)

@@ -17,6 +17,7 @@ from l4pack.quant.floats import round_to_bfloat16
 from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import NonFiniteError, quantize_block
 from l4pack.quant.scheme import Scheme
+from l4pack.quant.solution import Rounded
 
 SCHEME = Scheme(num_bits=4, scale_dtype="q4_k")
 KINDS = ["normal", "heavy", "positive", "negative", "subnormal", "zero groups", "spread", "huge"]
@@ -140,7 +141,7 @@ def test_gptq_solves_on_the_grid(tokens):
     thin = {"inputs": inputs.clone()} if tokens < 512 else {}
     problem = gptq.prepare_problem(hessian, **thin)
     found = gptq.solve_problem(problem, weight, SCHEME, sweeps=4)
-    made = gptq.Rounded(found.levels, found.scale, found.zero_point.float(), found.headers)
+    made = Rounded(found.levels, found.scale, found.zero_point.float(), found.headers)
     loss = float(((weight - made.values()) @ inputs.T).double().square().sum())
     assert loss == pytest.approx(found.error, rel=1e-2)
     assert found.error < 0.7 * found.rtn_error

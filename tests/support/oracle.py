@@ -209,3 +209,72 @@ def fp4(weight: np.ndarray, scheme: Scheme, over: float, offset: int = 0) -> Ref
             codes[o, g, i] = index + (8 if w < 0 and index else 0)
             values[o, g, i] = (-1 if w < 0 else 1) * E2M1[index] * step
     return Reference(codes.reshape(weight.shape), scale, np.zeros(scale.shape, int), values.reshape(weight.shape))
+
+
+def nearest_level(ratio: float, zero: float, scheme: Scheme) -> float:
+    """The level nearest to a weight divided by its scale; those of four-bit floats in halves."""
+    if scheme.type is NumberType.FLOAT:
+        return float(np.sign(ratio) * 2 * E2M1[nearest(abs(ratio) / 2, E2M1)])
+    half = 2 ** (scheme.num_bits - 1)
+    return float(np.clip(np.rint(ratio) + zero, -half, half - 1))
+
+
+def two_sided_gptq(
+    weight: np.ndarray,
+    outputs: np.ndarray,
+    inputs: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+    scheme: Scheme,
+    order: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """Optimal brain quantization under tr(H_O R H_I R^T), one weight at a time, in float64: int levels [out, in].
+
+    The textbook form twice: columns are visited in turn, and in each of them its rows, which are eliminated from the inverse
+    of H_O one by one. `scale` and `zero_point` are given for every weight, `order` is that of rows and of columns.
+    """
+    rows, columns = order
+    weight = weight.astype(np.float64).copy()
+    levels = np.zeros(weight.shape, int)
+    inverse_in = np.linalg.inv(inputs.astype(np.float64))
+    for j in columns:
+        column, inverse_out = weight[:, j].copy(), np.linalg.inv(outputs.astype(np.float64))
+        for i in rows:
+            levels[i, j] = nearest_level(column[i] / scale[i, j], zero_point[i, j], scheme)
+            error = (column[i] - (levels[i, j] - zero_point[i, j]) * scale[i, j]) / inverse_out[i, i]
+            column -= error * inverse_out[i]
+            inverse_out -= np.outer(inverse_out[:, i], inverse_out[i]) / inverse_out[i, i]
+        error = (weight[:, j] - (levels[:, j] - zero_point[:, j]) * scale[:, j]) / inverse_in[j, j]
+        weight -= np.outer(error, inverse_in[j])
+        inverse_in -= np.outer(inverse_in[:, j], inverse_in[j]) / inverse_in[j, j]
+    return levels
+
+
+def two_sided_sweep(
+    levels: np.ndarray,
+    target: np.ndarray,
+    outputs: np.ndarray,
+    inputs: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+    scheme: Scheme,
+    tile: int,
+) -> np.ndarray:
+    """One sweep of coordinate descent on tr(H_O R H_I R^T), every pull found anew in float64: new levels [out, in]. Tiles of
+    columns in turn, in each the tiles of rows, in those column by column."""
+    levels, (height, width) = levels.astype(np.float64).copy(), levels.shape
+    for left in range(0, width, tile):
+        for top in range(0, height, tile):
+            for j in range(left, min(left + tile, width)):
+                for i in range(top, min(top + tile, height)):
+                    s, z = float(scale[i, j]), float(zero_point[i, j])
+                    residual = target - (levels - zero_point) * scale
+                    pull = outputs[i] @ residual @ inputs[:, j]
+                    wanted = (levels[i, j] - z) * s + pull / (outputs[i, i] * inputs[j, j])
+                    levels[i, j] = nearest_level(wanted / s, z, scheme)
+    return levels.astype(int)
+
+
+def two_sided_loss(residual: np.ndarray, outputs: np.ndarray, inputs: np.ndarray) -> float:
+    """tr(H_O R H_I R^T), in float64."""
+    return float(np.trace(outputs @ residual @ inputs @ residual.T))

@@ -1,0 +1,143 @@
+"""A whole matrix by both sides: the solve by its inputs, the nested one from its scales, and the better of the two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import nan
+
+import torch
+from torch import Tensor
+
+from l4pack.quant.dtypes import FloatName
+from l4pack.quant.factor import Factor
+from l4pack.quant.gptq import Problem, asymmetric_target, round_to_nearest, solve_problem, with_scales
+from l4pack.quant.scheme import Scheme
+from l4pack.quant.solution import Kept, Rounded, Solution, SolvedBy, TwoSided
+from l4pack.quant.triangular import quadratic_form
+from l4pack.quant.two_sided import Outputs, descend, loss_of, prepare_outputs, product_sum, pull_of_errors, solve_nested
+
+NOT_SOLVED = "the gradients' moments are not finite, or no dampening up to 1.0 made them positive definite"
+NO_FACTOR = "the inputs' moments have no factor"
+
+
+def solve_two_sided(
+    problem: Problem,
+    moments: Tensor,
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    dampening: float,
+    act_order: bool = True,
+    sweeps: int = 0,
+    source_dtype: FloatName = "BF16",
+    rows_at_once: int,
+    global_scale: float | None = None,
+) -> Solution:
+    """`gptq.solve_problem`, carried on with the `moments` [out, out] of the outputs' gradients, which are used up.
+
+    Scales are those of the solve by inputs alone. Rows depend on each other here, so that of the whole matrix the nested
+    solve, that by inputs alone or rounding to nearest is kept, whichever has the least loss. `dampening` is that of the
+    moments, as a fraction of their mean diagonal. Raises what `solve_problem` raises.
+    """
+    scheme = with_scales(scheme, source_dtype)
+    matrix = _Matrix(problem, weight, scheme, _target(problem, weight, rows_at_once), rows_at_once, global_scale)
+    solution = solve_problem(
+        problem, weight, scheme,
+        sweeps=sweeps, rows_at_once=rows_at_once, global_scale=global_scale, target=matrix.target,
+    )  # fmt: skip
+    if not isinstance(problem.factor, Factor):
+        return _unsolved(solution, problem.reason or NO_FACTOR)
+    outputs = prepare_outputs(moments, dampening=dampening, act_order=act_order)
+    if outputs is None:
+        return _unsolved(solution, NOT_SOLVED)
+    return _best(matrix, problem.factor, outputs, solution, sweeps)
+
+
+def _unsolved(solution: Solution, reason: str) -> Solution:
+    kept = Kept.RTN if solution.method is SolvedBy.RTN else Kept.GPTQ
+    return replace(solution, two_sided=TwoSided(kept, nan, nan, nan, 0.0, reason))
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """What all of a matrix' solves start from; `target` [out, in] is what they aim at."""
+
+    problem: Problem
+    weight: Tensor
+    scheme: Scheme
+    target: Tensor
+    rows_at_once: int
+    over: float | None
+
+    def residual(self, rounded: Rounded) -> Tensor:
+        """R [out, in]."""
+        return self.target - rounded.values()
+
+    def nearest(self) -> Rounded:
+        """The weights rounded to nearest, as `solve_problem` does it."""
+        parts = [
+            round_to_nearest(rows.contiguous(), self.scheme, self.problem.diagonal, self.over)
+            for rows in torch.split(self.weight, self.rows_at_once)
+        ]
+        headers = [part.headers for part in parts if part.headers is not None]
+        return Rounded(
+            torch.cat([part.levels for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat([part.zero_point for part in parts]),
+            torch.cat(headers) if headers else None,
+        )
+
+
+def _target(problem: Problem, weight: Tensor, rows_at_once: int) -> Tensor:
+    """What the matrix aims at [out, in]: the weights themselves where nothing shifts them, or nothing could."""
+    if problem.cross is None or problem.factor is None:
+        return weight
+    return torch.cat([asymmetric_target(rows, problem) for rows in torch.split(weight, rows_at_once)])
+
+
+def _best(matrix: _Matrix, inputs: Factor, outputs: Outputs, solution: Solution, sweeps: int) -> Solution:
+    """The nested solution, that by inputs alone or the nearest levels, with the losses of all three."""
+    hessian, added, damped = matrix.problem.hessian, inputs.added, outputs.damped
+    by_inputs = loss_of(matrix.residual(solution.rounded()), hessian, added, damped)
+    rtn = loss_of(matrix.residual(matrix.nearest()), hessian, added, damped)
+    nested, own = _nested(matrix, inputs, outputs, solution.rounded(), sweeps)
+    losses = {Kept.NESTED: own, Kept.GPTQ: by_inputs, Kept.RTN: rtn}
+    kept = min(losses, key=lambda one: losses[one])
+    found = TwoSided(kept, losses[kept], by_inputs, rtn, outputs.factor.dampening)
+    match kept:
+        case Kept.GPTQ:
+            return replace(solution, two_sided=found)
+        case Kept.RTN:
+            return _rounded(matrix, solution, found)
+    error = float(quadratic_form(matrix.residual(nested), hessian).sum())
+    levels = nested.levels.to(matrix.weight.device)
+    return replace(solution, levels=levels, error=error, method=SolvedBy.GPTQ, reason="", rtn_rows=0, two_sided=found)
+
+
+def _nested(matrix: _Matrix, inputs: Factor, outputs: Outputs, start: Rounded, sweeps: int) -> tuple[Rounded, float]:
+    """Nested GPTQ and its sweeps, with the scales of `start`; and their loss."""
+    grid = matrix.scheme.grid
+    solved, errors = solve_nested(matrix.target, inputs, outputs, start, grid)
+    if not sweeps:
+        return solved, float(product_sum(errors, errors))
+    pull = pull_of_errors(errors, inputs, outputs.factor)
+    solved = descend(pull, matrix.problem.hessian, inputs.added, outputs.damped, solved, grid, sweeps=sweeps)
+    return solved, float(product_sum(matrix.residual(solved), pull))
+
+
+def _rounded(matrix: _Matrix, solution: Solution, found: TwoSided) -> Solution:
+    """The nearest levels in all rows."""
+    nearest = matrix.nearest()
+    zero_point = None if matrix.scheme.symmetric else nearest.zero_point.to(torch.int8)
+    return replace(
+        solution,
+        levels=nearest.levels,
+        scale=nearest.scale,
+        zero_point=zero_point,
+        headers=nearest.headers,
+        error=solution.rtn_error,
+        method=SolvedBy.RTN,
+        reason="rounding to nearest has the lower loss by both sides",
+        rtn_rows=len(nearest.levels),
+        two_sided=found,
+    )

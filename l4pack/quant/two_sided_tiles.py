@@ -1,0 +1,139 @@
+"""The inner loops of two-sided rounding: the weights of one tile in turn, by Numba kernels, whatever device has the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from l4pack.quant.codes import KINDS, kernel, level_of
+from l4pack.quant.gptq_blocks import NEARLY_HALF
+from l4pack.quant.grid import Grid
+
+
+@dataclass(frozen=True)
+class SolvedTile:
+    """A tile [m, n] once rounded: int8 `levels`, its part of E, and `left`, its own part of U_O^T E."""
+
+    levels: Tensor
+    errors: Tensor
+    left: Tensor
+
+
+def solve_tile(
+    tile: Tensor, across: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid
+) -> SolvedTile:
+    """Round the columns of a tile [m, n] in turn, and in each its rows.
+
+    `across` [m, m] and `upper` [n, n] are its parts of U_O and U_I; `scale` and `zero_point` [m, n] are each weight's own.
+    """
+    own = tile.T.clone(memory_format=torch.contiguous_format).numpy()
+    rows, columns, scales, zeros = (
+        part.to(tile.dtype).contiguous().numpy() for part in (across, upper, scale.T, zero_point.T)
+    )
+    levels, errors, left = (torch.empty(tile.T.shape, dtype=dtype) for dtype in (torch.int8, tile.dtype, tile.dtype))
+    _solve(own, rows, columns, scales, zeros, grid.bits, KINDS[grid], levels.numpy(), errors.numpy(), left.numpy())
+    return SolvedTile(levels.T, errors.T, left.T)
+
+
+@kernel
+def _solve(
+    tile: NDArray[Any],
+    across: NDArray[Any],
+    upper: NDArray[Any],
+    scale: NDArray[Any],
+    zero_point: NDArray[Any],
+    num_bits: int,
+    kind: int,
+    levels: NDArray[np.int8],
+    errors: NDArray[Any],
+    left: NDArray[Any],
+) -> None:
+    """`solve_tile` with columns outermost, [n, m]; `tile` is used up."""
+    columns, rows = tile.shape
+    for j in range(columns):
+        wanted = tile[j].copy()
+        for i in range(rows):
+            s, z = scale[j, i], zero_point[j, i]
+            level = level_of(wanted[i] / s, z, num_bits, kind)
+            value = (level - z) * s
+            error = (wanted[i] - value) / across[i, i]
+            levels[j, i] = np.int8(level)
+            errors[j, i] = error / upper[j, j]
+            left[j, i] = (tile[j, i] - value) / upper[j, j]
+            line = across[i]
+            for r in range(i + 1, rows):
+                wanted[r] -= error * line[r]
+        own = left[j]
+        for k in range(j + 1, columns):
+            factor, other = upper[j, k], tile[k]
+            for i in range(rows):
+                other[i] -= own[i] * factor
+
+
+def descend_tile(
+    levels: Tensor, pull: Tensor, outputs: Tensor, inputs: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid
+) -> Tensor:
+    """Let every weight of a tile [m, n] take its best level, column by column: by how much the values changed [m, n].
+
+    `levels` int8 [m, n] are moved in place; `outputs` [m, m] and `inputs` [n, n] are the tile's parts of H_O and H_I, both
+    damped, and `pull` [m, n] of H_O R H_I.
+    """
+    moved, change = levels.T.contiguous(), torch.zeros(pull.T.shape, dtype=pull.dtype)
+    own = pull.T.clone(memory_format=torch.contiguous_format).numpy()
+    across, along, scales, zeros = (
+        part.to(pull.dtype).contiguous().numpy() for part in (outputs, inputs, scale.T, zero_point.T)
+    )
+    _descend(moved.numpy(), own, across, along, scales, zeros, grid.bits, KINDS[grid], change.numpy())
+    levels.copy_(moved.T)
+    return change.T
+
+
+@kernel
+def _descend(
+    levels: NDArray[np.int8],
+    pull: NDArray[Any],
+    outputs: NDArray[Any],
+    inputs: NDArray[Any],
+    scale: NDArray[Any],
+    zero_point: NDArray[Any],
+    num_bits: int,
+    kind: int,
+    change: NDArray[Any],
+) -> None:
+    """`descend_tile` with columns outermost, [n, m]; `pull` is used up. Few weights move: only those are looked at that are
+    pulled by nearly half a level."""
+    columns, rows = pull.shape
+    least = pull.dtype.type(NEARLY_HALF)
+    curvature, spread = np.empty(rows, pull.dtype), np.empty(rows, pull.dtype)
+    for j in range(columns):
+        own, here = pull[j], inputs[j, j]
+        found = np.int32(0)
+        for i in range(rows):
+            curvature[i] = outputs[i, i] * here
+            found = np.int32(found | np.int32(abs(own[i]) > least * scale[j, i] * curvature[i]))
+        if found == 0:
+            continue
+        spread[:] = 0
+        for i in range(rows):
+            s, z = scale[j, i], zero_point[j, i]
+            if abs(own[i]) <= least * s * curvature[i]:
+                continue
+            old = own.dtype.type(levels[j, i])
+            level = level_of(((old - z) * s + own[i] / curvature[i]) / s, z, num_bits, kind)
+            if level == old:
+                continue
+            moved = (level - old) * s
+            levels[j, i], change[j, i] = np.int8(level), moved
+            line = outputs[i]
+            for r in range(rows):
+                spread[r] += moved * line[r]
+                own[r] -= moved * line[r] * here
+        for k in range(j + 1, columns):
+            factor, other = inputs[j, k], pull[k]
+            for r in range(rows):
+                other[r] -= spread[r] * factor
