@@ -42,12 +42,25 @@ class GptqOptions(_Data):
 
     `asymmetric` is the share of the mismatch between the original model's inputs and the quantized one's that the
     weights make up for: 0 walks the quantized model alone, 1 aims at the original layer's own output.
+
+    `two_sided` weighs errors by what they do to the model's end, which is known once it was walked back: each output by the
+    second moments of its gradients, to whose diagonal `output_dampening` times the mean is added.
     """
 
     act_order: bool = True
     dampening: Annotated[float, Field(gt=0, le=1)] = 0.01
     sweeps: Annotated[int, Field(ge=0, le=32)] = 0
     asymmetric: Annotated[float, Field(ge=0, le=1)] = 1.0
+    two_sided: bool = False
+    output_dampening: Annotated[float, Field(gt=0, le=1)] = 0.05
+
+    @model_validator(mode="after")
+    def _outputs_are_weighed(self) -> GptqOptions:
+        if not self.two_sided and self.output_dampening != GptqOptions.model_fields["output_dampening"].default:
+            raise ValueError(
+                "output_dampening: it is for two_sided, which this is not; add 'two_sided: true', or leave it out"
+            )
+        return self
 
 
 class RecipeScheme(Scheme):

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from l4pack.calibration.carried import Ends
 from l4pack.calibration.moments import Moments
 from l4pack.calibration.rows import Block
 from l4pack.model.parts import DOWN, GATE, UP
@@ -20,9 +21,10 @@ from l4pack.quant.packing import pack_levels, pack_zero_points
 from l4pack.quant.quantized import Quantized
 from l4pack.quant.scales import global_scale
 from l4pack.quant.scheme import Scheme
-from l4pack.quant.solution import Solution
+from l4pack.quant.solution import Solution, TwoSided
 from l4pack.quant.torch_ops import QuantizedTensors, pack_e2m1
 from l4pack.quant.torch_scales import coded
+from l4pack.quant.two_sided_gptq import OutputMoments, solve_two_sided
 from l4pack.recipe import GptqOptions, RecipeScheme
 from l4pack.stream.rows import rows_at_once
 
@@ -48,24 +50,30 @@ def solve_mlp(
     inputs: Inputs,
     scheme: RecipeScheme,
     dtypes: Mapping[str, FloatName],
+    outputs: Tensor | None = None,
 ) -> dict[str, Solution]:
     """Solutions by projection. `inputs` gives the unit's inputs anew each time; `dtypes` are those of the source.
 
-    Raises NonFiniteError for a weight that is not finite.
+    With `outputs` they are solved by both sides: second moments [hidden, hidden] of the end loss' gradients with respect to
+    what the unit adds to hidden states, float32 of any scale. Raises NonFiniteError for a weight that is not finite.
     """
     options = scheme.gptq
     assert options is not None
     inner, hidden = matrices.weights[GATE].shape
-    moments = _moments(inputs(), hidden, options)
+    thin = outputs is None
+    moments = _moments(inputs(), hidden, options, thin=thin)
     tokens = moments.tokens
     first = _problem(moments, options, outputs=2 * inner)
     del moments
-    solve = partial(_solve, matrices=matrices, scheme=scheme, dtypes=dtypes)
-    solutions = {name: solve(first, name, together=(GATE, UP)) for name in (GATE, UP)}
-    del first
+    ends = None if outputs is None else Ends(outputs, matrices.weights, matrices.activation, inputs)
+    solve = partial(_solve, matrices=matrices, scheme=scheme, dtypes=dtypes, ends=ends)
+    back = None if ends is None else ends.before_down()
+    solutions = {name: solve(first, name, together=(GATE, UP), back=back) for name in (GATE, UP)}
+    del first, back
     solved = {name: solved_weights(solution, matrices.model_dtype) for name, solution in solutions.items()}
     after = Matrices(solved, matrices.activation, matrices.model_dtype)
-    moments = _moments((_inner(block, matrices, after) for block in inputs()), inner, options, tokens)
+    through = (_inner(block, matrices, after) for block in inputs())
+    moments = _moments(through, inner, options, tokens, thin=thin)
     del solved, after
     second = _problem(moments, options, outputs=hidden)
     del moments
@@ -80,13 +88,13 @@ def _inner(block: Block, before: Matrices, after: Matrices) -> Block:
     return Block(inputs, original, block.weights, block.kept)
 
 
-def _moments(blocks: Iterable[Block], width: int, options: GptqOptions, tokens: int = 0) -> Moments:
+def _moments(blocks: Iterable[Block], width: int, options: GptqOptions, tokens: int = 0, *, thin: bool) -> Moments:
     """Those of inputs [tokens, width]; how many come, 0 if that is not known, spares keeping any that will be too many."""
     moments: Moments | None = None
     for block in blocks:
         if moments is None:
             cross = block.original is not None and options.asymmetric > 0
-            moments = Moments(width, cross=cross, device=block.inputs.device, expected=tokens)
+            moments = Moments(width, cross=cross, device=block.inputs.device, expected=tokens, thin=thin)
         moments.add(block.inputs, block.original, block.weights)
     assert moments is not None
     return moments
@@ -116,18 +124,30 @@ def _solve(
     matrices: Matrices,
     scheme: RecipeScheme,
     dtypes: Mapping[str, FloatName],
+    ends: Ends | None,
+    back: Tensor | None = None,
 ) -> Solution:
     assert scheme.gptq is not None
-    weight = matrices.weights[name]
-    return gptq.solve_problem(
-        problem,
-        weight,
-        scheme,
-        sweeps=scheme.gptq.sweeps,
-        source_dtype=dtypes[name],
-        rows_at_once=rows_at_once(weight.device.type, weight.shape[1]),
-        global_scale=_global_scale([matrices.weights[one] for one in together]) if scheme.globally_scaled else None,
-    )
+    weight, options = matrices.weights[name], scheme.gptq
+    given: _Given = {
+        "sweeps": options.sweeps,
+        "source_dtype": dtypes[name],
+        "rows_at_once": rows_at_once(weight.device.type, weight.shape[1]),
+        "global_scale": _global_scale([matrices.weights[one] for one in together]) if scheme.globally_scaled else None,
+    }
+    if ends is None:
+        return gptq.solve_problem(problem, weight, scheme, **given)
+    outputs = OutputMoments(ends.moments(name, back), options.output_dampening, options.act_order)
+    return solve_two_sided(problem, outputs, weight, scheme, **given)
+
+
+class _Given(TypedDict):
+    """What both ways of solving are told."""
+
+    sweeps: int
+    source_dtype: FloatName
+    rows_at_once: int
+    global_scale: float | None
 
 
 def _global_scale(weights: Iterable[Tensor]) -> float:
@@ -164,7 +184,10 @@ def stored(solution: Solution, scheme: Scheme) -> Quantized:
 
 
 def result_of(solution: Solution, own: int, borrowed: int) -> dict[str, Any]:
-    """What is recorded of a solution; errors are sums over outputs of the mean squared error a token."""
+    """What is recorded of a solution; errors are sums over outputs of the mean squared error a token, those of `two_sided`
+    weighed by outputs."""
+    by_both = solution.two_sided
+    more = {} if by_both is None else {"two_sided": _by_both(by_both)}
     return {
         "method": solution.method.value,
         "error": _number(solution.error),
@@ -175,6 +198,18 @@ def result_of(solution: Solution, own: int, borrowed: int) -> dict[str, Any]:
         "rtn_rows": solution.rtn_rows,
         "dead_columns": solution.dead_columns,
         "reason": solution.reason,
+        **more,
+    }
+
+
+def _by_both(found: TwoSided) -> dict[str, Any]:
+    return {
+        "kept": found.kept.value,
+        "error": _number(found.error),
+        "gptq_error": _number(found.gptq_error),
+        "rtn_error": _number(found.rtn_error),
+        "dampening": found.dampening,
+        "reason": found.reason,
     }
 
 

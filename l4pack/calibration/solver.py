@@ -70,9 +70,14 @@ class UnitSolver:
         """
         original = passes[0] if len(passes) > 1 else None
         taken = [self._rows_of(one.unit, passes) for one in loaded]
-        if self._batched and len({scheme for one in loaded for scheme in self._schemes(one).values()}) == 1:
+        alike = len({scheme for one in loaded for scheme in self._schemes(one).values()}) == 1
+        if self._batched and alike and not self._two_sided(loaded[0]):
             return self._together(loaded, taken, passes[-1], original)
         return [self._one(*each, passes[-1], original) for each in zip(loaded, taken, strict=True)]
+
+    def _two_sided(self, loaded: LoadedUnit) -> bool:
+        options = self._scheme(loaded).gptq
+        return options is not None and options.two_sided
 
     @torch.inference_mode()
     def _one(self, loaded: LoadedUnit, taken: UnitRows, quantized: LayerPass, original: LayerPass | None) -> SolvedUnit:

@@ -231,12 +231,13 @@ def computing_on(
 
 @dataclass(frozen=True)
 class SolvedKind:
-    """MLPs that are solved: with `cross` moments or not, of which `inner` width, and whether they are `routed` experts,
-    of which several may be solved together."""
+    """MLPs that are solved: with `cross` moments or not, of which `inner` width, whether they are `routed` experts, of which
+    several may be solved together, and whether by both sides, each by itself."""
 
     cross: bool
     inner: int
     routed: bool
+    two_sided: bool = False
 
 
 def calibrating(computing: Computing, kinds: Iterable[SolvedKind], *, attention: bool) -> Memory:
@@ -246,7 +247,7 @@ def calibrating(computing: Computing, kinds: Iterable[SolvedKind], *, attention:
     # A unit runs as the original's and as it was written; half a matrix of the latter is there in a 16-bit dtype.
     written = computing.mlp + _largest_matrix(text) * STORED + computing.running()
     together = computing.together if computing.device != CPU else 0
-    solved = [_solving(computing, kind, (together if kind.routed else 1) if together else 0) for kind in kinds]
+    solved = [_solving(computing, kind, together if kind.routed else min(together, 1)) for kind in kinds]
     levels = together * mlp_numbers(text, widest_mlp(text))  # int8, of those solved last that are being written
     held = (computing.attention if attention else 0) + 2 * levels
     return computing.memory((computing.together * computing.mlp + written, *solved), held=held)
@@ -255,8 +256,9 @@ def calibrating(computing: Computing, kinds: Iterable[SolvedKind], *, attention:
 def _solving(computing: Computing, kind: SolvedKind, together: int) -> int:
     """Of MLPs that are solved, their weights with them: as many `together`, or one by itself (0)."""
     text, weights = computing.text, mlp_numbers(computing.text, kind.inner) * FLOAT
-    if not together:
-        return weights + solving(text, computing.rows, kind.inner, cross=kind.cross)
+    if not together or kind.two_sided:
+        solved = solving(text, computing.rows, kind.inner, cross=kind.cross, two_sided=kind.two_sided)
+        return max(together, 1) * weights + solved
     return together * (2 * weights + solving_together(text, kind.inner, cross=kind.cross))
 
 
@@ -280,13 +282,17 @@ def widest_mlp(text: TextConfig) -> int:
     return max(dense, text.intermediate_size)
 
 
-def solving(text: TextConfig, rows: int, inner: int, *, cross: bool) -> int:
+def solving(text: TextConfig, rows: int, inner: int, *, cross: bool, two_sided: bool = False) -> int:
     """Bytes beside an MLP's own weights, float32, while GPTQ solves it `rows` output rows at once; `cross` moments too.
 
     Three phases follow one another: gate and up for the hidden width, the moments of what the solved pair makes, down
     for the inner width. Each of a phase's moments is a square matrix, and the factor of the Hessian one more. Rows on
     their way through a solve: the weights, the target, what remains of it, and copies of a block's levels, errors and
     sums, 7 rows in all; between the phases as many rows of both models go through gate and up.
+
+    Where it is solved by both sides, the layer's matrix of gradients is there throughout, for gate and up what it is before
+    down, and of each matrix its outputs' moments and their factor. All its rows are on their way at once, as the target,
+    what remains of it, and three copies of that; slopes of some tokens in nine.
     """
     hidden = text.hidden_size
     moments = 2 if cross else 1
@@ -294,6 +300,10 @@ def solving(text: TextConfig, rows: int, inner: int, *, cross: bool) -> int:
     first = (moments + 1) * hidden * hidden + 7 * rows * hidden
     between = 3 * hidden * inner + moments * inner * inner + rows * (7 * inner + 5 * hidden)
     last = (moments + 1) * inner * inner + 7 * rows * inner
+    if two_sided:
+        first += 3 * inner * inner + 5 * hidden * inner + 9 * rows * inner
+        last += 2 * hidden * hidden + 5 * hidden * inner
+        levels += hidden * hidden
     return (levels + max(first, between, last)) * FLOAT
 
 

@@ -109,5 +109,6 @@ def _solved(recipe: Recipe, targets: Sequence[Target]) -> set[SolvedKind]:
         options = recipe.schemes[target.scheme].gptq
         if options is not None:
             width = max(target.linear.in_features, target.linear.out_features)
-            kinds.add(SolvedKind(options.asymmetric > 0, width, target.linear.role is Role.ROUTED_EXPERT))
+            routed = target.linear.role is Role.ROUTED_EXPERT
+            kinds.add(SolvedKind(options.asymmetric > 0, width, routed, options.two_sided))
     return kinds

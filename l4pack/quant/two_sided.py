@@ -30,7 +30,7 @@ from l4pack.quant.factor import Factor, factorize
 from l4pack.quant.grid import Grid
 from l4pack.quant.solution import Rounded
 from l4pack.quant.triangular import divide_by_upper_transposed
-from l4pack.quant.two_sided_tiles import SolvedTile
+from l4pack.quant.two_sided_tiles import SolvedTile, TileScales
 
 TILE = 128  # rows and columns of a tile
 LOSS_COLUMNS = 512  # columns that a loss is summed over at once
@@ -91,11 +91,11 @@ class _Scales:
     rows: Tensor
     columns: Tensor
 
-    def of(self, tile: Tile) -> tuple[Tensor, Tensor]:
-        """Those of a tile, [m, n] each."""
+    def of(self, tile: Tile) -> TileScales:
+        """Those of a tile."""
         group = self.columns[tile[1]] // (self.start.levels.shape[1] // self.start.scale.shape[1])
-        scale, zero_point = (part[self.rows[tile[0]]][:, group] for part in (self.start.scale, self.start.zero_point))
-        return scale, zero_point
+        rows = self.rows[tile[0]]
+        return TileScales(self.start.scale[rows], self.start.zero_point[rows], group)
 
 
 def _diagonals(rows: int, columns: int) -> Iterator[list[Tile]]:
@@ -122,7 +122,7 @@ def _solve_tiles(
     """The tiles of a diagonal, shared between as many threads as torch uses."""
     across, upper = outputs.factor.upper, inputs.upper
     given = [
-        (own.cpu(), across[rows, rows].cpu(), upper[block, block].cpu(), *scales.of((rows, block)), grid)
+        (own.cpu(), across[rows, rows].cpu(), upper[block, block].cpu(), scales.of((rows, block)), grid)
         for own, (rows, block) in zip(wanted, tiles, strict=True)
     ]
     threads = min(torch.get_num_threads(), len(tiles))
@@ -184,8 +184,8 @@ class _Turn:
             pull = self.pull[rows]
             if spread is not None:
                 pull = torch.addmm(pull, spread[:, rows].T, self.inputs, alpha=-1)
-            scale, zero_point = scales.of((rows, block))
-            change = two_sided_tiles.descend_tile(self.levels[rows], pull.cpu(), own, near, scale, zero_point, grid)
+            own_scales = scales.of((rows, block))
+            change = two_sided_tiles.descend_tile(self.levels[rows], pull.cpu(), own, near, own_scales, grid)
             if bool(change.any()):
                 spread = spread if spread is not None else torch.zeros_like(self.pull.T)
                 self._add(spread, change, rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.factor import Factor
-from l4pack.quant.gptq import Problem, asymmetric_target, round_to_nearest, solve_problem, with_scales
+from l4pack.quant.gptq import ROWS_AT_ONCE, Problem, asymmetric_target, round_to_nearest, solve_problem, with_scales
 from l4pack.quant.scheme import Scheme
 from l4pack.quant.solution import Kept, Rounded, Solution, SolvedBy, TwoSided
 from l4pack.quant.triangular import quadratic_form
@@ -20,24 +20,32 @@ NOT_SOLVED = "the gradients' moments are not finite, or no dampening up to 1.0 m
 NO_FACTOR = "the inputs' moments have no factor"
 
 
+@dataclass(frozen=True)
+class OutputMoments:
+    """Second moments [out, out] of the end loss' gradients with respect to a matrix' outputs, float32 of any scale, which
+    solving uses up; and how they are factored: `dampening` is a fraction of their mean diagonal."""
+
+    moments: Tensor
+    dampening: float
+    act_order: bool = True
+
+
 def solve_two_sided(
     problem: Problem,
-    moments: Tensor,
+    outputs: OutputMoments,
     weight: Tensor,
     scheme: Scheme,
     *,
-    dampening: float,
-    act_order: bool = True,
     sweeps: int = 0,
     source_dtype: FloatName = "BF16",
-    rows_at_once: int,
+    rows_at_once: int = ROWS_AT_ONCE,
     global_scale: float | None = None,
 ) -> Solution:
-    """`gptq.solve_problem`, carried on with the `moments` [out, out] of the outputs' gradients, which are used up.
+    """`gptq.solve_problem` carried on with what the matrix' outputs do to the end loss.
 
     Scales are those of the solve by inputs alone. Rows depend on each other here, so that of the whole matrix the nested
-    solve, that by inputs alone or rounding to nearest is kept, whichever has the least loss. `dampening` is that of the
-    moments, as a fraction of their mean diagonal. Raises what `solve_problem` raises.
+    solve, that by inputs alone or rounding to nearest is kept, whichever has the least loss. Raises what `solve_problem`
+    raises.
     """
     scheme = with_scales(scheme, source_dtype)
     matrix = _Matrix(problem, weight, scheme, _target(problem, weight, rows_at_once), rows_at_once, global_scale)
@@ -47,10 +55,10 @@ def solve_two_sided(
     )  # fmt: skip
     if not isinstance(problem.factor, Factor):
         return _unsolved(solution, problem.reason or NO_FACTOR)
-    outputs = prepare_outputs(moments, dampening=dampening, act_order=act_order)
-    if outputs is None:
+    sides = prepare_outputs(outputs.moments, dampening=outputs.dampening, act_order=outputs.act_order)
+    if sides is None:
         return _unsolved(solution, NOT_SOLVED)
-    return _best(matrix, problem.factor, outputs, solution, sweeps)
+    return _best(matrix, problem.factor, sides, solution, sweeps)
 
 
 def _unsolved(solution: Solution, reason: str) -> Solution:
@@ -121,6 +129,7 @@ def _nested(matrix: _Matrix, inputs: Factor, outputs: Outputs, start: Rounded, s
     if not sweeps:
         return solved, float(product_sum(errors, errors))
     pull = pull_of_errors(errors, inputs, outputs.factor)
+    del errors
     solved = descend(pull, matrix.problem.hessian, inputs.added, outputs.damped, solved, grid, sweeps=sweeps)
     return solved, float(product_sum(matrix.residual(solved), pull))
 

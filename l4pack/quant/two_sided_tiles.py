@@ -24,19 +24,36 @@ class SolvedTile:
     left: Tensor
 
 
-def solve_tile(
-    tile: Tensor, across: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid
-) -> SolvedTile:
-    """Round the columns of a tile [m, n] in turn, and in each its rows.
+@dataclass(frozen=True)
+class TileScales:
+    """Scales and zero points [m, groups] of a tile's rows, and int64 [n] which group is each column's."""
 
-    `across` [m, m] and `upper` [n, n] are its parts of U_O and U_I; `scale` and `zero_point` [m, n] are each weight's own.
-    """
+    scale: Tensor
+    zero_point: Tensor
+    group: Tensor
+
+    def arrays(self, dtype: torch.dtype) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]:
+        """The three for a kernel that computes in `dtype`."""
+        return self.scale.to(dtype).numpy(), self.zero_point.to(dtype).numpy(), self.group.numpy()
+
+
+def solve_tile(tile: Tensor, across: Tensor, upper: Tensor, scales: TileScales, grid: Grid) -> SolvedTile:
+    """Round the columns of a tile [m, n] in turn, and in each its rows; `across` [m, m] and `upper` [n, n] are its parts of
+    U_O and U_I."""
     own = tile.T.clone(memory_format=torch.contiguous_format).numpy()
-    rows, columns, scales, zeros = (
-        part.to(tile.dtype).contiguous().numpy() for part in (across, upper, scale.T, zero_point.T)
-    )
+    rows, columns = (part.to(tile.dtype).contiguous().numpy() for part in (across, upper))
     levels, errors, left = (torch.empty(tile.T.shape, dtype=dtype) for dtype in (torch.int8, tile.dtype, tile.dtype))
-    _solve(own, rows, columns, scales, zeros, grid.bits, KINDS[grid], levels.numpy(), errors.numpy(), left.numpy())
+    _solve(
+        own,
+        rows,
+        columns,
+        *scales.arrays(tile.dtype),
+        grid.bits,
+        KINDS[grid],
+        levels.numpy(),
+        errors.numpy(),
+        left.numpy(),
+    )
     return SolvedTile(levels.T, errors.T, left.T)
 
 
@@ -47,6 +64,7 @@ def _solve(
     upper: NDArray[Any],
     scale: NDArray[Any],
     zero_point: NDArray[Any],
+    group: NDArray[np.int64],
     num_bits: int,
     kind: int,
     levels: NDArray[np.int8],
@@ -58,7 +76,7 @@ def _solve(
     for j in range(columns):
         wanted = tile[j].copy()
         for i in range(rows):
-            s, z = scale[j, i], zero_point[j, i]
+            s, z = scale[i, group[j]], zero_point[i, group[j]]
             level = level_of(wanted[i] / s, z, num_bits, kind)
             value = (level - z) * s
             error = (wanted[i] - value) / across[i, i]
@@ -76,7 +94,7 @@ def _solve(
 
 
 def descend_tile(
-    levels: Tensor, pull: Tensor, outputs: Tensor, inputs: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid
+    levels: Tensor, pull: Tensor, outputs: Tensor, inputs: Tensor, scales: TileScales, grid: Grid
 ) -> Tensor:
     """Let every weight of a tile [m, n] take its best level, column by column: by how much the values changed [m, n].
 
@@ -85,10 +103,8 @@ def descend_tile(
     """
     moved, change = levels.T.contiguous(), torch.zeros(pull.T.shape, dtype=pull.dtype)
     own = pull.T.clone(memory_format=torch.contiguous_format).numpy()
-    across, along, scales, zeros = (
-        part.to(pull.dtype).contiguous().numpy() for part in (outputs, inputs, scale.T, zero_point.T)
-    )
-    _descend(moved.numpy(), own, across, along, scales, zeros, grid.bits, KINDS[grid], change.numpy())
+    across, along = (part.contiguous().numpy() for part in (outputs, inputs))
+    _descend(moved.numpy(), own, across, along, *scales.arrays(pull.dtype), grid.bits, KINDS[grid], change.numpy())
     levels.copy_(moved.T)
     return change.T
 
@@ -101,6 +117,7 @@ def _descend(
     inputs: NDArray[Any],
     scale: NDArray[Any],
     zero_point: NDArray[Any],
+    group: NDArray[np.int64],
     num_bits: int,
     kind: int,
     change: NDArray[Any],
@@ -115,12 +132,12 @@ def _descend(
         found = np.int32(0)
         for i in range(rows):
             curvature[i] = outputs[i, i] * here
-            found = np.int32(found | np.int32(abs(own[i]) > least * scale[j, i] * curvature[i]))
+            found = np.int32(found | np.int32(abs(own[i]) > least * scale[i, group[j]] * curvature[i]))
         if found == 0:
             continue
         spread[:] = 0
         for i in range(rows):
-            s, z = scale[j, i], zero_point[j, i]
+            s, z = scale[i, group[j]], zero_point[i, group[j]]
             if abs(own[i]) <= least * s * curvature[i]:
                 continue
             old = own.dtype.type(levels[j, i])

@@ -54,6 +54,10 @@ def test_sizes_of_scout_by_hand():
     # Beside its weights: levels, and for gate and up a Hessian, its factor and cross moments.
     by_hand = 3 * 5120 * 8192 // 2 + max(3 * 5120**2, 3 * 5120 * 8192 + 2 * 8192**2, 3 * 8192**2)
     assert solving(SCOUT, 0, 8192, cross=True) == 4 * by_hand
+    # By both sides: the layer's gradients, and of gate and up three squares of their outputs, and five matrices.
+    gate_up, down = 3 * 5120**2 + 3 * 8192**2 + 5 * 5120 * 8192, 3 * 8192**2 + 2 * 5120**2 + 5 * 5120 * 8192
+    by_hand = 3 * 5120 * 8192 // 2 + 5120**2 + max(gate_up, down)
+    assert solving(SCOUT, 0, 8192, cross=True, two_sided=True) == 4 * by_hand
 
 
 def test_what_is_solved_together_is_cut_as_planned():

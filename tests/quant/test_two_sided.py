@@ -15,6 +15,7 @@ from l4pack.quant.factor import factorize
 from l4pack.quant.scales import global_scale
 from l4pack.quant.scheme import Scheme
 from l4pack.quant.solution import Kept, Rounded, Solution, SolvedBy, TwoSided
+from l4pack.quant.two_sided_gptq import OutputMoments
 
 OUT, IN = 40, 64
 SCHEMES = {
@@ -158,10 +159,10 @@ def solved(name: str, *, outputs: torch.Tensor | None = None, **options):
     scheme, h = SCHEMES[name], hessian()
     cross = 0.05 * h.roll(1, 0)
     problem = gptq.prepare_problem(h.float(), cross=cross.float())
-    moments = (output_moments() if outputs is None else outputs).float()
+    sides = OutputMoments((output_moments() if outputs is None else outputs).float(), dampening=0.05)
     found = two_sided_gptq.solve_two_sided(
-        problem, moments, weight().float(), scheme,
-        **{"dampening": 0.05, "sweeps": 2, "rows_at_once": 16, "global_scale": over(scheme), **options},
+        problem, sides, weight().float(), scheme,
+        **{"sweeps": 2, "rows_at_once": 16, "global_scale": over(scheme), **options},
     )  # fmt: skip
     return problem, found
 
@@ -246,11 +247,9 @@ def test_a_device_finds_the_levels_of_the_cpu():
 
 def test_super_blocks_are_solved_by_both_sides():
     scheme = Scheme(num_bits=4, group_size=32, symmetric=False, observer="mse", scale_dtype="q4_k")
-    matrix, h, outputs = random(OUT, 256, seed=4).float() * 0.02 + 0.01, moments(256, seed=9).float(), output_moments()
-    problem = gptq.prepare_problem(h)
-    found = two_sided_gptq.solve_two_sided(
-        problem, outputs.float(), matrix, scheme, dampening=0.05, sweeps=2, rows_at_once=OUT
-    )
+    matrix, h = random(OUT, 256, seed=4).float() * 0.02 + 0.01, moments(256, seed=9).float()
+    problem, outputs = gptq.prepare_problem(h), OutputMoments(output_moments().float(), dampening=0.05)
+    found = two_sided_gptq.solve_two_sided(problem, outputs, matrix, scheme, sweeps=2)
     assert found.two_sided is not None
     sides = two_sided.prepare_outputs(output_moments(), dampening=0.05)
     assert sides is not None
