@@ -64,6 +64,8 @@ MEANINGS = {
     "dampening": "Added to the Hessian's diagonal, as a fraction of its mean; raised by steps if that is not enough.",
     "sweeps": "Passes of coordinate descent after GPTQ.",
     "asymmetric": "Share of the input error made so far that weights make up for; 0 runs the quantized model alone.",
+    "two_sided": "Weigh errors of outputs by what they do to the model's end; the model is walked back first to know.",
+    "output_dampening": "As `dampening`, of what outputs weigh; with `two_sided` alone.",
     "samples": "Most sequences taken.",
     "sequence_length": "Tokens of a sequence; `null`: 2048, or the model's context if that is shorter.",
     "seed": "Which sequences are taken.",

@@ -23,6 +23,7 @@ SCHEMA_VERSION = 1
 MAX_BYTES = 200_000_000
 HINT = "calibrate again, or remove the file"
 _HEAD, _PER_MATRIX, _PER_EXPERT, _PER_LAYER, _PER_KV_AMAX = 4096, 320, 12, 64, 16
+_PER_TWO_SIDED = 224  # more of a matrix that is solved by both sides
 
 
 class _Data(BaseModel):
@@ -54,12 +55,22 @@ def read_calibration(folder: Path) -> dict[str, Any] | None:
     return value
 
 
-def record_bytes(text: TextConfig, modules: Iterable[str], cache_shapes: Iterable[Sequence[int]]) -> int:
-    """Size of the file for the matrices that calibration looks at and the scales of the KV cache it finds."""
+def record_bytes(
+    text: TextConfig, modules: Iterable[str], cache_shapes: Iterable[Sequence[int]], two_sided: int = 0
+) -> int:
+    """Size of the file for the matrices that calibration looks at and the scales of the KV cache it finds; as many of the
+    former are `two_sided`."""
     experts = len(text.moe_layers) * text.num_local_experts
     matrices = sum(_PER_MATRIX + len(module) for module in modules)
     cache = sum(_PER_LAYER + _PER_KV_AMAX * math.prod(shape) for shape in cache_shapes)
-    return _HEAD + matrices + _PER_LAYER * text.num_hidden_layers + _PER_EXPERT * experts + cache
+    return (
+        _HEAD
+        + matrices
+        + _PER_LAYER * text.num_hidden_layers
+        + _PER_EXPERT * experts
+        + cache
+        + _PER_TWO_SIDED * two_sided
+    )
 
 
 def record_json(text_record: Mapping[str, Any], results: Mapping[str, Any], size: int) -> bytes:

@@ -198,7 +198,10 @@ class Plan:
     def calibration_bytes(self) -> int:
         """Size of the calibration record."""
         modules = [target.module for target in (*self.calibrated, *self.observed)]
-        return record_bytes(self.checkpoint.config.text, modules, [tensor.shape for tensor in self.kv_scales])
+        options = [self.recipe.schemes[target.scheme].gptq for target in self.calibrated]
+        two_sided = sum(option is not None and option.two_sided for option in options)
+        shapes = [tensor.shape for tensor in self.kv_scales]
+        return record_bytes(self.checkpoint.config.text, modules, shapes, two_sided)
 
     def calibration_json(self, results: Mapping[str, Any]) -> bytes:
         """The calibration record's bytes from the results in the journal."""

@@ -16,7 +16,7 @@ from l4pack.quant.solution import Kept, Rounded, Solution, SolvedBy, TwoSided
 from l4pack.quant.triangular import quadratic_form
 from l4pack.quant.two_sided import Outputs, descend, loss_of, prepare_outputs, product_sum, pull_of_errors, solve_nested
 
-NOT_SOLVED = "the gradients' moments are not finite, or no dampening up to 1.0 made them positive definite"
+NOT_SOLVED = "no dampening up to 1.0 made the moments of gradients positive definite"
 NO_FACTOR = "the inputs' moments have no factor"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ from l4pack.checkpoint.open import open_source
 from l4pack.errors import BudgetError, QualityError, RecipeError, SourceError, UsageError
 from l4pack.plan.plan import RunLimits, make_plan
 from l4pack.quant import gptq
+from l4pack.quant.two_sided_gptq import NOT_SOLVED
 from l4pack.quantize.run import run_plan
-from l4pack.recipe import Recipe, load_recipe
+from l4pack.recipe import GptqOptions, Recipe, load_recipe
 from l4pack.stream.layer import LayerPass, Routing
 from l4pack.stream.walk import Walk
 
@@ -259,12 +261,21 @@ def test_the_same_input_gives_the_same_bytes(made, text, source, tmp_path):
         assert (again / name).read_bytes() == (folder / name).read_bytes(), name
 
 
-def test_a_record_never_outgrows_its_room(made):
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_a_record_never_outgrows_its_room(made, two_sided):
     plan, _ = made
     longest = {
         "method": "gptq", "error": -1.23456e-123, "rtn_error": -1.23456e-123, "dampening": 0.01, "tokens": 10**9,
         "borrowed_tokens": 10**9, "rtn_rows": 65536, "dead_columns": 65536, "reason": gptq.NOT_DEFINITE,
     }  # fmt: skip
+    if two_sided:
+        schemes = {
+            name: scheme.model_copy(update={"gptq": GptqOptions(two_sided=True)})
+            for name, scheme in plan.recipe.schemes.items()
+        }
+        plan = replace(plan, recipe=plan.recipe.model_copy(update={"schemes": schemes}))
+        losses = dict.fromkeys(("error", "gptq_error", "rtn_error"), -1.23456e-123)
+        longest["two_sided"] = {"kept": "nested", **losses, "dampening": 0.05, "reason": NOT_SOLVED}
     results = {"unit": {"matrices": {target.module: longest for target in plan.calibrated}}}
     results |= {str(layer): {"tokens": [10**9] * 8} for layer in (1, 3)}
     assert len(plan.calibration_json(results)) == plan.calibration_bytes
