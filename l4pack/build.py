@@ -20,20 +20,23 @@ from l4pack import __version__
 from l4pack.artifact.contents import recorded_digest
 from l4pack.artifact.made import build_state, made_record
 from l4pack.budget.devices import find_host, load_devices
+from l4pack.budget.files import CONTAINERS
 from l4pack.budget.load import Load
 from l4pack.budget.model import budget
 from l4pack.budget.named import open_subject
 from l4pack.budget.record import budget_record
 from l4pack.budget.serve import serve_command
 from l4pack.budget.solve import limits as budget_limits
+from l4pack.budget.subject import Subject
 from l4pack.checkpoint.source import Checkpoint, open_folder
 from l4pack.datafile import small_object
 from l4pack.errors import BudgetError, L4packError
 from l4pack.evaluate.gates import judge, limits_of, require
 from l4pack.evaluate.record import find, read_evaluations, write_accuracy
-from l4pack.fit.budgets import Wish
+from l4pack.fit.budgets import ANY, Wish
 from l4pack.fit.fit import fit
 from l4pack.fit.record import fit_record, read_fit
+from l4pack.fit.units import RUNTIMES
 from l4pack.measure.identity import model_fingerprint
 from l4pack.plan.plan import Plan
 from l4pack.plan.summary import plan_record
@@ -104,6 +107,8 @@ class Order:
     refused: Sequence[Refusal] = ()  # what packaging the artifact will refuse
     cluster: Cluster | None = None
     exports: tuple[str, ...] = ()  # containers to put the artifact into too
+    runtime: str = RUNTIMES[0]  # whose memory is counted
+    gpu_layers: int | None = None
 
     def sample(self, plan: Plan) -> dict[str, int] | None:
         """What the sample takes; None where none is asked for."""
@@ -292,8 +297,10 @@ class _Chain:
             context=order.context or (promise.context if promise else None),
             sequences=order.sequences or (promise.sequences if promise else 1),
             kv_dtype=order.kv_dtype or (promise.kv_dtype if promise else "auto"),
+            gpu_layers=order.gpu_layers,
         )
-        found = budget(open_subject(str(order.out)), find_host(device, load_devices()), load)
+        subject, runtime = self._loaded()
+        found = budget(subject, find_host(device, load_devices()), load, runtime)
         if not found.fits:
             raise BudgetError(
                 f"{found.setting.context:,} tokens on {device} {found.lacking('lack')}",
@@ -302,6 +309,18 @@ class _Chain:
         record = {**budget_record(found, budget_limits(found)), "serve": serve_command(found, str(order.out))}
         summary = f"fits {device}, {human_gib(found.headroom_bytes)} to spare, up to {record['max_context']:,} tokens"
         return Outcome.DONE, summary, record
+
+    def _loaded(self) -> tuple[Subject, str]:
+        """What the runtime loads, the artifact or the export to come, and the runtime whose memory is counted."""
+        order = self._order
+        if order.runtime not in CONTAINERS:
+            return open_subject(str(order.out)), RUNTIMES[0] if order.runtime == ANY else order.runtime
+        from l4pack.export.ahead import planned_export
+
+        subject = planned_export(self._plan, order.runtime).subject
+        folder = export_place(order.out, CONTAINERS[order.runtime])
+        tower = None if subject.tower is None else folder / subject.tower
+        return replace(subject, path=folder / subject.path, tower=tower), order.runtime
 
     def _evaluate(self) -> StepResult:
         order, text, out = self._order, self._order.text, self._order.out

@@ -21,6 +21,8 @@ from l4pack.model.names import classify
 from l4pack.model.tensors import Role
 
 LLAMA_CPP, MLX = "llama.cpp", "mlx"
+CONTAINERS = {LLAMA_CPP: "gguf", MLX: "mlx"}
+"""What `export` puts an artifact into for a runtime that loads files of its own."""
 _USUAL = "vllm"  # what a runtime is where none is named
 _MAX_CONFIG, _MAX_FILES = 4 * 1024**2, 1000
 _LAYER = re.compile(r"\.(\d{1,4})\.")
@@ -63,11 +65,10 @@ def runtime_of(subject: Subject, named: str) -> str:
                 f"{named} does not load {subject.name}", hint=f"leave --runtime out: it is {subject.runtime}'s"
             )
         return subject.runtime
-    if named in (LLAMA_CPP, MLX):
-        container = "gguf" if named == LLAMA_CPP else MLX
+    if named in CONTAINERS:
         raise UsageError(
             f"{subject.name} is not in {named}'s files",
-            hint=f"l4pack export ARTIFACT --to {container} --out DIR makes them",
+            hint=f"l4pack export ARTIFACT --to {CONTAINERS[named]} --out DIR makes them; l4pack fit plans them",
         )
     return named
 

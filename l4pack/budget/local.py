@@ -47,6 +47,13 @@ def local_lines(
     )
 
 
+def device_layers(subject: FileSubject, host: Host, setting: Setting) -> list[set[int]]:
+    """The layers that each device has the matrices of."""
+    layers = range(subject.config.text.num_hidden_layers)
+    place = _places(subject, host, setting)
+    return [{layer for layer in layers if place(layer, Role.ATTENTION) == index} for index in range(host.count)]
+
+
 Place = Callable[[int | None, Role], int | None]
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from l4pack.cli import console
 from l4pack.cli.cluster import cluster_options, joined, planned_workers
-from l4pack.cli.fit import warn_of_stand_in
+from l4pack.cli.fit import warn_of
 from l4pack.cli.hours import (
     Hours,
     hours_view,
@@ -38,6 +38,7 @@ from l4pack.cli.options import (
     ExportsOption,
     FetchAsYouGoOption,
     FitRecipeOption,
+    GpuLayersOption,
     GpusPerWorkerOption,
     IncludeOption,
     KeepFloat32Option,
@@ -109,6 +110,7 @@ def build(
     kv_dtype: KVDtypeOption[str | None] = None,
     max_bytes: MaxBytesOption = None,
     bits: BitsOption = None,
+    gpu_layers: GpuLayersOption = None,
     runtime: RuntimeOption = "vllm",
     sensitivity: SensitivityFileOption = None,
     calibration: CalibrationOption = None,
@@ -157,7 +159,6 @@ def build(
     from l4pack.build import Order, fetch_folder, fit_recipe
     from l4pack.build import build as run
     from l4pack.evaluate.gates import asked_gates
-    from l4pack.export.known import containers_named
     from l4pack.plan.plan import make_plan
     from l4pack.publish.ahead import refused_later
     from l4pack.publish.publish import Wishes
@@ -165,7 +166,7 @@ def build(
 
     chosen_device = chosen(compute)
     spread = cluster_options(ray, gpus_per_worker, chosen_device)
-    target, exports = _target(push, public=public, tag=tag), containers_named(export)
+    target, exports = _target(push, public=public, tag=tag), _exports(export, runtime)
     checkpoint = open_original(
         source,
         fetch_folder=fetch_folder(out) if fetch_as_you_go else None,
@@ -176,8 +177,8 @@ def build(
     )
     before: list[Step] = []
     if fit:
-        wish = _wish(recipe, device, context, sequences, kv_dtype, max_bytes, bits, runtime)
-        step, path = fit_recipe(checkpoint, _sensitivity(checkpoint, sensitivity), wish, out)
+        wish = _wish(recipe, device, context, sequences, kv_dtype, max_bytes, bits, runtime, gpu_layers)
+        step, path = fit_recipe(checkpoint, _sensitivity(checkpoint, sensitivity, runtime), wish, out)
         before, recipe = [step], str(path)
     elif max_bytes or bits or sensitivity:
         raise UsageError("--max-bytes, --bits and --sensitivity go with --fit", hint="add --fit, or leave them out")
@@ -198,7 +199,7 @@ def build(
         gates=asked_gates(max_kl=max_kl, min_agreement=min_agreement, max_perplexity_ratio=max_perplexity_ratio),
         wishes=Wishes(name=name, base_model=base_model), push=target,
         max_ram=allowed.max_ram, max_vram=allowed.max_vram, restart=restart, dry_run=dry_run,
-        predicted=predicted, refused=refused, talk=talk, exports=exports,
+        predicted=predicted, refused=refused, talk=talk, exports=exports, runtime=runtime, gpu_layers=gpu_layers,
     )  # fmt: skip
     with joined(None if dry_run else spread, computes=True) as cluster:
         built = run(plan, replace(order, cluster=cluster), console.progress, before)
@@ -236,6 +237,15 @@ def _with_text(plan: Plan, calibration: str | None) -> Plan:
         plan = with_text(plan, calibration)
     plan.check_servable()
     return plan
+
+
+def _exports(named: str | None, runtime: str) -> tuple[str, ...]:
+    """The containers asked for, and the one that the runtime loads. Raises UsageError."""
+    from l4pack.budget.files import CONTAINERS
+    from l4pack.export.known import containers_named
+
+    own = CONTAINERS.get(runtime)
+    return tuple(dict.fromkeys([*containers_named(named), *([own] if own else [])]))
 
 
 def _check_exports(plan: Plan, exports: tuple[str, ...]) -> None:
@@ -310,6 +320,7 @@ def _wish(
     max_bytes: str | None,
     bits: float | None,
     runtime: str,
+    gpu_layers: int | None,
 ) -> Wish:
     """What to fit to: the device's load, unless bytes or bits are named; then the device is checked afterwards."""
     from l4pack.fit.budgets import Wish
@@ -320,17 +331,19 @@ def _wish(
     if size is not None or bits is not None:
         wish = Wish(max_bytes=size, bits=bits, runtime=runtime)
     else:
-        wish = Wish(device=device, context=context, sequences=sequences, kv_dtype=kv_dtype, runtime=runtime)
+        wish = Wish(
+            device=device, context=context, sequences=sequences, kv_dtype=kv_dtype, runtime=runtime, gpu_layers=gpu_layers
+        )  # fmt: skip
     wish.check()
     return wish
 
 
-def _sensitivity(checkpoint: Checkpoint, path: Path | None) -> Sensitivity:
+def _sensitivity(checkpoint: Checkpoint, path: Path | None, runtime: str) -> Sensitivity:
     from l4pack.fit.losses import shipped_sensitivity
     from l4pack.measure.record import read_sensitivity
 
     found = shipped_sensitivity(checkpoint) if path is None else read_sensitivity(path)
-    warn_of_stand_in(found, checkpoint)
+    warn_of(found, checkpoint, runtime)
     return found
 
 

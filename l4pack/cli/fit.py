@@ -17,6 +17,7 @@ from l4pack.cli.options import (
     CompanionsOption,
     ContextOption,
     DeviceOption,
+    GpuLayersOption,
     KVDtypeOption,
     LoraOption,
     MaxBytesOption,
@@ -42,6 +43,7 @@ def fit(
     context: ContextOption = None,
     sequences: SequencesOption[int | None] = None,
     kv_dtype: KVDtypeOption[str | None] = None,
+    gpu_layers: GpuLayersOption = None,
     max_bytes: MaxBytesOption = None,
     bits: BitsOption = None,
     runtime: RuntimeOption = "vllm",
@@ -52,6 +54,8 @@ def fit(
     as_json: AsJsonOption = False,
 ) -> None:
     """Choose what each part is quantized to, so that the artifact fits and hurts least; write it as a recipe.
+
+    For `--runtime llama.cpp` or `mlx`, sizes are those of the files that `build --export` makes.
 
     Example: `l4pack fit llama-4-scout --max-bytes 65GB --out scout-65gb.yaml`
     """
@@ -66,14 +70,14 @@ def fit(
     from l4pack.work.files import write_atomic
 
     size = given_size(max_bytes)
-    wish = Wish(size, bits, device, context, sequences, kv_dtype, runtime, by)
+    wish = Wish(size, bits, device, context, sequences, kv_dtype, runtime, by, gpu_layers)
     wish.check()
     check_file(out)
     if chart is not None:
         check_chart(chart)
     checkpoint = open_original(source, companions=companions, lora=lora or ())
     found = shipped_sensitivity(checkpoint) if sensitivity is None else read_sensitivity(sensitivity)
-    warn_of_stand_in(found, checkpoint)
+    warn_of(found, checkpoint, runtime)
     fitted = run(checkpoint, found, wish, out.stem)
     record = fit_record(fitted, out)
     write_atomic(out, fitted.recipe_text.encode())
@@ -82,10 +86,21 @@ def fit(
     console.show_json(record.model_dump(mode="json")) if as_json else console.show(*fit_view(record, chart))
 
 
-def warn_of_stand_in(found: Sensitivity, checkpoint: Checkpoint) -> None:
-    """Say on stderr that the losses are another model's, where they are."""
+def warn_of(found: Sensitivity, checkpoint: Checkpoint, runtime: str) -> None:
+    """Say on stderr where losses are another model's, lack a runtime's own options, or sizes lack a tokenizer."""
+    from l4pack.budget.files import CONTAINERS
     from l4pack.fit.losses import is_stand_in
+    from l4pack.measure.options import FOR_CONTAINERS
 
+    worth = FOR_CONTAINERS.get(CONTAINERS.get(runtime, ""), ())
+    missing = [name for name in worth if name not in found.options]
+    if missing:
+        console.warning(
+            f"the sensitivities lack {', '.join(missing)}, which {runtime} could have: "
+            f"l4pack measure SOURCE --options {','.join(worth)}, and give --sensitivity"
+        )
+    if runtime in CONTAINERS and checkpoint.bare:
+        console.warning(f"{checkpoint.name} is a configuration: its tokenizer, some 10 to 30 MB, is not counted")
     if is_stand_in(found, checkpoint):
         console.warning(
             f"the sensitivities are a stand-in's, measured on {found.model.name} and carried over by role and depth; "
@@ -123,8 +138,16 @@ def fit_view(record: FitRecord, chart: Path | None = None) -> list[RenderableTyp
         lines.append(f"chart      [bold]{console.plain(chart)}[/bold]")
     if record.recipe is not None:
         recipe = console.plain(record.recipe)
-        lines.append(f"recipe     [bold]{recipe}[/bold]   l4pack quantize SOURCE --recipe {recipe} --out DIR")
+        lines.append(f"recipe     [bold]{recipe}[/bold]   {_next_command(record.runtime)} --recipe {recipe} --out DIR")
     return lines
+
+
+def _next_command(runtime: str) -> str:
+    """What makes what the runtime loads, of a recipe."""
+    from l4pack.budget.files import CONTAINERS
+
+    container = CONTAINERS.get(runtime)
+    return "l4pack quantize SOURCE" if container is None else f"l4pack build SOURCE --export {container}"
 
 
 def _choice_table(record: FitRecord) -> RenderableType:

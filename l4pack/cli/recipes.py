@@ -9,6 +9,7 @@ from l4pack.cli.options import AsJsonOption, ExplainedOption
 
 if TYPE_CHECKING:
     from l4pack.formats.format import Format
+    from l4pack.formats.readers import FormatReader
     from l4pack.recipe import Recipe, RecipeScheme
 
 
@@ -66,10 +67,16 @@ def formats(name: ExplainedOption = None, as_json: AsJsonOption = False) -> None
 def _list_formats(chosen: list[Format]) -> None:
     table = console.table("Format", "Bits", "Strategies", "Read by", "What it is")
     for form in chosen:
-        readers = ", ".join(f"{reader.runtime} {reader.version}" for reader in form.readers)
+        readers = ", ".join(_reader_text(reader) for reader in form.readers)
         strategies = ", ".join(strategy.value for strategy in form.accepts.strategies)
         table.add_row(form.name, ", ".join(map(str, form.accepts.num_bits)), strategies, readers, form.title)
     console.show(table)
+
+
+def _reader_text(reader: FormatReader) -> str:
+    """A runtime, and the container that it reads the format's numbers from where that is another."""
+    by_export = f" ({reader.container})" if reader.container else ""
+    return f"{reader.runtime} {reader.version}{by_export}"
 
 
 def _explain(value: dict[str, Any], title: str) -> None:

@@ -54,6 +54,12 @@ def context_length(config: Llama4Config) -> int:
     return most if same else min(most, FLOOR - 1, floor - 1 if text.attn_temperature_tuning else FLOOR - 1)
 
 
+def as_run(config: Llama4Config) -> Llama4Config:
+    """The configuration with llama.cpp's chunks, and the context that the file says."""
+    own = {"attention_chunk_size": CHUNK, "max_position_embeddings": context_length(config)}
+    return config.model_copy(update={"text": config.text.model_copy(update=own)})
+
+
 def describe_text(writer: GGUFWriter, config: Llama4Config) -> None:
     """Write the keys of the text model's numbers."""
     text = config.text

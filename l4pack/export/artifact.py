@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,17 +30,21 @@ from l4pack.quant.suffixes import Suffix
 STEP = 1 << 20  # weights that are carried at once: a few megabytes of them as float32 stay in the cache
 ROWS = 128  # a step is a multiple of this many output rows: whole words of zero points, whole blocks of FP8
 
+Own = tuple[Format, Scheme]
+"""How a matrix that is read here is stored."""
+
 
 @dataclass(frozen=True)
 class Source:
-    """A matrix, or another tensor as rows: its name, size, dtype (of the scales where it is quantized) and scheme."""
+    """A matrix, or another tensor as rows: name, size, dtype (of the scales where it is quantized), scheme and layer."""
 
     name: str
     rows: int
     columns: int
     dtype: str
     linear: Linear | None = None
-    own: tuple[Format, Scheme] | None = None
+    own: Own | None = None
+    layer: int | None = None
 
     @property
     def integers(self) -> bool:
@@ -54,40 +58,48 @@ class Source:
         return [slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
 
 
+def _stated(checkpoint: Checkpoint, linears: Sequence[Linear]) -> Callable[[str], Own | None]:
+    """What the configuration says of a module."""
+    quantization = Quantization(checkpoint.config.stanza, [linear.module for linear in linears])
+    return lambda module: quantization.scheme(module).own
+
+
 class Artifact:
     """An opened artifact or plain checkpoint: what is in it, and how each matrix was quantized."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        """Raises SourceError for a configuration without weights, L4packError for a stanza that can't be read."""
+    def __init__(self, checkpoint: Checkpoint, to_come: Mapping[str, Own] | None = None) -> None:
+        """`to_come`: how each quantized module will be stored, of an artifact that is planned only.
+
+        Raises SourceError for a configuration without weights, L4packError for a stanza that can't be read.
+        """
         if checkpoint.bare or checkpoint.store is None:
             raise SourceError(f"{checkpoint.name} is a configuration without weights", hint="give an artifact's folder")
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.layout = detect_layout(checkpoint.config, checkpoint.entries)
-        modules = [linear.module for linear in self.layout.linears]
-        self._quantization = Quantization(checkpoint.config.stanza, modules)
+        self._own = _stated(checkpoint, self.layout.linears) if to_come is None else to_come.get
         self.others = self._others()
 
     def matrix(self, linear: Linear) -> Source:
         """A matrix. Raises UsageError for one in a format that is not read here, SourceError for one that is missing."""
         values = [suffix for suffix in (Suffix.PACKED, Suffix.SCALE) if f"{linear.module}.{suffix}" in self._entries]
-        plain = Source(linear.module, linear.out_features, linear.in_features, "", linear)
+        plain = Source(linear.module, linear.out_features, linear.in_features, "", linear, layer=linear.layer)
         if not values:
             return replace(plain, dtype=self._float(linear.tensor))
-        given = self._quantization.scheme(linear.module)
-        if given.own is None or f"{linear.module}.{Suffix.ORDER}" in self._entries:
+        own = self._own(linear.module)
+        if own is None or f"{linear.module}.{Suffix.ORDER}" in self._entries:
             raise UsageError(
-                f"{linear.module} is in format {given.format}, whose numbers l4pack hands to its own library only",
+                f"{linear.module} is in a format whose numbers l4pack hands to its own library only",
                 hint="export an artifact that l4pack quantize made",
             )
         scale = f"{linear.module}.{Suffix.SCALE}"
-        found = replace(plain, dtype=self._entries[scale].dtype, own=given.own)
+        found = replace(plain, dtype=self._entries[scale].dtype, own=own)
         return replace(found, dtype=self._float(scale)) if found.integers else found
 
     def tensor(self, spec: TensorSpec) -> Source:
         """Another tensor; what has one dimension is one row."""
         columns = spec.shape[-1]
-        return Source(spec.name, spec.numel // columns, columns, self._float(spec.name))
+        return Source(spec.name, spec.numel // columns, columns, self._float(spec.name), layer=spec.layer)
 
     def nbytes(self, source: Source) -> int:
         """Bytes of it in the artifact."""

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, dequantize
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, dequantize
 from numpy.typing import NDArray
 
 from l4pack import __version__
@@ -26,14 +26,14 @@ from l4pack.containers.gguf import (
     rope_factors_name,
     text_name,
 )
-from l4pack.containers.gguf_text import check_text, context_length, describe_text, rope_factors
+from l4pack.containers.gguf_text import as_run, check_text, context_length, describe_text, rope_factors
 from l4pack.containers.gguf_tokenizer import describe_tokenizer, has_tokenizer
 from l4pack.containers.gguf_vision import ARCHITECTURE as VISION_ARCHITECTURE
 from l4pack.containers.gguf_vision import FAULT, describe_vision, is_wide, vision_name
 from l4pack.errors import L4packError
 from l4pack.export.artifact import Artifact, Source
 from l4pack.export.reread import same_codes
-from l4pack.export.target import Carried, Layout, OutTensor
+from l4pack.export.target import TOWER, Carried, Layout, OutTensor
 from l4pack.formats.carrier import Carrier, SolvedRows
 from l4pack.formats.ggml import ROUNDED_TO, carrier_of
 from l4pack.model.config import Llama4Config
@@ -43,7 +43,6 @@ from l4pack.publish.licence import folder_materials, governing_policy
 from l4pack.quant.floats import Float32Array
 from l4pack.quant.scheme import Scheme
 
-_TOWER = (Role.VISION, Role.PROJECTOR)
 _FILE_TYPES = {"Q4_0": LlamaFileType.MOSTLY_Q4_0, "Q4_1": LlamaFileType.MOSTLY_Q4_1, "Q8_0": LlamaFileType.MOSTLY_Q8_0,
                "MXFP4": LlamaFileType.MOSTLY_MXFP4_MOE, "Q4_K": LlamaFileType.MOSTLY_Q4_K_M,
                "BF16": LlamaFileType.MOSTLY_BF16, "F16": LlamaFileType.MOSTLY_F16,
@@ -57,10 +56,15 @@ class Gguf:
     name = "gguf"
     clients = "llama.cpp, Ollama, LM Studio"
     rounded_to = ROUNDED_TO
+    alignment = GGUF_DEFAULT_ALIGNMENT
 
     def check_model(self, config: Llama4Config) -> None:
         """See `Target`."""
         check_text(config)
+
+    def as_run(self, config: Llama4Config) -> Llama4Config:
+        """See `Target`."""
+        return as_run(config)
 
     def check(self, artifact: Artifact) -> list[str]:
         """See `Target`."""
@@ -95,13 +99,13 @@ class Gguf:
     def tensor_name(self, artifact: Artifact, source: str, role: Role, layer: int | None, suffix: str) -> str:
         """See `Target`."""
         del suffix
-        if role in _TOWER:
+        if role in TOWER:
             return vision_name(source, artifact.layout.naming)
         return text_name(role, source.removesuffix(f".{WEIGHT}").rpartition(".")[2], layer)
 
     def float_type(self, artifact: Artifact, role: Role, source: Source, shape: tuple[int, ...]) -> str:
         """See `Target`."""
-        tower = role in _TOWER and is_wide(source.name, artifact.layout.naming, len(shape))
+        tower = role in TOWER and is_wide(source.name, artifact.layout.naming, len(shape))
         return "F32" if role in WIDE or tower else source.dtype
 
     def constants(self, artifact: Artifact) -> list[Carried]:
@@ -114,8 +118,8 @@ class Gguf:
 
     def lay_out(self, artifact: Artifact, carried: Sequence[Carried], limit: int | None) -> Layout:
         """See `Target`."""
-        text = [tensor for one in carried if one.role not in _TOWER for tensor in one.tensors]
-        tower = [tensor for one in carried if one.role in _TOWER for tensor in one.tensors]
+        text = [tensor for one in carried if one.role not in TOWER for tensor in one.tensors]
+        tower = [tensor for one in carried if one.role in TOWER for tensor in one.tensors]
         config, folder = artifact.config, _folder(artifact)
 
         def describe(writer: GGUFWriter) -> None:

@@ -22,7 +22,7 @@ from l4pack.containers.mlx import FOLDER, NORM_EPS, Group, check_text, configura
 from l4pack.containers.safetensors_folder import DEFAULT_SHARD_BYTES
 from l4pack.errors import L4packError
 from l4pack.export.artifact import Artifact, Source
-from l4pack.export.target import Carried, Layout, OutTensor
+from l4pack.export.target import TOWER, Carried, Layout, OutTensor
 from l4pack.formats.carrier import Carrier, SolvedRows
 from l4pack.formats.mlx import ROUNDED_TO, Affine, Microscaling, carrier_of
 from l4pack.model.config import Llama4Config
@@ -33,7 +33,6 @@ from l4pack.quant.grid import E2M1
 from l4pack.quant.packing import unpack_levels
 from l4pack.quant.scheme import Scheme
 
-_TOWER = (Role.VISION, Role.PROJECTOR)
 _QUANTIZED = (Affine, Microscaling)
 
 
@@ -43,6 +42,7 @@ class Mlx:
     name = "mlx"
     clients = "MLX (mlx-lm)"
     rounded_to = ROUNDED_TO
+    alignment = 1
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -50,6 +50,10 @@ class Mlx:
     def check_model(self, config: Llama4Config) -> None:
         """See `Target`."""
         check_text(config)
+
+    def as_run(self, config: Llama4Config) -> Llama4Config:
+        """See `Target`."""
+        return config
 
     def check(self, artifact: Artifact) -> list[str]:
         """See `Target`."""
@@ -67,7 +71,7 @@ class Mlx:
 
     def holds(self, role: Role) -> bool:
         """See `Target`."""
-        return role not in _TOWER
+        return role not in TOWER
 
     def carries(self, file: str) -> bool:
         """See `Target`: the tokenizer's files and all others that runtimes read."""

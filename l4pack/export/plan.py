@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +25,7 @@ from l4pack.checkpoint.parts import source_parts
 from l4pack.checkpoint.reader import Reader
 from l4pack.checkpoint.source import Checkpoint, LocalStore
 from l4pack.errors import SourceError, UsageError
-from l4pack.export.artifact import STEP, Artifact, Rows, Source
+from l4pack.export.artifact import STEP, Artifact, Own, Rows, Source
 from l4pack.export.record import RECORD_NAME, RECORD_VERSION
 from l4pack.export.target import Carried, Layout, OutTensor, Target
 from l4pack.formats.carrier import Carrier, RowPart
@@ -146,18 +146,20 @@ def plan_export(
     split: int | None = None,
     lossy: bool = False,
     max_ram: int | None = None,
+    to_come: Mapping[str, Own] | None = None,
 ) -> ExportPlan:
     """Plan the export of an artifact, or of a plain checkpoint, to a container; reads headers and scales.
 
-    `split`: most bytes of tensors in a file. Raises SourceError, and UsageError for a model that the container's runtime
+    `split`: most bytes of tensors in a file. `to_come`: how each quantized module of an artifact that
+    is planned only will be stored; whether its scales are kept is not known then. Raises SourceError, and UsageError for a model that the container's runtime
     can't run, or a value that it can't carry where `lossy` does not allow that.
     """
     _folder(checkpoint)
-    artifact = Artifact(checkpoint)
+    artifact = Artifact(checkpoint, to_come)
     target.check_model(artifact.config)
     warnings = target.check(artifact)
     carried, rounded = _assign(artifact, target)
-    rounded += _inexact(artifact, carried)
+    rounded += _inexact(artifact, carried) if to_come is None else []
     if rounded and not lossy:
         raise _refusal(target, rounded)
     left_out = [spec.name for spec in artifact.others if not target.holds(spec.role)]

@@ -18,6 +18,8 @@ from l4pack.model.tensors import Role
 from l4pack.quant.floats import Float32Array
 from l4pack.quant.scheme import Scheme
 
+TOWER = (Role.VISION, Role.PROJECTOR)
+
 
 @dataclass(frozen=True, slots=True)
 class OutTensor:
@@ -50,6 +52,11 @@ class Carried:
         """Its first tensor's name, which is its own."""
         return self.tensors[0].name
 
+    @property
+    def layer(self) -> int | None:
+        """The layer it belongs to."""
+        return self.sources[0].layer if self.sources else None
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -66,9 +73,14 @@ class Target(Protocol):
     name: str
     clients: str  # who loads it, in words
     rounded_to: Scheme
+    alignment: int  # bytes that a tensor's place in a file is a multiple of
 
     def check_model(self, config: Llama4Config) -> None:
         """Raise UsageError for a model that its runtime would answer wrongly with, or not load."""
+        ...
+
+    def as_run(self, config: Llama4Config) -> Llama4Config:
+        """The configuration as its runtime runs it."""
         ...
 
     def check(self, artifact: Artifact) -> list[str]:

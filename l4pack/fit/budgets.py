@@ -7,27 +7,22 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from l4pack.budget.devices import Host, find_host, load_devices
+from l4pack.budget.files import CONTAINERS, FileSubject
 from l4pack.budget.lines import LineGroup
 from l4pack.budget.load import Load
+from l4pack.budget.local import device_layers
 from l4pack.budget.model import Budget, budget
 from l4pack.budget.solve import changes
-from l4pack.budget.subject import Subject
 from l4pack.budget.weights import stage_layers
-from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import BudgetError, UsageError
+from l4pack.fit.sizes import Sizes
 from l4pack.fit.solve import CostLimit, Picks, total
 from l4pack.fit.units import RUNTIMES, Choice, UnitChoices, device_bytes
-from l4pack.plan.assign import assign
-from l4pack.plan.plan import Plan, RunLimits, make_plan
 from l4pack.recipe import Recipe
 from l4pack.units import KIB, human_bytes, human_gib
 
-ANY_RAM = 2**60  # sizes are asked for, not whether this machine could make the artifact
 ANY = "any"
 LAYER, ROLE = KINDS = ("layer", "role")  # what may differ: every layer's parts, or roles in all layers alike
-# What is said of one tensor besides its name: in a shard's header and the manifest; in the index; of a calibrated matrix
-# in the calibration record.
-PER_TENSOR, PER_INDEXED, PER_CALIBRATED = 208, 43, 400
 MARGIN, LEAST_MARGIN = 0.03, 16 * KIB
 
 
@@ -45,6 +40,7 @@ class Wish:
     kv_dtype: str | None = None
     runtime: str = "vllm"
     by: str | None = None  # "layer" or "role"; None: by layer where the model itself was measured
+    gpu_layers: int | None = None  # of llama.cpp: layers that are not in the machine's own memory
 
     def check(self) -> None:
         """Raise UsageError for a wish that says nothing, or two things at once."""
@@ -54,13 +50,17 @@ class Wish:
             raise UsageError(
                 f"fit needs one budget: {said}", hint="give --device NAME, --max-bytes SIZE or --bits NUMBER"
             )
-        if self.runtime not in (*RUNTIMES, ANY):
-            raise UsageError(f"no runtime is named '{self.runtime}'", hint=f"use {', '.join(RUNTIMES)} or {ANY}")
+        known = (*RUNTIMES, *CONTAINERS)
+        if self.runtime not in (*known, ANY):
+            raise UsageError(
+                f"no runtime is named '{self.runtime}'",
+                hint=f"use {', '.join(known)}, or {ANY} for what {', '.join(RUNTIMES)} all load",
+            )
         if self.by not in (None, *KINDS):
             raise UsageError(f"nothing can be fitted by {self.by}", hint=f"use {' or '.join(KINDS)}")
         if self.bits is not None and not 0 < self.bits <= 64:
             raise UsageError(f"{self.bits} bits a weight is no budget", hint="for example --bits 4.5")
-        load = [name for name in ("context", "sequences", "kv_dtype") if getattr(self, name) is not None]
+        load = [name for name in ("context", "sequences", "kv_dtype", "gpu_layers") if getattr(self, name) is not None]
         if load and self.device is None:
             raise UsageError(f"--{load[0].replace('_', '-')} goes with --device", hint="give --device, or leave it out")
 
@@ -76,7 +76,17 @@ class Wish:
     @property
     def load(self) -> Load:
         """The load in the memory model's terms."""
-        return Load(context=self.context, sequences=self.sequences or 1, kv_dtype=self.kv_dtype or "auto")
+        return Load(
+            context=self.context,
+            sequences=self.sequences or 1,
+            kv_dtype=self.kv_dtype or "auto",
+            gpu_layers=self.gpu_layers,
+        )
+
+    @property
+    def what(self) -> str:
+        """What the runtime loads, all of whose files `max_bytes` counts."""
+        return {"gguf": "a GGUF export", "mlx": "an MLX export"}.get(CONTAINERS.get(self.runtime, ""), "an artifact")
 
     @property
     def memory_runtime(self) -> str:
@@ -106,28 +116,13 @@ class Goal(Protocol):
         ...
 
 
-class Plans:
-    """Plans of a model's recipes, each made once."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self._made: dict[str, Plan] = {}
-
-    def of(self, recipe: Recipe) -> Plan:
-        """The plan of a recipe, for its sizes."""
-        key = recipe.digest()
-        if key not in self._made:
-            self._made[key] = make_plan(self.checkpoint, recipe, RunLimits(max_ram=ANY_RAM))
-        return self._made[key]
-
-
-def make_goal(plans: Plans, wish: Wish, units: Sequence[UnitChoices], picks: Picks, least: Recipe) -> Goal:
+def make_goal(sizes: Sizes, wish: Wish, units: Sequence[UnitChoices], picks: Picks, least: Recipe) -> Goal:
     """The goal of a wish; `least` is the recipe of `picks`, the smallest artifact."""
     if wish.max_bytes is not None:
-        return _Files(plans, units, wish.max_bytes, picks, least)
+        return _Files(sizes, wish, units, picks, least)
     if wish.bits is not None:
         return _Bits(units, wish.bits)
-    return DeviceBudget(plans.checkpoint, wish, units, picks, least)
+    return DeviceBudget(sizes, wish, units, picks, least)
 
 
 def file_costs(units: Sequence[UnitChoices]) -> list[list[int]]:
@@ -143,43 +138,36 @@ class _Files:
     that changes the solution, so that a larger budget never ends in a smaller bound.
     """
 
-    def __init__(self, plans: Plans, units: Sequence[UnitChoices], max_bytes: int, picks: Picks, least: Recipe) -> None:
-        self._plans, self._max_bytes = plans, max_bytes
-        plan = plans.of(least)
-        sharded = len(plan.shards) > 1
-        costs = [[choice.nbytes + described_bytes(choice, sharded) for choice in unit.choices] for unit in units]
-        rest = plan.artifact_bytes - total(costs, picks)
-        margin = LEAST_MARGIN + int(MARGIN * (plan.artifact_bytes - plan.weight_bytes))
-        self.limits = [CostLimit(costs, max_bytes - rest + margin)]
+    def __init__(self, sizes: Sizes, wish: Wish, units: Sequence[UnitChoices], picks: Picks, least: Recipe) -> None:
+        assert wish.max_bytes is not None
+        self._sizes, self._max_bytes, self._what = sizes, wish.max_bytes, wish.what
+        costs = [[choice.nbytes + self._described(choice, least) for choice in unit.choices] for unit in units]
+        rest = sizes.artifact_bytes(least) - total(costs, picks)
+        margin = LEAST_MARGIN + int(MARGIN * (sizes.artifact_bytes(least) - sizes.weight_bytes(least)))
+        self.limits = [CostLimit(costs, self._max_bytes - rest + margin)]
+
+    def _described(self, choice: Choice, recipe: Recipe) -> int:
+        return self._sizes.described_bytes(choice.tensors, recipe, calibrated=choice.calibrated)
 
     def excess(self, recipe: Recipe) -> int:
-        return self._plans.of(recipe).artifact_bytes - self._max_bytes
+        return self._sizes.artifact_bytes(recipe) - self._max_bytes
 
     def impossible(self, recipe: Recipe) -> BudgetError:
-        size = self._plans.of(recipe).artifact_bytes
+        size = self._sizes.artifact_bytes(recipe)
         return BudgetError(
-            f"the smallest artifact that the runtime can load is {size:,} bytes ({human_bytes(size)}); "
+            f"the smallest {self._what.partition(' ')[2]} that the runtime can load is {size:,} bytes ({human_bytes(size)}); "
             f"the budget is {self._max_bytes:,} ({human_bytes(self._max_bytes)})",
             hint=f"--max-bytes {size} can be met",
         )
 
     def describe(self) -> str:
-        return f"an artifact of at most {self._max_bytes:,} bytes ({human_bytes(self._max_bytes)})"
+        return f"{self._what} of at most {self._max_bytes:,} bytes ({human_bytes(self._max_bytes)})"
 
 
 def _in_stage(unit: UnitChoices, costs: Sequence[int], layers: Collection[int]) -> list[int]:
     """The part of a unit's bytes that lies in some layers; a role's layers are of equal size."""
     inside = sum(layer in layers for layer in unit.layers)
     return [cost * inside // len(unit.layers) for cost in costs]
-
-
-def described_bytes(choice: Choice, sharded: bool) -> int:
-    """About what an artifact's headers, index, manifest and calibration record say of a choice's tensors, in bytes."""
-    names = sum(len(tensor.name) for tensor in choice.tensors)
-    copies = 3 if sharded else 2
-    each = PER_TENSOR + (PER_INDEXED if sharded else 0)
-    modules = len({tensor.name.rpartition(".")[0] for tensor in choice.tensors}) if choice.calibrated else 0
-    return copies * names + each * len(choice.tensors) + modules * PER_CALIBRATED
 
 
 class _Bits:
@@ -207,27 +195,22 @@ class _Bits:
 
 
 class DeviceBudget:
-    """Weights of every pipeline stage must leave room for everything else on its GPU, at the dear end of the ranges."""
+    """Weights on every GPU must leave room for everything else on it, at the dear end of the ranges."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, wish: Wish, units: Sequence[UnitChoices], picks: Picks, least: Recipe
-    ) -> None:
+    def __init__(self, sizes: Sizes, wish: Wish, units: Sequence[UnitChoices], picks: Picks, least: Recipe) -> None:
         host = wish.host()
         assert host is not None
-        self._checkpoint, self._wish, self._host = checkpoint, wish, host
+        self._sizes, self._wish, self._host = sizes, wish, host
         found = self.budget(least)
-        costs = device_bytes(units, found)
-        stages = stage_layers(checkpoint.config.text.num_hidden_layers, found.setting.pp)
+        costs, layers = _on_devices(units, found)
         self.limits = []
-        for stage, layers in zip(found.stages, stages, strict=True):
-            mine = [_in_stage(unit, row, layers) for unit, row in zip(units, costs, strict=True)]
+        for stage, there in zip(found.stages, layers, strict=True):
+            mine = [_in_stage(unit, row, there) for unit, row in zip(units, costs, strict=True)]
             self.limits.append(CostLimit(mine, stage.headroom(high=True) + total(mine, picks)))
 
     def budget(self, recipe: Recipe) -> Budget:
-        """The memory model's word on a recipe's artifact."""
-        tensors = tuple(tensor for group in assign(self._checkpoint, recipe).groups for tensor in group)
-        subject = Subject(self._checkpoint.name, self._checkpoint.config, tensors, recipe.name)
-        return budget(subject, self._host, self._wish.load, self._wish.memory_runtime)
+        """The memory model's word on what a recipe makes."""
+        return budget(self._sizes.subject(recipe), self._host, self._wish.load, self._wish.memory_runtime)
 
     def excess(self, recipe: Recipe) -> int:
         return -self.budget(recipe).headroom_bytes
@@ -247,3 +230,12 @@ class DeviceBudget:
 
     def describe(self) -> str:
         return f"{self._wish.words()}, KV in {self._wish.load.kv_dtype}"
+
+
+def _on_devices(
+    units: Sequence[UnitChoices], found: Budget
+) -> tuple[Sequence[Sequence[int]], Sequence[Collection[int]]]:
+    """Bytes of every choice of every unit, and the layers that each device has: pipeline stages, or llama.cpp's share."""
+    if isinstance(found.subject, FileSubject):
+        return file_costs(units), device_layers(found.subject, found.host, found.setting)
+    return device_bytes(units, found), stage_layers(found.subject.config.text.num_hidden_layers, found.setting.pp)

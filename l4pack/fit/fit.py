@@ -6,18 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from l4pack.budget.files import CONTAINERS
 from l4pack.budget.load import resolve
 from l4pack.budget.model import Budget
 from l4pack.budget.runtimes import load_runtime
 from l4pack.budget.subject import from_config
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import L4packError, SourceError, UsageError
-from l4pack.fit.budgets import ANY, LAYER, ROLE, DeviceBudget, Goal, Plans, Wish, file_costs, make_goal
+from l4pack.fit.budgets import ANY, LAYER, ROLE, DeviceBudget, Goal, Wish, file_costs, make_goal
 from l4pack.fit.frontier import FrontierPoint, Ground, frontier, steps_around, uniform_points
 from l4pack.fit.losses import Losses, losses_for
 from l4pack.fit.recipe import one_line, parse_values, recipe_name, recipe_text, recipe_values
+from l4pack.fit.sizes import sizes_for
 from l4pack.fit.solve import CostLimit, Picks, Selection, select, smallest, total
-from l4pack.fit.units import UnitChoices, Units, model_units
+from l4pack.fit.units import RUNTIMES, UnitChoices, Units, model_units
 from l4pack.measure.record import Sensitivity, combined
 from l4pack.model.config import KNOWN_MODELS, known_config
 from l4pack.model.tensors import Role
@@ -67,7 +69,8 @@ class _Fit:
         self._checkpoint, self._wish, self._stem = checkpoint, wish, stem
         self._losses = losses_for(checkpoint, sensitivity)
         self._by = wish.by or (ROLE if self._losses.stand_in else LAYER)
-        found = model_units(checkpoint, self._losses, wish.runtime, self._parallel())
+        self._sizes = sizes_for(checkpoint, wish.runtime)
+        found = model_units(checkpoint, self._losses, wish.runtime, self._parallel(), self._sizes)
         self._found: Units = found if self._by == LAYER else found.alike()
         units = self._found.units
         costs = file_costs(units)
@@ -75,13 +78,12 @@ class _Fit:
             raise self._nothing_measured()
         self._least = smallest(costs)
         values = [[choice.kl for choice in unit.choices] for unit in units]
-        self._plans = Plans(checkpoint)
-        fixed = self._plans.of(self._recipe(self._least)).weight_bytes - total(costs, self._least)
+        fixed = self._sizes.weight_bytes(self._recipe(self._least)) - total(costs, self._least)
         self._ground = Ground(units, values, costs, fixed)
 
     def run(self) -> Fitted:
         units, ground, wish = self._found.units, self._ground, self._wish
-        goal = make_goal(self._plans, wish, units, self._least, self._recipe(self._least))
+        goal = make_goal(self._sizes, wish, units, self._least, self._recipe(self._least))
         solution = self._solve(goal)
         recipe = self._recipe(solution.picks)
         uniform = uniform_points(ground)
@@ -100,7 +102,7 @@ class _Fit:
             recipe=recipe,
             recipe_text=recipe_text(self._values(solution.picks), self._comments(goal, solution)),
             weight_bytes=here.nbytes,
-            artifact_bytes=self._plans.of(recipe).artifact_bytes,
+            artifact_bytes=self._sizes.artifact_bytes(recipe),
             bits=8 * total(ground.nbytes, solution.picks) / numel,
             combined=self._combined(solution.picks),
             memory=goal.budget(recipe) if isinstance(goal, DeviceBudget) else None,
@@ -150,7 +152,7 @@ class _Fit:
 
     def _parallel(self) -> int:
         host = self._wish.host()
-        if host is None:
+        if host is None or self._wish.runtime in CONTAINERS:
             return 1
         subject = from_config(self._checkpoint.name, self._checkpoint.config)
         return resolve(subject, host, load_runtime(self._wish.memory_runtime), self._wish.load).tp
@@ -171,7 +173,7 @@ class _Fit:
         wish, config = self._wish, self._checkpoint.config
         host = wish.host()
         model = next((name for name in KNOWN_MODELS if known_config(name).text == config.text), None)
-        if host is None or model is None:
+        if host is None or model is None or wish.runtime in CONTAINERS:  # promises are of servers of artifacts
             return None
         subject = from_config(self._checkpoint.name, config)
         setting = resolve(subject, host, load_runtime(wish.memory_runtime), wish.load)
@@ -188,7 +190,7 @@ class _Fit:
         proven = "proven optimal" if solution.optimal else f"within {100 * solution.gap:.2g} % of the optimum"
         lines = [
             f"Made by `l4pack fit` for {goal.describe()},",
-            f"to be loaded by {'vllm, sglang and transformers' if wish.runtime == ANY else wish.runtime}; {proven}.",
+            f"to be loaded by {', '.join(RUNTIMES) if wish.runtime == ANY else wish.runtime}; {proven}.",
             f"Predicted KL {solution.loss:.6g} nats, the sum of what each choice alone does.",
         ]
         if losses.stand_in:

@@ -12,6 +12,7 @@ from l4pack.budget.subject import Subject
 from l4pack.budget.weights import weights_by_role
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.fit.losses import Losses, UnitKey
+from l4pack.fit.sizes import Sizes
 from l4pack.formats.configuration import Activations
 from l4pack.formats.known import load_format
 from l4pack.formats.limits import LocalMatrix, hindrances, local_matrix
@@ -20,11 +21,12 @@ from l4pack.plan.assign import PlannedTensor, divides, model_dtype, module_tenso
 from l4pack.recipe import KEEP, RecipeScheme
 
 RUNTIMES = ("vllm", "sglang", "transformers")
+"""Those that load the artifact itself; others load files that `export` makes of it (`budget.files.CONTAINERS`)."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One option of a unit: its bytes in the files, its tensors as one GPU's memory counts them, its predicted KL."""
+    """One option of a unit: its bytes in the files, its tensors in the artifact, its predicted KL."""
 
     option: str
     nbytes: int
@@ -58,19 +60,19 @@ class Units:
         return replace(self, units=tuple(_joined(units) for units in roles.values()))
 
 
-def model_units(checkpoint: Checkpoint, losses: Losses, runtime: str, tp: int) -> Units:
-    """The units of a model with the options that `runtime` (or `any`: every one) can load on `tp` GPUs."""
+def model_units(checkpoint: Checkpoint, losses: Losses, runtime: str, tp: int, sizes: Sizes) -> Units:
+    """The units of a model with the options that `runtime` (or `any`: all of RUNTIMES) can load on `tp` GPUs."""
     runtimes = RUNTIMES if runtime == "any" else (runtime,)
     catalogued = catalogue(checkpoint.config, canonical_naming(checkpoint.config), fused=False).linears
     dtypes = [scales_from(checkpoint, linear.tensor) for linear in checkpoint.layout.linears]
     matrices = sorted(zip(catalogued, dtypes, strict=True), key=lambda pair: _key(pair[0]))
-    sizes = _Sizes(losses.options, model_dtype(checkpoint))
+    made = _Choices(losses.options, model_dtype(checkpoint), sizes)
     left_out: dict[tuple[str, Role], tuple[str, ...]] = {}
     units = []
     for (layer, role), grouped in groupby(matrices, key=lambda pair: _key(pair[0])):
         members = list(grouped)
         local = [local_matrix(linear, checkpoint.config.text.num_key_value_heads, tp) for linear, _ in members]
-        choices = [sizes.choice(members, KEEP, 0.0)]
+        choices = [made.choice(members, KEEP, 0.0)]
         measured = losses.kl.get((layer, role), {})
         if not measured:
             left_out["every option", role] = ("not measured",)
@@ -79,7 +81,7 @@ def model_units(checkpoint: Checkpoint, losses: Losses, runtime: str, tp: int) -
             if reasons:
                 left_out[name, role] = reasons
             else:
-                choices.append(sizes.choice(members, name, kl))
+                choices.append(made.choice(members, name, kl))
         units.append(UnitChoices((layer,), role, sum(linear.numel for linear, _ in members), tuple(choices)))
     return Units(tuple(units), left_out)
 
@@ -116,13 +118,13 @@ def _together(choices: Sequence[Choice]) -> Choice:
 Member = tuple[Linear, str]  # a matrix, and its dtype in the source
 
 
-class _Sizes:
+class _Choices:
     """The tensors of a unit under an option; units of equal shape share them, as only sizes matter here."""
 
-    def __init__(self, options: Mapping[str, RecipeScheme], kept: str) -> None:
+    def __init__(self, options: Mapping[str, RecipeScheme], kept: str, sizes: Sizes) -> None:
         """`kept` is the dtype that matrices of float32 are kept in."""
-        self._options, self._kept = options, kept
-        self._known: dict[tuple[object, ...], tuple[PlannedTensor, ...]] = {}
+        self._options, self._kept, self._sizes = options, kept, sizes
+        self._known: dict[tuple[object, ...], tuple[int, tuple[PlannedTensor, ...]]] = {}
 
     def choice(self, members: Sequence[Member], option: str, kl: float) -> Choice:
         shapes = tuple((linear.projection, linear.out_features, linear.in_features, dtype) for linear, dtype in members)
@@ -131,12 +133,12 @@ class _Sizes:
         if scheme is None:
             members = [(linear, self._kept if dtype == "F32" else dtype) for linear, dtype in members]
         if key not in self._known:
-            self._known[key] = tuple(
+            tensors = tuple(
                 tensor for linear, dtype in members for tensor in module_tensors(linear, option, scheme, dtype)
             )
-        tensors = self._known[key]
-        calibrated = scheme is not None and scheme.calibrated
-        return Choice(option, sum(tensor.nbytes for tensor in tensors), kl, tensors, calibrated)
+            self._known[key] = self._sizes.unit_bytes([linear for linear, _ in members], tensors, scheme), tensors
+        nbytes, tensors = self._known[key]
+        return Choice(option, nbytes, kl, tensors, scheme is not None and scheme.calibrated)
 
 
 def _key(linear: Linear) -> UnitKey:

@@ -11,6 +11,8 @@ from l4pack.model.parts import DOWN, KEY, OUTPUT, VALUE
 from l4pack.model.tensors import Linear, Role
 from l4pack.quant.scheme import Scheme, Strategy
 
+_SIZES = {"in": "{} inputs", "out": "{} outputs", "group": "groups of {}"}
+
 
 @dataclass(frozen=True, slots=True)
 class LocalMatrix:
@@ -60,6 +62,7 @@ def _conditions(scheme: Scheme, roles: Collection[Role], *, weight_only: bool, m
     return {
         "asymmetric": not scheme.symmetric,
         "asymmetric_attention": attention and not scheme.symmetric,
+        "asymmetric_int8": scheme.num_bits == 8 and not scheme.symmetric,
         "attention": attention,
         "block_attention": attention and scheme.strategy is Strategy.BLOCK,
         "mixed": mixed,
@@ -78,9 +81,14 @@ def _shape_hindrances(
     for limit in reader.shapes:
         broken = _broken(limit, scheme, role, matrices) if limit.when is None or holds.get(limit.when) else None
         if broken is not None:
-            size = f"{broken.in_features} inputs" if limit.size == "in" else f"{broken.out_features} outputs"
-            found.append(f"{reader.runtime} {reader.version} {limit.says} ({role.value} {broken.projection}: {size})")
+            what = f"{role.value} {broken.projection}: {_SIZES[limit.size].format(_size(limit, scheme, broken))}"
+            found.append(f"{reader.runtime} {reader.version} {limit.says} ({what})")
     return found
+
+
+def _size(limit: ShapeLimit, scheme: Scheme, matrix: LocalMatrix) -> int:
+    """What must be a multiple."""
+    return matrix_sizes(scheme, matrix.out_features, matrix.in_features)[limit.size]
 
 
 def _broken(limit: ShapeLimit, scheme: Scheme, role: Role, matrices: Collection[LocalMatrix]) -> LocalMatrix | None:

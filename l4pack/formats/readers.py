@@ -13,8 +13,8 @@ from l4pack.quant.scheme import Strategy
 from l4pack.resources import data_folder
 
 Condition = Literal[
-    "asymmetric", "asymmetric_attention", "attention", "block_attention", "kv_cache", "kv_cache_by_head",
-    "kv_cache_vision", "mixed", "static_activations", "weight_only_experts",
+    "asymmetric", "asymmetric_attention", "asymmetric_int8", "attention", "block_attention", "kv_cache",
+    "kv_cache_by_head", "kv_cache_vision", "mixed", "static_activations", "weight_only_experts",
 ]  # fmt: skip
 Multiple = Annotated[int, Field(gt=0)] | Literal["pack", "group", "rows", "columns"]
 
@@ -40,9 +40,9 @@ class Limit(_Data):
 
 
 class ShapeLimit(_Data):
-    """A multiple that a matrix's size must be on each GPU, after tensor parallelism has cut it."""
+    """A multiple that a matrix's size, or its groups, must be on each GPU, after tensor parallelism has cut it."""
 
-    size: Literal["out", "in"]
+    size: Literal["out", "in", "group"]
     multiple: Multiple
     strategies: Annotated[list[Strategy], Field(min_length=1)] = list(Strategy)
     roles: Annotated[list[Role], Field(min_length=1)] = list(QUANTIZABLE)

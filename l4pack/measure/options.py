@@ -12,9 +12,10 @@ from l4pack.formats.fp4 import MXFP4_PACK_QUANTIZED, NVFP4_PACK_QUANTIZED
 from l4pack.formats.known import load_format
 from l4pack.formats.limits import reader_limits
 from l4pack.formats.pack_quantized import PACK_QUANTIZED
+from l4pack.formats.super_blocks import GGML_Q4_K
 from l4pack.model.config import Llama4Config
 from l4pack.model.tensors import QUANTIZABLE, Role, catalogue
-from l4pack.quant.grid import NumberType
+from l4pack.quant.grid import NumberType, ScaleDtype
 from l4pack.quant.scheme import Observer, Strategy
 from l4pack.recipe import GptqOptions, Method, RecipeScheme
 
@@ -51,6 +52,16 @@ def _fp4(form: str, strategy: Strategy, group: int) -> RecipeScheme:
     )
 
 
+def _q4_k(*, calibrated: bool) -> RecipeScheme:
+    return RecipeScheme(
+        format=GGML_Q4_K.name,
+        num_bits=4,
+        scale_dtype=ScaleDtype.Q4_K,
+        method=Method.GPTQ if calibrated else Method.RTN,
+        gptq=GptqOptions(sweeps=4) if calibrated else None,
+    )
+
+
 _FP8 = RecipeScheme(
     format=FLOAT_QUANTIZED.name,
     num_bits=8,
@@ -74,10 +85,22 @@ OPTIONS: dict[str, RecipeScheme] = {
     "fp8-block": _FP8_BLOCK,
     "nvfp4": _fp4(NVFP4_PACK_QUANTIZED.name, Strategy.TENSOR_GROUP, 16),
     "mxfp4": _fp4(MXFP4_PACK_QUANTIZED.name, Strategy.GROUP, 32),
+    "q4_k": _q4_k(calibrated=True),
+    f"q4_k{ROUNDED}": _q4_k(calibrated=False),
 }
 """Every option by name, BF16 aside, which costs nothing."""
-NAMED_ONLY = ("nvfp4", "mxfp4")
-"""Options that are measured where they are named: each takes its time, and it is on Blackwell that they are faster."""
+NAMED_ONLY = ("nvfp4", "mxfp4", "q4_k", f"q4_k{ROUNDED}")
+"""Options that are measured where they are named, because each takes its time: 4-bit floats are for Blackwell, and
+llama.cpp and MLX load MXFP4 too; Q4_K is llama.cpp's alone."""
+FOR_CONTAINERS = {
+    "gguf": ("mxfp4", "q4_k", "int4-g32", "int8-g32"),
+    "mlx": (
+        "mxfp4",
+        *(f"int4-g{group}" for group in reversed(GROUPS)),
+        *(f"int8-g{group}" for group in reversed(GROUPS)),
+    ),
+}
+"""What is worth measuring for the runtimes of a container: larger groups take as many bytes in ggml's blocks."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +146,7 @@ def family(option: str) -> str:
 
 def bits(scheme: RecipeScheme) -> float:
     """Bits a weight, scales of groups included."""
-    scale = 8 if scheme.coded_scales else 16
+    scale = 8 if scheme.coded_scales else 16  # of Q4_K: 16 bytes for eight groups
     return scheme.num_bits + (scale / scheme.group_size if scheme.group_size else 0)
 
 
@@ -137,7 +160,7 @@ def _of_role(config: Llama4Config, role: Role, chosen: Mapping[str, RecipeScheme
 def _fits(name: str, scheme: RecipeScheme, role: Role, widths: set[int]) -> bool:
     if scheme.calibrated if role is Role.ATTENTION else name.endswith(ROUNDED):
         return False
-    if any(width % (scheme.group_size or 1) for width in widths):
+    if any(width % scheme.column_multiple() for width in widths):
         return False
     weight_only = scheme.activations is Activations.NONE
     limits = reader_limits(load_format(scheme.format), scheme, {role}, weight_only=weight_only, mixed=False)

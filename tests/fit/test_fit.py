@@ -291,9 +291,9 @@ def test_sizes_on_each_gpu(name, columns, rows, projection, says):
 
 
 def test_a_runtime_that_does_not_read_a_format():
-    scheme = RecipeScheme.model_validate(OPTIONS["int4"])
+    scheme = RecipeScheme.model_validate(OPTIONS["fp8"])
     found = hindrances(load_format(scheme.format), scheme, Role.DENSE_MLP, [], ["mlx"], weight_only=True)
-    assert found == ["mlx does not read pack-quantized"]
+    assert found == ["mlx does not read float-quantized"]
 
 
 def test_noise_buys_nothing(scout):

@@ -20,6 +20,14 @@ OPTIONS = {
     "fp8-block": {**FP8, "strategy": "block", "block_structure": [128, 128], "activations": "dynamic_group"},
     "fp8-plain": {**FP8, "strategy": "channel"},
 }
+ROUNDED = {
+    "int4-g32-rtn": {**INT, "num_bits": 4, "group_size": 32},
+    "int4-g64-rtn": {**INT, "num_bits": 4, "group_size": 64},
+    "int8-g32": {**INT, "num_bits": 8, "group_size": 32},
+    "mxfp4-rtn": {"format": "mxfp4-pack-quantized", "num_bits": 4, "type": "float", "group_size": 32},
+    "q4_k-rtn": {"format": "ggml-q4_k", "num_bits": 4, "scale_dtype": "q4_k"},
+}
+"""Options of other runtimes' files, which are made in seconds."""
 BITS = {
     "int4": 4.3,
     "int4-g32": 4.8,
@@ -29,6 +37,11 @@ BITS = {
     "fp8": 6.5,
     "fp8-block": 6.6,
     "fp8-plain": 6.7,
+    "int4-g32-rtn": 4.6,
+    "int4-g64-rtn": 4.3,
+    "int8-g32": 8.4,
+    "mxfp4-rtn": 4.1,
+    "q4_k-rtn": 4.9,
 }
 WEIGHT = {"routed_expert": 1.0, "shared_expert": 0.3, "dense_mlp": 0.5, "attention": 0.4}
 
@@ -51,5 +64,5 @@ def synthetic(checkpoint, seed=0, noise=0.0, options=tuple(OPTIONS), **changes) 
     own = ModelId(name=checkpoint.name, fingerprint=model_fingerprint(checkpoint), layers=layers)
     return Sensitivity(
         l4pack="0.1.0", model=changes.get("model", own), text={}, calibration={},
-        options={name: RecipeScheme.model_validate(OPTIONS[name]) for name in options}, changes=found,
+        options={name: RecipeScheme.model_validate({**OPTIONS, **ROUNDED}[name]) for name in options}, changes=found,
     )  # fmt: skip

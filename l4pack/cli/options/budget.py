@@ -68,7 +68,7 @@ RuntimeOption = Annotated[
     typer.Option(
         "--runtime",
         metavar="NAME",
-        help="What must load it: vllm, sglang, transformers; budgets know vllm-0.8 and meta too, llama.cpp and mlx by their files, `fit` takes any of them.",
+        help="What must load it: vllm, sglang, transformers, or llama.cpp and mlx, whose files `export` makes; budgets know vllm-0.8 and meta too, `fit` takes `any` for the first three at once.",
         rich_help_panel=_PANEL,
     ),
 ]

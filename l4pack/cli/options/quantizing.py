@@ -44,7 +44,7 @@ MeasuredOptionsOption = Annotated[
     typer.Option(
         "--options",
         metavar="NAME,…",
-        help="Options to measure, all but `nvfp4` and `mxfp4` unless given; a wrong name lists them.",
+        help="Options to measure, all but `nvfp4`, `mxfp4` and `q4_k` unless given; a wrong name lists them.",
     ),
 ]
 DirectOption = Annotated[
