@@ -206,9 +206,16 @@ class Recipe(_Data):
             )
         if rule.roles == "all":
             raise ValueError(f"{where}.roles: 'all' takes scheme '{KEEP}' only; name the roles to quantize")
-        if self.schemes[rule.scheme].calibrated and Role.ATTENTION in rule.roles:
+        if self.schemes[rule.scheme].observed and Role.ATTENTION in rule.roles:
             raise ValueError(
-                f"{where}.roles: only MLPs are calibrated; keep attention, or give it a scheme that is not"
+                f"{where}.roles: fixed scales of inputs are found for MLPs alone; "
+                "keep attention, or give it a scheme whose inputs have none"
+            )
+        gptq = self.schemes[rule.scheme].gptq
+        if gptq is not None and gptq.two_sided and Role.ATTENTION in rule.roles:
+            raise ValueError(
+                f"{where}.roles: two_sided carries gradients back through MLPs alone; "
+                "give attention a scheme of its own without it"
             )
         fixed = [role.value for role in rule.roles if role not in QUANTIZABLE]
         if fixed:

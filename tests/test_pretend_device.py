@@ -48,7 +48,7 @@ def source(checkpoint: Callable[..., Path]) -> Path:
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Recipes of every kind that is calibrated, with little to do."""
     solved = {**GPTQ, "gptq": {"act_order": True, "asymmetric": 1.0, "sweeps": 1}}
-    rules = [{"roles": ["routed_expert"], "scheme": "int4"}, {"roles": "all", "scheme": "keep"}]
+    rules = [{"roles": ["attention", "routed_expert"], "scheme": "int4"}, {"roles": "all", "scheme": "keep"}]
     int4 = {"name": "little", "title": "Little", "schemes": {"int4": solved}, "rules": rules}
     static = load_recipe("fp8-static").model_dump(mode="json") | {"kv_cache": {"dtype": "fp8", "strategy": "head"}}
     folder, made = tmp_path_factory.mktemp("recipes"), {}

@@ -104,8 +104,9 @@ class CalibrationDesk:
             return {name: routing for name, one in passes.items() if (routing := one.route()) is not None}
 
     def solve(self, stage: Stage) -> list[Solved]:
-        """Solve units for all their rows, and write them."""
-        with self._passes(stage, LOOKING, writes=False) as passes:
+        """Solve units for all their rows, and write them; attention for what the layer is given."""
+        attention = stage.units[0].part is Part.ATTENTION
+        with self._passes(stage, ATTENDING if attention else LOOKING, writes=False) as passes:
             loaded = [self._load(unit) for unit in stage.units]
             solved = [self._put(one) for one in self._solver.solve(loaded, passes)]
         self._shards.writer.sync()

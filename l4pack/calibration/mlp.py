@@ -6,26 +6,25 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from l4pack.calibration.carried import Ends
-from l4pack.calibration.moments import Moments
+from l4pack.calibration.problems import given_for, moments_of, problem_of
 from l4pack.calibration.rows import Block
 from l4pack.model.parts import DOWN, GATE, UP
 from l4pack.quant import gptq, torch_ops
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.packing import pack_levels, pack_zero_points
 from l4pack.quant.quantized import Quantized
-from l4pack.quant.scales import global_scale
 from l4pack.quant.scheme import Scheme
 from l4pack.quant.solution import Solution, TwoSided
 from l4pack.quant.torch_ops import QuantizedTensors, pack_e2m1
 from l4pack.quant.torch_scales import coded
 from l4pack.quant.two_sided_gptq import OutputMoments, solve_two_sided
-from l4pack.recipe import GptqOptions, RecipeScheme
+from l4pack.recipe import RecipeScheme
 from l4pack.stream.rows import rows_at_once
 
 Inputs = Callable[[], Iterable[Block]]
@@ -61,9 +60,9 @@ def solve_mlp(
     assert options is not None
     inner, hidden = matrices.weights[GATE].shape
     thin = outputs is None
-    moments = _moments(inputs(), hidden, options, thin=thin)
+    moments = moments_of(inputs(), hidden, options, thin=thin)
     tokens = moments.tokens
-    first = _problem(moments, options, outputs=2 * inner)
+    first = problem_of(moments, options, outputs=2 * inner)
     del moments
     ends = None if outputs is None else Ends(outputs, matrices.weights, matrices.activation, inputs)
     solve = partial(_solve, matrices=matrices, scheme=scheme, dtypes=dtypes, ends=ends)
@@ -73,9 +72,9 @@ def solve_mlp(
     solved = {name: solved_weights(solution, matrices.model_dtype) for name, solution in solutions.items()}
     after = Matrices(solved, matrices.activation, matrices.model_dtype)
     through = (_inner(block, matrices, after) for block in inputs())
-    moments = _moments(through, inner, options, tokens, thin=thin)
+    moments = moments_of(through, inner, options, tokens, thin=thin)
     del solved, after
-    second = _problem(moments, options, outputs=hidden)
+    second = problem_of(moments, options, outputs=hidden)
     del moments
     return solutions | {DOWN: solve(second, DOWN, together=(DOWN,))}
 
@@ -86,34 +85,6 @@ def _inner(block: Block, before: Matrices, after: Matrices) -> Block:
     if original is not None and block.kept is not None:
         original = torch.where(block.kept, original, inputs)
     return Block(inputs, original, block.weights, block.kept)
-
-
-def _moments(blocks: Iterable[Block], width: int, options: GptqOptions, tokens: int = 0, *, thin: bool) -> Moments:
-    """Those of inputs [tokens, width]; how many come, 0 if that is not known, spares keeping any that will be too many."""
-    moments: Moments | None = None
-    for block in blocks:
-        if moments is None:
-            cross = block.original is not None and options.asymmetric > 0
-            moments = Moments(width, cross=cross, device=block.inputs.device, expected=tokens, thin=thin)
-        moments.add(block.inputs, block.original, block.weights)
-    assert moments is not None
-    return moments
-
-
-def _problem(moments: Moments, options: GptqOptions, outputs: int) -> gptq.Problem:
-    gathered = moments.finish()
-    for aim in (gathered.cross, gathered.difference):
-        if aim is not None:
-            aim *= options.asymmetric
-    return gptq.prepare_problem(
-        gathered.hessian,
-        cross=gathered.cross,
-        inputs=gathered.inputs,
-        difference=gathered.difference,
-        act_order=options.act_order,
-        dampening=options.dampening,
-        outputs=outputs,
-    )
 
 
 def _solve(
@@ -128,32 +99,12 @@ def _solve(
     back: Tensor | None = None,
 ) -> Solution:
     assert scheme.gptq is not None
-    weight, options = matrices.weights[name], scheme.gptq
-    given: _Given = {
-        "sweeps": options.sweeps,
-        "source_dtype": dtypes[name],
-        "rows_at_once": rows_at_once(weight.device.type, weight.shape[1]),
-        "global_scale": _global_scale([matrices.weights[one] for one in together]) if scheme.globally_scaled else None,
-    }
+    weights, options = matrices.weights, scheme.gptq
+    given = given_for(weights[name], scheme, dtypes[name], fused=[weights[one] for one in together])
     if ends is None:
-        return gptq.solve_problem(problem, weight, scheme, **given)
+        return gptq.solve_problem(problem, weights[name], scheme, **given)
     outputs = OutputMoments(ends.moments(name, back), options.output_dampening, options.act_order)
-    return solve_two_sided(problem, outputs, weight, scheme, **given)
-
-
-class _Given(TypedDict):
-    """What both ways of solving are told."""
-
-    sweeps: int
-    source_dtype: FloatName
-    rows_at_once: int
-    global_scale: float | None
-
-
-def _global_scale(weights: Iterable[Tensor]) -> float:
-    """That of matrices which runtimes hold in one."""
-    amax = max(float(end.abs()) for weight in weights for end in weight.aminmax())
-    return global_scale(amax if math.isfinite(amax) else 1.0)  # solving tells which weight is not finite
+    return solve_two_sided(problem, outputs, weights[name], scheme, **given)
 
 
 def solved_weights(solution: Solution, dtype: torch.dtype = torch.float32) -> Tensor:

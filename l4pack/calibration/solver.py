@@ -12,11 +12,12 @@ import torch
 from transformers.activations import ACT2FN
 
 from l4pack.calibration import batch
+from l4pack.calibration.attention import Attention, solve_attention
 from l4pack.calibration.batch import Stacked
 from l4pack.calibration.mlp import Matrices, result_of, solve_mlp
 from l4pack.calibration.rows import UnitRows, blocks, expert_rows
 from l4pack.errors import SourceError
-from l4pack.model.parts import GATE, MLP_MATRICES
+from l4pack.model.parts import MLP_MATRICES
 from l4pack.quant.quantize import NonFiniteError
 from l4pack.quant.solution import Solution
 from l4pack.quant.torch_ops import DTYPES, refuse_non_finite
@@ -47,7 +48,7 @@ class SolvedUnit:
 
 
 class UnitSolver:
-    """Solves MLPs as the recipe of a plan says."""
+    """Solves attention and MLPs as the recipe of a plan says."""
 
     def __init__(self, plan: Plan, skeleton: Skeleton) -> None:
         assert plan.recipe.calibration is not None
@@ -64,11 +65,13 @@ class UnitSolver:
         return {local: self._targets[name] for local, name in names.items() if name in self._targets}
 
     def solve(self, loaded: Sequence[LoadedUnit], passes: Sequence[LayerPass]) -> list[SolvedUnit]:
-        """Solve MLPs for the last pass's inputs, aiming at the first one's outputs if there are two.
+        """Solve a layer's attention, or MLPs, for the last pass's inputs, aiming at the first one's outputs if there are two.
 
         Raises SourceError for a weight that is not finite.
         """
         original = passes[0] if len(passes) > 1 else None
+        if loaded[0].unit.part is Part.ATTENTION:
+            return [self._attention(one, passes[-1], original) for one in loaded]
         taken = [self._rows_of(one.unit, passes) for one in loaded]
         alike = len({scheme for one in loaded for scheme in self._schemes(one).values()}) == 1
         if self._batched and alike and not self._two_sided(loaded[0]):
@@ -80,11 +83,17 @@ class UnitSolver:
         return options is not None and options.two_sided
 
     @torch.inference_mode()
+    def _attention(self, loaded: LoadedUnit, quantized: LayerPass, original: LayerPass | None) -> SolvedUnit:
+        attention = Attention(loaded.weights, quantized, original, self._dtype)
+        with _naming(loaded.unit):
+            solved = solve_attention(attention, self._scheme(loaded), self._dtypes(loaded))
+        return self._solved(loaded, UnitRows(quantized.tokens), solved)
+
+    @torch.inference_mode()
     def _one(self, loaded: LoadedUnit, taken: UnitRows, quantized: LayerPass, original: LayerPass | None) -> SolvedUnit:
-        dtypes = {name: dtype for name, (_, dtype) in self._schemes(loaded).items()}
         with _naming(loaded.unit):
             inputs = partial(blocks, taken, quantized, original)
-            solved = solve_mlp(self._matrices(loaded), inputs, self._scheme(loaded), dtypes)
+            solved = solve_mlp(self._matrices(loaded), inputs, self._scheme(loaded), self._dtypes(loaded))
         return self._solved(loaded, taken, solved)
 
     @torch.inference_mode()
@@ -102,7 +111,7 @@ class UnitSolver:
         inputs = partial(batch.blocks, taken, quantized, original)
         given = batch.Batch(stacked, inputs, weights, self._activation, self._dtype)
         try:
-            found = batch.solve(given, self._scheme(loaded[0]), self._schemes(loaded[0])[GATE][1])
+            found = batch.solve(given, self._scheme(loaded[0]), next(iter(self._dtypes(loaded[0]).values())))
         except batch.UnitNotFiniteError as error:
             self._refuse(loaded[error.unit])
             raise
@@ -123,7 +132,11 @@ class UnitSolver:
         return SolvedUnit(loaded.unit, solutions, results)
 
     def _scheme(self, loaded: LoadedUnit) -> RecipeScheme:
-        return self._plan.recipe.schemes[self._schemes(loaded)[GATE][0]]
+        """All matrices of a unit have the same: rules are by role and layer."""
+        return self._plan.recipe.schemes[next(iter(self.targets(loaded.unit).values())).scheme]
+
+    def _dtypes(self, loaded: LoadedUnit) -> dict[str, FloatName]:
+        return {name: dtype for name, (_, dtype) in self._schemes(loaded).items()}
 
     def _schemes(self, loaded: LoadedUnit) -> dict[str, tuple[str, FloatName]]:
         """The scheme, and the dtype in the source, of each matrix."""

@@ -1,6 +1,7 @@
 """Calibrating on the workers of a cluster: a layer in five stages, each done everywhere before the next one begins.
 
-    attention   some batches of sequences a task      route       some blocks of rows
+    attention   solved, where it is, as one task      route       some blocks of rows
+                then some batches of sequences a task
     solve       a unit a task                         feed        the MLP of all rows by blocks, then the experts
 
 Tokens are routed to one expert each, so experts write rows of their own and nothing has to be summed over workers. Rows are
@@ -88,12 +89,15 @@ class SpreadCalibration(CalibrationRun):
         """Run a layer, stage by stage."""
         (visit,) = visits
         passes = list(visit.passes.values())
-        _, everyones, *experts = layer_units(self._config, visit.layer)
+        attention, everyones, *experts = layer_units(self._config, visit.layer)
         stage = self._files.begin(visit.layer, next(iter(visit.streams.values())).side)
+        self._solve_all(stage, [(attention,)], passes[-1])
         self._attend(stage, passes[0])
         if experts:
             stage = self._route(stage, visit)
-        self._solve_all(stage, everyones, experts, passes[-1])
+        step = self.together
+        together = [tuple(experts[first : first + step]) for first in range(0, len(experts), step)]
+        self._solve_all(stage, [(everyones,), *together], passes[-1])
         settle()
         self._files.outputs(stage)
         blocks = self._workers.some(len(passes[0].row_blocks()))
@@ -120,10 +124,9 @@ class SpreadCalibration(CalibrationRun):
         self.routed(visit)
         return replace(stage, routing=self._workers.cluster.parcel(whole))
 
-    def _solve_all(self, stage: Stage, everyones: Unit, experts: Sequence[Unit], quantized: LayerPass) -> None:
+    def _solve_all(self, stage: Stage, groups: Sequence[tuple[Unit, ...]], quantized: LayerPass) -> None:
         """Solve what is left, the experts in the same company as on one machine."""
-        step, finished = self.together, self._output.journal.finished
-        groups = [(everyones,), *(tuple(experts[first : first + step]) for first in range(0, len(experts), step))]
+        finished = self._output.journal.finished
         left = [
             units
             for units in groups

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from l4pack.errors import BudgetError
 from l4pack.model.config import Llama4Config, TextConfig, VisionConfig
-from l4pack.model.parts import VISION_LAYERS, attention_shapes, mlp_shapes, projector_shapes, vision_shapes
+from l4pack.model.parts import OUTPUT, VISION_LAYERS, attention_shapes, mlp_shapes, projector_shapes, vision_shapes
+from l4pack.model.tensors import Role
 from l4pack.plan.assign import Action, Task
 from l4pack.stream.rows import HEAD_ROWS, IMAGE_TILES, TILE_OUTPUTS, TOKENS_SCORED, rows_at_once
 from l4pack.units import MIB, human_bytes
@@ -159,7 +160,7 @@ class Computing:
     def memory(self, phases: Iterable[int] = (), *, held: int = 0, scored: bool = False) -> Memory:
         """Of a walk in which `held` bytes more are there throughout and other `phases`, with the unit in use, come in
         turn with attention and MLPs; answers may be `scored` at its end."""
-        widest = max(self._attending(), self.mlp + self.running(), *phases)
+        widest = max(self.attending(), self.mlp + self.running(), *phases)
         computing = max(self._held() + held + widest, self._scoring() if scored else 0)
         before = Memory(0) if self.sight is None else seeing(self.sight, self.text, self.device, self.itemsize)
         if self.device == CPU:
@@ -180,7 +181,7 @@ class Computing:
         states = self.streams * BUFFERS * self.tokens * self.row if self.resident else 0
         return self.models * self.attention + loading + states
 
-    def _attending(self) -> int:
+    def attending(self) -> int:
         """A block of queries: states in and out, the mask, keys and values repeated for every head, and half as much
         again that the kernel packs. Scores are never there as a whole (measured: 89 MiB beside 256 of keys and values,
         where the scores would be 256)."""
@@ -231,30 +232,36 @@ def computing_on(
 
 @dataclass(frozen=True)
 class SolvedKind:
-    """MLPs that are solved: with `cross` moments or not, of which `inner` width, whether they are `routed` experts, of which
-    several may be solved together, and whether by both sides, each by itself."""
+    """Units of a role that are solved: with `cross` moments or not, of which `inner` width MLPs are, and whether by both
+    sides, each by itself."""
 
     cross: bool
     inner: int
-    routed: bool
+    role: Role
     two_sided: bool = False
+
+    def together(self, most: int) -> int:
+        """How many are solved together on a device where that is `most` experts."""
+        return most if self.role is Role.ROUTED_EXPERT else min(most, 1)
 
 
 def calibrating(computing: Computing, kinds: Iterable[SolvedKind], *, attention: bool) -> Memory:
-    """Of solving MLPs on the way. With `attention` that is quantized too, what was written is there beside the
+    """Of solving units on the way. With `attention` that is quantized too, what was written is there beside the
     original's."""
     text = computing.text
     # A unit runs as the original's and as it was written; half a matrix of the latter is there in a 16-bit dtype.
     written = computing.mlp + _largest_matrix(text) * STORED + computing.running()
     together = computing.together if computing.device != CPU else 0
-    solved = [_solving(computing, kind, together if kind.routed else min(together, 1)) for kind in kinds]
+    solved = [_solving(computing, kind, kind.together(together)) for kind in kinds]
     levels = together * mlp_numbers(text, widest_mlp(text))  # int8, of those solved last that are being written
     held = (computing.attention if attention else 0) + 2 * levels
     return computing.memory((computing.together * computing.mlp + written, *solved), held=held)
 
 
 def _solving(computing: Computing, kind: SolvedKind, together: int) -> int:
-    """Of MLPs that are solved, their weights with them: as many `together`, or one by itself (0)."""
+    """Of units that are solved, their weights with them: as many MLPs `together`, or one by itself (0)."""
+    if kind.role is Role.ATTENTION:
+        return solving_attention(computing, cross=kind.cross)
     text, weights = computing.text, mlp_numbers(computing.text, kind.inner) * FLOAT
     if not together or kind.two_sided:
         solved = solving(text, computing.rows, kind.inner, cross=kind.cross, two_sided=kind.two_sided)
@@ -305,6 +312,22 @@ def solving(text: TextConfig, rows: int, inner: int, *, cross: bool, two_sided: 
         last += 2 * hidden * hidden + 5 * hidden * inner
         levels += hidden * hidden
     return (levels + max(first, between, last)) * FLOAT
+
+
+def solving_attention(computing: Computing, *, cross: bool) -> int:
+    """Bytes beside a layer's attention itself while GPTQ solves it: queries, keys and values for the hidden width, the
+    moments of what goes into the output projection as attention runs, then that projection for those. Rows on their way
+    are those of `solving`, or what rounding takes of a device; a block's inputs come of two models."""
+    text = computing.text
+    shapes = attention_shapes(text)
+    hidden, heads = text.hidden_size, shapes[OUTPUT][1]
+    numbers = _numbers(shapes.values())
+    squares, row = (2 if cross else 1) + 1, 7 * FLOAT if computing.device == CPU else ROUNDED_ON_DEVICE
+    levels = 2 * numbers  # int8, some twice while pieces are put together
+    first = squares * hidden * hidden * FLOAT + computing.rows * hidden * row
+    between = (numbers - hidden * heads + squares * heads * heads) * FLOAT + computing.attending()
+    last = squares * heads * heads * FLOAT + computing.rows * heads * row
+    return levels + max(first, between, last)
 
 
 def solving_together(text: TextConfig, inner: int, *, cross: bool) -> int:

@@ -103,12 +103,11 @@ def asymmetric(recipe: Recipe, targets: Sequence[Target]) -> bool:
 
 
 def _solved(recipe: Recipe, targets: Sequence[Target]) -> set[SolvedKind]:
-    """Kinds of MLPs to solve; their inner width, or the hidden one, if that is more."""
+    """Kinds of units to solve; an MLP's inner width, or the hidden one, if that is more."""
     kinds = set()
     for target in targets:
         options = recipe.schemes[target.scheme].gptq
         if options is not None:
             width = max(target.linear.in_features, target.linear.out_features)
-            routed = target.linear.role is Role.ROUTED_EXPERT
-            kinds.add(SolvedKind(options.asymmetric > 0, width, routed, options.two_sided))
+            kinds.add(SolvedKind(options.asymmetric > 0, width, target.linear.role, options.two_sided))
     return kinds

@@ -109,7 +109,7 @@ class LayerPass:
         """
         if unit.part is Part.ATTENTION:
             self.attention(weights)
-            return lambda inputs: self.attention_of(inputs, torch.arange(inputs.shape[1])[None])
+            return self.attention_of
         module = self.mlp(unit, weights)
         self.feed_forward(unit, module, watch)
         return module
@@ -122,11 +122,31 @@ class LayerPass:
         """
         place(self._layer, weights)
         self._entry = entry or weights.kv_cache or unchanged
+        target = self._stream.middle.data
         for batch in self.batches()[self._some]:
-            if batch[0].length > self.blocks.attention:
-                self._attend_in_blocks(batch[0])
-            else:
-                self._attend(batch)
+            for start, inputs, added in self._attended(self._layer, batch):
+                self._store_attention(start, (inputs + added).to(target.device), target)
+            self.let_go()
+
+    @torch.inference_mode()
+    def attention_inputs(self, weights: UnitWeights) -> Iterator[Tensor]:
+        """What queries, keys and values are made of: all rows [rows, hidden], a block at a time."""
+        place(self._layer, weights)
+        for rows in self.row_blocks():
+            yield self._layer.input_layernorm(self._to_device(self._stream.current.data[rows]))
+            self.let_go()
+
+    @torch.inference_mode()
+    def attention_heads(self, weights: UnitWeights) -> Iterator[Tensor]:
+        """What goes into the output projection with these weights of the others: all rows [rows, heads * head_dim], a
+        sequence or a block of one at a time."""
+        layer = self._skeleton.layer(self.index)
+        place(layer, weights)
+        layer.self_attn.o_proj = nn.Identity()
+        self._entry = weights.kv_cache or unchanged
+        for batch in self.batches():
+            for _, _, heads in self._attended(layer, batch):
+                yield heads
             self.let_go()
 
     def place(self, small: UnitWeights) -> None:
@@ -143,19 +163,10 @@ class LayerPass:
         text = self._skeleton.config.text
         return text.attention_chunk_size if self.index in text.rope_layers else None
 
-    def attention_of(self, inputs: Tensor, positions: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """What attention adds to inputs [batch, length, hidden] that stand at `positions` [batch, length].
-
-        Rows of which only the first `lengths` inputs are a text's have the rest to fill up the batch.
-        """
-        added, _ = self._layer.self_attn(
-            hidden_states=self._layer.input_layernorm(inputs),
-            position_embeddings=self._skeleton.rotary(positions),
-            attention_mask=None,
-            past_key_values=PassingCache(self._entry, lengths or [inputs.shape[1]] * len(inputs), int(positions[0, 0])),
-        )
-        result: Tensor = added
-        return result
+    def attention_of(self, inputs: Tensor) -> Tensor:
+        """What attention adds to inputs [batch, length, hidden] that stand at the start of their sequences."""
+        positions = torch.arange(inputs.shape[1])[None]
+        return self._attend(self._layer, inputs, positions, [inputs.shape[1]] * len(inputs))
 
     def attention_sample(self, most: int) -> Tensor:
         """Inputs [1, length, hidden] from the start of the first sequence, short enough to lie in one chunk."""
@@ -254,31 +265,46 @@ class LayerPass:
         for rows in self._row_blocks(None):
             self._stream.following.data[rows] += self._stream.middle.data[rows]
 
-    def _attend(self, batch: list[AttendedRows]) -> None:
-        source, target = self._stream.current.data, self._stream.middle.data
+    def _attend(self, layer: Any, inputs: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+        """What a layer's attention gives inputs [batch, length, hidden] at `positions` [batch, length], of which only the
+        first `lengths` of a row are a text's."""
+        given, _ = layer.self_attn(
+            hidden_states=layer.input_layernorm(inputs),
+            position_embeddings=self._skeleton.rotary(positions),
+            attention_mask=None,
+            past_key_values=PassingCache(self._entry, lengths, int(positions[0, 0])),
+        )
+        result: Tensor = given
+        return result
+
+    def _attended(self, layer: Any, batch: list[AttendedRows]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Where pieces of a batch begin, or blocks of a long one: their inputs, and what the layer's attention gives."""
+        if batch[0].length > self.blocks.attention:
+            yield from self._attended_in_blocks(layer, batch[0])
+            return
+        source = self._stream.current.data
         inputs = [source[piece.start : piece.start + piece.length] for piece in batch]
         padded = self._to_device(pad_sequence(inputs, batch_first=True))
         first = torch.tensor([[piece.position] for piece in batch])
         positions = first + torch.arange(padded.shape[1])
-        outputs = (padded + self.attention_of(padded, positions, [piece.length for piece in batch])).to(target.device)
-        for piece, output in zip(batch, outputs, strict=True):
-            self._store_attention(piece.start, output[: piece.length], target)
+        given = self._attend(layer, padded, positions, [piece.length for piece in batch])
+        for number, piece in enumerate(batch):
+            yield piece.start, padded[number, : piece.length], given[number, : piece.length]
 
-    def _attend_in_blocks(self, piece: AttendedRows) -> None:
+    def _attended_in_blocks(self, layer: Any, piece: AttendedRows) -> Iterator[tuple[int, Tensor, Tensor]]:
         """A piece too long to attend at once: queries by blocks, keys and values of the whole piece kept."""
-        source, target = self._stream.current.data, self._stream.middle.data
-        cache = BlockCache(piece.length, self._entry)
+        source, cache = self._stream.current.data, BlockCache(piece.length, self._entry)
         for start in range(0, piece.length, self.blocks.attention):
             stop = min(start + self.blocks.attention, piece.length)
             inputs = self._to_device(source[piece.start + start : piece.start + stop])[None]
             positions = torch.arange(piece.position + start, piece.position + stop)[None]
-            added, _ = self._layer.self_attn(
-                hidden_states=self._layer.input_layernorm(inputs),
+            given, _ = layer.self_attn(
+                hidden_states=layer.input_layernorm(inputs),
                 position_embeddings=self._skeleton.rotary(positions),
                 attention_mask=causal_mask(start, stop, inputs.device),
                 past_key_values=cache,
             )
-            self._store_attention(piece.start + start, (inputs + added)[0].to(target.device), target)
+            yield piece.start + start, inputs[0], given[0]
 
     def _store_attention(self, start: int, output: Tensor, target: Tensor) -> None:
         _check_finite(output, f"{self._stream.name}: {Unit(self.index, Part.ATTENTION)}")

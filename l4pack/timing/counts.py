@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from l4pack.model.config import Llama4Config, TextConfig
-from l4pack.model.parts import attention_shapes, projector_shapes, vision_shapes
+from l4pack.model.parts import KEY, QUERY, attention_shapes, projector_shapes, vision_shapes
 from l4pack.quant.grid import ScaleDtype
 from l4pack.quant.scheme import Observer, Scheme
 from l4pack.recipe import RecipeScheme
@@ -33,6 +33,9 @@ CALLS_A_BLOCK, CALLS_A_PIECE, CALLS_A_FACTOR, CALLS_A_FACTOR_BLOCK, CALLS_A_FORW
 CALLS_A_DEVICE_BLOCK, CALLS_A_DEVICE_TURN = 20, 25
 OPERATIONS_A_COLUMN, OPERATIONS_A_TURN = 8 * BLOCK, 10 * BLOCK
 BYTES_A_COLUMN, BYTES_A_TURN = 80, 120
+# Where a matrix is not solved together with others, not even with itself as a batch of one, torch takes a GPU's columns one
+# by one: operations started for each, and in a sweep.
+ALONE, CALLS_A_COLUMN, CALLS_A_TURN = 0, 14, 16
 # Of four-bit floats, by one core: NVFP4's ten candidates for a scale beside the four of integers, and a turn of a sweep,
 # which looks its levels up. Powers of two have three candidates, which take what integers' do.
 NVFP4_CANDIDATES, FLOAT_TURN = 2.3, 2.5
@@ -64,12 +67,31 @@ def solving_mlp(
     cross = tokens.streams > 1 and scheme.gptq.asymmetric > 0
     solver = _Solver(scheme, tokens.solved, cross, device, together)
     work.include(solver.problem(hidden, outputs=2 * inner))
-    work.include(solver.matrix(inner, hidden, alike=2), times=2)
+    work.include(solver.matrix(inner, hidden, among=2 * inner), times=2)
     sides = tokens.streams
     work.add("moments", Kind.PRODUCT, sides * 2 * product(tokens.solved, inner, hidden))
     work.add("moments", Kind.MEMORY, sides * tokens.solved * (8 * hidden + 16 * inner) * FLOAT)
     work.include(solver.problem(inner, outputs=hidden))
-    work.include(solver.matrix(hidden, inner, alike=1))
+    work.include(solver.matrix(hidden, inner, among=hidden))
+    return work
+
+
+def solving_attention(text: TextConfig, tokens: Tokens, length: int, scheme: RecipeScheme, device: str) -> Work:
+    """Solving a layer's attention on sequences of that length: queries, keys and values for its inputs, the output
+    projection for what comes of them in every stream, each matrix by itself on any device."""
+    assert scheme.gptq is not None
+    shapes, work = attention_shapes(text), Work()
+    (queries, hidden), (keys, _) = shapes[QUERY], shapes[KEY]
+    cross = tokens.streams > 1 and scheme.gptq.asymmetric > 0
+    solver = _Solver(scheme, tokens.solved, cross, device, ALONE)
+    work.include(solver.problem(hidden, outputs=queries + 2 * keys))
+    for outputs in (queries, keys, keys):
+        work.include(solver.matrix(outputs, hidden, among=queries + 2 * keys))
+    rows = (2 if cross else 1) * tokens.solved
+    work.add("moments", Kind.PRODUCT, product(rows, queries + 2 * keys, hidden) + product(rows, queries, length))
+    work.add("moments", Kind.MEMORY, FLOAT * rows * (24 * hidden + 24 * queries))
+    work.include(solver.problem(queries, outputs=hidden))
+    work.include(solver.matrix(hidden, queries, among=hidden))
     return work
 
 
@@ -99,17 +121,19 @@ class _Solver:
                 work.add("target", Kind.PRODUCT, 2 * _triangular(width, width))
         return work
 
-    def matrix(self, outputs: int, width: int, alike: int) -> Work:
-        """One matrix [outputs, width] of a problem that is prepared for so many of its size."""
+    def matrix(self, outputs: int, width: int, among: int) -> Work:
+        """One matrix [outputs, width] of a problem that is prepared for so many outputs."""
         work = Work()
         self._nearest(work, outputs * width)
         if self.thin(width):
             self._thin_products(work, outputs, width)
         else:
-            self._products(work, outputs, width, shifting=alike * outputs > width)
+            self._products(work, outputs, width, shifting=among > width)
         work.add("the rest of solving", Kind.MEMORY, PASSES * FLOAT * outputs * width)
         if self.device == CPU:
             self._loops(work, outputs, width)
+        elif self.together == ALONE:
+            self._loops_by_column(work, outputs, width)
         else:
             self._loops_on_device(work, outputs, width)
         return work
@@ -134,6 +158,13 @@ class _Solver:
         work.add("sweeps", Kind.UPDATE, sweeps * OPERATIONS_A_TURN * weights)
         work.add("sweeps", Kind.MEMORY, sweeps * BYTES_A_TURN * weights)
         work.add("sweeps", Kind.PRODUCT, sweeps * product(outputs, width, width))
+
+    def _loops_by_column(self, work: Work, outputs: int, width: int) -> None:
+        """The same in operations of their own for every column, some rows at a time."""
+        pieces = math.ceil(outputs / rows_at_once(self.device, width))
+        work.add("columns", Kind.CALL, pieces * width * CALLS_A_COLUMN)
+        work.add("sweeps", Kind.CALL, pieces * width * self._sweep_count * CALLS_A_TURN)
+        work.add("sweeps", Kind.PRODUCT, self._sweep_count * product(outputs, width, width))
 
     @property
     def _sweep_count(self) -> int:

@@ -18,7 +18,17 @@ from l4pack.plan.needs import DEFAULT_LENGTH
 from l4pack.plan.plan import Plan
 from l4pack.quant.dtypes import FLOATS
 from l4pack.recipe import RecipeScheme
-from l4pack.timing.counts import FLOAT, Tokens, attending, rounding, running_mlp, scoring, seeing, solving_mlp
+from l4pack.timing.counts import (
+    FLOAT,
+    Tokens,
+    attending,
+    rounding,
+    running_mlp,
+    scoring,
+    seeing,
+    solving_attention,
+    solving_mlp,
+)
 from l4pack.timing.work import Kind, Work
 from l4pack.work.device import CPU
 
@@ -102,10 +112,13 @@ def calibrating(plan: Plan, device: str, tokens: int) -> Work:
 
 
 def solving(plan: Plan, role: Role, scheme: RecipeScheme, device: str, tokens: int) -> Work:
-    """Solving one MLP of a role; an expert with few tokens borrows some."""
+    """Solving one layer's attention, or one MLP of a role; an expert with few tokens borrows some."""
     assert plan.recipe.calibration is not None
     assert plan.needs is not None
     text = plan.checkpoint.config.text
+    if role is Role.ATTENTION:
+        every = Tokens(tokens, tokens, plan.needs.streams)
+        return solving_attention(text, every, calibration_length(plan), scheme, device)
     own = tokens_of(text, role, tokens)
     lent = min(plan.recipe.calibration.min_tokens, tokens) if role is Role.ROUTED_EXPERT else 0
     counted = Tokens(max(own, lent), own, plan.needs.streams)
@@ -134,7 +147,7 @@ def calibration_length(plan: Plan) -> int:
 
 
 def _solved(plan: Plan) -> Counter[tuple[Role, str]]:
-    """How many MLPs of a role and a scheme are solved."""
+    """How many units of a role and a scheme are solved."""
     units = {
         (target.linear.layer, target.linear.role, target.linear.expert, target.scheme) for target in plan.calibrated
     }

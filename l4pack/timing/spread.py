@@ -98,6 +98,8 @@ def _layer(plan: Plan, workers: int, speeds: Speeds, *, moe: bool) -> Iterator[l
     assert plan.needs is not None
     text, device, tokens, streams = plan.checkpoint.config.text, speeds.device, plan.needs.tokens, plan.needs.streams
     parts = TASKS_A_WORKER * workers
+    if (scheme := _scheme(plan, Role.ATTENTION)) is not None:
+        yield [speeds.seconds(solving(plan, Role.ATTENTION, scheme, device, tokens))]
     attention = attending(text, streams * tokens, calibration_length(plan), Kind.PRODUCT, device)
     yield [speeds.seconds(attention) / parts] * parts
     everyones = Role.SHARED_EXPERT if moe else Role.DENSE_MLP
@@ -125,7 +127,7 @@ def _running(text: TextConfig, role: Role, tokens: float, speeds: Speeds) -> flo
 
 
 def _scheme(plan: Plan, role: Role) -> RecipeScheme | None:
-    """How a role's MLPs are solved; None where they are not."""
+    """How a role's units are solved; None where they are not."""
     found = next((target.scheme for target in plan.calibrated if target.linear.role is role), None)
     return None if found is None else plan.recipe.schemes[found]
 

@@ -16,11 +16,15 @@ from l4pack.timing.work import Kind, Work
 @dataclass(frozen=True)
 class TaskSeconds:
     """What one device takes, the disk aside: `rounding` all that needs no text, `attention` of one layer on all sequences,
-    and each of the `mlps` of a role, solved where the plan solves any of them and run; in every stream."""
+    and each of the `mlps` of a role, solved where the plan solves any of them and run; in every stream.
+
+    `attention_solving` is what solving it takes first, by one worker, whatever their number.
+    """
 
     rounding: float
     attention: float
     mlps: Mapping[Role, float]
+    attention_solving: float = 0.0
 
 
 def task_seconds(plan: Plan, speeds: Speeds) -> TaskSeconds:
@@ -39,4 +43,8 @@ def task_seconds(plan: Plan, speeds: Speeds) -> TaskSeconds:
             scheme = plan.recipe.schemes[schemes[role]]
             work.include(solving(plan, role, scheme, speeds.device, tokens))
         mlps[role] = speeds.seconds(work)
-    return TaskSeconds(rounding, streams * speeds.seconds(attention), mlps)
+    solved = 0.0
+    if Role.ATTENTION in schemes:
+        scheme = plan.recipe.schemes[schemes[Role.ATTENTION]]
+        solved = speeds.seconds(solving(plan, Role.ATTENTION, scheme, speeds.device, tokens))
+    return TaskSeconds(rounding, streams * speeds.seconds(attention), mlps, solved)

@@ -375,7 +375,6 @@ def test_the_memory_that_calibration_takes_is_planned_and_refused_when_it_is_not
         ({"schemes": {"int4": {"gptq": {"act_order": True, "actorder": 1}}}}, "actorder"),
         ({"schemes": {"int4": {"method": "rtn", "gptq": {}}}}, "its options are for method gptq"),
         ({"schemes": {"int4": {"method": "rtn", "gptq": None}}}, "calibration: no scheme needs one"),
-        ({"rules": [{"roles": ["attention"], "scheme": "int4"}]}, "only MLPs are calibrated"),
     ],
 )
 def test_recipes_that_ask_the_impossible(change, message):

@@ -158,7 +158,7 @@ GPTQ = {"format": "pack-quantized", "num_bits": 4, "strategy": "group", "group_s
 INT4 = {
     "schemes": {"int4": GPTQ},
     "rules": [
-        {"roles": ["routed_expert", "shared_expert", "dense_mlp"], "scheme": "int4"},
+        {"roles": ["attention", "routed_expert", "shared_expert", "dense_mlp"], "scheme": "int4"},
         {"roles": "all", "scheme": "keep"},
     ],
 }

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import silu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from l4pack.calibration import moments
+from l4pack.calibration.attention import solve_attention
 from l4pack.calibration.mlp import Matrices, solve_mlp
 from l4pack.calibration.rows import Block
 from l4pack.checkpoint.open import open_source
 from l4pack.evaluate import layer_errors
 from l4pack.model.config import TextConfig
-from l4pack.model.parts import mlp_shapes
+from l4pack.model.parts import attention_shapes, mlp_shapes
 from l4pack.quant import gptq_batch, gptq_thin, triangular
 from l4pack.recipe import GptqOptions, Method, RecipeScheme
 from l4pack.timing import counts, jobs
@@ -70,6 +75,43 @@ def test_solving_an_mlp(tokens, streams):
     wanted = scheme()
     planned = counts.solving_mlp(text(), INNER, counts.Tokens(tokens, tokens, streams), wanted, "cpu")
     assert planned.total(*PRODUCTS) == pytest.approx(dispatched(tokens, streams, wanted), rel=0.01)
+
+
+@dataclass
+class GivenAttention:
+    """Attention of known heads, whatever its projections are: running it is counted apart."""
+
+    matrices: dict[str, torch.Tensor]
+    blocks: dict[str, list[Block]]
+    quantized: Any
+    model_dtype = torch.bfloat16
+
+    def matrix(self, name):
+        return self.matrices[name]
+
+    def inputs(self):
+        return self.blocks["inputs"]
+
+    def heads(self, solved):
+        assert len(solved) == 3
+        return self.blocks["heads"]
+
+
+@pytest.mark.parametrize("tokens", [100, 700], ids=["thin", "thick"])
+def test_solving_attention(tokens):
+    wanted, shape, length = scheme(), text(num_attention_heads=5, num_key_value_heads=1, head_dim=128), 50
+    generator = torch.Generator().manual_seed(0)
+    given = {width: torch.randn(2, tokens, width, generator=generator) for width in (HIDDEN, 5 * 128)}
+    inputs, heads = ([Block(*given[width], None, None)] for width in (HIDDEN, 5 * 128))
+    matrices = {
+        f"self_attn.{name}": torch.randn(size, generator=generator) for name, size in attention_shapes(shape).items()
+    }
+    attention = GivenAttention(matrices, {"inputs": inputs, "heads": heads}, SimpleNamespace(tokens=tokens))
+    with torch.inference_mode(), Dispatched() as counter:
+        solve_attention(attention, wanted, dict.fromkeys(matrices, "BF16"))
+    planned = counts.solving_attention(shape, counts.Tokens(tokens, tokens, 2), length, wanted, "cpu")
+    running = 2 * counts.product(tokens, 7 * 128, HIDDEN) + 2 * counts.product(tokens, 5 * 128, length)
+    assert planned.total(*PRODUCTS) - running == pytest.approx(counter.products, rel=0.01)
 
 
 def test_solving_without_sweeps_or_the_originals_inputs():
