@@ -312,15 +312,17 @@ class _Chain:
 
     def _loaded(self) -> tuple[Subject, str]:
         """What the runtime loads, the artifact or the export to come, and the runtime whose memory is counted."""
-        order = self._order
-        if order.runtime not in CONTAINERS:
-            return open_subject(str(order.out)), RUNTIMES[0] if order.runtime == ANY else order.runtime
+        order, artifact = self._order, open_subject(str(self._order.out))
+        only = artifact.exported_for
+        runtime = order.runtime if only is None or order.runtime in CONTAINERS else only.runtime
+        if runtime not in CONTAINERS:
+            return artifact, RUNTIMES[0] if runtime == ANY else runtime
         from l4pack.export.ahead import planned_export
 
-        subject = planned_export(self._plan, order.runtime).subject
-        folder = export_place(order.out, CONTAINERS[order.runtime])
+        subject = planned_export(self._plan, runtime).subject
+        folder = export_place(order.out, CONTAINERS[runtime])
         tower = None if subject.tower is None else folder / subject.tower
-        return replace(subject, path=folder / subject.path, tower=tower), order.runtime
+        return replace(subject, path=folder / subject.path, tower=tower), runtime
 
     def _evaluate(self) -> StepResult:
         order, text, out = self._order, self._order.text, self._order.out
@@ -402,8 +404,8 @@ class _Chain:
                 "peak_rss_bytes": result.peak_rss_bytes,
                 "warnings": list(plan.warnings),
             }
-        names = " and ".join(name.upper() for name in made)
-        return outcome, f"{names} hold the artifact's numbers: all {weights:,} weights compared", {"exports": made}
+        names = " and ".join(name.upper() for name in made) + (" hold" if len(made) > 1 else " holds")
+        return outcome, f"{names} the artifact's numbers: all {weights:,} weights compared", {"exports": made}
 
     def _push(self) -> StepResult:
         target = self._order.push

@@ -13,6 +13,7 @@ from l4pack.artifact.stanza import read_stanza
 from l4pack.checkpoint.header import TensorEntry, TypedTensor, tensor_bytes
 from l4pack.formats.format import Format
 from l4pack.formats.known import format_of
+from l4pack.formats.readers import FormatReader
 from l4pack.model.config import Llama4Config
 from l4pack.model.names import classify, split_suffix
 from l4pack.model.tensors import Role, catalogue
@@ -84,6 +85,12 @@ class Subject:
     def quantized(self) -> bool:
         """Whether any matrix is stored in fewer bits than the model's dtype."""
         return any(kind.form is not None for kind in self.kinds)
+
+    @cached_property
+    def exported_for(self) -> FormatReader | None:
+        """The one runtime that reads a format among its own by export alone; None where each is read as it lies."""
+        forms = {kind.form for kind in self.kinds if kind.form is not None}
+        return next((form.readers[0] for form in forms if form.exported), None)
 
     @property
     def kv_dtype(self) -> str:

@@ -360,17 +360,25 @@ def build_view(plan: Plan, order: Order, built: Built) -> list[RenderableType]:
         f"after    {size_of(plan)}",
     ]
     said = next((sample_view(step.record) for step in built.steps if step.name == "evaluate"), [])
-    return [table, *said, *sizes, *(_whereabouts(order, built) if built.error is None else ())]
+    return [table, *said, *sizes, *(_whereabouts(plan, order, built) if built.error is None else ())]
 
 
-def _places(order: Order, built: Built) -> list[RenderableType]:
+def _only_exported(plan: Plan) -> bool:
+    """Whether the artifact has a format that no runtime loads, and is there to be exported."""
+    from l4pack.formats.known import load_format
+
+    return any(load_format(scheme.format).exported for scheme in plan.recipe.schemes.values())
+
+
+def _places(plan: Plan, order: Order, built: Built) -> list[RenderableType]:
     """Each runtime's files; where there are several, that they hold the same numbers."""
     exports = next((step.record.get("exports") for step in built.steps if step.name == "export"), None)
     if not exports:
         return [Text.assemble("where    ", (str(order.out), "bold"))]
     table = console.table("For", "Where", ">Size", "Its numbers")
     size = next(step.record["artifact_bytes"] for step in built.steps if step.name == "plan")
-    table.add_row("vLLM, SGLang, transformers", console.plain(order.out), human_bytes(size), "solved")
+    clients = "no runtime as it is" if _only_exported(plan) else "vLLM, SGLang, transformers"
+    table.add_row(clients, console.plain(order.out), human_bytes(size), "solved")
     for name, made in exports.items():
         for text in made["warnings"]:
             console.warning(f"{name}: {text}")
@@ -380,15 +388,17 @@ def _places(order: Order, built: Built) -> list[RenderableType]:
     return ["", table, "", f"numbers  the same in {count}: one solve, each weight compared with the artifact's", ""]
 
 
-def _whereabouts(order: Order, built: Built) -> list[RenderableType]:
+def _whereabouts(plan: Plan, order: Order, built: Built) -> list[RenderableType]:
     """Where the result is, and what to type next."""
     from l4pack.budget.serve import on_lines
+    from l4pack.build import export_place
 
     serve = next((step.record.get("serve") for step in built.steps if step.name == "budget"), None)
-    how = on_lines(serve) if serve else f"l4pack budget {order.out} --device NAME"
+    place = export_place(order.out, order.exports[0]) if order.exports and _only_exported(plan) else order.out
+    how = on_lines(serve) if serve else f"l4pack budget {place} --device NAME"
     # As text, not markup, in which a backslash at a line's end is doubled.
     return [
-        *_places(order, built),
+        *_places(plan, order, built),
         Text("serve    " + "\n         ".join(how.splitlines()), no_wrap=True),
         Text(f"publish  l4pack push {order.out} ORG/NAME --dry-run", no_wrap=True),
     ]

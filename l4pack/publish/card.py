@@ -7,6 +7,7 @@ block stay.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -65,7 +66,7 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
     """The card's Hub metadata, through huggingface_hub's own class."""
     recipe = facts.recipe
     formats = sorted({scheme_tag(scheme).lower() for scheme in recipe.schemes.values()})
-    library, *tags = ("transformers", "compressed-tensors", "vllm") if facts.export is None else libraries(facts.export)
+    library, *tags = _libraries(facts)
     values: dict[str, Any] = {**facts.policy.metadata}
     adapters = [one["repository"] for one in facts.manifest["source"].get("adapters", ()) if one["repository"]]
     bases = [*([facts.base_model] if facts.base_model else []), *map(str, adapters)]
@@ -82,6 +83,13 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
         pipeline_tag="image-text-to-text" if facts.multimodal else "text-generation",
         tags=[*facts.policy.tags, *tags[:1], *formats, *tags[1:], "l4pack"],
     )
+
+
+def _libraries(facts: CardFacts) -> tuple[str, ...]:
+    """What the Hub calls the library that loads it, and tags."""
+    if facts.export is not None:
+        return libraries(facts.export)
+    return ("transformers", "compressed-tensors", "vllm") if facts.exported_for is None else ("l4pack",)
 
 
 def model_index(facts: CardFacts) -> dict[str, Any]:
@@ -184,6 +192,7 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
         "sglang_reads": set(scheme_layers(recipe, config)[Role.ATTENTION]) == {KEEP},
         "calibration": _calibration(facts),
         "fallbacks": _fallbacks(facts),
+        "exported_for": facts.exported_for[0] if facts.exported_for else None,
         "commands": _commands(facts),
         **({} if facts.export is None else {"export": export_values(facts, facts.export)}),
     }
@@ -287,6 +296,10 @@ def _commands(facts: CardFacts) -> dict[str, str]:
     make = partial(make_command, facts.manifest, facts.recipe.name)
     if facts.export is not None:
         return {**export_commands(where, word(facts.name), facts.export), "make": make(word(facts.export.artifact))}
+    if facts.exported_for is not None:
+        name, container = word(facts.name), facts.exported_for[1]
+        files = shlex.join(["l4pack", "export", name, "--to", container, "--out", f"{name}-{container}"])
+        return {"download": f"hf download {where} --local-dir {name}", "export": files, "make": make(name)}
     return {
         **serve_commands(where, facts.served),
         "request": request(where, multimodal=facts.multimodal),

@@ -73,6 +73,7 @@ class CardFacts:
     gated: bool = False
     served: Mapping[str, str] = field(default_factory=dict)  # by runtime, the command that was budgeted for
     serves: str = ""  # what those commands were budgeted for, in words
+    exported_for: tuple[str, str] | None = None  # the runtime and its container, where none loads the artifact as it is
     repository: str | None = None  # where it is, or is about to be, on the Hub
     generation: Mapping[str, Any] = field(default_factory=dict)  # the source's own sampling
     chat: bool = False  # whether there is a template for conversations

@@ -15,6 +15,8 @@ from l4pack.recipe import Promise
 
 def device_fits(subject: Subject) -> list[DeviceFit]:
     """The largest contexts of one sequence by device, for devices from small to large."""
+    if subject.exported_for is not None:  # memory is that of another runtime's files
+        return []
     devices = load_devices()
     hosts = [find_host(name, devices) for name in HOSTS]
     rows = [matrix([subject], hosts, Load(kv_dtype=dtype), "vllm")[0] for dtype in ("bfloat16", "fp8")]
@@ -26,6 +28,8 @@ def device_fits(subject: Subject) -> list[DeviceFit]:
 
 def served(subject: Subject, promise: Promise | None, where: str) -> tuple[dict[str, str], str]:
     """Servers' commands as the recipe promises, else for the smallest device that holds the usual load; and that load."""
+    if subject.exported_for is not None:
+        return {}, f"{subject.exported_for.runtime}, by l4pack export"
     load = Load(promise.context, promise.sequences, promise.kv_dtype) if promise else Load(kv_dtype="fp8")
     for name in [promise.device] if promise else HOSTS:
         found = {runtime: _budgeted(subject, name, load, runtime) for runtime in ("vllm", "sglang")}

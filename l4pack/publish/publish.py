@@ -324,6 +324,7 @@ def gather_facts(
     parse_config(config)
     records = _evaluations(folder)
     subject = open_subject(str(folder))
+    reader = subject.exported_for
     commands, serves = served(subject, manifest.made_with().promise, wishes.repository or f"ORG/{word(name)}")
     return CardFacts(
         name=name,
@@ -342,6 +343,7 @@ def gather_facts(
         gated=wishes.gated,
         served=commands,
         serves=serves,
+        exported_for=None if reader is None else (reader.runtime, str(reader.container)),
         repository=wishes.repository,
         generation=small_object(folder / "generation_config.json", MAX_SMALL_FILE),
         chat=(folder / "chat_template.jinja").is_file()

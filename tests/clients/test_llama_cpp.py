@@ -33,7 +33,9 @@ MIXES = {
     "maverick": MIX,
     "text": recipe_of(routed_expert="mxfp4", shared_expert="mxfp4", attention="int8-channel"),
     "demo": recipe_of(routed_expert="int4-g32", shared_expert="int8-g64"),
+    "demo, mixed": recipe_of(routed_expert="q4_k", shared_expert="mxfp4", attention="int8-channel"),
 }
+DEMOS = ("demo", "demo, mixed")
 TOKENS = [256, *np.random.default_rng(7).integers(0, 256, 63).tolist()]
 POSITIONS = (1, 2, 7, 24, 40, 63)
 HELD_OUT, PROMPT, GREEDY = 96, 24, 8  # of the demo; its first chunk, which llama.cpp computes as it does, has 127
@@ -51,7 +53,7 @@ def artifacts(checkpoint, tmp_path_factory):
     def make(kind):
         if kind not in made:
             place = tmp_path_factory.mktemp("clients")
-            if kind == "demo":
+            if kind in DEMOS:
                 source, plan = None, make_plan(open_source("demo"), MIXES[kind])
             else:
                 source = with_merge(checkpoint(kind, **AS_RELEASED, **KINDS[kind]), place / "source")
@@ -71,7 +73,7 @@ def exported(artifacts, tmp_path_factory):
             out = tmp_path_factory.mktemp("gguf") / "out"
             artifact = artifacts(kind)[1]
             run_export(plan_export(open_source(str(artifact)), Gguf()), out)
-            tokens = demo_tokens(HELD_OUT) if kind == "demo" else TOKENS
+            tokens = demo_tokens(HELD_OUT) if kind in DEMOS else TOKENS
             wanted = log_probabilities(artifact, tokens, out.parent / "work")
             made[kind] = next(out.glob("[!m]*.gguf")), tokens, wanted
         return made[kind]
@@ -90,7 +92,7 @@ def difference(wanted, theirs):
     return abs(divergence(wanted[[position - 1 for position in POSITIONS]], theirs))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "demo"])
+@pytest.mark.parametrize("kind", [*KINDS, *DEMOS])
 def test_its_values_are_the_artifacts(exported, artifacts, tmp_path, kind):
     file, tokens, wanted = exported(kind)
     theirs = answers(float32_twin(file, tmp_path / "twin.gguf"), tokens, wanted.shape[1])
@@ -103,7 +105,7 @@ def test_its_values_are_the_artifacts(exported, artifacts, tmp_path, kind):
         assert exact < VALUES_KL
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "demo"])
+@pytest.mark.parametrize("kind", [*KINDS, *DEMOS])
 def test_it_answers_from_the_file_itself(exported, kind):
     file, tokens, wanted = exported(kind)
     found = difference(wanted, answers(file, tokens, wanted.shape[1]))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 from exporting import MIX, recipe_of, with_merge
-from licence_texts import LICENSE, USE_POLICY
+
+pytest_plugins = ["publishing_fixtures"]
+pytestmark = [
+    pytest.mark.usefixtures("own_home"),
+    pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"),
+]
 
 
 def recipe_file(folder, recipe):
@@ -17,14 +23,11 @@ def recipe_file(folder, recipe):
 
 
 @pytest.fixture(scope="module")
-def source(checkpoint, tmp_path_factory):
-    folder = with_merge(checkpoint("scout"), tmp_path_factory.mktemp("build") / "source")
-    (folder / "LICENSE").write_text(LICENSE)
-    (folder / "USE_POLICY.md").write_text(USE_POLICY)
-    return folder
+def source(licensed_source, tmp_path_factory):
+    return with_merge(licensed_source, tmp_path_factory.mktemp("build") / "Llama-4-Tiny")
 
 
-def test_one_build_serves_three_runtimes(source, tmp_path, l4pack):
+def test_one_build_serves_three_runtimes_and_sends_all_to_the_hub(source, tmp_path, l4pack, hub):
     out = tmp_path / "out"
     asked = ("build", source, "--recipe", recipe_file(tmp_path, MIX), "--out", out, "--skip-evaluate")
     asked = (*asked, "--base-model", "meta-llama/Llama-4-Tiny", "--export", "gguf,mlx")
@@ -33,9 +36,19 @@ def test_one_build_serves_three_runtimes(source, tmp_path, l4pack):
     said = " ".join(ended.out.split())
     assert "the same in all three" in said
     assert "images: llama.cpp puts the tokens" in " ".join(ended.err.split())
-    again = json.loads(l4pack(*asked, "--json").out)["export"]
-    assert again["outcome"] == "kept"
-    for name, made in again["exports"].items():
+    again = json.loads(l4pack(*asked, "--json").out)
+    assert again["export"]["outcome"] == "kept"
+    repository = f"me/{again['package']['name']}"
+    ended = l4pack(*asked, "--push", repository, "--json")
+    assert ended.code == 0, ended.err
+    assert set(hub.repos) == {repository, f"{repository}-GGUF", f"{repository}-MLX"}
+    pushed = json.loads(ended.out)["push"]["exports"]
+    for name, made in again["export"]["exports"].items():
+        sent = hub.repos[f"{repository}-{name.upper()}"].files("main")
+        own = {path.name: path.read_bytes() for path in Path(made["out"]).iterdir()}
+        assert {file: blob.content for file, blob in sent.items() if file != ".gitattributes"} == own
+        assert pushed[name]["url"].endswith(f"{repository}-{name.upper()}")
+        assert f"{repository}-{name.upper()}" in own["README.md"].decode()
         assert made["out"] == f"{out}-{name}"
         assert made["name"].endswith(f"-{name.upper()}")
         assert l4pack("licence", made["out"]).code == 0

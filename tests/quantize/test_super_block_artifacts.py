@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
 import torch
 from conftest import quick_plan, quick_recipe
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_fp4_artifacts import errors, rounding
 from transformers import AutoConfig, Llama4ForConditionalGeneration
 
 from l4pack.artifact.manifest import MANIFEST_NAME
+from l4pack.artifact.manifest_schema import read_manifest
 from l4pack.checkpoint.open import open_source
 from l4pack.errors import RecipeError, UsageError
 from l4pack.export.gguf import Gguf
@@ -20,6 +25,9 @@ from l4pack.export.plan import plan_export
 from l4pack.export.run import run_export
 from l4pack.formats.configuration import as_compressed_tensors
 from l4pack.plan.plan import make_plan
+from l4pack.publish.card import render_card
+from l4pack.publish.licence import folder_materials, governing_policy
+from l4pack.publish.publish import Wishes, gather_facts
 from l4pack.quantize.run import run_plan
 from l4pack.stream.weights import Weights
 
@@ -86,6 +94,23 @@ def test_runtimes_refuse_it_and_mlx_says_why(made):
     with pytest.raises(UsageError, match="6-bit scales"):
         plan_export(open_source(str(artifact)), Mlx())
     assert as_compressed_tensors({"weights": None})["format"] == "pack-quantized"
+
+
+def test_budget_and_card_send_people_to_the_file(made, tmp_path, l4pack):
+    artifact = Path(shutil.copytree(made[0], tmp_path / "Llama-4-Tiny"))
+    for asked in ((artifact,), ("llama-4-scout", "--recipe", "gguf-q4_k")):
+        ended = l4pack("budget", *asked)
+        assert ended.code == 2
+        assert "vllm does not load" in ended.err
+        assert "it is for llama.cpp" in ended.err
+    materials = folder_materials(artifact)
+    facts = gather_facts(
+        artifact, "Llama-4-Tiny-Q4_K", governing_policy(materials), read_manifest(artifact), None, None, Wishes()
+    )
+    card = ModelCard(render_card(facts))
+    assert card.data.library_name == "l4pack"
+    assert "vllm" not in card.content.lower()
+    assert "l4pack export Llama-4-Tiny-Q4_K --to gguf" in card.text
 
 
 def test_a_model_that_is_too_narrow_is_refused_with_what_is_not(checkpoint):

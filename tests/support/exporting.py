@@ -18,6 +18,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "int8-g64": {**_INT, "num_bits": 8, "group_size": 64},
     "int8-channel": {**_INT, "num_bits": 8, "strategy": "channel", "group_size": None},
     "int8-asym": {**_INT, "num_bits": 8, "symmetric": False},
+    "q4_k": {"format": "ggml-q4_k", "num_bits": 4, "scale_dtype": "q4_k"},
     "mxfp4": {"format": "mxfp4-pack-quantized", "num_bits": 4, "type": "float", "group_size": 32},
     "nvfp4": {
         "format": "nvfp4-pack-quantized",
