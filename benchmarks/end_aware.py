@@ -22,9 +22,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
 from two_sided import Inputs, Solved, Task, best_of_folds, best_of_orders, best_of_scales, today, two_sided
-from whole_model import BATCH, DOWN, GATE, UP, Fisher, Key, Mlp, Model, divergence, fisher_of, own_samples
+from whole_model import BATCH, Fisher, Key, Mlp, Model, divergence, fisher_of, own_samples
 
+from l4pack.calibration.carried import Ends
+from l4pack.calibration.rows import Block as UnitBlock
 from l4pack.calibration.rows import UnitRows, expert_rows
+from l4pack.model.parts import DOWN, GATE, UP
 from l4pack.recipe import load_recipe
 from l4pack.stream.layer import Routing
 
@@ -62,6 +65,8 @@ METHODS = {
     "layer, sweeps": Method("layer"),
     "layer, nested": Method("layer", nested=True),
     "layer, nested, damped 0.2": Method("layer", nested=True, dampening=0.2),
+    "layer, nested, 1 sweep": Method("layer", nested=True, sweeps=1),
+    "layer, nested alone": Method("layer", nested=True, sweeps=0),
     "last, nested": Method("last", nested=True),
     "vocabulary, nested": Method("vocabulary", nested=True),
     "local, sweeps": Method("local"),
@@ -213,14 +218,9 @@ class Solver:
         index, unit, name = key
         whole = "shared" if unit.isdigit() else unit
         end = self._end(index, whole)
-        if name == DOWN:
-            return end
-        gate = block.inputs @ mlp[GATE].T
-        slope = functional.silu(gate)
-        if name == GATE:
-            open_ = gate.sigmoid()
-            slope = (open_ + slope * (1 - open_)) * (block.inputs @ mlp[UP].T)
-        return (slope.T @ (slope * block.weight[:, None])) * (mlp[DOWN].T @ end @ mlp[DOWN])
+        given = UnitBlock(block.inputs, block.original, block.weight, block.kept)
+        ends = Ends(end, mlp, functional.silu, lambda: [given])
+        return ends.moments(name, ends.before_down())
 
     def _end(self, index: int, whole: str) -> Tensor:
         """H_O of what a layer adds to the hidden states [hidden, hidden]; `whole` is its MLP of all tokens."""

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from l4pack.quant.codes import kernel
-from l4pack.quant.factor import Factor, factorize, times_inverse
-from l4pack.quant.gptq import Rounded, descend, prepare_problem, solve_columns, solve_problem
+from l4pack.quant import gptq
+from l4pack.quant.factor import Factor, times_inverse
 from l4pack.quant.scheme import Scheme
+from l4pack.quant.solution import Rounded
 from l4pack.quant.triangular import quadratic_form
+from l4pack.quant.two_sided import descend, prepare_outputs, pull_of_errors, solve_nested
 from l4pack.recipe import GptqOptions
 
 BLOCK, SWEEP_BLOCK = 128, 256
@@ -71,15 +69,14 @@ class Solved:
 def today(task: Task) -> Solved:
     """The shipped solver: activation order, the original model's inputs, mse scales, sweeps."""
     options, inputs = task.options, task.inputs
-    problem = prepare_problem(
+    problem = gptq.prepare_problem(
         inputs.hessian, cross=inputs.cross, act_order=options.act_order, dampening=options.dampening
     )
     assert isinstance(problem.factor, Factor)
-    solution = solve_problem(problem, task.weight, task.scheme, sweeps=options.sweeps)
+    solution = gptq.solve_problem(problem, task.weight, task.scheme, sweeps=options.sweeps)
     shift = task.weight @ inputs.cross
     times_inverse(shift, problem.factor)
-    rounded = Rounded(solution.levels, solution.scale, torch.zeros_like(solution.scale, dtype=torch.float32))
-    return Solved(rounded, task.weight + shift, problem.factor)
+    return Solved(solution.rounded(), task.weight + shift, problem.factor)
 
 
 def best_rows(task: Task, candidates: Sequence[Solved]) -> Solved:
@@ -102,9 +99,9 @@ def in_order(task: Task, base: Solved, order: Tensor, scale: Tensor) -> Solved:
     upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).to(hessian.dtype)
     factor = replace(base.factor, upper=upper.contiguous(), order=order)
     start = replace(base.rounded, scale=scale)
-    solved, _ = solve_columns(base.target, factor, start, task.scheme, BLOCK)
+    solved, _ = gptq.solve_columns(base.target, factor, start, task.scheme, BLOCK)
     sweeps = task.options.sweeps
-    solved, _ = descend(base.target, hessian, added, solved, task.scheme, SWEEP_BLOCK, sweeps=sweeps)
+    solved, _ = gptq.descend(base.target, hessian, added, solved, task.scheme, SWEEP_BLOCK, sweeps=sweeps)
     return replace(base, rounded=solved)
 
 
@@ -139,99 +136,14 @@ def best_of_folds(task: Task, exponents: Sequence[float], solve: Callable[[Task]
 
 def two_sided(task: Task, outputs: Tensor, *, dampening: float, nested: bool, base: Solved) -> Solved:
     """`base` carried on with H_O = `outputs` [out, out]: by sweeps from where it is, or from a `nested` solve."""
-    weighed = outputs + dampening * outputs.diagonal().mean() * torch.eye(len(outputs))
-    rounded = nested_gptq(base.target, base.factor, weighed, base.rounded, task.scheme) if nested else base.rounded
-    damped = task.inputs.hessian + torch.diag(base.factor.added)
-    return replace(
-        base, rounded=descend_two_sided(base.target, damped, weighed, rounded, task.scheme, task.options.sweeps)
-    )
-
-
-def descend_two_sided(
-    target: Tensor, inputs: Tensor, outputs: Tensor, start: Rounded, scheme: Scheme, sweeps: int
-) -> Rounded:
-    """Sweeps of coordinate descent on tr(H_O R H_I R^T), H_I [in, in] and H_O [out, out] both damped."""
-    levels = start.levels.contiguous().clone()
-    pull = outputs @ (target - start.values()) @ inputs
-    scale = _each(start.scale, target.shape[1])
-    arrays = [part.contiguous().numpy() for part in (levels, pull, outputs, inputs, scale)]
-    _sweep(*arrays, scheme.grid.lowest, scheme.grid.highest, sweeps)
-    return replace(start, levels=levels)
-
-
-def nested_gptq(target: Tensor, factor: Factor, outputs: Tensor, start: Rounded, scheme: Scheme) -> Rounded:
-    """GPTQ by both sides: within each column, in `factor`'s order, rows take over the errors of rows before them."""
-    own = factorize(outputs, act_order=True, dampening=1e-6)
-    assert own is not None
-    remaining = target[own.order][:, factor.order].contiguous()
-    scale = _each(start.scale, target.shape[1])[own.order][:, factor.order].contiguous()
-    levels = torch.empty(target.shape, dtype=torch.int8)
-    arrays = [part.contiguous().numpy() for part in (remaining, factor.upper, own.upper, scale, levels)]
-    _nested(*arrays, scheme.grid.lowest, scheme.grid.highest)
-    back = levels[torch.argsort(own.order)][:, torch.argsort(factor.order)]
-    return replace(start, levels=back.contiguous())
-
-
-def _each(scale: Tensor, width: int) -> Tensor:
-    """Each weight's own scale, float32 [out, in]."""
-    return scale.float().repeat_interleave(width // scale.shape[1], 1)
-
-
-@kernel
-def _sweep(
-    levels: NDArray[Any],
-    pull: NDArray[Any],
-    outputs: NDArray[Any],
-    inputs: NDArray[Any],
-    scale: NDArray[Any],
-    lowest: float,
-    highest: float,
-    sweeps: int,
-) -> None:
-    """Every weight in turn takes its best level; `pull` is H_O R H_I."""
-    rows, columns = levels.shape
-    for _ in range(sweeps):
-        for j in range(columns):
-            own = pull[:, j].copy()
-            change = own * 0
-            for i in range(rows):
-                old, s = levels[i, j], scale[i, j]
-                wanted = np.rint(old + own[i] / (outputs[i, i] * inputs[j, j] * s))
-                level = min(max(wanted, lowest), highest)
-                if level != old:
-                    moved = (level - old) * s
-                    levels[i, j] = level
-                    for r in range(rows):
-                        own[r] -= outputs[i, r] * moved * inputs[j, j]
-                        change[r] += outputs[i, r] * moved
-            for r in range(rows):
-                if change[r] != 0:
-                    for k in range(columns):
-                        pull[r, k] -= change[r] * inputs[j, k]
-
-
-@kernel
-def _nested(
-    remaining: NDArray[Any],
-    upper: NDArray[Any],
-    across: NDArray[Any],
-    scale: NDArray[Any],
-    levels: NDArray[Any],
-    lowest: float,
-    highest: float,
-) -> None:
-    """Columns in turn by the factor `upper` of H_I, and in each of them rows in turn by the factor `across` of H_O."""
-    rows, columns = remaining.shape
-    for j in range(columns):
-        wanted = remaining[:, j].copy()
-        for i in range(rows):
-            s = scale[i, j]
-            level = min(max(np.rint(wanted[i] / s), lowest), highest)
-            levels[i, j] = level
-            error = (wanted[i] - level * s) / across[i, i]
-            for r in range(i + 1, rows):
-                wanted[r] -= error * across[i, r]
-        for i in range(rows):
-            error = (remaining[i, j] - levels[i, j] * scale[i, j]) / upper[j, j]
-            for k in range(j + 1, columns):
-                remaining[i, k] -= error * upper[j, k]
+    hessian, factor, grid = task.inputs.hessian, base.factor, task.scheme.grid
+    sides = prepare_outputs(outputs.clone(), dampening=dampening)
+    assert sides is not None
+    rounded = base.rounded
+    if nested:
+        rounded, errors = solve_nested(base.target, factor, sides, rounded, grid)
+        pull = pull_of_errors(errors, factor, sides.factor)
+    else:
+        pull = sides.damped @ (base.target - rounded.values()) @ (hessian + torch.diag(factor.added))
+    swept = descend(pull, hessian, factor.added, sides.damped, rounded, grid, sweeps=task.options.sweeps)
+    return replace(base, rounded=swept)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Llama4ForConditionalGeneration
 
+from l4pack.model.parts import DOWN, GATE, UP
 from l4pack.stream.layer import Routing
 
 BATCH = 8
-GATE, UP, DOWN = "gate", "up", "down"
 Mlp = dict[str, Tensor]
 Key = tuple[int, str, str]  # layer, unit, matrix
 
@@ -68,7 +68,7 @@ class FeedForward(nn.Module):
 
 
 def _linears(module: nn.Module) -> Mlp:
-    return {name: getattr(module, f"{name}_proj").weight for name in (GATE, UP, DOWN)}
+    return {name: getattr(module, name).weight for name in (GATE, UP, DOWN)}
 
 
 class Model:

@@ -14,6 +14,8 @@ from l4pack.quant.codes import KINDS, kernel, level_of
 from l4pack.quant.gptq_blocks import NEARLY_HALF
 from l4pack.quant.grid import Grid
 
+FEW = 8  # rows after which all those below learn of their errors
+
 
 @dataclass(frozen=True)
 class SolvedTile:
@@ -58,6 +60,23 @@ def solve_tile(tile: Tensor, across: Tensor, upper: Tensor, scales: TileScales, 
 
 
 @kernel
+def _pass_on(wanted: NDArray[Any], across: NDArray[Any], found: NDArray[Any], first: int, last: int) -> None:
+    """Let the rows after some learn of the errors `found` in those, four at a time."""
+    i = first
+    while i + 4 <= last:
+        a, b, c, d = found[i], found[i + 1], found[i + 2], found[i + 3]
+        of_a, of_b, of_c, of_d = across[i], across[i + 1], across[i + 2], across[i + 3]
+        for r in range(last, wanted.size):
+            wanted[r] = wanted[r] - a * of_a[r] - b * of_b[r] - c * of_c[r] - d * of_d[r]
+        i += 4
+    while i < last:
+        a, of_a = found[i], across[i]
+        for r in range(last, wanted.size):
+            wanted[r] -= a * of_a[r]
+        i += 1
+
+
+@kernel
 def _solve(
     tile: NDArray[Any],
     across: NDArray[Any],
@@ -73,19 +92,21 @@ def _solve(
 ) -> None:
     """`solve_tile` with columns outermost, [n, m]; `tile` is used up."""
     columns, rows = tile.shape
+    found = np.empty(rows, tile.dtype)
     for j in range(columns):
         wanted = tile[j].copy()
-        for i in range(rows):
-            s, z = scale[i, group[j]], zero_point[i, group[j]]
-            level = level_of(wanted[i] / s, z, num_bits, kind)
-            value = (level - z) * s
-            error = (wanted[i] - value) / across[i, i]
-            levels[j, i] = np.int8(level)
-            errors[j, i] = error / upper[j, j]
-            left[j, i] = (tile[j, i] - value) / upper[j, j]
-            line = across[i]
-            for r in range(i + 1, rows):
-                wanted[r] -= error * line[r]
+        for first in range(0, rows, FEW):
+            last = min(first + FEW, rows)
+            for i in range(first, last):
+                s, z = scale[i, group[j]], zero_point[i, group[j]]
+                level = level_of(wanted[i] / s, z, num_bits, kind)
+                value = (level - z) * s
+                error = (wanted[i] - value) / across[i, i]
+                levels[j, i], found[i] = np.int8(level), error
+                errors[j, i], left[j, i] = error / upper[j, j], (tile[j, i] - value) / upper[j, j]
+                for r in range(i + 1, last):
+                    wanted[r] -= error * across[i, r]
+            _pass_on(wanted, across, found, first, last)
         own = left[j]
         for k in range(j + 1, columns):
             factor, other = upper[j, k], tile[k]

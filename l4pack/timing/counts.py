@@ -14,7 +14,7 @@ from l4pack.model.config import Llama4Config, TextConfig
 from l4pack.model.parts import KEY, QUERY, attention_shapes, projector_shapes, vision_shapes
 from l4pack.quant.grid import ScaleDtype
 from l4pack.quant.scheme import Observer, Scheme
-from l4pack.recipe import RecipeScheme
+from l4pack.recipe import GptqOptions, RecipeScheme
 from l4pack.stream.rows import HEAD_ROWS, IMAGE_TILES, TOKENS_SCORED, rows_at_once
 from l4pack.timing.work import Kind, Work
 from l4pack.work.device import CPU
@@ -39,6 +39,12 @@ ALONE, CALLS_A_COLUMN, CALLS_A_TURN = 0, 14, 16
 # Of four-bit floats, by one core: NVFP4's ten candidates for a scale beside the four of integers, and a turn of a sweep,
 # which looks its levels up. Powers of two have three candidates, which take what integers' do.
 NVFP4_CANDIDATES, FLOAT_TURN = 2.3, 2.5
+# By both sides: what a weight of a tile takes where its rows wait for one another too, and one that takes a turn in a sweep,
+# in those of GPTQ's own kernels; of the products that spread a tile's moves over all rows the share that has any, as a weight
+# in 150 moves; and the operations that a tile starts, solved and in a sweep.
+NESTED_COLUMN, NESTED_TURN, MOVING = 2.5, 5, 0.3
+CALLS_A_TILE, CALLS_A_TILE_TURN = 25, 20
+SLOPES = 12  # passes over the tokens' slopes by which gradients are carried back
 # Passes over the weights that solving makes between products: residuals, squares, copies, levels; read and written.
 PASSES = 60
 
@@ -65,7 +71,7 @@ def solving_mlp(
     assert scheme.gptq is not None
     hidden, work = text.hidden_size, Work()
     cross = tokens.streams > 1 and scheme.gptq.asymmetric > 0
-    solver = _Solver(scheme, tokens.solved, cross, device, together)
+    solver = _Solver(scheme, tokens.solved, cross, device, ALONE if scheme.gptq.two_sided else together)
     work.include(solver.problem(hidden, outputs=2 * inner))
     work.include(solver.matrix(inner, hidden, among=2 * inner), times=2)
     sides = tokens.streams
@@ -73,6 +79,10 @@ def solving_mlp(
     work.add("moments", Kind.MEMORY, sides * tokens.solved * (8 * hidden + 16 * inner) * FLOAT)
     work.include(solver.problem(inner, outputs=hidden))
     work.include(solver.matrix(hidden, inner, among=hidden))
+    if scheme.gptq.two_sided:
+        work.include(solver.carried_back(hidden, inner))
+        work.include(solver.by_both_sides(inner, hidden), times=2)
+        work.include(solver.by_both_sides(hidden, inner))
     return work
 
 
@@ -107,7 +117,7 @@ class _Solver:
 
     def thin(self, width: int) -> bool:
         """Whether a matrix of that many inputs is solved through its tokens."""
-        return self.device == CPU and self.tokens <= int(THIN * width)
+        return self.device == CPU and not self._options.two_sided and self.tokens <= int(THIN * width)
 
     def problem(self, width: int, outputs: int) -> Work:
         """Moments of inputs of that width, and the Hessian's factor."""
@@ -124,7 +134,7 @@ class _Solver:
     def matrix(self, outputs: int, width: int, among: int) -> Work:
         """One matrix [outputs, width] of a problem that is prepared for so many outputs."""
         work = Work()
-        self._nearest(work, outputs * width)
+        self._nearest(work, outputs * width, 2 if self.cross else 1)
         if self.thin(width):
             self._thin_products(work, outputs, width)
         else:
@@ -166,10 +176,56 @@ class _Solver:
         work.add("sweeps", Kind.CALL, pieces * width * self._sweep_count * CALLS_A_TURN)
         work.add("sweeps", Kind.PRODUCT, self._sweep_count * product(outputs, width, width))
 
+    def carried_back(self, hidden: int, inner: int) -> Work:
+        """A layer's moments of gradients as moments of what gate and up put out."""
+        work, phase = Work(), "gradients carried back"
+        triangle = sum(product(self.tokens, size, inner - first) for first, size in _tiles(inner, MOMENT_TILE))
+        work.add(phase, Kind.PRODUCT, product(hidden, inner, hidden) + product(inner, inner, hidden))
+        work.add(phase, Kind.PRODUCT, 3 * product(self.tokens, inner, hidden) + 2 * triangle)
+        work.add(phase, Kind.MEMORY, FLOAT * (2 * SLOPES * self.tokens * inner + 12 * inner * inner))
+        return work
+
+    def by_both_sides(self, outputs: int, width: int) -> Work:
+        """What one matrix [outputs, width] takes more: its outputs' factor, losses, a nested solve and sweeps."""
+        work, phase, weights = Work(), "both sides", outputs * width
+        self._factor(work, outputs)
+        self._nearest(work, weights, 1)
+        losses = 2 * (product(outputs, width, width) + product(width, outputs, outputs))
+        work.add("losses of both sides", Kind.PRODUCT, losses + _triangular(outputs, width))
+        tiles = math.ceil(outputs / BLOCK) * math.ceil(width / BLOCK)
+        below = sum(product(width, outputs - end, size) for end, size in _ends(outputs, BLOCK))
+        beside = sum(product(outputs, width - end, size) for end, size in _ends(width, BLOCK))
+        within = sum(product(outputs, size, size) for _, size in _tiles(width, BLOCK))
+        work.add(phase, Kind.UPDATE, below + beside + within)
+        work.add(phase, Kind.COLUMNS, NESTED_COLUMN * BLOCK * weights)
+        work.add(phase, Kind.MEMORY, PASSES / 2 * FLOAT * weights)
+        work.add(phase, Kind.CALL, CALLS_A_TILE * tiles)
+        if self._sweep_count:
+            self._sweep_both_sides(work, outputs, width, tiles)
+        return work
+
+    def _sweep_both_sides(self, work: Work, outputs: int, width: int, tiles: int) -> None:
+        phase, count, weights = "sweeps of both sides", self._sweep_count, outputs * width
+        for rows, size in ((outputs, width), (width, outputs)):
+            dividing = sum(product(rows, part, size - end) for end, part in _ends(size, TILE))
+            work.add(phase, Kind.PRODUCT, dividing)
+            work.add(phase, Kind.CHOLESKY, sum(rows * part * part for _, part in _tiles(size, TILE)))
+        within = sum(product(outputs, size, size) for _, size in _tiles(width, BLOCK))
+        spread = MOVING * product(width, outputs, outputs)
+        work.add(phase, Kind.UPDATE, count * (product(outputs, width, width) + within + spread))
+        turns = NESTED_TURN * (1 if self.scheme.grid.even else FLOAT_TURN)
+        work.add(phase, Kind.VISITS, count * turns * weights)
+        work.add(phase, Kind.MEMORY, count * 4 * FLOAT * outputs * BLOCK * tiles)
+        work.add(phase, Kind.CALL, count * CALLS_A_TILE_TURN * tiles)
+
+    @property
+    def _options(self) -> GptqOptions:
+        assert self.scheme.gptq is not None
+        return self.scheme.gptq
+
     @property
     def _sweep_count(self) -> int:
-        assert self.scheme.gptq is not None
-        return self.scheme.gptq.sweeps
+        return self._options.sweeps
 
     def _moments(self, work: Work, width: int) -> None:
         triangle = sum(product(self.tokens, size, width - first) for first, size in _tiles(width, MOMENT_TILE))
@@ -195,9 +251,9 @@ class _Solver:
         if self.cross:
             work.add("target", Kind.PRODUCT64, product(n, width, n))
 
-    def _nearest(self, work: Work, weights: int) -> None:
+    def _nearest(self, work: Work, weights: int, times: int) -> None:
         kind = Kind.NEAREST_MSE if self.scheme.observer is Observer.MSE else Kind.NEAREST
-        work.add("rounding to nearest", kind, weights * _candidates(self.scheme) * (2 if self.cross else 1))
+        work.add("rounding to nearest", kind, weights * _candidates(self.scheme) * times)
 
     def _products(self, work: Work, outputs: int, width: int, *, shifting: bool) -> None:
         if self.cross:

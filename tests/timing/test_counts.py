@@ -19,7 +19,7 @@ from l4pack.checkpoint.open import open_source
 from l4pack.evaluate import layer_errors
 from l4pack.model.config import TextConfig
 from l4pack.model.parts import attention_shapes, mlp_shapes
-from l4pack.quant import gptq_batch, gptq_thin, triangular
+from l4pack.quant import gptq_batch, gptq_thin, triangular, two_sided
 from l4pack.recipe import GptqOptions, Method, RecipeScheme
 from l4pack.timing import counts, jobs
 from l4pack.timing.jobs import Talk, layer_weights, talking
@@ -55,7 +55,7 @@ def text(**sizes):
     return TextConfig(**{"hidden_size": HIDDEN, "intermediate_size": INNER, "num_local_experts": 4, **sizes})
 
 
-def dispatched(tokens, streams, wanted):
+def dispatched(tokens, streams, wanted, outputs=None):
     """Operations of products that solving one MLP gives torch to do."""
     generator = torch.Generator().manual_seed(0)
     weights = {
@@ -65,7 +65,8 @@ def dispatched(tokens, streams, wanted):
     original = None if streams == 1 else inputs + 0.01 * torch.randn(tokens, HIDDEN, generator=generator)
     blocks = [Block(inputs, original, None, None)]
     with torch.inference_mode(), Dispatched() as counter:
-        solve_mlp(Matrices(weights, silu, torch.bfloat16), lambda: blocks, wanted, dict.fromkeys(weights, "BF16"))
+        mlp = Matrices(weights, silu, torch.bfloat16)
+        solve_mlp(mlp, lambda: blocks, wanted, dict.fromkeys(weights, "BF16"), outputs)
     return counter.products
 
 
@@ -120,7 +121,19 @@ def test_solving_without_sweeps_or_the_originals_inputs():
     assert planned.total(*PRODUCTS) == pytest.approx(dispatched(600, 2, wanted), rel=0.01)
 
 
+def test_solving_an_mlp_by_both_sides():
+    """Without sweeps, whose products depend on what moves."""
+    wanted = scheme(sweeps=0, two_sided=True)
+    planned = counts.solving_mlp(text(), INNER, counts.Tokens(100, 100, 2), wanted, "cpu")
+    found = dispatched(100, 2, wanted, torch.eye(HIDDEN))
+    assert planned.total(*PRODUCTS) == pytest.approx(found, rel=0.01)
+    swept = counts.solving_mlp(text(), INNER, counts.Tokens(100, 100, 2), scheme(two_sided=True), "cpu")
+    found = dispatched(100, 2, scheme(two_sided=True), torch.eye(HIDDEN))
+    assert swept.total(*PRODUCTS) == pytest.approx(found, rel=0.25)
+
+
 def test_the_solver_cuts_as_is_counted():
+    assert two_sided.TILE == counts.BLOCK
     assert (counts.TILE, counts.INVERTED_AT_ONCE) == (triangular.TILE, triangular.INVERT_AT_ONCE)
     assert counts.BLOCK == gptq_thin.BLOCK
     assert (counts.MOMENT_TILE, counts.THIN) == (moments.COLUMNS, moments.THIN)
