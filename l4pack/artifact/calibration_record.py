@@ -73,8 +73,11 @@ def record_bytes(
     )
 
 
-def record_json(text_record: Mapping[str, Any], results: Mapping[str, Any], size: int) -> bytes:
-    """The file's `size` bytes: the text, and the results of a job by unit, routed tokens among them by layer."""
+def record_json(
+    text_record: Mapping[str, Any], results: Mapping[str, Any], size: int, gradient: Mapping[str, int] | None = None
+) -> bytes:
+    """The file's `size` bytes: the text, what of it the walk back looked at, if there was one, and the results of a job by
+    unit, routed tokens among them by layer."""
     matrices: dict[str, dict[str, Any]] = {}
     for unit in results.values():
         for name, found in unit.get(
@@ -87,8 +90,9 @@ def record_json(text_record: Mapping[str, Any], results: Mapping[str, Any], size
     ]
     cache = {name: found for unit in results.values() for name, found in unit.get("kv_cache", {}).items()}
     ranges = [f'  "{name}": {json.dumps(cache[name])}' for name in sorted(cache, key=int)]
+    back = "" if gradient is None else f' "gradient": {json.dumps(gradient)},\n'
     text = (
-        f'{{\n "schema_version": {SCHEMA_VERSION},\n "text": {json.dumps(text_record)},\n'
+        f'{{\n "schema_version": {SCHEMA_VERSION},\n "text": {json.dumps(text_record)},\n{back}'
         f' "routed_tokens": {{\n{_joined(layers)}\n }},\n'
         f' "kv_cache": {{\n{_joined(ranges)}\n }},\n "matrices": {{\n{_joined(lines)}\n }}\n}}\n'
     )

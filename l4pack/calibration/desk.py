@@ -20,6 +20,7 @@ from l4pack.calibration.solver import SolvedUnit, UnitSolver
 from l4pack.calibration.written import unit_key
 from l4pack.calibration.written_units import WrittenUnits
 from l4pack.checkpoint.writer import ShardWriter
+from l4pack.gradient.moments import GradientMoments
 from l4pack.stream.compute import reproducible
 from l4pack.stream.hidden import Packed
 from l4pack.stream.lanes import Lane, Model
@@ -56,6 +57,7 @@ class CalibrationJob:
     device: str
     opening: Callable[[Any], Shards]
     shards: Any
+    moments: GradientMoments | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class CalibrationDesk:
         model = Model("source", self._weights, self._skeleton)
         lanes = [Lane(name, model, packed) for name in job.lanes]
         self._files = StageDesk(job.hidden, lanes, job.blocks)
-        self._solver = UnitSolver(plan, self._skeleton)
+        self._solver = UnitSolver(plan, self._skeleton, job.moments)
         self._written = WrittenUnits(plan, self._shards.writer, self._shards.executor, place)
 
     def close(self) -> None:

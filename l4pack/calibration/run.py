@@ -47,6 +47,7 @@ from l4pack.stream.weights import Weights
 from l4pack.work.progress import Shown
 
 if TYPE_CHECKING:
+    from l4pack.gradient.moments import GradientMoments
     from l4pack.plan.plan import Plan
 
 
@@ -67,8 +68,10 @@ class CalibrationRun(Visitor):
         shown: Shown,
         device: str = "cpu",
         supply: Supply | None = None,
+        moments: GradientMoments | None = None,
     ) -> None:
-        """`folder` takes the hidden states; `supply` gets the source's files, which else must all be there."""
+        """`folder` takes the hidden states; `supply` gets the source's files, which else must all be there. `moments` are
+        those of two-sided schemes."""
         assert plan.text is not None
         assert plan.recipe.calibration is not None
         assert plan.needs is not None
@@ -83,7 +86,7 @@ class CalibrationRun(Visitor):
         place, dtype = torch.device(device), torch.float32
         self._skeleton = Skeleton(self._config, place, dtype)
         self._weights = Weights(plan.checkpoint, place, dtype)
-        self._solver = UnitSolver(plan, self._skeleton)
+        self._solver = UnitSolver(plan, self._skeleton, moments)
         self._written = WrittenUnits(plan, output.writer, output.executor, place)
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="solved")
         self._saving: Future[None] | None = None

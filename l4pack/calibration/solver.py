@@ -25,6 +25,7 @@ from l4pack.stream.units import LoadedUnit, Part, Unit, module_names
 from l4pack.work.device import CPU
 
 if TYPE_CHECKING:
+    from l4pack.gradient.moments import GradientMoments
     from l4pack.plan.assign import Target
     from l4pack.plan.plan import Plan
     from l4pack.quant.dtypes import FloatName
@@ -50,7 +51,9 @@ class SolvedUnit:
 class UnitSolver:
     """Solves attention and MLPs as the recipe of a plan says."""
 
-    def __init__(self, plan: Plan, skeleton: Skeleton) -> None:
+    def __init__(self, plan: Plan, skeleton: Skeleton, moments: GradientMoments | None = None) -> None:
+        """`moments` are there where a scheme is two-sided."""
+        self._moments = moments
         assert plan.recipe.calibration is not None
         assert plan.needs is not None
         self._plan, self._config, self._batched = plan, plan.checkpoint.config, plan.needs.together > 0

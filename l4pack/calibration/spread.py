@@ -25,6 +25,7 @@ from l4pack.calibration.run import CalibrationRun, lane_names
 from l4pack.calibration.written import unit_key
 from l4pack.cluster.cluster import Cluster
 from l4pack.cluster.options import Share, worker_device
+from l4pack.gradient.moments import GradientMoments
 from l4pack.plan.plan import Plan
 from l4pack.stream.compute import float32_on
 from l4pack.stream.layer import Blocks, LayerPass
@@ -70,16 +71,18 @@ class SpreadCalibration(CalibrationRun):
         stop: threading.Event,
         shown: Shown,
         device: str = "cpu",
+        moments: GradientMoments | None = None,
     ) -> None:
         """See `CalibrationRun`; the source's path in `plan` must mean the same on every node. Raises UsageError for a
         model that can't be spread."""
-        super().__init__(plan, output, folder, stop, shown, device)
+        super().__init__(plan, output, folder, stop, shown, device, moments=moments)
         text, cluster = self._skeleton.text, opening.cluster
         check_spreadable(self._config.text, torch.float32.itemsize, cluster)
         self._resident = False  # others read and write the hidden states
         blocks = Blocks.on(self._skeleton.device, text.hidden_size)
         where, lanes = worker_device(device), tuple(lane_names(plan))
-        job = CalibrationJob(plan, folder.absolute(), lanes, blocks, where, opening.opening, opening.shards)
+        moments = moments and replace(moments, folder=moments.folder.absolute())
+        job = CalibrationJob(plan, folder.absolute(), lanes, blocks, where, opening.opening, opening.shards, moments)
         self._workers = Workers(
             cluster, share_of(plan, cluster), f"calibrating {job.hidden} {secrets.token_hex(4)}", CalibrationDesk, job
         )

@@ -157,6 +157,7 @@ def plan_view(plan: Plan) -> list[RenderableType]:
             lines.append(
                 f"          {plan.needs.together} experts are solved together on the device, hidden states {states}"
             )
+    lines += back_view(plan)
     if plan.text is not None:
         lines += [f"text      {console.plain(line)}" for line in text_lines(plan.text.record)]
     lines += beside_view(plan.checkpoint)
@@ -165,6 +166,17 @@ def plan_view(plan: Plan) -> list[RenderableType]:
         f"[bold]{console.plain(plan.checkpoint.name)}[/bold] with recipe [bold]{console.plain(plan.recipe.name)}[/bold]"
     )
     return [title, "", table, *lines]
+
+
+def back_view(plan: Plan) -> list[str]:
+    """The walk back before anything is solved, for people."""
+    if plan.needs is None or plan.needs.gradient is None:
+        return []
+    back = plan.needs.gradient
+    return [
+        f"gradient    a walk up and back before, with {'' if plan.text else 'at most '}{back.tokens:,} tokens; it takes "
+        f"{human_bytes(back.disk_bytes)} of disk meanwhile, {human_bytes(back.kept_bytes)} stay until the end"
+    ]
 
 
 def refusals_record(refusals: Sequence[Refusal]) -> dict[str, Any]:

@@ -45,14 +45,18 @@ class Head:
         wanted, passed = draws.clamp(max=LARGEST_DRAW) * total, torch.zeros_like(total)
         for tokens, weight in self._chunks():
             for rows in self._blocks():
-                part = torch.exp(self._logits(rows, weight) - largest[rows, None].to(weight.device))
-                label = _label(part, passed[rows], wanted[rows])
-                passed[rows] += part.sum(1).cpu()
-                part /= total[rows, None].to(part.device)
-                found = (label >= 0).nonzero()[:, 0]
-                part[found.to(part.device), label[found].to(part.device)] -= 1
-                _add(target.data[rows], part.to(weight.dtype) @ weight, first=tokens.start == 0)
+                terms = torch.exp(self._logits(rows, weight) - largest[rows, None].to(weight))
+                sums = terms.sum(1, dtype=torch.float64).cpu()
+                here, label = _labels(terms, sums, passed[rows], wanted[rows])
+                passed[rows] += sums
+                terms /= total[rows, None].to(terms)
+                terms[here.to(terms.device), label.to(terms.device)] -= 1
+                _add(target.data[rows], terms @ weight, first=tokens.start == 0)
                 target.release()
+        self._through_norm(target)
+
+    def _through_norm(self, target: Rows) -> None:
+        """Take the gradient with respect to normed states to the states themselves, in its place."""
         for rows in self._blocks():
             states = self._taken(rows).requires_grad_()
             arriving = target.data[rows].to(states.device, states.dtype)
@@ -68,8 +72,8 @@ class Head:
         for _, weight in self._chunks():
             for rows in self._blocks():
                 logits = self._logits(rows, weight)
-                top = torch.maximum(largest[rows], logits.amax(1).cpu())
-                powers = torch.exp(logits - top[:, None].to(logits.device)).sum(1).cpu()
+                top = torch.maximum(largest[rows], logits.amax(1).cpu().double())
+                powers = torch.exp(logits - top[:, None].to(logits)).sum(1, dtype=torch.float64).cpu()
                 total[rows] = total[rows] * torch.exp(largest[rows] - top) + powers
                 largest[rows] = top
         if not bool(torch.isfinite(total).all()):
@@ -93,22 +97,19 @@ class Head:
 
     @torch.no_grad()
     def _logits(self, rows: slice, weight: Tensor) -> Tensor:
-        """float64 [rows, chunk]"""
+        """[rows, chunk]"""
         normed: Tensor = self._norm(self._taken(rows))
-        return (normed @ weight.T).double()
+        return normed @ weight.T
 
 
-def _label(part: Tensor, passed: Tensor, wanted: Tensor) -> Tensor:
-    """Which token of a chunk makes each row's sum pass what is wanted, int64 [rows]; -1 where none does.
+def _labels(terms: Tensor, sums: Tensor, passed: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows whose label is in a chunk, and which of its tokens that is: where the sum passes what is wanted, int64 both.
 
-    `part` are the chunk's terms [rows, chunk], `passed` the sums before it.
+    `terms` are the chunk's [rows, chunk] and `sums` theirs [rows]; `passed` are the sums before it.
     """
-    label = torch.full((len(part),), -1)
-    after = passed + part.sum(1).cpu()
-    here = ((passed <= wanted) & (after > wanted)).nonzero()[:, 0]
-    sums = passed[here, None] + part[here.to(part.device)].cpu().cumsum(1)
-    label[here] = (sums <= wanted[here, None]).sum(1).clamp(max=part.shape[1] - 1)
-    return label
+    here = ((passed <= wanted) & (passed + sums > wanted)).nonzero()[:, 0]
+    after = passed[here, None] + terms[here.to(terms.device)].cpu().double().cumsum(1)
+    return here, (after <= wanted[here, None]).sum(1).clamp(max=terms.shape[1] - 1)
 
 
 def _add(target: Tensor, found: Tensor, *, first: bool) -> None:

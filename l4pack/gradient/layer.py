@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from l4pack.model.parts import DOWN, GATE, UP
 from l4pack.stream.hidden import AttendedRows, Packed, Rows
-from l4pack.stream.kv import causal_mask
+from l4pack.stream.kv import causal_mask, unchanged
 from l4pack.stream.layer import Blocks, LayerPass
 from l4pack.stream.modules import Skeleton
 from l4pack.stream.sides import Stream
@@ -79,10 +80,29 @@ class BackwardPass(LayerPass):
 
     def attention_backward(self) -> None:
         """Take the gradient at the middle through attention to the layer's inputs, in its place."""
-        for piece in self._packed.pieces(self.chunk):
-            self._piece_backward(piece)
+        self._entry = unchanged
+        for batch in self.batches():
+            if batch[0].length > self.blocks.attention:
+                self._long_backward(batch[0])
+            else:
+                self._batch_backward(batch)
+                self.let_go()
 
-    def _piece_backward(self, piece: AttendedRows) -> None:
+    def _batch_backward(self, batch: list[AttendedRows]) -> None:
+        """Pieces that are attended at once; what fills up the shorter ones has no gradient."""
+        inputs, target = self._padded(self._stream.current.data, batch).requires_grad_(), self._gradients.following.data
+        positions = torch.tensor([[piece.position] for piece in batch]) + torch.arange(inputs.shape[1])
+        arriving = self._padded(target, batch)
+        added = self.attention_of(inputs, positions, [piece.length for piece in batch])
+        (found,) = torch.autograd.grad(added, inputs, arriving)
+        for piece, gradient in zip(batch, found + arriving, strict=True):
+            target[piece.start : piece.start + piece.length] = gradient[: piece.length].to(target)
+
+    def _padded(self, data: Tensor, batch: list[AttendedRows]) -> Tensor:
+        parts = [data[piece.start : piece.start + piece.length] for piece in batch]
+        return self._to_device(pad_sequence(parts, batch_first=True))
+
+    def _long_backward(self, piece: AttendedRows) -> None:
         """The last queries first: a block's own keys and values have their whole gradient once all later blocks are done."""
         rows = slice(piece.start, piece.start + piece.length)
         entered = self._as_heads(self._entering.data[rows])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.model.tensors import Role
+from l4pack.plan.gradient import GradientNeeds
 from l4pack.plan.memory import BUFFERS, FLOAT, SPREAD_BUFFERS, Computing, Memory, SolvedKind, calibrating, fits
 from l4pack.recipe import KEEP
 from l4pack.work.device import CPU
@@ -36,16 +37,31 @@ class Needs:
     together: int = 0
     resident: bool = False
     buffers: int = BUFFERS  # of hidden states that a stream has
+    gradient: GradientNeeds | None = None  # of the walk back before
 
     @property
     def ram_bytes(self) -> int:
         """Resident memory at the peak."""
         return self.memory.ram
 
-    def for_tokens(self, tokens: int, seeing: Memory | None = None) -> Needs:
-        """The same with the tokens that a text really has, and what embedding its images takes."""
-        memory = self.memory if seeing is None else self.memory.most(seeing)
-        return replace(self, memory=memory, tokens=tokens, disk_bytes=self.disk_bytes * tokens // self.tokens)
+    @property
+    def most_memory(self) -> Memory:
+        """Memory at the peak, of calibrating and of the walk back before."""
+        return self.memory if self.gradient is None else self.memory.most(self.gradient.memory)
+
+    @property
+    def most_disk_bytes(self) -> int:
+        """Disk at the peak beside the artifact: of the walk back, or of calibrating with what that has left."""
+        back = self.gradient
+        return self.disk_bytes if back is None else max(back.disk_bytes, back.kept_bytes + self.disk_bytes)
+
+    def for_lengths(self, lengths: Sequence[int], seeing: Memory | None = None) -> Needs:
+        """The same with the tokens that a text's sequences really have, and what embedding its images takes."""
+        memory, tokens = self.memory if seeing is None else self.memory.most(seeing), sum(lengths)
+        return replace(
+            self, memory=memory, tokens=tokens, disk_bytes=self.disk_bytes * tokens // self.tokens,
+            gradient=self.gradient and self.gradient.for_lengths(lengths),
+        )  # fmt: skip
 
     def on_cluster(self) -> Needs:
         """The same where workers of a cluster calibrate: the shared expert's outputs lie apart, and nothing stays on a
@@ -79,7 +95,8 @@ def calibration_needs(
         memory = calibrating(chosen, solved, attention=quantized)
         if fits(memory, ram, vram):
             break
-    return Needs(memory, disk, tokens, streams, chosen.ahead, 0 if device == CPU else chosen.together, chosen.resident)
+    together = 0 if device == CPU else chosen.together
+    return Needs(memory, disk, tokens, streams, chosen.ahead, together, chosen.resident)
 
 
 def _choices(computing: Computing, vram: Room | None) -> Iterator[Computing]:

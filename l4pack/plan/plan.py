@@ -28,7 +28,7 @@ from l4pack.checkpoint.parts import source_parts
 from l4pack.checkpoint.shards import FilePlace, Shard
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.containers.safetensors_folder import CONTAINER, DEFAULT_SHARD_BYTES
-from l4pack.errors import RecipeError, SourceError
+from l4pack.errors import RecipeError, SourceError, UsageError
 from l4pack.formats.configuration import Activations
 from l4pack.formats.known import load_format
 from l4pack.formats.limits import reader_limits, split_hindrances, unservable
@@ -118,7 +118,7 @@ class Plan:
         config, device = self.checkpoint.config, CUDA if self.accelerated else CPU
         sight = sight_of(config.vision, text.sequences)
         seen = None if sight is None else seeing(sight, config.text, device, FLOAT)
-        needs = self.needs and self.needs.for_tokens(text.record["tokens"], seen)
+        needs = self.needs and self.needs.for_lengths([len(one.tokens) for one in text.sequences], seen)
         options = {**self.manifest.options, **text_options(self.recipe, text.record)}
         return replace(
             self, text=text, needs=needs, manifest=replace(self.manifest, calibration=pinned, options=options)
@@ -206,7 +206,9 @@ class Plan:
     def calibration_json(self, results: Mapping[str, Any]) -> bytes:
         """The calibration record's bytes from the results in the journal."""
         assert self.text is not None
-        return record_json(self.text.record, results, self.calibration_bytes)
+        back = None if self.needs is None else self.needs.gradient
+        seen = None if back is None else {"samples": back.samples, "tokens": back.tokens}
+        return record_json(self.text.record, results, self.calibration_bytes, seen)
 
     def manifest_json(self, tensors: Mapping[str, str], files: Mapping[str, str]) -> bytes:
         """The manifest's bytes with the hex SHA-256 of tensors and of files beside the weights, as far as known."""
@@ -230,7 +232,17 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """Weight bytes a whole run reads."""
-        return sum(task.read_bytes for task in self.tasks) + sum(map(self.target_bytes, self.calibrated))
+        return (
+            sum(task.read_bytes for task in self.tasks) + sum(map(self.target_bytes, self.calibrated)) + self.back_bytes
+        )
+
+    @cached_property
+    def back_bytes(self) -> int:
+        """Of them those that are read on the way up and back before: every layer's matrices, twice."""
+        if self.needs is None or self.needs.gradient is None:
+            return 0
+        matrices = matrices_of(self.checkpoint)
+        return 2 * sum(matrices.nbytes(linear) for linear in self.checkpoint.layout.linears)
 
     @property
     def kv_scales(self) -> list[PlannedTensor]:
@@ -261,7 +273,7 @@ class Plan:
     def _memory(self) -> Memory:
         """Of rounding, and of calibrating after it."""
         rounded = rounding(self.tasks, self.workers, accelerated=self.accelerated)
-        return rounded if self.needs is None else rounded.most(self.needs.memory)
+        return rounded if self.needs is None else rounded.most(self.needs.most_memory)
 
     def on_cluster(self) -> Plan:
         """The same job where the workers of a cluster do it."""
@@ -273,7 +285,7 @@ class Plan:
         fetched = 0
         if self.checkpoint.store is not None and self.checkpoint.store.fetches:
             fetched = self._fetched_bytes()
-        return self.artifact_bytes + fetched + (0 if self.needs is None else self.needs.disk_bytes)
+        return self.artifact_bytes + fetched + (0 if self.needs is None else self.needs.most_disk_bytes)
 
     def _fetched_bytes(self) -> int:
         """Most bytes of a source that is fetched as the run goes.
@@ -385,7 +397,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: RunLimits | None =
     vram = limits.free_vram or limits.device_room
     needs = calibration_needs(checkpoint, recipe, looked_at, room, vram, device) if looked_at else None
     if needs is not None:
-        limits.check(needs.memory)
+        limits.check(needs.most_memory)
+        _check_walked_back(checkpoint, needs)
     vision = checkpoint.config.vision is not None
     return Plan(
         checkpoint=checkpoint,
@@ -406,6 +419,15 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, limits: RunLimits | None =
         needs=needs,
         room=room,
     )
+
+
+def _check_walked_back(checkpoint: Checkpoint, needs: Needs) -> None:
+    """Raise UsageError where files are gone before the walk back reads them."""
+    if needs.gradient is not None and checkpoint.store is not None and checkpoint.store.fetches:
+        raise UsageError(
+            "a two-sided recipe walks through the model three times, a source that is fetched as it goes is there once",
+            hint="leave --fetch-as-you-go out, or take recipe int4",
+        )
 
 
 def _fit(

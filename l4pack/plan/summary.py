@@ -93,7 +93,8 @@ def _calibration_record(plan: Plan) -> dict[str, Any] | None:
     text = None if plan.text is None else plan.text.record
     return {"matrices": len(plan.looked_at), "tokens": plan.needs.tokens, "streams": plan.needs.streams,
             "ram_bytes": plan.needs.ram_bytes, "hidden_bytes": plan.needs.disk_bytes,
-            "experts_together": plan.needs.together, "hidden_states_on_device": plan.needs.resident, "text": text}  # fmt: skip
+            "experts_together": plan.needs.together, "hidden_states_on_device": plan.needs.resident,
+            "gradient": plan.needs.gradient and plan.needs.gradient.record(), "text": text}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ from l4pack.quantize.job import Crew, Job
 from l4pack.quantize.resume import forget_damaged
 from l4pack.quantize.spread import SlicesDesk, Spread, check_nodes, spread_job
 from l4pack.quantize.threads import Threads
+from l4pack.quantize.walk_back import walk_back
 from l4pack.stream.supply import Supply
 from l4pack.units import MIB
 from l4pack.work import machine
@@ -55,6 +56,7 @@ _JOURNAL = "journal.jsonl"
 _ARTIFACT = "artifact"
 _HIDDEN = "hidden"
 _FETCHED = "fetched"
+_GRADIENT = "gradient"
 _KIND = "quantize"
 _OWN_NAMES = {
     _JOURNAL,
@@ -64,6 +66,7 @@ _OWN_NAMES = {
     _ARTIFACT,
     _HIDDEN,
     _FETCHED,
+    _GRADIENT,
     LOCK_NAME,
     mark_name(_KIND),
 }
@@ -227,17 +230,18 @@ def _calibrate(
     cluster: Cluster | None,
     supply: Supply | None,
 ) -> None:
-    """Solve the calibrated matrices and write the record of it."""
+    """Solve the calibrated matrices and write the record of it; before, walk back through the model if the plan says so."""
+    moments = walk_back(plan, output.journal, work / _GRADIENT, stop, shown, device)
     if cluster is None:
         from l4pack.calibration.run import CalibrationRun
 
-        CalibrationRun(plan, output, work / _HIDDEN, stop, shown, device, supply).run()
+        CalibrationRun(plan, output, work / _HIDDEN, stop, shown, device, supply, moments).run()
     else:
         from l4pack.calibration.spread import Opening, SpreadCalibration
 
         job = spread_job(plan, work / _ARTIFACT, output.journal, device)
         opening = Opening(cluster, SlicesDesk, job)
-        SpreadCalibration(opening, job.plan, output, work / _HIDDEN, stop, shown, device).run()
+        SpreadCalibration(opening, job.plan, output, work / _HIDDEN, stop, shown, device, moments).run()
     write_atomic(work / _ARTIFACT / RECORD_NAME, plan.calibration_json(output.journal.results))
 
 
@@ -258,7 +262,7 @@ def _check_begun(plan: Plan, folder: Path) -> None:
 
 
 def _check_disk(plan: Plan, folder: Path) -> None:
-    beside = (folder.parent / name for name in (_HIDDEN, _FETCHED))
+    beside = (folder.parent / name for name in (_HIDDEN, _FETCHED, _GRADIENT))
     files = (*folder.iterdir(), *(path for place in beside for path in place.rglob("*") if path.is_file()))
     check_disk(plan.disk_bytes, files, folder)
 

@@ -22,6 +22,7 @@ from l4pack.timing.counts import (
     FLOAT,
     Tokens,
     attending,
+    product,
     rounding,
     running_mlp,
     scoring,
@@ -34,6 +35,9 @@ from l4pack.work.device import CPU
 
 HIDDEN_WRITTEN = 2  # times a layer's hidden states go to disk: what attention adds to, and what the layer gives
 SYNCS_A_LAYER = 2  # the same of a walk: of hidden states, and of the state that says which layer is done
+# Forward passes that the way down is: attention's own, and with its derivative; of an MLP, whose outputs are not needed, two
+# of three products forward and all three back. The head's products: for each row's sum, its label, and the gradient.
+ATTENTION_DOWN, MLP_DOWN, HEAD_PRODUCTS = 3, 5 / 3, 3
 SYNCS_A_UNIT = 2  # waits for the disk: of the shards, and of the journal
 SAMPLE_ROWS, SAMPLED_SHARE = (
     2048,
@@ -90,10 +94,41 @@ def rounding_tasks(plan: Plan) -> Work:
 def quantizing(plan: Plan, device: str = CPU, tokens: int | None = None) -> list[Work]:
     """A plan's job on a kind of device, calibrated on `tokens` (those of the plan unless given)."""
     stages = [starting(models=plan.needs is not None), rounding_tasks(plan)]
+    if plan.needs is not None and plan.needs.gradient is not None:
+        stages.append(walking_back(plan, device, tokens))
     if plan.needs is not None:
         stages.append(calibrating(plan, device, plan.needs.tokens if tokens is None else tokens))
         stages[-1].include(seeing(plan.checkpoint.config, plan.tiles))
     return stages
+
+
+def walking_back(plan: Plan, device: str, tokens: int | None = None) -> Work:
+    """Of a two-sided plan, calibrated on so many tokens if those are fewer than the walk back looks at: once up through the
+    model, and once down."""
+    assert plan.needs is not None
+    assert plan.needs.gradient is not None
+    back, found = plan.needs.gradient.tokens, Work()
+    for _, kind, amount in _up_and_down(plan, device, back if tokens is None else min(tokens, back)).items():
+        found.add("walk back", kind, amount)
+    return found
+
+
+def _up_and_down(plan: Plan, device: str, tokens: int) -> Work:
+    text, length = plan.checkpoint.config.text, calibration_length(plan)
+    layers, row, phase = text.num_hidden_layers, tokens * text.hidden_size, ""
+    work = running(text, tokens, length, Kind.PRODUCT, device)
+    work.include(attending(text, tokens, length, Kind.PRODUCT, device), ATTENTION_DOWN * layers)
+    for role, units in mlps_of(text).items():
+        down = running_mlp(text, units.inner, tokens_of(text, role, tokens), Kind.PRODUCT, phase, device)
+        work.include(down, MLP_DOWN * units.count)
+    work.add(phase, Kind.PRODUCT, layers * product(text.hidden_size, row, 1))
+    work.add(phase, Kind.PRODUCT, HEAD_PRODUCTS * product(row, text.vocab_size, 1))
+    work.add(phase, Kind.LOGITS, 2 * tokens * text.vocab_size)
+    work.include(layer_weights(plan.checkpoint).loading(2))
+    written = row * STORED + 2 * HIDDEN_WRITTEN * row * FLOAT + text.hidden_size**2 * FLOAT
+    work.add(phase, Kind.WRITE, layers * written)
+    work.add(phase, Kind.SYNC, 2 * SYNCS_A_LAYER * layers)
+    return work
 
 
 def calibrating(plan: Plan, device: str, tokens: int) -> Work:

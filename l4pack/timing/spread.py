@@ -19,7 +19,7 @@ from l4pack.model.tensors import Role
 from l4pack.plan.plan import Plan
 from l4pack.recipe import RecipeScheme
 from l4pack.timing.counts import FLOAT, attending, running_mlp
-from l4pack.timing.jobs import calibration_length, mlps_of, rounding_tasks, solving, tokens_of
+from l4pack.timing.jobs import calibration_length, mlps_of, rounding_tasks, solving, tokens_of, walking_back
 from l4pack.timing.speeds import Speeds
 from l4pack.timing.work import Kind
 
@@ -70,6 +70,8 @@ def spread(plan: Plan, workers: int, speeds: Speeds) -> Spread:
     stages = [_rounding(plan, speeds)]
     text, barrier = plan.checkpoint.config.text, 0.0
     if plan.needs is not None:
+        if plan.needs.gradient is not None:  # by whoever gives out the tasks
+            stages.append([speeds.seconds(walking_back(plan, speeds.device))])
         moe, dense = len(text.moe_layers), text.num_hidden_layers - len(text.moe_layers)
         for count, kind in ((moe, True), (dense, False)):
             layer = list(_layer(plan, workers, speeds, moe=kind)) if count else []
