@@ -130,7 +130,8 @@ class Calibration(_Data):
 
     At most `samples` sequences of `sequence_length` tokens (None: 2048, or the model's context if that is shorter) are
     taken. An expert that sees fewer than `min_tokens` of them borrows others. `max_cold_experts` is the share of routed
-    experts that may see none, `max_fallbacks` the share of matrices that may end rounded to nearest.
+    experts that may see none, `max_fallbacks` the share of matrices that may end rounded to nearest. The walk back of
+    two-sided schemes looks at the first `gradient_samples` of the sequences.
     """
 
     samples: Annotated[int, Field(gt=0)] = 256
@@ -139,6 +140,7 @@ class Calibration(_Data):
     min_tokens: Annotated[int, Field(ge=1)] = 1024
     max_cold_experts: Annotated[float, Field(ge=0, le=1)] = 0.1
     max_fallbacks: Annotated[float, Field(ge=0, le=1)] = 0.05
+    gradient_samples: Annotated[int, Field(gt=0)] = 64
 
 
 class KVStrategy(StrEnum):

@@ -72,6 +72,7 @@ MEANINGS = {
     "min_tokens": "An expert that sees fewer borrows the tokens it most nearly got.",
     "max_cold_experts": "Largest share of routed experts that may see no token; above it the job ends with exit 6.",
     "max_fallbacks": "Largest share of matrices that may end rounded to nearest; above it the job ends with exit 6.",
+    "gradient_samples": "Sequences, the first of `samples`, that the model is walked back on where a scheme is two-sided.",
     "roles": "Roles of tensors, or `all`.",
     "layers": "Layers, counted from 0; negative numbers from the last.",
     "scheme": "The name of a scheme, or `keep` to leave tensors as they are.",

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers.activations import ACT2FN
 
 from l4pack.calibration import batch
@@ -53,7 +54,7 @@ class UnitSolver:
 
     def __init__(self, plan: Plan, skeleton: Skeleton, moments: GradientMoments | None = None) -> None:
         """`moments` are there where a scheme is two-sided."""
-        self._moments = moments
+        self._moments, self._device = moments, skeleton.device
         assert plan.recipe.calibration is not None
         assert plan.needs is not None
         self._plan, self._config, self._batched = plan, plan.checkpoint.config, plan.needs.together > 0
@@ -96,8 +97,16 @@ class UnitSolver:
     def _one(self, loaded: LoadedUnit, taken: UnitRows, quantized: LayerPass, original: LayerPass | None) -> SolvedUnit:
         with _naming(loaded.unit):
             inputs = partial(blocks, taken, quantized, original)
-            solved = solve_mlp(self._matrices(loaded), inputs, self._scheme(loaded), self._dtypes(loaded))
+            outputs = self._outputs(loaded)
+            solved = solve_mlp(self._matrices(loaded), inputs, self._scheme(loaded), self._dtypes(loaded), outputs)
         return self._solved(loaded, taken, solved)
+
+    def _outputs(self, loaded: LoadedUnit) -> Tensor | None:
+        """The moments of gradients that a two-sided scheme weighs outputs by."""
+        if not self._two_sided(loaded):
+            return None
+        assert self._moments is not None
+        return self._moments.of(loaded.unit.layer).to(self._device)
 
     @torch.inference_mode()
     def _together(

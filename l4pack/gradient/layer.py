@@ -93,7 +93,7 @@ class BackwardPass(LayerPass):
         inputs, target = self._padded(self._stream.current.data, batch).requires_grad_(), self._gradients.following.data
         positions = torch.tensor([[piece.position] for piece in batch]) + torch.arange(inputs.shape[1])
         arriving = self._padded(target, batch)
-        added = self.attention_of(inputs, positions, [piece.length for piece in batch])
+        added = self._attend(self._layer, inputs, positions, [piece.length for piece in batch])
         (found,) = torch.autograd.grad(added, inputs, arriving)
         for piece, gradient in zip(batch, found + arriving, strict=True):
             target[piece.start : piece.start + piece.length] = gradient[: piece.length].to(target)

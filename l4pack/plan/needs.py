@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.model.tensors import Role
-from l4pack.plan.gradient import GradientNeeds
+from l4pack.plan.gradient import GradientNeeds, gradient_needs
 from l4pack.plan.memory import BUFFERS, FLOAT, SPREAD_BUFFERS, Computing, Memory, SolvedKind, calibrating, fits
 from l4pack.recipe import KEEP
 from l4pack.work.device import CPU
@@ -96,7 +96,11 @@ def calibration_needs(
         if fits(memory, ram, vram):
             break
     together = 0 if device == CPU else chosen.together
-    return Needs(memory, disk, tokens, streams, chosen.ahead, together, chosen.resident)
+    back = None
+    if two_sided(recipe, targets):
+        samples = min(recipe.calibration.gradient_samples, recipe.calibration.samples)
+        back = gradient_needs(replace(computing, tokens=samples * length), samples, ram, vram)
+    return Needs(memory, disk, tokens, streams, chosen.ahead, together, chosen.resident, gradient=back)
 
 
 def _choices(computing: Computing, vram: Room | None) -> Iterator[Computing]:
@@ -117,6 +121,12 @@ def asymmetric(recipe: Recipe, targets: Sequence[Target]) -> bool:
     """Whether any matrix aims at the original layer's outputs, so that the original must run too."""
     options = [recipe.schemes[name].gptq for name in {target.scheme for target in targets}]
     return any(option is not None and option.asymmetric > 0 for option in options)
+
+
+def two_sided(recipe: Recipe, targets: Sequence[Target]) -> bool:
+    """Whether any matrix is rounded by what its outputs do to the model's end, so that the model must be walked back."""
+    options = [recipe.schemes[name].gptq for name in {target.scheme for target in targets}]
+    return any(option is not None and option.two_sided for option in options)
 
 
 def _solved(recipe: Recipe, targets: Sequence[Target]) -> set[SolvedKind]:
