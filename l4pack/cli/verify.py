@@ -27,6 +27,7 @@ from l4pack.errors import UsageError
 from l4pack.units import human_bytes
 
 if TYPE_CHECKING:
+    from l4pack.export.prove import Proof
     from l4pack.verify.findings import Area, Finding
     from l4pack.verify.verify import Verification
 
@@ -63,11 +64,11 @@ def verify(
         show_gguf(Path(artifact), against, as_json=as_json, strict=strict)
         return
     if exported is not None:
-        if headers_only or signature is not None:
+        if headers_only:
             raise UsageError(
-                f"{artifact} is an export", hint="it is held against its artifact alone: --against ARTIFACT"
+                f"{artifact} is an export", hint="it is held against its artifact: --against ARTIFACT, or --signature"
             )
-        _verify_export(exported, against, as_json)
+        _verify_export(exported, against, signature, as_json)
         return
     if sample is not None and against is None:
         raise typer.BadParameter("needs --against", param_hint="--sample")
@@ -92,28 +93,50 @@ def verify(
         raise typer.Exit(1)
 
 
-def _verify_export(folder: Path, against: str | None, as_json: bool) -> None:
-    """The same of an export, which is held against the artifact that it was made from."""
+def _verify_export(folder: Path, against: str | None, signers: Path | None, as_json: bool) -> None:
+    """The same of an export, which is held against the artifact that it was made from, or against who signed it."""
     from l4pack.checkpoint.open import open_source
     from l4pack.export.check import check_export
+    from l4pack.verify.checks_signature import check_signature
+    from l4pack.verify.findings import Findings
 
-    if against is None:
+    if against is None and signers is None:
         raise UsageError(f"{folder} is an export", hint="add --against and the artifact that it was made from")
-    result = check_export(folder, open_source(against))
+    signed = Findings()
+    if signers is not None:
+        check_signature(folder, signers, signed)
+    proof, faults = None, [(one.rule, one.where, one.message) for one in signed]
+    if against is not None:
+        result = check_export(folder, open_source(against))
+        proof, faults = result.proof, [*faults, *((one.rule, one.where, one.message) for one in result.faults)]
     if as_json:
-        proof = None if result.proof is None else asdict(result.proof)
-        faults = [asdict(fault) for fault in result.faults]
+        findings = [{"where": where, "message": message, "rule": rule} for rule, where, message in faults]
         console.show_json(
-            {"ok": result.ok, "findings": faults, "against": against, "headers_only": False, "proof": proof}
-        )
-    elif result.proof is not None:
-        read = f"{result.proof.matrices:,} tensors read back by {result.proof.by}"
-        console.show(f"[bold]{console.plain(folder)}[/bold]: [green]verified[/green], {read}: each is the artifact's")
+            {
+                "ok": not faults, "findings": findings, "against": against, "headers_only": False,
+                "proof": None if proof is None else asdict(proof),
+            }
+        )  # fmt: skip
     else:
-        console.show(f"[bold]{console.plain(folder)}[/bold]: [red]not verified[/red]")
-        console.show(*(f"  {console.plain(fault.where)}: {console.plain(fault.message)}" for fault in result.faults))
-    if not result.ok:
+        console.show(*_export_view(folder, proof, faults, signed=signers is not None))
+    if faults:
         raise typer.Exit(1)
+
+
+def _export_view(
+    folder: Path, proof: Proof | None, faults: list[tuple[str, str, str]], *, signed: bool
+) -> list[RenderableType]:
+    """What was checked of an export, for people."""
+    name = f"[bold]{console.plain(folder)}[/bold]"
+    if faults:
+        return [
+            f"{name}: [red]not verified[/red]",
+            *(f"  {console.plain(where)}: {console.plain(message)}" for _, where, message in faults),
+        ]
+    said = ["every file is as one of the signers signed it"] if signed else []
+    if proof is not None:
+        said.append(f"{proof.matrices:,} tensors read back by {proof.by}: each is the artifact's")
+    return [f"{name}: [green]verified[/green], {'; '.join(said)}"]
 
 
 def verification_record(result: Verification, *, passed: bool) -> dict[str, object]:

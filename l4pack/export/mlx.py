@@ -22,6 +22,7 @@ from l4pack.containers.mlx import FOLDER, NORM_EPS, Group, check_text, configura
 from l4pack.containers.safetensors_folder import DEFAULT_SHARD_BYTES
 from l4pack.errors import L4packError
 from l4pack.export.artifact import Artifact, Source
+from l4pack.export.reread import same_words
 from l4pack.export.target import TOWER, Carried, Layout, OutTensor
 from l4pack.formats.carrier import Carrier, SolvedRows
 from l4pack.formats.mlx import ROUNDED_TO, Affine, Microscaling, carrier_of
@@ -129,8 +130,8 @@ class Mlx:
 
     def same_codes(self, carried: Carried, rows: Sequence[NDArray[np.uint8]], solved: SolvedRows) -> bool | None:
         """See `Target`."""
-        del carried, rows, solved
-        return None
+        carrier = carried.carrier
+        return same_words(carrier, rows, solved) if isinstance(carrier, _QUANTIZED) else None
 
     def decode(self, carried: Carried, rows: Sequence[NDArray[np.uint8]]) -> Float32Array:
         """See `Target`."""

@@ -33,16 +33,18 @@ def interleave(packed: NDArray[np.uint8], blocks: NDArray[np.uint8], first: Any,
 
 
 @kernel
-def differing(packed: NDArray[np.uint8], blocks: NDArray[np.uint8], first: Any) -> int:
-    """0 where `blocks` hold the codes of `packed`, laid out as `interleave` does it in runs of a block, and nothing of another one."""
+def differing(packed: NDArray[np.uint8], blocks: NDArray[np.uint8], first: Any, half: int) -> int:
+    """0 where `blocks` hold the codes of `packed`, laid out as `interleave` does it, and nothing of another one."""
     found = np.uint8(0)
+    runs = (blocks.shape[2] - first) // (2 * half)
     for o in range(packed.shape[0]):
         for b in range(blocks.shape[1]):
-            held = blocks[o, b, first : first + 2 * HALF_BLOCK]
-            low = packed[o, 2 * HALF_BLOCK * b : 2 * HALF_BLOCK * b + HALF_BLOCK]
-            high = packed[o, 2 * HALF_BLOCK * b + HALF_BLOCK : 2 * HALF_BLOCK * (b + 1)]
-            for j in range(HALF_BLOCK):
-                here, there = held[2 * j], held[2 * j + 1]
-                found |= ((here & 15) | ((there & 15) << 4)) ^ low[j]
-                found |= ((here >> 4) | (there & 0xF0)) ^ high[j]
+            for run in range(runs):
+                held = blocks[o, b, first + 2 * half * run : first + 2 * half * (run + 1)]
+                start = 2 * half * (runs * b + run)
+                low, high = packed[o, start : start + half], packed[o, start + half : start + 2 * half]
+                for j in range(half):
+                    here, there = held[2 * j], held[2 * j + 1]
+                    found |= ((here & 15) | ((there & 15) << 4)) ^ low[j]
+                    found |= ((here >> 4) | (there & 0xF0)) ^ high[j]
     return int(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +72,23 @@ def test_from_the_command_line_to_the_hub(container, there, hub, l4pack):
     assert "ORG/" not in own["README.md"].decode()
     assert l4pack("licence", folder).code == 0
     assert json.loads(l4pack(*asked, "--json").out)["send_bytes"] == 0
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="OpenSSH's client is not installed")
+def test_a_signed_export_is_checked_with_and_without_its_artifact(there, l4pack, tmp_path):
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
+    (tmp_path / "allowed").write_text(f"me@example.org {(tmp_path / 'key.pub').read_text()}")
+    assert l4pack("package", there.gguf, "--of", there.artifact, "--sign", tmp_path / "key").code == 0
+    asked = ("verify", there.gguf, "--signature", tmp_path / "allowed")
+    ended = l4pack(*asked)
+    assert (ended.code, "signers signed it" in " ".join(ended.out.split())) == (0, True), ended.err
+    found = json.loads(l4pack(*asked, "--against", there.artifact, "--json").out)
+    assert (found["ok"], found["findings"]) == (True, [])
+    assert found["proof"]["weights"] > 0
+    (there.gguf / "README.md").write_text("another card")
+    ended = l4pack(*asked, "--json")
+    assert ended.code == 1
+    assert [(one["rule"], one["where"]) for one in json.loads(ended.out)["findings"]] == [("signature", "README.md")]
 
 
 def test_a_card_says_what_the_files_are(there):
