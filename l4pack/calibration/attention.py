@@ -48,7 +48,8 @@ class Attention:
 
     def heads(self, solved: Mapping[str, Tensor]) -> Iterator[Block]:
         """What the output projection sees, once some of the others are `solved`."""
-        linears = {**self.weights.linears, **{name: LinearWeight(weight) for name, weight in solved.items()}}
+        given = self.weights.linears
+        linears = {**given, **{name: LinearWeight(weight) for name, weight in solved.items()}}
         original = None if self.original is None else self.original.attention_heads(self.weights)
         return _paired(self.quantized.attention_heads(UnitWeights(linears, self.weights.tensors)), original)
 

@@ -201,7 +201,7 @@ def record_view(record: dict[str, Any]) -> list[RenderableType]:
 def _totals(record: dict[str, Any]) -> RenderableType:
     roles = list(dict.fromkeys(total["role"] for total in record["totals"]))
     table = console.table("Option", *(f">{role.replace('_', ' ')}" for role in roles))
-    cells = {(_stem(total["option"]), total["role"]): total for total in record["totals"]}
+    cells = {(total["option"], total["role"]): total for total in record["totals"]}
     for option in dict.fromkeys(option for option, _ in cells):
         row = (cells.get((option, role)) for role in roles)
         table.add_row(option, *("" if one is None else _number(one["kl"], one["kl_standard_error"]) for one in row))
@@ -244,10 +244,6 @@ def _joint(record: dict[str, Any]) -> RenderableType:
             row += [f"{prediction:.3g}", f"{joint['measured'] / prediction:.2f}" if prediction > 0 else ""]
         table.add_row(console.plain(joint["title"]), *row)
     return table
-
-
-def _stem(option: str) -> str:
-    return option.removesuffix("-rtn")
 
 
 def _number(value: float, error: float) -> str:

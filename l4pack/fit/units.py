@@ -153,8 +153,6 @@ def _reasons(
     runtimes: Collection[str],
 ) -> tuple[str, ...]:
     """Why a role can't be given a scheme: l4pack can't make it, or a runtime can't load it."""
-    if scheme.calibrated and role is Role.ATTENTION:
-        return ("only MLPs are calibrated",)
     if not all(divides(scheme, linear) for linear, _ in members):
         return (f"groups of {scheme.group_size} do not divide every matrix",)
     weight_only = scheme.activations is Activations.NONE

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from l4pack.calibration.attention import Attention, solve_attention
 from l4pack.calibration.mlp import Inputs, Matrices, solve_mlp, solved_weights
 from l4pack.calibration.rows import Block, UnitRows, blocks, expert_rows
 from l4pack.errors import SourceError
@@ -26,9 +28,14 @@ from l4pack.stream.weights import LinearWeight, Weights
 
 
 def altered(
-    weights: Weights, unit: Unit, original: UnitWeights, scheme: RecipeScheme, activation: str, inputs: Inputs | None
+    weights: Weights,
+    unit: Unit,
+    original: UnitWeights,
+    scheme: RecipeScheme,
+    activation: str,
+    calibration: Solving | None,
 ) -> UnitWeights:
-    """The unit with all its matrices given `scheme`. `inputs` are those a calibrated scheme is solved for.
+    """The unit with all its matrices given `scheme`. A calibrated one is solved for what is seen in `calibration`.
 
     Weight-only schemes give weights rounded to the model's dtype; where inputs are rounded too, weights are the exact
     products of code and scale and inputs are rounded as they come (as `stream.weights` reads an artifact). Raises
@@ -38,8 +45,8 @@ def altered(
     dtypes = {local: weights.float_name(module) for local, module in names.items()}
     try:
         if scheme.method is Method.GPTQ:
-            assert inputs is not None
-            made = _solved(original, scheme, dtypes, activation, weights.model_dtype, inputs)
+            assert calibration is not None
+            made = _solved(unit, original, scheme, dtypes, activation, weights.model_dtype, calibration)
         else:
             made = {name: rounded(linear.weight, scheme, dtypes[name]) for name, linear in original.linears.items()}
     except NonFiniteError as error:
@@ -63,15 +70,24 @@ def rounded(weight: Tensor, scheme: RecipeScheme, dtype: FloatName) -> Tensor:
     return torch.from_numpy(dequantize(quantized, scheme, *weight.shape))
 
 
-def calibration_inputs(unit: Unit, one: LayerPass, tokens: int, min_tokens: int) -> Inputs:
-    """A unit's inputs on the calibration text, of which there are `tokens`; a thin expert borrows to `min_tokens`.
+@dataclass(frozen=True)
+class Solving:
+    """A layer of the calibration text on its way, and to how many tokens a thin expert borrows."""
+
+    seen: LayerPass
+    min_tokens: int
+
+
+def calibration_inputs(unit: Unit, solving: Solving) -> Inputs:
+    """An MLP's inputs on the calibration text.
 
     Nothing before the unit is changed, so the original's inputs are the unit's own: only the down projection, which
     sees what quantized gate and up make of them, has something to make up for.
     """
-    taken = UnitRows(tokens)
+    one = solving.seen
+    taken = UnitRows(one.tokens)
     if unit.part is Part.EXPERT and unit.expert is not None and one.routing is not None:
-        taken = expert_rows(unit.expert, one.routing, one.routing, min_tokens)
+        taken = expert_rows(unit.expert, one.routing, one.routing, solving.min_tokens)
 
     def generate() -> Iterator[Block]:
         for block in blocks(taken, one, one):
@@ -82,15 +98,21 @@ def calibration_inputs(unit: Unit, one: LayerPass, tokens: int, min_tokens: int)
 
 
 def _solved(
+    unit: Unit,
     original: UnitWeights,
     scheme: RecipeScheme,
     dtypes: dict[str, FloatName],
     activation: str,
     model_dtype: torch.dtype,
-    inputs: Inputs,
+    calibration: Solving,
 ) -> dict[str, Tensor]:
+    if unit.part is Part.ATTENTION:
+        attention = Attention(original, calibration.seen, calibration.seen, model_dtype)
+        solved = solve_attention(attention, scheme, dtypes)
+        return {name: solved_weights(solution) for name, solution in solved.items()}
     matrices = {name: linear.weight.float() for name, linear in original.linears.items()}
     function: Any = ACT2FN[activation]
+    inputs = calibration_inputs(unit, calibration)
     solutions = solve_mlp(Matrices(matrices, function, model_dtype), inputs, scheme, dtypes)
     return {name: solved_weights(solution) for name, solution in solutions.items()}
 

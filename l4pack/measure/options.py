@@ -20,7 +20,7 @@ from l4pack.quant.scheme import Observer, Strategy
 from l4pack.recipe import GptqOptions, Method, RecipeScheme
 
 GROUPS = (32, 64, 128)
-ROUNDED = "-rtn"  # ends the name of what attention gets where MLPs are calibrated
+ROUNDED = "-rtn"  # ends the name of an option that is only rounded where the usual one is solved
 RUNTIME = "vllm"
 
 
@@ -89,9 +89,10 @@ OPTIONS: dict[str, RecipeScheme] = {
     f"q4_k{ROUNDED}": _q4_k(calibrated=False),
 }
 """Every option by name, BF16 aside, which costs nothing."""
-NAMED_ONLY = ("nvfp4", "mxfp4", "q4_k", f"q4_k{ROUNDED}")
+NAMED_ONLY = ("nvfp4", "mxfp4", "q4_k", *(name for name in OPTIONS if name.endswith(ROUNDED)))
 """Options that are measured where they are named, because each takes its time: 4-bit floats are for Blackwell, and
-llama.cpp and MLX load MXFP4 too; Q4_K is llama.cpp's alone."""
+llama.cpp and MLX load MXFP4 too; Q4_K is llama.cpp's alone. What is only rounded is for attention, in recipes that do without
+a calibration."""
 FOR_CONTAINERS = {
     "gguf": ("mxfp4", "q4_k", "int4-g32", "int8-g32"),
     "mlx": (
@@ -119,15 +120,13 @@ class MeasureOptions:
 def options_for(config: Llama4Config, wanted: Sequence[str] = ()) -> MeasureOptions:
     """The options that the matrices of a model can be given; `wanted` names some, none means all but `NAMED_ONLY`.
 
-    `int4-g128` means both the calibrated option of MLPs and the rounded one of attention. Raises UsageError.
+    Raises UsageError.
     """
     unknown = [name for name in wanted if name not in OPTIONS]
     if unknown:
         raise UsageError(f"'{unknown[0]}' is not an option", hint=f"options: {', '.join(OPTIONS)}")
     chosen = {
-        name: scheme
-        for name, scheme in OPTIONS.items()
-        if (not wanted and name not in NAMED_ONLY) or name in wanted or name.removesuffix(ROUNDED) in wanted
+        name: scheme for name, scheme in OPTIONS.items() if (not wanted and name not in NAMED_ONLY) or name in wanted
     }
     by_role = {role: _of_role(config, role, chosen) for role in QUANTIZABLE}
     by_role = {role: names for role, names in by_role.items() if names}
@@ -158,7 +157,7 @@ def _of_role(config: Llama4Config, role: Role, chosen: Mapping[str, RecipeScheme
 
 
 def _fits(name: str, scheme: RecipeScheme, role: Role, widths: set[int]) -> bool:
-    if scheme.calibrated if role is Role.ATTENTION else name.endswith(ROUNDED):
+    if role is not Role.ATTENTION and name.endswith(ROUNDED):
         return False
     if any(width % scheme.column_multiple() for width in widths):
         return False

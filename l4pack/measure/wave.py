@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from l4pack.calibration.mlp import Inputs
 from l4pack.evaluate.answers import StreamAnswers
 from l4pack.evaluate.scoring import score_against
-from l4pack.measure.altered import altered, calibration_inputs
+from l4pack.measure.altered import Solving, altered
 from l4pack.measure.changes import Change, Mixture, Single
 from l4pack.measure.options import MeasureOptions
 from l4pack.model.tensors import Role
@@ -202,13 +201,10 @@ class _Layer:
 
     def _altered(self, unit: Unit, weights: UnitWeights, option: str) -> UnitWeights:
         scheme = self._shared.options.schemes[option]
-        inputs: Inputs | None = None
-        if scheme.calibrated and self._calibration is not None and self._shared.calibration is not None:
-            tokens = self._shared.calibration.rows
-            inputs = calibration_inputs(unit, self._calibration, tokens, self._shared.min_tokens)
+        calibration = Solving(self._calibration, self._shared.min_tokens) if self._calibration is not None else None
         activation = self._shared.model.skeleton.text.hidden_act
         with torch.inference_mode():
-            return altered(self._shared.model.weights, unit, weights, scheme, activation, inputs)
+            return altered(self._shared.model.weights, unit, weights, scheme, activation, calibration)
 
     def _attention(self, unit: Unit, weights: UnitWeights) -> None:
         for one in (*self._originals(), *self._unaltered(Role.ATTENTION)):

@@ -275,6 +275,7 @@ def measuring(computing: Computing, *, solved: bool) -> Memory:
     phases = [3 * computing.mlp, 2 * computing.mlp + computing.running()]
     if solved:
         phases.append(computing.mlp + solving(text, computing.rows, widest_mlp(text), cross=True))
+        phases.append(computing.attention + solving_attention(computing, cross=True))
     return computing.memory(phases, scored=True)
 
 

@@ -366,14 +366,18 @@ def measuring(
     for layers, rows in walked:
         work.include(running(text, rows, length, Kind.PRODUCT, device), layers / layer)
     for (role, scheme), count in changed.items():
-        work.include(_changing(text, role, scheme, tokens, device), count)
+        work.include(_changing(text, role, scheme, tokens, length, device), count)
     work.include(scoring(text, tokens[0], len(walked)))
     return [starting(models=True), work]
 
 
-def _changing(text: TextConfig, role: Role, scheme: RecipeScheme, tokens: tuple[int, int], device: str) -> Work:
+def _changing(
+    text: TextConfig, role: Role, scheme: RecipeScheme, tokens: tuple[int, int], length: int, device: str
+) -> Work:
     """One unit given a scheme, and run on what it measured on as it was and as it is."""
     work, units = Work(), mlps_of(text).get(role)
+    if units is None and scheme.gptq is not None:
+        return solving_attention(text, Tokens(tokens[1], tokens[1], 2), length, scheme, device)
     if units is None:
         numel = sum(math.prod(shape) for shape in attention_shapes(text).values())
         work.include(rounding(scheme, numel))

@@ -257,13 +257,12 @@ def test_runtimes_leave_out_what_they_can_not_load(scout):
         runtime: set(fit(scout, synthetic(scout), Wish(bits=8, runtime=runtime)).left_out) for runtime in RUNTIMES
     }
     attention = {(name, Role.ATTENTION) for name in OPTIONS}
-    solved = {("int4", Role.ATTENTION), ("int4-g32", Role.ATTENTION)}
     assert left_out["sglang"] >= attention
-    assert left_out["vllm"] >= solved | {("int4-asym", Role.ATTENTION), ("fp8-block", Role.ATTENTION)}
+    assert left_out["vllm"] >= {("int4-asym", Role.ATTENTION), ("fp8-block", Role.ATTENTION)}
     assert ("fp8-plain", Role.ROUTED_EXPERT) in left_out["vllm"]
     assert ("int8", Role.ATTENTION) not in left_out["vllm"]
     asymmetric = {("int4-asym", role) for role in (Role.ATTENTION, Role.SHARED_EXPERT, Role.ROUTED_EXPERT)}
-    assert left_out["transformers"] == solved | asymmetric
+    assert left_out["transformers"] == asymmetric
     assert left_out["any"] == left_out["vllm"] | left_out["sglang"] | left_out["transformers"]
 
 

@@ -140,7 +140,7 @@ def kl_by_hand(original, changed, sequences):
 
 
 CASES = [
-    ("scout", 0, "attention", "int4-g32-rtn", None),
+    ("scout", 0, "attention", "int8-g32", None),
     ("scout", 1, "attention", "fp8", RoundedInputs(E4M3, "token")),
     ("scout", 0, "routed_expert", "int8-g128", None),
     ("scout", 1, "shared_expert", "fp8", RoundedInputs(E4M3, "token")),
@@ -205,17 +205,37 @@ def seen_by(model, module, sequences):
 
 def solved_by_hand(mlp, inputs, scheme):
     """GPTQ of gate and up for the inputs, then of down for what they make of them, aiming at the original's output."""
-
-    def solve(weight, seen, original=None):
-        cross = None if original is None else (original - seen).T @ seen / len(seen)
-        solution = gptq.solve(weight, seen.T @ seen / len(seen), scheme, sweeps=4, cross=cross)
-        return solved_weights(solution).bfloat16().float()
-
     before = mlp.activation_fn(mlp.gate_proj(inputs)) * mlp.up_proj(inputs)
     for one in (mlp.gate_proj, mlp.up_proj):
-        one.weight.data = solve(one.weight.data, inputs)
+        solve_by_hand(one, scheme, inputs)
     after = mlp.activation_fn(mlp.gate_proj(inputs)) * mlp.up_proj(inputs)
-    mlp.down_proj.weight.data = solve(mlp.down_proj.weight.data, after, before)
+    solve_by_hand(mlp.down_proj, scheme, after, before)
+
+
+def solve_by_hand(linear, scheme, seen, original=None):
+    """GPTQ of one matrix for inputs [tokens, in]; `original` are those aimed at."""
+    cross = None if original is None else (original - seen).T @ seen / len(seen)
+    solution = gptq.solve(linear.weight.data, seen.T @ seen / len(seen), scheme, sweeps=4, cross=cross)
+    linear.weight.data = solved_weights(solution).bfloat16().float()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 1])
+def test_attention_is_solved_for_the_calibration_text(measured, checkpoint, layer):
+    prepared, record = measured("scout")
+    calibration, held_out = prepared.texts.calibration.sequences, prepared.texts.measured.sequences
+    model = whole_model.load(checkpoint("scout", **SMALL))
+    wanted = outputs(model, layer, "attention", held_out)
+    attention = model.language_model.model.layers[layer].self_attn
+    before = seen_by(model, attention.o_proj, calibration)
+    inputs = seen_by(model, attention.q_proj, calibration)
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        solve_by_hand(projection, OPTIONS["int4-g32"], inputs)
+    solve_by_hand(attention.o_proj, OPTIONS["int4-g32"], seen_by(model, attention.o_proj, calibration), before)
+    found = outputs(model, layer, "attention", held_out)
+    moved = sum(float((a - b).square().sum()) for a, b in zip(found, wanted, strict=True))
+    error = moved / sum(float(one.square().sum()) for one in wanted)
+    assert change_of(record, layer, "attention", "int4-g32").error == pytest.approx(error, rel=0.02)
 
 
 @torch.no_grad()
@@ -238,10 +258,9 @@ def test_calibrated_options_are_solved_for_the_calibration_text(measured, checkp
 def test_every_unit_has_every_option_it_can_be_served_with(measured):
     _, record = measured("maverick")
     usual = {name for name in OPTIONS if name not in NAMED_ONLY}
-    names = {name for name in usual if not name.endswith("-rtn")}
-    attention = {name for name in usual if name not in ("int4-g32", "int4-g64", "int4-g128", "fp8-block")}
+    attention = usual - {"fp8-block"}
     for layer, roles in enumerate((("dense_mlp",), ("shared_expert", "routed_expert"))):
-        for role, wanted in [("attention", attention), *((role, names) for role in roles)]:
+        for role, wanted in [("attention", attention), *((role, usual) for role in roles)]:
             found = {one.option for one in record.changes if (one.layer, one.role.value) == (layer, role)}
             assert found == wanted
     assert record.options.keys() == usual
@@ -266,7 +285,8 @@ def test_waves_give_the_numbers_of_one_pass(measured):
 
 
 def test_joint_changes_are_held_against_the_sum_of_singles(measured, checkpoint):
-    prepared, record = measured("scout")
+    prepared, record = measured("scout", options=("int4-g128-rtn", "int8-g128"))
+    assert prepared.texts.calibration is None
     joint = next(one for one in record.joint if one.choice == {"attention": "int4-g128-rtn"})
     singles = [change_of(record, layer, "attention", "int4-g128-rtn") for layer in (0, 1)]
     assert joint.predicted == pytest.approx(sum(one.kl for one in singles), rel=1e-9)
@@ -347,10 +367,10 @@ def mean_of(estimate):
 
 def test_predictions_follow_the_law_of_both_anchors(predictor):
     """KL = 2 e + 0.1 sqrt(e): a smooth part, and one of rerouted tokens."""
-    errors = {"int4-g128-rtn": 0.04, "int4-g64-rtn": 0.0225, "int8-g64": 0.0004, "int8-g32": 0.0001}
+    errors = {"int4-g128": 0.04, "int4-g64": 0.0225, "int8-g64": 0.0004, "int8-g32": 0.0001}
     law = {option: 2 * error + 0.1 * math.sqrt(error) for option, error in errors.items()}
-    made = predictor(errors, {option: law[option] for option in ("int4-g128-rtn", "int8-g32")})
-    for option in ("int4-g64-rtn", "int8-g64"):
+    made = predictor(errors, {option: law[option] for option in ("int4-g128", "int8-g32")})
+    for option in ("int4-g64", "int8-g64"):
         estimate = made.estimate(Single(0, Role.ATTENTION, option))
         assert mean_of(estimate) == pytest.approx(law[option], rel=1e-6)
         assert estimate.rerouting == pytest.approx(0.1 * math.sqrt(errors[option]), rel=1e-6)
@@ -361,19 +381,19 @@ def test_predictions_follow_the_law_of_both_anchors(predictor):
 
 
 def test_without_rerouting_kl_is_in_proportion_to_the_error(predictor):
-    errors = {"int4-g128-rtn": 0.04, "int4-g64-rtn": 0.02, "int8-g32": 0.0001}
-    made = predictor(errors, {"int4-g128-rtn": 0.08, "int8-g32": 0.0002})
-    estimate = made.estimate(Single(0, Role.ATTENTION, "int4-g64-rtn"))
+    errors = {"int4-g128": 0.04, "int4-g64": 0.02, "int8-g32": 0.0001}
+    made = predictor(errors, {"int4-g128": 0.08, "int8-g32": 0.0002})
+    estimate = made.estimate(Single(0, Role.ATTENTION, "int4-g64"))
     assert estimate.rerouting == pytest.approx(0, abs=1e-9)
     assert mean_of(estimate) == pytest.approx(0.04, rel=1e-6)
     # More than in proportion: no coefficient goes below zero to meet it.
-    steeper = predictor(errors, {"int4-g128-rtn": 0.08, "int8-g32": 0.0001})
-    assert steeper.estimate(Single(0, Role.ATTENTION, "int4-g64-rtn")).rerouting == 0
+    steeper = predictor(errors, {"int4-g128": 0.08, "int8-g32": 0.0001})
+    assert steeper.estimate(Single(0, Role.ATTENTION, "int4-g64")).rerouting == 0
 
 
 def test_a_family_that_is_predicted_well_is_not_measured(predictor):
-    errors = {"int4-g128-rtn": 0.04, "int4-g64-rtn": 0.02, "int8-g32": 0.0001, "int8-g64": 0.0002, "fp8": 0.001}
-    law = {option: 2 * error for option, error in errors.items()} | {"int4-g64-rtn": 0.042, "int8-g64": 0.0006}
+    errors = {"int4-g128": 0.04, "int4-g64": 0.02, "int8-g32": 0.0001, "int8-g64": 0.0002, "fp8": 0.001}
+    law = {option: 2 * error for option, error in errors.items()} | {"int4-g64": 0.042, "int8-g64": 0.0006}
     made = predictor(errors, {option: kl for option, kl in law.items() if option != "fp8"})
     fits = made.linearity().families
     assert fits["int4"].median == pytest.approx(math.log(0.042 / 0.04), rel=1e-3)
@@ -400,7 +420,7 @@ def test_anchors_measure_two_options_a_unit_and_predict_the_rest(measured):
     prepared, record = measured("scout", direct=Direct.ANCHORS, **chosen)
     assert prepared.costs.direct == 3 * (4 + 4 + 4) + 3 * 2  # all in three layers, the anchors in the other
     kept = {one.option for one in record.changes if one.layer == 2 and one.measured}
-    assert kept == {"int4-g128", "int4-g128-rtn", "int8-g32"}
+    assert kept == {"int4-g128", "int8-g32"}
     for ours, theirs in zip(record.changes, everything.changes, strict=True):
         assert (ours.error, ours.layer, ours.role) == (theirs.error, theirs.layer, theirs.role)
         assert ours.measured == (ours.layer != 2 or ours.option in kept)
@@ -442,7 +462,7 @@ def test_the_file_and_what_is_printed(l4pack, command, tmp_path):
     assert {key: printed[key] for key in record.model_dump()} == record.model_dump(mode="json")
     assert printed["plan"]["streams"] == len(record.changes) + len(record.joint)
     assert printed["run"]["seconds"] > 0
-    assert set(record.options) == {"int4-g64", "int4-g64-rtn", "fp8"}
+    assert set(record.options) == {"int4-g64", "fp8"}
     assert not (tmp_path / "s.json.partial").exists()
     again = l4pack("measure", *command("t.json"), "--options", "int4-g64,fp8")
     assert again.code == 0, again.err
