@@ -162,6 +162,10 @@ INT4 = {
         {"roles": "all", "scheme": "keep"},
     ],
 }
+TWO_SIDED = {
+    "schemes": {"int4": {**GPTQ, "gptq": {"sweeps": 1, "two_sided": True}}},
+    "rules": [{"roles": ["routed_expert", "dense_mlp"], "scheme": "int4"}, {"roles": "all", "scheme": "keep"}],
+}
 STATIC = load_recipe("fp8-static").model_dump(mode="json") | {"kv_cache": {"dtype": "fp8", "strategy": "head"}}
 RECIPES = {
     name: Recipe.model_validate(
@@ -172,7 +176,7 @@ RECIPES = {
             "calibration": {"samples": 4, "sequence_length": 40, "max_cold_experts": 1.0, "max_fallbacks": 1.0},
         }
     )
-    for name, values in {"int4": INT4, "static": STATIC}.items()
+    for name, values in {"int4": INT4, "two-sided": TWO_SIDED, "static": STATIC}.items()
 }
 
 
@@ -211,6 +215,11 @@ def test_calibrating_ends_in_the_bytes_of_one_machine_whoever_is_killed(
 def test_scales_of_inputs_and_of_the_cache_are_those_of_one_machine(cluster, little, calibrated_alone, tmp_path):
     run_plan(quick_plan(little, RECIPES["static"]), tmp_path / "out", cluster=cluster)
     assert file_digests(tmp_path / "out") == calibrated_alone["static"]
+
+
+def test_workers_read_what_the_walk_back_has_found(cluster, little, calibrated_alone, tmp_path):
+    run_plan(quick_plan(little, RECIPES["two-sided"]), tmp_path / "out", cluster=cluster)
+    assert file_digests(tmp_path / "out") == calibrated_alone["two-sided"]
 
 
 @pytest.mark.parametrize("again_on_the_cluster", [True, False])
