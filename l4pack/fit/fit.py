@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from l4pack.budget.files import CONTAINERS
@@ -67,11 +67,13 @@ def fit(checkpoint: Checkpoint, sensitivity: Sensitivity, wish: Wish, stem: str 
 class _Fit:
     def __init__(self, checkpoint: Checkpoint, sensitivity: Sensitivity, wish: Wish, stem: str) -> None:
         self._checkpoint, self._wish, self._stem = checkpoint, wish, stem
-        self._losses = losses_for(checkpoint, sensitivity)
-        self._by = wish.by or (ROLE if self._losses.stand_in else LAYER)
         self._sizes = sizes_for(checkpoint, wish.runtime)
-        found = model_units(checkpoint, self._losses, wish.runtime, self._parallel(), self._sizes)
-        self._found: Units = found if self._by == LAYER else found.alike()
+        found = losses_for(checkpoint, sensitivity)
+        options = {name: self._sizes.held(scheme) for name, scheme in found.options.items()}
+        self._losses = replace(found, options=options)
+        self._by = wish.by or (ROLE if self._losses.stand_in else LAYER)
+        units_found = model_units(checkpoint, self._losses, wish.runtime, self._parallel(), self._sizes)
+        self._found: Units = units_found if self._by == LAYER else units_found.alike()
         units = self._found.units
         costs = file_costs(units)
         if not any(len(unit.choices) > 1 for unit in units):

@@ -12,8 +12,9 @@ from l4pack.checkpoint.source import Checkpoint
 from l4pack.export.ahead import PlannedExport, planned_export, scale_dtype
 from l4pack.export.known import target_named
 from l4pack.model.tensors import Linear
-from l4pack.plan.assign import PlannedTensor
+from l4pack.plan.assign import PlannedTensor, scales_from
 from l4pack.plan.plan import Plan, RunLimits, make_plan
+from l4pack.quant.grid import ScaleDtype
 from l4pack.recipe import Recipe, RecipeScheme
 
 ANY_RAM = 2**60  # sizes are asked for, not whether this machine could make the artifact
@@ -26,6 +27,10 @@ _PER_STORED, _PER_LISTED, _PER_GROUPED = 72, 40, 96
 
 class Sizes(Protocol):
     """The bytes of a model's recipes, each planned once."""
+
+    def held(self, scheme: RecipeScheme) -> RecipeScheme:
+        """The scheme as the files can hold its scales."""
+        ...
 
     def unit_bytes(
         self, linears: Sequence[Linear], tensors: Sequence[PlannedTensor], scheme: RecipeScheme | None
@@ -64,6 +69,10 @@ class ArtifactSizes:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._made: dict[str, Plan] = {}
+
+    def held(self, scheme: RecipeScheme) -> RecipeScheme:
+        """See `Sizes`."""
+        return scheme
 
     def plan(self, recipe: Recipe) -> Plan:
         """The plan of a recipe, for its sizes."""
@@ -105,8 +114,15 @@ class ExportSizes:
 
     def __init__(self, checkpoint: Checkpoint, runtime: str) -> None:
         self._artifacts, self._runtime = ArtifactSizes(checkpoint), runtime
+        self._wide = any(scales_from(checkpoint, linear.tensor) == "F32" for linear in checkpoint.layout.linears)
         self._target = target_named(CONTAINERS[runtime])
         self._made: dict[str, PlannedExport] = {}
+
+    def held(self, scheme: RecipeScheme) -> RecipeScheme:
+        """See `Sizes`: ggml's scales are F16 numbers, as those in float32 of a source in float32 are not."""
+        if not self._wide or self._target.name != "gguf" or scheme.scale_dtype is not ScaleDtype.SOURCE:
+            return scheme
+        return scheme.model_copy(update={"scale_dtype": ScaleDtype.FLOAT16})
 
     def planned(self, recipe: Recipe) -> PlannedExport:
         """The export of a recipe's artifact."""

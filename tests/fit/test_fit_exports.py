@@ -94,6 +94,14 @@ def test_a_byte_less_than_the_least_is_too_little(sources):
             fit(source, record, Wish(max_bytes=least - 1, runtime=runtime))
 
 
+def test_scales_of_a_source_in_float32_are_such_as_the_file_has(checkpoint, tmp_path):
+    source = open_source(str(with_merge(checkpoint("text", dtype="float32"), tmp_path / "source")))
+    record = synthetic(source, options=("int4-g32-rtn", "int8-g32"))
+    fitted = fit(source, record, Wish(bits=9, runtime="llama.cpp"))
+    assert {scheme.scale_dtype.value for scheme in fitted.recipe.schemes.values()} == {"float16"}
+    assert size(exported(source, fitted.recipe, "llama.cpp", tmp_path)) == fitted.artifact_bytes
+
+
 def _schemes():
     """Every scheme that some format takes."""
     for form in FORMATS.values():
