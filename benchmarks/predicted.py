@@ -2,7 +2,7 @@
 
     python benchmarks/predicted.py demo [--samples 4]
     python benchmarks/predicted.py midsize FOLDER [--samples 4] [--layers 1] [--experts 4]
-    python benchmarks/predicted.py expert [--tokens 512]
+    python benchmarks/predicted.py expert [--tokens 512] [--two-sided] [--narrower 4]
 
 Kernels are measured before the job and after it, on one thread like the job. Seconds are the processor's, so that others on
 the machine disturb them little, and waiting for the disk is not among them; `--wall` takes the clock's, disk and all, for a
@@ -92,10 +92,13 @@ def command_of(clock: str, source: str, options: list[str], work: Path) -> Job:
     return predicted, took
 
 
-def expert_of(clock: str, tokens: int, work: Path) -> Job:
-    """Solving gate, up and down of one expert as large as Scout's, made up."""
-    text, scheme = TextConfig(), load_recipe("int4").schemes["int4"]
-    hidden, inner = text.hidden_size, text.intermediate_size
+def expert_of(chosen: argparse.Namespace, clock: str, work: Path) -> Job:
+    """Solving gate, up and down of one expert, made up, as large as Scout's or so many times `narrower`."""
+    whole, scheme, tokens = TextConfig(), load_recipe("int4").schemes["int4"], chosen.tokens
+    hidden, inner = whole.hidden_size // chosen.narrower, whole.intermediate_size // chosen.narrower
+    text = whole.model_copy(update={"hidden_size": hidden, "intermediate_size": inner})
+    assert scheme.gptq is not None
+    scheme = scheme.model_copy(update={"gptq": scheme.gptq.model_copy(update={"two_sided": chosen.two_sided})})
 
     def predicted() -> dict[str, float]:
         found: Prediction = predict(
@@ -114,9 +117,14 @@ def expert_of(clock: str, tokens: int, work: Path) -> Job:
         step = rows_at_once("cpu", hidden)
         parts = [slice(first, first + step) for first in range(0, tokens, step)]
         blocks = [Block(inputs[part], original[part], None, None) for part in parts]
+        outputs = None
+        if chosen.two_sided:
+            gradients = torch.randn(hidden, 2 * hidden, generator=generator) * torch.linspace(0.2, 2, hidden)[:, None]
+            outputs = gradients @ gradients.T
         spent, started = time.process_time(), time.perf_counter()
         with torch.inference_mode():
-            solve_mlp(Matrices(weights, silu, torch.bfloat16), lambda: blocks, scheme, dict.fromkeys(weights, "BF16"))
+            mlp = Matrices(weights, silu, torch.bfloat16)
+            solve_mlp(mlp, lambda: blocks, scheme, dict.fromkeys(weights, "BF16"), outputs)
         return time.process_time() - spent, time.perf_counter() - started
 
     return predicted, took
@@ -126,7 +134,7 @@ def job_of(chosen: argparse.Namespace, work: Path) -> Job:
     """What was chosen; makes the mid-size model if it is not there."""
     clock = "wall" if chosen.wall else "cpu"
     if chosen.what == "expert":
-        return expert_of(clock, chosen.tokens, work)
+        return expert_of(chosen, clock, work)
     options = ["--recipe", chosen.recipe, "--calibration-samples", str(chosen.samples)]
     if chosen.what == "demo":
         return command_of(clock, "demo", options, work)
@@ -147,6 +155,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--two-sided", action="store_true")
+    parser.add_argument("--narrower", type=int, default=1)
     parser.add_argument("--wall", action="store_true")
     chosen = parser.parse_args()
     if chosen.what == "midsize" and chosen.folder is None:
