@@ -39,6 +39,13 @@ def divide_by_upper_transposed(matrix: Tensor, upper: Tensor) -> None:
         matrix[..., tile] = torch.linalg.solve_triangular(upper[..., tile, tile].mT, known, upper=False, left=False)
 
 
+def divide_by_upper(matrix: Tensor, upper: Tensor) -> None:
+    """matrix [..., m, n] <- matrix U^-1, U [..., n, n] upper triangular."""
+    for tile in _tiles(upper.shape[-1]):
+        known = matrix[..., tile] - matrix[..., : tile.start] @ upper[..., : tile.start, tile]
+        matrix[..., tile] = torch.linalg.solve_triangular(upper[..., tile, tile], known, upper=True, left=False)
+
+
 def invert_lower(lower: Tensor) -> None:
     """Invert lower triangular matrices [..., n, n] in place, by halves: nearly all of it is products."""
     size = lower.shape[-1]

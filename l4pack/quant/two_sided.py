@@ -29,11 +29,10 @@ from l4pack.quant import two_sided_tiles
 from l4pack.quant.factor import Factor, factorize
 from l4pack.quant.grid import Grid
 from l4pack.quant.solution import Rounded
-from l4pack.quant.triangular import divide_by_upper_transposed
+from l4pack.quant.triangular import divide_by_upper, divide_by_upper_transposed
 from l4pack.quant.two_sided_tiles import SolvedTile, TileScales
 
 TILE = 128  # rows and columns of a tile
-LOSS_COLUMNS = 512  # columns that a loss is summed over at once
 
 Tile = tuple[slice, slice]
 
@@ -199,15 +198,12 @@ class _Turn:
         spread.index_add_(0, columns.to(device), few @ self.outputs[rows].index_select(0, own.to(device)))
 
 
-def loss_of(residual: Tensor, hessian: Tensor, added: Tensor, outputs: Tensor) -> float:
-    """tr(H_O R H_I R^T) of R = `residual` [out, in], both damped as for `descend`, summed in float64."""
-    total = torch.zeros((), dtype=torch.float64, device=residual.device)
-    for first in range(0, residual.shape[1], LOSS_COLUMNS):
-        columns = slice(first, first + LOSS_COLUMNS)
-        own = residual[:, columns]
-        weighed = torch.addcmul(residual @ hessian[:, columns], own, added[columns])
-        total += product_sum(outputs @ own, weighed)
-    return float(total)
+def loss_of(residual: Tensor, inputs: Factor, outputs: Factor) -> float:
+    """tr(H_O R H_I R^T) of R = `residual` [out, in], both damped: the sum of squares of E = U_O^-T R U_I^-1."""
+    errors = residual.index_select(0, outputs.order).index_select(1, inputs.order)
+    divide_by_upper(errors, inputs.upper)
+    divide_by_upper(errors.mT, outputs.upper)
+    return float(product_sum(errors, errors))
 
 
 def product_sum(left: Tensor, right: Tensor) -> Tensor:

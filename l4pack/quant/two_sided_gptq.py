@@ -105,9 +105,8 @@ def _target(problem: Problem, weight: Tensor, rows_at_once: int) -> Tensor:
 
 def _best(matrix: _Matrix, inputs: Factor, outputs: Outputs, solution: Solution, sweeps: int) -> Solution:
     """The nested solution, that by inputs alone or the nearest levels, with the losses of all three."""
-    hessian, added, damped = matrix.problem.hessian, inputs.added, outputs.damped
-    by_inputs = loss_of(matrix.residual(solution.rounded()), hessian, added, damped)
-    rtn = loss_of(matrix.residual(matrix.nearest()), hessian, added, damped)
+    by_inputs = loss_of(matrix.residual(solution.rounded()), inputs, outputs.factor)
+    rtn = loss_of(matrix.residual(matrix.nearest()), inputs, outputs.factor)
     nested, own = _nested(matrix, inputs, outputs, solution.rounded(), sweeps)
     losses = {Kept.NESTED: own, Kept.GPTQ: by_inputs, Kept.RTN: rtn}
     kept = min(losses, key=lambda one: losses[one])
@@ -117,7 +116,7 @@ def _best(matrix: _Matrix, inputs: Factor, outputs: Outputs, solution: Solution,
             return replace(solution, two_sided=found)
         case Kept.RTN:
             return _rounded(matrix, solution, found)
-    error = float(quadratic_form(matrix.residual(nested), hessian).sum())
+    error = float(quadratic_form(matrix.residual(nested), matrix.problem.hessian).sum())
     levels = nested.levels.to(matrix.weight.device)
     return replace(solution, levels=levels, error=error, method=SolvedBy.GPTQ, reason="", rtn_rows=0, two_sided=found)
 

@@ -190,8 +190,8 @@ class _Solver:
         work, phase, weights = Work(), "both sides", outputs * width
         self._factor(work, outputs)
         self._nearest(work, weights, 1)
-        losses = 2 * (product(outputs, width, width) + product(width, outputs, outputs))
-        work.add("losses of both sides", Kind.PRODUCT, losses + _triangular(outputs, width))
+        work.add("losses of both sides", Kind.PRODUCT, _triangular(outputs, width))
+        self._divide_both_sides(work, "losses of both sides", outputs, width, 2)
         tiles = math.ceil(outputs / BLOCK) * math.ceil(width / BLOCK)
         below = sum(product(width, outputs - end, size) for end, size in _ends(outputs, BLOCK))
         beside = sum(product(outputs, width - end, size) for end, size in _ends(width, BLOCK))
@@ -206,10 +206,7 @@ class _Solver:
 
     def _sweep_both_sides(self, work: Work, outputs: int, width: int, tiles: int) -> None:
         phase, count, weights = "sweeps of both sides", self._sweep_count, outputs * width
-        for rows, size in ((outputs, width), (width, outputs)):
-            dividing = sum(product(rows, part, size - end) for end, part in _ends(size, TILE))
-            work.add(phase, Kind.PRODUCT, dividing)
-            work.add(phase, Kind.CHOLESKY, sum(rows * part * part for _, part in _tiles(size, TILE)))
+        self._divide_both_sides(work, phase, outputs, width, 1)
         within = sum(product(outputs, size, size) for _, size in _tiles(width, BLOCK))
         spread = MOVING * product(width, outputs, outputs)
         work.add(phase, Kind.UPDATE, count * (product(outputs, width, width) + within + spread))
@@ -217,6 +214,13 @@ class _Solver:
         work.add(phase, Kind.VISITS, count * turns * weights)
         work.add(phase, Kind.MEMORY, count * 4 * FLOAT * outputs * BLOCK * tiles)
         work.add(phase, Kind.CALL, count * CALLS_A_TILE_TURN * tiles)
+
+    def _divide_both_sides(self, work: Work, phase: str, outputs: int, width: int, times: int) -> None:
+        """A matrix divided by the factors of both sides."""
+        for rows, size in ((outputs, width), (width, outputs)):
+            dividing = sum(product(rows, part, size - end) for end, part in _ends(size, TILE))
+            work.add(phase, Kind.PRODUCT, times * dividing)
+            work.add(phase, Kind.CHOLESKY, times * sum(rows * part * part for _, part in _tiles(size, TILE)))
 
     @property
     def _options(self) -> GptqOptions:

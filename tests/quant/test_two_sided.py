@@ -10,7 +10,7 @@ import pytest
 import torch
 from pretend_device import pretend_device
 
-from l4pack.quant import gptq, two_sided, two_sided_gptq
+from l4pack.quant import gptq, triangular, two_sided, two_sided_gptq
 from l4pack.quant.factor import factorize
 from l4pack.quant.scales import global_scale
 from l4pack.quant.scheme import Scheme
@@ -140,11 +140,11 @@ def test_outputs_that_all_count_alike_give_one_sided_gptq(name):
 
 
 def test_loss_is_that_of_the_definition(monkeypatch):
-    monkeypatch.setattr(two_sided, "LOSS_COLUMNS", 24)
+    monkeypatch.setattr(triangular, "TILE", 24)
     _, factor, sides, start, _, _ = nested("int4-g32")
     residual = weight() - start.values().double()
     expected = oracle.two_sided_loss(residual.numpy(), sides.damped.numpy(), damped_inputs(factor))
-    assert two_sided.loss_of(residual, hessian(), factor.added, sides.damped) == pytest.approx(expected, rel=1e-9)
+    assert two_sided.loss_of(residual, factor, sides.factor) == pytest.approx(expected, rel=1e-9)
 
 
 def test_gradients_that_are_nothing_or_no_numbers():

@@ -123,12 +123,14 @@ def test_solving_without_sweeps_or_the_originals_inputs():
 
 def test_solving_an_mlp_by_both_sides():
     """Without sweeps, whose products depend on what moves."""
-    wanted = scheme(sweeps=0, two_sided=True)
+    gradients = torch.randn(2 * HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(1))
+    gradients = gradients * torch.linspace(0.1, 3, HIDDEN)
+    outputs, wanted = gradients.T @ gradients, scheme(sweeps=0, two_sided=True)
     planned = counts.solving_mlp(text(), INNER, counts.Tokens(100, 100, 2), wanted, "cpu")
-    found = dispatched(100, 2, wanted, torch.eye(HIDDEN))
+    found = dispatched(100, 2, wanted, outputs)
     assert planned.total(*PRODUCTS) == pytest.approx(found, rel=0.01)
     swept = counts.solving_mlp(text(), INNER, counts.Tokens(100, 100, 2), scheme(two_sided=True), "cpu")
-    found = dispatched(100, 2, scheme(two_sided=True), torch.eye(HIDDEN))
+    found = dispatched(100, 2, scheme(two_sided=True), outputs)
     assert swept.total(*PRODUCTS) == pytest.approx(found, rel=0.25)
 
 
