@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from l4pack.gradient.routers import margins
 from l4pack.model.parts import DOWN, GATE, UP
 from l4pack.stream.hidden import AttendedRows, Packed, Rows
 from l4pack.stream.kv import causal_mask, unchanged
@@ -67,6 +68,17 @@ class BackwardPass(LayerPass):
             rows = block if every is None else every[block]
             found = self._through_mlp(unit, module, rows).to(target.device)
             target[rows] = found + (outputs if every is None else target)[rows]
+
+    def router_backward(self, weights: Tensor) -> None:
+        """Add the gradients of all rows' margins, times `weights` float32 [rows], to those at the middle."""
+        target = self._gradients.following.data
+        router, chosen = self._layer.feed_forward.router, self._skeleton.config.text.num_experts_per_tok
+        for rows in self._row_blocks(None):
+            middle = self._to_device(self._middle(rows)).requires_grad_()
+            logits = self._layer.post_attention_layernorm(middle) @ router.weight.T
+            counted = self._to_device(weights[rows])
+            (found,) = torch.autograd.grad(margins(logits, chosen), middle, counted)
+            target[rows] += found.to(target)
 
     def _through_mlp(self, unit: Unit, module: Any, rows: Tensor | slice) -> Tensor:
         middle = self._to_device(self._middle(rows)).requires_grad_()

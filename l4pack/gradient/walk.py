@@ -20,6 +20,7 @@ from l4pack.gradient.head import Head
 from l4pack.gradient.inputs import InputKeeper, LayerInputs, kept_seals
 from l4pack.gradient.layer import BackwardPass
 from l4pack.gradient.moments import GradientMoments
+from l4pack.gradient.routers import margin_weights
 from l4pack.stream.compute import reproducible
 from l4pack.stream.hidden import Buffer, Packed, Rows
 from l4pack.stream.lanes import Lane, Model
@@ -50,7 +51,8 @@ class Descended(Found):
 class GradientWalk:
     """Finds the second moments of gradients of every layer's outputs.
 
-    The loss is cross-entropy on the model's own answers: one label a position of `packed`, drawn with `seed`.
+    The loss is cross-entropy on the model's own answers: one label a position of `packed`, drawn with `seed`; and on what
+    its routers decide, see `routers`.
     """
 
     def __init__(
@@ -195,6 +197,9 @@ class GradientWalk:
                 ready.plan(experts)
             for unit in (everyones, *experts):
                 one.mlp_backward(unit, self._taken(unit, ready))
+            weights = None if routing is None else margin_weights(routing, self._seed + 1 + layer)
+            if weights is not None:
+                one.router_backward(weights)
             self._label(attention)
             one.attention_backward()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,10 +15,14 @@ from torch.nn import functional
 def moments(model: Any, sequences: Sequence[Sequence[int]], seed: int) -> list[Tensor]:
     """Of each layer, the sum over all tokens of g g^T, float64 [hidden, hidden]; g is the gradient at the layer's output.
 
-    Labels are where each position's draw falls among the sums of its probabilities.
+    Labels are where each position's draw falls among the sums of its probabilities. The routers' margins are in the loss, see
+    `margin_weights`.
     """
     causal = _causal(model)
-    return _summed(_gradients(causal, ids, own) for ids, own in _with_draws(sequences, seed))
+    weights = _of_sequences(margin_weights(_logits(causal, sequences, None), seed, _chosen(causal)), sequences)
+    return _summed(
+        _gradients(causal, ids, own, weights[number]) for number, (ids, own) in enumerate(_with_draws(sequences, seed))
+    )
 
 
 def moments_layer_by_layer(
@@ -24,7 +30,77 @@ def moments_layer_by_layer(
 ) -> list[Tensor]:
     """The same where each layer, and what comes after the last, is differentiated at inputs rounded to `kept`."""
     causal = _causal(model)
-    return _summed(_gradients_at_kept(causal, ids, own, kept) for ids, own in _with_draws(sequences, seed))
+    weights = _of_sequences(margin_weights(_logits(causal, sequences, kept), seed, _chosen(causal)), sequences)
+    return _summed(
+        _gradients_at_kept(causal, ids, own, kept, weights[number])
+        for number, (ids, own) in enumerate(_with_draws(sequences, seed))
+    )
+
+
+def margin_weights(logits: Mapping[int, Tensor], seed: int, chosen: int) -> dict[int, list[float]]:
+    """By layer, what each token's margin counts in the loss, one number after the other: 0.3 times a sign, times the
+    deviation of the logistic distribution at the margin over its width, a third of the mean margin."""
+    found = {}
+    for layer, rows in logits.items():
+        margins = [
+            ordered[chosen - 1] - ordered[chosen] for ordered in (sorted(row, reverse=True) for row in rows.tolist())
+        ]
+        width = sum(margins) / len(margins) / 3
+        signs = torch.randint(0, 2, (len(rows),), generator=torch.Generator().manual_seed(seed + 1 + layer)).tolist()
+        ahead = [1 / (1 + math.exp(-margin / width)) for margin in margins]
+        found[layer] = [
+            0.3 * (1 if sign else -1) * math.sqrt(share * (1 - share)) / width
+            for sign, share in zip(signs, ahead, strict=True)
+        ]
+    return found
+
+
+def _chosen(causal: Any) -> int:
+    return int(causal.config.num_experts_per_tok)
+
+
+def _of_sequences(weights: Mapping[int, list[float]], sequences: Sequence[Sequence[int]]) -> list[dict[int, Tensor]]:
+    lengths = [len(ids) for ids in sequences]
+    split = {layer: torch.split(torch.tensor(one), lengths) for layer, one in weights.items()}
+    return [{layer: parts[number] for layer, parts in split.items()} for number in range(len(sequences))]
+
+
+def _margins_counted(logits: Tensor, weights: Tensor, chosen: int) -> Tensor:
+    ordered = logits.sort(dim=1, descending=True).values
+    return ((ordered[:, chosen - 1] - ordered[:, chosen]) * weights).sum()
+
+
+@contextmanager
+def _routers(causal: Any) -> Iterator[dict[int, Tensor]]:
+    """Logits [tokens, experts] of the last call, by layer."""
+    found: dict[int, Tensor] = {}
+    hooks = [
+        layer.feed_forward.router.register_forward_hook(
+            lambda _m, _i, output, number=number: found.update({number: output[1]})
+        )
+        for number, layer in enumerate(causal.model.layers)
+        if hasattr(layer.feed_forward, "router")
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _logits(causal: Any, sequences: Sequence[Sequence[int]], kept: torch.dtype | None) -> dict[int, Tensor]:
+    """Of all sequences, float64; where each layer's inputs are rounded to `kept`, at those."""
+    found: dict[int, list[Tensor]] = {}
+    for ids in sequences:
+        with _routers(causal) as now, torch.no_grad():
+            if kept is None:
+                causal(input_ids=torch.tensor([list(ids)]), use_cache=False)
+            else:
+                for layer, (inputs, given) in zip(causal.model.layers, _calls(causal, ids)[:-1], strict=True):
+                    layer(inputs.to(kept).float(), **given)
+            for layer, logits in now.items():
+                found.setdefault(layer, []).append(logits.double())
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
 def routed(model: Any, sequences: Sequence[Sequence[int]]) -> set[int]:
@@ -68,20 +144,24 @@ def _loss(logits: Tensor, draws: Tensor) -> Tensor:
     return functional.cross_entropy(logits, labels, reduction="sum")
 
 
-def _gradients(causal: Any, ids: Sequence[int], draws: Tensor) -> list[Tensor]:
+def _gradients(causal: Any, ids: Sequence[int], draws: Tensor, weights: Mapping[int, Tensor]) -> list[Tensor]:
     """Of one sequence at the outputs of each layer [tokens, hidden]."""
     outputs: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda _m, _i, output: outputs.append(output)) for layer in causal.model.layers
     ]
     embedded = causal.get_input_embeddings()(torch.tensor([list(ids)])).detach().requires_grad_()
-    logits = causal(inputs_embeds=embedded, use_cache=False).logits[0]
+    with _routers(causal) as routers:
+        loss = _loss(causal(inputs_embeds=embedded, use_cache=False).logits[0], draws)
     for hook in hooks:
         hook.remove()
-    return [one[0] for one in torch.autograd.grad(_loss(logits, draws), outputs)]
+    for layer, logits in routers.items():
+        loss = loss + _margins_counted(logits, weights[layer], _chosen(causal))
+    return [one[0] for one in torch.autograd.grad(loss, outputs)]
 
 
-def _gradients_at_kept(causal: Any, ids: Sequence[int], draws: Tensor, kept: torch.dtype) -> list[Tensor]:
+def _calls(causal: Any, ids: Sequence[int]) -> list[tuple[Tensor, dict[str, Any]]]:
+    """What each layer is given, and what comes after the last."""
     calls: list[tuple[Tensor, dict[str, Any]]] = []
 
     def keep(_module: Any, inputs: Any, given: dict[str, Any]) -> None:
@@ -93,9 +173,21 @@ def _gradients_at_kept(causal: Any, ids: Sequence[int], draws: Tensor, kept: tor
         causal(input_ids=torch.tensor([list(ids)]), use_cache=False)
     for hook in hooks:
         hook.remove()
+    return calls
+
+
+def _gradients_at_kept(
+    causal: Any, ids: Sequence[int], draws: Tensor, kept: torch.dtype, weights: Mapping[int, Tensor]
+) -> list[Tensor]:
+    calls, numbers = _calls(causal, ids), range(1, len(causal.model.layers))
     states = [inputs.to(kept).float().requires_grad_() for inputs, _ in calls]
     loss = _loss(causal.lm_head(causal.model.norm(states[-1]))[0], draws)
     found = [torch.autograd.grad(loss, states[-1])[0]]
-    for layer, state, (_, given) in reversed(list(zip(layers[1:-1], states[1:-1], calls[1:-1], strict=True))):
-        found.append(torch.autograd.grad(layer(state, **given), state, found[-1])[0])
+    for number in reversed(numbers):
+        with _routers(causal) as routers:
+            output = causal.model.layers[number](states[number], **calls[number][1])
+        loss = (output * found[-1]).sum()
+        if number in routers:
+            loss = loss + _margins_counted(routers[number], weights[number], _chosen(causal))
+        found.append(torch.autograd.grad(loss, states[number])[0])
     return [one[0] for one in reversed(found)]
