@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
 from two_sided import Inputs, Solved, Task, best_of_folds, best_of_orders, best_of_scales, today, two_sided
-from whole_model import BATCH, Fisher, Key, Mlp, Model, divergence, fisher_of, own_samples
+from whole_model import BATCH, Fisher, Key, Mlp, Model, divergence, fisher_of, own_samples, with_routers
 
 from l4pack.calibration.carried import Ends
 from l4pack.calibration.rows import Block as UnitBlock
@@ -72,6 +72,7 @@ METHODS = {
     "local, sweeps": Method("local"),
     "local, nested": Method("local", nested=True),
     "own, nested, KL": Method("own", nested=True, source="divergence"),
+    "layer, nested, routers": Method("layer", nested=True, source="samples and routers"),
     "layer, nested, KL": Method("layer", nested=True, source="divergence"),
     "tokens weighted": Method(groups=1),
     "tokens weighted, 4 groups": Method(groups=4),
@@ -277,6 +278,9 @@ def prepared(model: Model, ids: Tensor, seed: int, sources: set[str]) -> Origina
     if "samples" in sources:
         fishers["samples"] = fisher_of(model, ids, GROUPS, own_samples(seed))
     original = Original(ids, rows, fishers)
+    if "samples and routers" in sources:
+        with with_routers(model, own_samples(seed), seed) as loss:
+            fishers["samples and routers"] = fisher_of(model, ids, GROUPS, loss)
     if "divergence" in sources:
         with torch.no_grad():
             reference = torch.cat(list(model.log_probs(ids)))

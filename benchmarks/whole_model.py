@@ -4,6 +4,7 @@ watched: what `end_aware.py` measures with."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Llama4ForConditionalGeneration
 
+from l4pack.gradient.routers import margin_weights, margins
 from l4pack.model.parts import DOWN, GATE, UP
 from l4pack.stream.layer import Routing
 
@@ -186,6 +188,35 @@ def own_samples(seed: int) -> Callable[[Tensor, int], Tensor]:
         return functional.cross_entropy(flat, labels, reduction="sum")
 
     return loss
+
+
+@contextmanager
+def with_routers(
+    model: Model, loss: Callable[[Tensor, int], Tensor], seed: int
+) -> Iterator[Callable[[Tensor, int], Tensor]]:
+    """`loss` and what the routers decide, as `l4pack.gradient.routers` counts it, a batch at a time."""
+    seen: list[Tensor] = []
+
+    def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            seen.append(output[1])
+
+    def counted(logits: Tensor, first: int) -> Tensor:
+        total = loss(logits, first)
+        for layer, own in enumerate(seen):
+            best = own.topk(1).indices
+            weights = margin_weights(Routing(own.detach(), best, best), seed + first * len(model.layers) + layer)
+            if weights is not None:
+                total = total + (margins(own, 1) * weights).sum()
+        seen.clear()
+        return total
+
+    hooks = [layer.feed_forward.register_forward_hook(see) for layer in model.layers]
+    try:
+        yield counted
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def divergence(reference: Tensor) -> Callable[[Tensor, int], Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from l4pack.stream.layer import Routing
 
 STRENGTH = 0.3  # of the routers' outcomes beside the answers'; chosen by KL, see docs/explanation/rounding.md
-WIDTH = 1 / 3  # of the distribution, in mean margins; the same
+WIDTH = 0.2  # of the distribution, in mean margins; the same
 
 
 def margins(logits: Tensor, chosen: int) -> Tensor:

@@ -39,13 +39,13 @@ def moments_layer_by_layer(
 
 def margin_weights(logits: Mapping[int, Tensor], seed: int, chosen: int) -> dict[int, list[float]]:
     """By layer, what each token's margin counts in the loss, one number after the other: 0.3 times a sign, times the
-    deviation of the logistic distribution at the margin over its width, a third of the mean margin."""
+    deviation of the logistic distribution at the margin over its width, a fifth of the mean margin."""
     found = {}
     for layer, rows in logits.items():
         margins = [
             ordered[chosen - 1] - ordered[chosen] for ordered in (sorted(row, reverse=True) for row in rows.tolist())
         ]
-        width = sum(margins) / len(margins) / 3
+        width = sum(margins) / len(margins) / 5
         signs = torch.randint(0, 2, (len(rows),), generator=torch.Generator().manual_seed(seed + 1 + layer)).tolist()
         ahead = [1 / (1 + math.exp(-margin / width)) for margin in margins]
         found[layer] = [
