@@ -17,24 +17,24 @@ from l4pack.work.seal import Seal, Span, seal, unbroken
 
 
 @dataclass(frozen=True)
-class LayerInputs:
-    """Files of the hidden states [rows, width] that enter each layer; what leaves the last one is by the next number."""
+class LayerRows:
+    """A file [rows, width] of each layer."""
 
     folder: Path
+    name: str
     rows: int
     width: int
     dtype: torch.dtype
 
     def span(self, layer: int) -> Span:
         """Where a layer's lie."""
-        return Span(f"inputs-{layer}.hidden", 0, self.rows * self.width * self.dtype.itemsize)
+        return Span(f"{self.name}-{layer}.hidden", 0, self.rows * self.width * self.dtype.itemsize)
 
-    def keep(self, layer: int, states: Rows) -> Seal:
+    def keep(self, layer: int, states: Rows) -> None:
         """Put a layer's on disk. Raises BudgetError when there is no room."""
         with self._open(layer, kept=False) as buffer:
             copy_rows(Rows(buffer), states)
             buffer.flush()
-        return seal(self.folder, [self.span(layer)])[0]
 
     @contextmanager
     def of(self, layer: int) -> Iterator[Rows]:
@@ -56,9 +56,9 @@ class LayerInputs:
 
 
 class InputKeeper(Visitor):
-    """Keeps the inputs of every layer of a walk's one lane, and the last layer's outputs."""
+    """Keeps the inputs of every layer of a walk's one lane, and the last layer's outputs by the next number."""
 
-    def __init__(self, inputs: LayerInputs, layers: int) -> None:
+    def __init__(self, inputs: LayerRows, layers: int) -> None:
         self._inputs, self._layers = inputs, layers
 
     def resume(self, records: Sequence[Mapping[str, Any]]) -> bool:
@@ -70,9 +70,12 @@ class InputKeeper(Visitor):
     def leave(self, layer: int, streams: Mapping[str, Stream]) -> dict[str, Any]:
         """Keep what has entered the layer."""
         (stream,) = streams.values()
-        seals = [self._inputs.keep(layer, stream.current)]
+        kept = {layer: stream.current}
         if layer + 1 == self._layers:
-            seals.append(self._inputs.keep(layer + 1, stream.following))
+            kept[layer + 1] = stream.following
+        for number, states in kept.items():
+            self._inputs.keep(number, states)
+        seals = seal(self._inputs.folder, [self._inputs.span(number) for number in kept])
         return {"kept": [one.model_dump() for one in seals]}
 
 

@@ -44,6 +44,16 @@ class BackwardPass(LayerPass):
         super().__init__(skeleton, index, packed, stream, blocks, release=True)
         self._gradients, self._entering = gradients, entering
 
+    @property
+    def arriving(self) -> Rows:
+        """Gradients at the outputs."""
+        return self._gradients.current
+
+    @property
+    def found(self) -> Rows:
+        """Gradients at the middle, once MLPs have run backwards."""
+        return self._gradients.following
+
     @torch.inference_mode()
     def moments(self) -> Tensor:
         """Sum over rows of g g^T of the gradients at the outputs, float32 [hidden, hidden]."""
@@ -58,6 +68,10 @@ class BackwardPass(LayerPass):
     def middle(self, weights: UnitWeights) -> None:
         """Run attention, keeping what enters its cache."""
         self.attention(weights, _Entering(self._entering))
+
+    def follow(self, other: BackwardPass) -> None:
+        """Take the middle and the routing that another pass over the same hidden states has found."""
+        self._layer, self.routing = other._layer, other.routing
 
     def mlp_backward(self, unit: Unit, weights: UnitWeights) -> None:
         """Take the gradient through a unit to the middle; that of the MLP of all rows comes first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from l4pack.errors import L4packError
+from l4pack.gradient.layer import BackwardPass
+from l4pack.gradient.routers import margin_weights
+from l4pack.gradient.visitor import ANSWERS, GradientVisitor
 from l4pack.work.files import write_atomic
 from l4pack.work.seal import Span
 
@@ -45,3 +49,25 @@ class GradientMoments:
     @staticmethod
     def _file(layer: int) -> str:
         return f"moments-{layer}.float32"
+
+
+class MomentsKeeper(GradientVisitor):
+    """Keeps the second moments of what arrives at each layer's outputs, what routers decide counted in."""
+
+    def __init__(self, moments: GradientMoments, seed: int) -> None:
+        self._moments, self._seed = moments, seed
+
+    def spans(self, layer: int) -> list[Span]:
+        """See `GradientVisitor`."""
+        return [self._moments.span(layer)]
+
+    def arrived(self, layer: int, passes: Mapping[str, BackwardPass]) -> None:
+        """Sum them up."""
+        self._moments.write(layer, passes[ANSWERS].moments())
+
+    def at_middle(self, layer: int, passes: Mapping[str, BackwardPass]) -> None:
+        """Add the layer's own decisions."""
+        one = passes[ANSWERS]
+        weights = None if one.routing is None else margin_weights(one.routing, self._seed + 1 + layer)
+        if weights is not None:
+            one.router_backward(weights)

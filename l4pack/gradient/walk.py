@@ -17,10 +17,10 @@ import torch
 from pydantic import Field
 
 from l4pack.gradient.head import Head
-from l4pack.gradient.inputs import InputKeeper, LayerInputs, kept_seals
+from l4pack.gradient.inputs import InputKeeper, LayerRows, kept_seals
 from l4pack.gradient.layer import BackwardPass
-from l4pack.gradient.moments import GradientMoments
-from l4pack.gradient.routers import margin_weights
+from l4pack.gradient.moments import GradientMoments, MomentsKeeper
+from l4pack.gradient.visitor import ANSWERS, GradientVisitor
 from l4pack.stream.compute import reproducible
 from l4pack.stream.hidden import Buffer, Packed, Rows
 from l4pack.stream.lanes import Lane, Model
@@ -38,7 +38,7 @@ from l4pack.work.state import Found, StateFile
 
 STATE_NAME = "state.json"
 KEPT = torch.bfloat16  # what layers' inputs are kept in
-_UP, _GRADIENT, _ENTERING = "up", "gradient", "entering.hidden"
+_UP, _INPUTS, _GRADIENT, _ENTERING = "up", "inputs", "gradient", "entering.hidden"
 _Ready = Prefetch[Unit, LoadedUnit]
 
 
@@ -48,11 +48,10 @@ class Descended(Found):
     left: Annotated[int, Field(ge=0)]
 
 
-class GradientWalk:
-    """Finds the second moments of gradients of every layer's outputs.
+class BackwardWalk:
+    """Takes gradients back through a model; what is kept of them, a visitor says.
 
-    The loss is cross-entropy on the model's own answers: one label a position of `packed`, drawn with `seed`; and on what
-    its routers decide, see `routers`.
+    The loss is cross-entropy on the model's own answers: one label a position of `packed`, drawn with `seed`.
     """
 
     def __init__(
@@ -62,6 +61,7 @@ class GradientWalk:
         work: Path,
         job: Identity,
         seed: int,
+        visitor: GradientVisitor,
         *,
         kept: torch.dtype = KEPT,
         blocks: Blocks | None = None,
@@ -71,18 +71,18 @@ class GradientWalk:
         """`work` is a folder that this process holds. Raises UsageError when it was begun for another `job`."""
         work.mkdir(parents=True, exist_ok=True)
         self._model, self._packed, self._work, self._job, self._seed = model, packed, work, job, seed
+        self._visitor = visitor
         self._progress, self._ahead = progress or Progress(), ahead
         skeleton = model.skeleton
         self._blocks = blocks or Blocks.on(skeleton.device, skeleton.text.hidden_size)
         text = skeleton.config.text
         self._layers, width = text.num_hidden_layers, text.hidden_size
-        self._inputs = LayerInputs(work, packed.rows, width, kept)
-        self._files = StreamFiles(work, _GRADIENT, [_GRADIENT], (packed.rows, width, torch.float32))
-        self.moments = GradientMoments(work, width)
+        self._inputs = LayerRows(work, _INPUTS, packed.rows, width, kept)
+        self._files = StreamFiles(work, _GRADIENT, visitor.streams, (packed.rows, width, torch.float32))
         self._state = StateFile(work / STATE_NAME, job, Descended)
 
-    def run(self) -> GradientMoments:
-        """Walk up and down, or go on; what is there in the end are the moments alone. Raises StoppedError, L4packError, and
+    def walk(self) -> None:
+        """Up and down, or go on; what is there in the end is what the visitor keeps. Raises StoppedError, L4packError, and
         BudgetError when the disk has no room."""
         with reproducible():
             left = self._left()
@@ -97,9 +97,10 @@ class GradientWalk:
                 left = self._layers
             if left:
                 self._down(left)
+        wanted = {span.file for span in self._spans(0)}
         for path in self._work.glob("*.hidden"):
-            path.unlink()
-        return self.moments
+            if path.name not in wanted:
+                path.unlink()
 
     def _left(self) -> int | None:
         """How many steps are left; None when there is nothing to go on from."""
@@ -110,13 +111,13 @@ class GradientWalk:
 
     def _spans(self, left: int) -> list[Span]:
         """What is vouched for when so many steps are left."""
-        found = [self.moments.span(layer) for layer in range(left, self._layers)]
+        found = [span for layer in range(left, self._layers) for span in self._visitor.spans(layer)]
         inputs = [self._inputs.span(step) for step in range(left)]
-        return [*found, *inputs, *([self._gradient(left)] if 0 < left <= self._layers else [])]
+        return [*found, *inputs, *(self._gradients(left) if 0 < left <= self._layers else [])]
 
-    def _gradient(self, left: int) -> Span:
-        """Where the gradient lies that the next step takes in."""
-        return self._files.span(_GRADIENT, self._side(left))
+    def _gradients(self, left: int) -> list[Span]:
+        """Where the gradients lie that the next step takes in."""
+        return [self._files.span(name, self._side(left)) for name in self._visitor.streams]
 
     def _side(self, left: int) -> int:
         return (self._layers - left) % 2
@@ -137,7 +138,8 @@ class GradientWalk:
         shutil.rmtree(self._work / _UP, ignore_errors=True)
         self._progress.label("gradient of the answers")
         with self._opened(self._layers, kept=False) as gradients, self._inputs.of(self._layers) as states:
-            Head(self._model, states, self._progress.stop).gradient(self._seed, gradients.current)
+            Head(self._model, states, self._progress.stop).gradient(self._seed, gradients[ANSWERS].current)
+            self._visitor.begin(gradients)
             self._finish(self._layers)
 
     def _down(self, left: int) -> None:
@@ -149,7 +151,8 @@ class GradientWalk:
             for layer in reversed(range(left)):
                 self._layer(layer, gradients, entering, ready)
                 self._finish(layer)
-                gradients.side = 1 - gradients.side
+                for stream in gradients.values():
+                    stream.side = 1 - stream.side
                 self._count([layer])
                 self._progress.step(f"layer {layer + 1} of {self._layers} done backwards")
 
@@ -159,15 +162,15 @@ class GradientWalk:
         if left:
             self._files.flush(self._side(left))
         still = [one for one in self._state.seals if Span(one.file, one.start, one.nbytes) in wanted]
-        known = {one.file for one in still}
-        made = seal(self._work, [span for span in wanted if span.file not in known])
+        known = {Span(one.file, one.start, one.nbytes) for one in still}
+        made = seal(self._work, [span for span in wanted if span not in known])
         self._state.write(Descended(left=left), [*still, *made])
         self._inputs.forget(left)
 
     @contextmanager
-    def _opened(self, left: int, *, kept: bool) -> Iterator[Stream]:
+    def _opened(self, left: int, *, kept: bool) -> Iterator[dict[str, Stream]]:
         try:
-            yield self._files.open(self._side(left), kept=kept)[_GRADIENT]
+            yield self._files.open(self._side(left), kept=kept)
         finally:
             self._files.close()
 
@@ -182,26 +185,39 @@ class GradientWalk:
         finally:
             buffer.close()
 
-    def _layer(self, layer: int, gradients: Stream, entering: Rows, ready: _Ready) -> None:
-        model = self._model
-        attention, everyones, *experts = layer_units(model.skeleton.config, layer)
+    def _layer(self, layer: int, gradients: dict[str, Stream], entering: Rows, ready: _Ready) -> None:
+        attention, everyones, *experts = layer_units(self._model.skeleton.config, layer)
         ready.plan((attention, everyones))
         with self._inputs.of(layer) as inputs:
-            stream = Stream("original", (inputs, inputs), gradients.middle, 0)
-            one = BackwardPass(model.skeleton, layer, self._packed, stream, gradients, entering, self._blocks)
-            self.moments.write(layer, one.moments())
-            one.middle(self._taken(attention, ready))
-            routing = one.route()
+            passes = self._passes(layer, inputs, gradients, entering)
+            self._visitor.arrived(layer, passes)
+            first, *others = passes.values()
+            first.middle(self._taken(attention, ready))
+            routing = first.route()
+            for one in others:
+                one.follow(first)
             if routing is not None:
                 experts = [expert_unit(layer, expert) for expert, count in enumerate(routing.counts()) if count]
                 ready.plan(experts)
             for unit in (everyones, *experts):
-                one.mlp_backward(unit, self._taken(unit, ready))
-            weights = None if routing is None else margin_weights(routing, self._seed + 1 + layer)
-            if weights is not None:
-                one.router_backward(weights)
+                weights = self._taken(unit, ready)
+                for one in passes.values():
+                    one.mlp_backward(unit, weights)
+            self._visitor.at_middle(layer, passes)
             self._label(attention)
-            one.attention_backward()
+            for one in passes.values():
+                one.attention_backward()
+
+    def _passes(
+        self, layer: int, inputs: Rows, gradients: dict[str, Stream], entering: Rows
+    ) -> dict[str, BackwardPass]:
+        """One of each gradient, over the same hidden states."""
+        skeleton, middle = self._model.skeleton, gradients[ANSWERS].middle
+        stream = Stream("original", (inputs, inputs), middle, 0)
+        return {
+            name: BackwardPass(skeleton, layer, self._packed, stream, one, entering, self._blocks)
+            for name, one in gradients.items()
+        }
 
     def _taken(self, unit: Unit, ready: _Ready) -> UnitWeights:
         check_stop(self._progress.stop)
@@ -225,3 +241,31 @@ class GradientWalk:
         model = self._model
         units = [unit for layer in layers for unit in layer_units(model.skeleton.config, layer)]
         self._progress.advance(sum(unit_bytes(model.weights, unit) for unit in units))
+
+
+class GradientWalk(BackwardWalk):
+    """Finds the second moments of gradients of every layer's outputs: of the answers, and of what routers decide (see
+    `routers`)."""
+
+    def __init__(
+        self,
+        model: Model,
+        packed: Packed,
+        work: Path,
+        job: Identity,
+        seed: int,
+        *,
+        kept: torch.dtype = KEPT,
+        blocks: Blocks | None = None,
+        progress: Progress | None = None,
+        ahead: bool = True,
+    ) -> None:
+        """See `BackwardWalk`."""
+        self.moments = GradientMoments(work, model.skeleton.text.hidden_size)
+        keeper = MomentsKeeper(self.moments, seed)
+        super().__init__(model, packed, work, job, seed, keeper, kept=kept, blocks=blocks, progress=progress, ahead=ahead)
+
+    def run(self) -> GradientMoments:
+        """Walk up and down, or go on. Raises as `walk` does."""
+        self.walk()
+        return self.moments
