@@ -168,12 +168,13 @@ def plan_view(plan: dict[str, Any]) -> list[RenderableType]:
     from l4pack.text.describe import text_lines
 
     table = console.table("Plan", "")
-    rest = plan["changes"] - plan["direct"]
+    rest, back = plan["changes"] - plan["direct"], plan["walk_back_disk_bytes"]
     predicted = f", {rest:,} predicted" if rest else ""
+    passes = f"{plan['streams']:,}, in {plan['waves']:,} passes over the weights"
     rows = [
         ("single changes", f"{plan['changes']:,}: {plan['direct']:,} measured{predicted}"),
         ("joint changes", f"{plan['joint']:,}"),
-        ("altered streams at once", f"{plan['streams']:,}, in {plan['waves']:,} passes over the weights"),
+        ("altered streams at once", passes + (", after one up and one down" if back else "")),
         ("tokens", f"{plan['tokens']:,} measured, {plan['calibration_tokens']:,} calibrated on"),
         ("operations", f"{plan['flop']:.2g}, solving aside"),
         ("read", human_bytes(plan["read_bytes"])),
@@ -222,6 +223,8 @@ def _worst(record: dict[str, Any]) -> RenderableType:
 
 
 def _linearity(record: dict[str, Any]) -> list[RenderableType]:
+    if record["gradients"] is not None:
+        return [_slopes(record["gradients"])]
     fit = record["linearity"]
     if not fit["count"]:
         return ["no change was both measured and predicted"]
@@ -232,6 +235,14 @@ def _linearity(record: dict[str, Any]) -> list[RenderableType]:
         f"in proportion to the error alone {_factor(fit['proportional']['median'])} and "
         f"{_factor(fit['proportional']['p90'])}"
     ]
+
+
+def _slopes(fit: dict[str, Any]) -> str:
+    return (
+        f"predicted from gradients: of {fit['count']:,} measured changes, a standard deviation off by a factor of "
+        f"{_factor(fit['spread'])}, at most {_factor(fit['worst'])}, once {fit['rerouting']:.3g} nats were fitted for what "
+        "one mean margin's way towards another expert costs"
+    )
 
 
 def _joint(record: dict[str, Any]) -> RenderableType:

@@ -263,7 +263,9 @@ class GradientWalk(BackwardWalk):
         """See `BackwardWalk`."""
         self.moments = GradientMoments(work, model.skeleton.text.hidden_size)
         keeper = MomentsKeeper(self.moments, seed)
-        super().__init__(model, packed, work, job, seed, keeper, kept=kept, blocks=blocks, progress=progress, ahead=ahead)
+        super().__init__(
+            model, packed, work, job, seed, keeper, kept=kept, blocks=blocks, progress=progress, ahead=ahead
+        )
 
     def run(self) -> GradientMoments:
         """Walk up and down, or go on. Raises as `walk` does."""

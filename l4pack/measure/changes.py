@@ -91,15 +91,29 @@ def anchors(options: MeasureOptions, role: Role) -> tuple[str, ...]:
     return tuple(dict.fromkeys((ordered[0], ordered[-1])))
 
 
+def few_of(config: Llama4Config, options: MeasureOptions) -> list[Single]:
+    """Both ends of every role's options in two of its layers, one of each half; roles take turns, so that together they
+    stand for all depths."""
+    found: set[Single] = set()
+    for number, role in enumerate(options.by_role):
+        layers = [layer for layer in range(config.text.num_hidden_layers) if role in roles_of(config, layer)]
+        places = [(half + (number + 0.5) / len(options.by_role)) / 2 for half in (0, 1)]
+        for layer in {layers[int(place * len(layers))] for place in places}:
+            found |= {Single(layer, role, option) for option in anchors(options, role)}
+    return [single for single in singles_of(config, options) if single in found]
+
+
+def uniform_of(config: Llama4Config, options: MeasureOptions) -> list[Mixture]:
+    """Everything alike: at the coarsest options, at FP8, at the finest integers."""
+    return _distinct(config, _uniform(options))
+
+
 def mixtures_of(config: Llama4Config, options: MeasureOptions) -> list[Mixture]:
     """A handful of joint changes: a role everywhere, everything alike, and two that mix."""
-    coarse: dict[Role, str] = {role: anchors(options, role)[0] for role in options.by_role}
-    fine: dict[Role, str] = {role: anchors(options, role)[-1] for role in options.by_role}
-    fp8: dict[Role, str] = {role: "fp8" for role, names in options.by_role.items() if "fp8" in names}
+    coarse, fine, fp8 = _ends(options)
     made = [Mixture(f"all of {_words(role)} at {option}", {role.value: option}) for role, option in coarse.items()]
     mlps: dict[Role, str] = {role: option for role, option in coarse.items() if role is not Role.ATTENTION}
-    made += [_everywhere("all MLPs, coarsest", mlps), _everywhere("everything, coarsest", coarse)]
-    made += [_everywhere("everything at fp8", fp8), _everywhere("everything, finest integers", fine)]
+    made += [_everywhere("all MLPs, coarsest", mlps), *_uniform(options)]
     experts_coarse: dict[Role, str] = {
         **fp8,
         **{role: name for role, name in coarse.items() if role is Role.ROUTED_EXPERT},
@@ -114,6 +128,19 @@ def mixtures_of(config: Llama4Config, options: MeasureOptions) -> list[Mixture]:
     }
     made.append(Mixture("first half coarsest, second half finest", halves))
     return _distinct(config, made)
+
+
+def _uniform(options: MeasureOptions) -> list[Mixture]:
+    coarse, fine, fp8 = _ends(options)
+    titles = ("everything, coarsest", "everything at fp8", "everything, finest integers")
+    return [_everywhere(title, choice) for title, choice in zip(titles, (coarse, fp8, fine), strict=True)]
+
+
+def _ends(options: MeasureOptions) -> tuple[dict[Role, str], dict[Role, str], dict[Role, str]]:
+    """By role the coarsest option, the finest integer one, and FP8 where a role has it."""
+    coarse = {role: anchors(options, role)[0] for role in options.by_role}
+    fine = {role: anchors(options, role)[-1] for role in options.by_role}
+    return coarse, fine, {role: "fp8" for role, names in options.by_role.items() if "fp8" in names}
 
 
 def _everywhere(title: str, choice: Mapping[Role, str]) -> Mixture:

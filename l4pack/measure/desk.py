@@ -8,11 +8,13 @@ import threading
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from l4pack.evaluate.statistics import clusters
+from l4pack.gradient.keep import LayerGradients
 from l4pack.measure.changes import Change, Single
-from l4pack.measure.prepare import PreparedMeasurement
-from l4pack.measure.wave import Shared, Wave
+from l4pack.measure.prepare import Direct, PreparedMeasurement
+from l4pack.measure.terms import Slopes, row_clusters
+from l4pack.measure.wave import Shared, Wave, WaveFound
 from l4pack.recipe import Calibration
 from l4pack.stream.compute import reproducible
 from l4pack.stream.hidden import Packed
@@ -22,9 +24,6 @@ from l4pack.stream.modules import Skeleton
 from l4pack.stream.visitor import Progress
 from l4pack.stream.weights import Weights
 from l4pack.work.files import write_atomic
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 STOP_NAME, DONE_NAME = "stop", "done"
 
@@ -55,7 +54,7 @@ class MeasuringDesk:
     def close(self) -> None:
         """A wave has closed its files."""
 
-    def run(self, task: WaveTask) -> tuple[dict[str, float], dict[str, Tensor]]:
+    def run(self, task: WaveTask) -> WaveFound:
         """See `Wave.run`. Goes on where somebody before has left the wave."""
         folder, job = _own_folder(self._job.folder / task.name), self._job
         progress = _Told(job.folder / STOP_NAME, folder / DONE_NAME).progress
@@ -68,9 +67,10 @@ def shared(prepared: PreparedMeasurement, work: Path, stack: ExitStack, progress
     """What waves share that walk in a folder."""
     checkpoint, compute, texts = prepared.checkpoint, prepared.compute, prepared.texts
     weights = stack.enter_context(Weights(checkpoint, compute.device, compute.dtype))
+    measured = Packed(texts.measured.sequences)
     return Shared(
         model=Model("original", weights, Skeleton(checkpoint.config, compute.device, compute.dtype)),
-        measured=Packed(texts.measured.sequences),
+        measured=measured,
         calibration=None if texts.calibration is None else Packed(texts.calibration.sequences),
         options=prepared.options,
         blocks=prepared.blocks,
@@ -79,7 +79,13 @@ def shared(prepared: PreparedMeasurement, work: Path, stack: ExitStack, progress
         progress=progress,
         ahead=prepared.ahead,
         min_tokens=Calibration().min_tokens,
+        slopes=_slopes(prepared, measured) if prepared.direct is Direct.FEW else None,
     )
+
+
+def _slopes(prepared: PreparedMeasurement, measured: Packed) -> Slopes:
+    gradients = LayerGradients(prepared.settings.gradients, prepared.checkpoint.config, measured.rows)
+    return Slopes(gradients, row_clusters(measured.scored_rows(), clusters(measured.scored_lengths()), measured.rows))
 
 
 class _Stop(threading.Event):

@@ -8,8 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from l4pack import __version__
 from l4pack.artifact.original import weights_digest
 from l4pack.checkpoint.apart import refuse_overlap
@@ -21,9 +19,11 @@ from l4pack.measure.options import MeasureOptions, family
 from l4pack.measure.predict import Clusters, Estimate, Predictor, added
 from l4pack.measure.prepare import Direct, PreparedMeasurement
 from l4pack.measure.record import ChangeRecord, Joint, ModelId, Sensitivity, Total, combined
+from l4pack.measure.slopes import SlopePredictor
 from l4pack.measure.spread import SpreadWaves, spread_waves
 from l4pack.measure.state import State
-from l4pack.measure.wave import Shared, Wave
+from l4pack.measure.walk_back import walk_back
+from l4pack.measure.wave import Shared, Wave, WaveFound
 from l4pack.stream.compute import reproducible
 from l4pack.stream.visitor import Progress
 from l4pack.work.folder import check_writable, owned
@@ -49,6 +49,8 @@ def measure(
         folder = stack.enter_context(owned(work, WORK_KIND, restart=settings.restart))
         stack.enter_context(reproducible())
         state = State(work, prepared.job())
+        if prepared.direct is Direct.FEW:
+            walk_back(prepared, progress or Progress())
         runner = _runner(prepared, state, stack, progress or Progress(), cluster)
         runner.run(prepared.first())
         if prepared.direct is Direct.AUTO:
@@ -81,9 +83,10 @@ class _Runner:
         named = {change.key for change in changes} | set(self._state.errors)
         return [single for single in self._prepared.singles if single.key not in named]
 
-    def note(self, errors: dict[str, float], found: dict[str, Tensor]) -> None:
+    def note(self, found: WaveFound) -> None:
         """Keep what came of a wave."""
-        self._state.wave_done(errors, {key: self.clusters.sums(kl) for key, kl in found.items()})
+        kl = {key: self.clusters.sums(one) for key, one in found.kl.items()}
+        self._state.wave_done(found.errors, kl, found.terms)
 
 
 class _Here(_Runner):
@@ -98,7 +101,7 @@ class _Here(_Runner):
         size = self._prepared.costs.streams
         while left := self.left(changes):
             keep_at = min((change.layer for change in left[size:]), default=None)
-            self.note(*Wave(self._shared, left[:size], self.errors_only(left), keep_at=keep_at).run())
+            self.note(Wave(self._shared, left[:size], self.errors_only(left), keep_at=keep_at).run())
 
 
 class _Elsewhere(_Runner):
@@ -126,7 +129,11 @@ def _runner(
 
 def _record(prepared: PreparedMeasurement, state: State, cluster: Clusters) -> Sensitivity:
     checkpoint, options = prepared.checkpoint, prepared.options
-    predictor = Predictor(prepared.singles, options, state, cluster)
+    predictor: Predictor | SlopePredictor = (
+        SlopePredictor(prepared.singles, state, cluster)
+        if prepared.direct is Direct.FEW
+        else Predictor(prepared.singles, options, state, cluster)
+    )
     known = {single: predictor.estimate(single) for single in prepared.singles}
     changes = {single: _change(single, state, cluster, estimate) for single, estimate in known.items()}
     calibration = prepared.texts.calibration
@@ -144,7 +151,8 @@ def _record(prepared: PreparedMeasurement, state: State, cluster: Clusters) -> S
         changes=list(changes.values()),
         totals=_totals(options, cluster, known),
         joint=[_joint(mixture, prepared, state, cluster, known, changes) for mixture in prepared.mixtures],
-        linearity=predictor.linearity(),
+        linearity=predictor.linearity() if isinstance(predictor, Predictor) else None,
+        gradients=predictor.fit() if isinstance(predictor, SlopePredictor) else None,
     )
 
 

@@ -16,10 +16,26 @@ from l4pack import __version__
 from l4pack.checkpoint.parts import weight_parts
 from l4pack.checkpoint.source import Checkpoint
 from l4pack.errors import SourceError, UsageError
-from l4pack.measure.changes import Change, Mixture, Single, anchors, mixtures_of, singles_of, waves_of
+from l4pack.gradient.keep import streams_of
+from l4pack.measure.changes import (
+    Change,
+    Mixture,
+    Single,
+    anchors,
+    few_of,
+    mixtures_of,
+    roles_of,
+    singles_of,
+    uniform_of,
+    waves_of,
+)
 from l4pack.measure.costs import (
     CHEAP_FLOP,
+    PASSES_BACK,
+    BackBytes,
     Costs,
+    back_bytes,
+    back_flop,
     flop_of,
     layer_bytes,
     stream_bytes,
@@ -27,7 +43,9 @@ from l4pack.measure.costs import (
 )
 from l4pack.measure.options import MeasureOptions, options_for
 from l4pack.measure.texts import Texts, load_texts
-from l4pack.plan.memory import Memory, computing_on, measuring, walk_within
+from l4pack.model.tensors import Role
+from l4pack.plan.gradient import held_slopes, walking_back
+from l4pack.plan.memory import Computing, Memory, computing_on, measuring, walk_within
 from l4pack.recipe import Calibration
 from l4pack.stream.compute import Compute
 from l4pack.stream.identity import text_parts
@@ -35,6 +53,7 @@ from l4pack.stream.layer import Blocks
 from l4pack.text.choice import TextChoice
 from l4pack.timing.jobs import layer_weights
 from l4pack.timing.jobs import measuring as measuring_work
+from l4pack.timing.jobs import up_and_down as walk_back_work
 from l4pack.timing.work import Work
 from l4pack.work import machine
 from l4pack.work.identity import Identity, flat
@@ -45,6 +64,7 @@ class Direct(StrEnum):
 
     ALL = "all"
     ANCHORS = "anchors"
+    FEW = "few"
     AUTO = "auto"
 
 
@@ -68,6 +88,11 @@ class MeasureSettings:
     def work(self) -> Path:
         """Where hidden states go meanwhile."""
         return self.out.with_name(f"{self.out.name}.partial")
+
+    @property
+    def gradients(self) -> Path:
+        """Where the walk back works, and keeps its gradients."""
+        return self.work / "gradients"
 
 
 @dataclass(frozen=True)
@@ -102,7 +127,12 @@ class PreparedMeasurement:
         counted = Counter((single.role, self.options.schemes[single.option]) for single in self.singles)
         changed = {unit: share * count for unit, count in counted.items()}
         weights, length = layer_weights(self.checkpoint), self.texts.measured.record["sequence_length"]
-        return measuring_work(text, weights, walked, changed, rows, waves, length, device)
+        works = measuring_work(text, weights, walked, changed, rows, waves, length, device)
+        if self.direct is Direct.FEW:
+            works.insert(
+                1, walk_back_work(text, weights, rows[0], length, device, len(streams_of(self.checkpoint.config)))
+            )
+        return works
 
     def waves(self, changes: Sequence[Change]) -> list[list[Change]]:
         """Changes as a cluster's workers take them."""
@@ -146,15 +176,17 @@ def prepare_measurement(
     )
     compute = replace(Compute.of(settings.compute), dtype=torch.float32)  # BF16 would drown the smallest changes
     text = checkpoint.config.text
-    singles, mixtures = singles_of(checkpoint.config, options), mixtures_of(checkpoint.config, options)
+    singles = singles_of(checkpoint.config, options)
     rows = _tokens(texts)
-    streams = streams_at_once(text, rows, compute.dtype, settings.streams, settings.work, workers or 1)
     length = texts.measured.record["sequence_length"]
     direct = _resolved(settings.direct, checkpoint, singles, rows[0], length)
+    mixtures = (uniform_of if direct is Direct.FEW else mixtures_of)(checkpoint.config, options)
+    back = back_bytes(text, rows[0]) if direct is Direct.FEW else BackBytes()
+    streams = streams_at_once(text, rows, compute.dtype, settings.streams, settings.work, workers or 1, back.kept)
     changes: list[Change] = [*mixtures, *_direct(checkpoint, options, singles, direct)]
     waves = None if workers is None else waves_of(changes, workers, streams, text.num_hidden_layers)
     streams = min(streams, len(changes)) if waves is None else max(map(len, waves))
-    needed, ahead = _memory(checkpoint, settings, compute, texts, options, streams)
+    needed, ahead = _memory(checkpoint, settings, compute, texts, options, streams, back=direct is Direct.FEW)
     passes = math.ceil(len(changes) / streams) if waves is None else len(waves)
     kept = sum(rows) * text.hidden_size * compute.dtype.itemsize if waves is None and passes > 1 else 0
     at_once = min(workers or 1, passes)
@@ -166,10 +198,16 @@ def prepare_measurement(
         waves=passes,
         tokens=rows[0],
         calibration_tokens=rows[1],
-        flop=flop_of(text, text.num_hidden_layers, sum(rows), length) + _flop(checkpoint, changes, rows[0], length),
-        read_bytes=passes * layer_bytes(checkpoint),
-        disk_bytes=at_once * stream_bytes(text, (streams + 2) * rows[0] + rows[1], compute.dtype) + kept,
+        flop=flop_of(text, text.num_hidden_layers, sum(rows), length)
+        + _flop(checkpoint, changes, rows[0], length)
+        + (back_flop(text, rows[0], length) if direct is Direct.FEW else 0),
+        read_bytes=(passes + (PASSES_BACK if direct is Direct.FEW else 0)) * layer_bytes(checkpoint),
+        disk_bytes=max(
+            back.most,
+            back.kept + at_once * stream_bytes(text, (streams + 2) * rows[0] + rows[1], compute.dtype) + kept,
+        ),
         workers=at_once,
+        walk_back_disk_bytes=back.most,
         peak_ram_bytes=needed.ram,
     )
     return PreparedMeasurement(
@@ -185,15 +223,32 @@ def _memory(
     texts: Texts,
     options: MeasureOptions,
     streams: int,
+    *,
+    back: bool,
 ) -> tuple[Memory, bool]:
-    """Of altered streams beside the original's own, over both texts, and whether units are loaded ahead. Raises
-    BudgetError."""
+    """Of altered streams beside the original's own, over both texts, and of the walk back where there is one; and whether
+    units are loaded ahead. Raises BudgetError."""
     sequences = [*texts.measured.sequences, *(texts.calibration.sequences if texts.calibration else ())]
     computing = computing_on(
         compute, checkpoint.config, sequences, streams=streams + 2, merging=checkpoint.merging_bytes
     )
     ram, device = machine.memory(settings.max_ram), compute.device_room(settings.max_vram)
-    return walk_within(computing, partial(measuring, solved=options.calibrated), ram, device)
+    if not back:
+        return walk_within(computing, partial(measuring, solved=options.calibrated), ram, device)
+    measured = sum(len(sequence.tokens) for sequence in texts.measured.sequences)
+    changes = max(sum(len(options.by_role.get(role, ())) for role in roles) for roles in _roles(checkpoint))
+
+    def both(computing: Computing) -> Memory:
+        held = held_slopes(computing, measured, changes)
+        backwards = walking_back(replace(computing, tokens=measured, streams=1))
+        return measuring(computing, solved=options.calibrated, held=held).most(backwards)
+
+    return walk_within(computing, both, ram, device)
+
+
+def _roles(checkpoint: Checkpoint) -> list[tuple[Role, ...]]:
+    """The roles of each layer."""
+    return [roles_of(checkpoint.config, layer) for layer in range(checkpoint.config.text.num_hidden_layers)]
 
 
 def _check_source(checkpoint: Checkpoint) -> None:
@@ -224,9 +279,12 @@ def _flop(checkpoint: Checkpoint, changes: Iterable[Change], tokens: int, length
 
 
 def _direct(checkpoint: Checkpoint, options: MeasureOptions, singles: Iterable[Single], direct: Direct) -> list[Single]:
-    """Single changes to measure at first: of anchors, all in the first, middle and last layer, to test predictions."""
+    """Single changes to measure at first: of anchors, all in the first, middle and last layer, to test predictions; a few
+    that stand for all, where gradients predict."""
     if direct is Direct.ALL:
         return list(singles)
+    if direct is Direct.FEW:
+        return few_of(checkpoint.config, options)
     last = checkpoint.config.text.num_hidden_layers - 1
     probed = {0, last // 2, last}
     return [single for single in singles if single.layer in probed or single.option in anchors(options, single.role)]

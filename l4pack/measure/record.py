@@ -41,7 +41,7 @@ class ChangeRecord(_Data):
 
     `error` is ||y' - y||^2 / ||y||^2 of the unit's own output on the original inputs, summed over the measured tokens.
     `kl` is the mean over tokens of KL(original || changed) in nats, with its standard error over sequences; of a change
-    that was not `measured` but predicted from `error`, the standard error is the prediction's. `rerouting` is the part
+    that was not `measured` but predicted, from `error` or gradients, the standard error is the prediction's. `rerouting` is the part
     of it that comes of tokens which routers further on send elsewhere (see `combined`).
     """
 
@@ -88,6 +88,17 @@ class Linearity(PredictionFit):
     proportional: PredictionFit | None = None
 
 
+class SlopeFit(_Data):
+    """How changes were predicted from gradients (see `measure.slopes`): what a rerouted token costs in nats a unit of
+    margin, fitted to `count` measured changes, with the standard deviation of ln(predicted / measured) and its largest
+    amount among them."""
+
+    count: Annotated[int, Field(ge=0)]
+    rerouting: NonNegative
+    spread: NonNegative
+    worst: NonNegative
+
+
 class Total(_Data):
     """Single changes of one role to one option, added up over the layers; the standard error knows that all were
     measured on the same tokens."""
@@ -112,6 +123,7 @@ class Sensitivity(_Data):
     totals: list[Total] = []
     joint: list[Joint] = []
     linearity: Linearity | None = None
+    gradients: SlopeFit | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Sensitivity:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from l4pack.checkpoint.everywhere import everywhere
 from l4pack.cluster.cluster import Cluster, Piece, Work
@@ -23,18 +22,15 @@ from l4pack.cluster.options import Share, worker_device
 from l4pack.measure.changes import Change, Single
 from l4pack.measure.desk import DONE_NAME, STOP_NAME, MeasuringDesk, MeasuringJob, WaveTask
 from l4pack.measure.prepare import PreparedMeasurement
+from l4pack.measure.wave import WaveFound
 from l4pack.stream.spread import check_seen
 from l4pack.stream.visitor import Progress
 from l4pack.work.folder import remove_all
 
-if TYPE_CHECKING:
-    import torch
-
-
 WAVES_NAME = "waves"
 _LOOK_SECONDS = 1.0
 
-Found = Callable[[dict[str, float], dict[str, "torch.Tensor"]], None]
+Tell = Callable[[WaveFound], None]
 
 
 @dataclass(frozen=True)
@@ -46,16 +42,16 @@ class SpreadWaves:
     job: MeasuringJob
     progress: Progress
 
-    def run(self, waves: Sequence[Sequence[Change]], errors_only: Sequence[Single], found: Found) -> None:
-        """Have waves walk, and `errors_only` found on the way; `found` is told of each one's errors and KL at once."""
+    def run(self, waves: Sequence[Sequence[Change]], errors_only: Sequence[Single], found: Tell) -> None:
+        """Have waves walk, and `errors_only` found on the way; `found` is told what came of each at once."""
         tasks = [WaveTask(_named(changes), tuple(changes), ()) for changes in waves]
         shares = _parts(errors_only, len(tasks))
         tasks = [replace(task, errors_only=tuple(part)) for task, part in zip(tasks, shares, strict=True)]
         layers = self.job.prepared.checkpoint.config.text.num_hidden_layers
         pieces = [Piece(task.name, task, sum(layers - one.layer for one in task.changes)) for task in tasks]
 
-        def done(piece: Piece, result: tuple[dict[str, float], dict[str, torch.Tensor]]) -> None:
-            found(*result)
+        def done(piece: Piece, result: WaveFound) -> None:
+            found(result)
             shutil.rmtree(self.job.folder / piece.name, ignore_errors=True)
 
         for path in self.job.folder.iterdir():
@@ -97,7 +93,10 @@ def spread_waves(prepared: PreparedMeasurement, cluster: Cluster, progress: Prog
     (work / WAVES_NAME).mkdir(exist_ok=True)
     device = torch.device(worker_device(str(prepared.compute.device)))
     there = replace(
-        prepared, checkpoint=everywhere(prepared.checkpoint), compute=replace(prepared.compute, device=device)
+        prepared,
+        checkpoint=everywhere(prepared.checkpoint),
+        compute=replace(prepared.compute, device=device),
+        settings=replace(prepared.settings, out=prepared.settings.out.absolute()),
     )
     share = Share(cluster.threads, cluster.options.gpus, prepared.costs.peak_ram_bytes)
     check_seen(cluster, share, work, [there.checkpoint], there.compute)

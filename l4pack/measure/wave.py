@@ -15,15 +15,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from l4pack.evaluate.answers import StreamAnswers
 from l4pack.evaluate.scoring import score_against
+from l4pack.gradient.keep import Place
 from l4pack.measure.altered import Solving, altered
 from l4pack.measure.changes import Change, Mixture, Single
 from l4pack.measure.options import MeasureOptions
+from l4pack.measure.terms import LayerTerms, Slopes, Terms
 from l4pack.model.tensors import Role
 from l4pack.stream.hidden import Packed, Rows
 from l4pack.stream.lanes import NEVER, Lane, Model
@@ -41,7 +44,8 @@ _FILES = "altered"
 
 @dataclass(frozen=True)
 class Shared:
-    """What all waves of a measurement share. `calibration` holds the tokens that calibrated options are solved for."""
+    """What all waves of a measurement share. `calibration` holds the tokens that calibrated options are solved for, `slopes`
+    the gradients where changes are predicted from them."""
 
     model: Model
     measured: Packed
@@ -53,6 +57,16 @@ class Shared:
     progress: Progress
     ahead: bool
     min_tokens: int
+    slopes: Slopes | None = None
+
+
+@dataclass(frozen=True)
+class WaveFound:
+    """Relative errors of single changes, their terms where there are gradients, and KL of every scored token by change."""
+
+    errors: dict[str, float]
+    terms: dict[str, Terms]
+    kl: dict[str, Tensor]
 
 
 class Wave(Visitor):
@@ -75,19 +89,25 @@ class Wave(Visitor):
         self._calibrated = max(map(self._calibrated_layers, (*changes, *errors_only)))
         self._layer: _Layer | None = None
 
-    def run(self) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Walk to the end; relative errors of single changes, and KL of every scored token by change.
-
-        Raises StoppedError when asked to; a wave of the same changes then goes on.
-        """
+    def run(self) -> WaveFound:
+        """Walk to the end. Raises StoppedError when asked to; a wave of the same changes then goes on."""
         shared = self.shared
         with Walk(
             self._lanes(), shared.work, shared.job, self, blocks=shared.blocks, progress=shared.progress, release=True,
             first=self._first, keep=self._keep_at, ahead=shared.ahead,
         ) as walk:  # fmt: skip
-            walk.run()
-            errors = {key: error for record in walk.records for key, error in record.items()}
-            return errors, self._scored(walk.streams)
+            try:
+                walk.run()
+            finally:
+                self._close()
+            errors = {key: error for record in walk.records for key, error in record["errors"].items()}
+            terms = {key: Terms(**found) for record in walk.records for key, found in record["terms"].items()}
+            return WaveFound(errors, terms, self._scored(walk.streams))
+
+    def _close(self) -> None:
+        if self._layer is not None:
+            self._layer.close()
+        self._layer = None
 
     def _lanes(self) -> list[Lane]:
         """The original on both texts, and the altered streams: each begins whole in the layer after its change."""
@@ -112,12 +132,13 @@ class Wave(Visitor):
             self._layer = _Layer(self, visit)
         self._layer.visit(unit, weights)
 
-    def leave(self, layer: int, streams: Mapping[str, Stream]) -> dict[str, float]:
-        """Relative errors of the single changes made in a layer."""
+    def leave(self, layer: int, streams: Mapping[str, Stream]) -> dict[str, Any]:
+        """Relative errors and terms of the single changes made in a layer."""
         del layer, streams
         assert self._layer is not None
-        errors, self._layer = self._layer.leave(), None
-        return errors
+        found = self._layer.leave()
+        self._close()
+        return found
 
     def _scored(self, streams: Mapping[str, Stream]) -> dict[str, Tensor]:
         self.shared.progress.label(f"scoring {len(self.changes)} altered streams")
@@ -151,6 +172,12 @@ class _Layer:
         self._original, self._calibration = visit.passes[ORIGINAL], visit.passes.get(CALIBRATION)
         self._begun: list[Stream] = []  # whose MLP is altered here: they get the original's outputs and a difference
         self._errors: dict[str, tuple[float, float]] = {}
+        self._terms = None if self._shared.slopes is None else LayerTerms(self._shared.slopes, visit.layer)
+
+    def close(self) -> None:
+        """Close the layer's gradients."""
+        if self._terms is not None:
+            self._terms.close()
 
     def visit(self, unit: Unit, weights: UnitWeights) -> None:
         """Run a unit in every stream."""
@@ -160,13 +187,17 @@ class _Layer:
             self._feed_forward(unit, weights)
 
     @torch.inference_mode()
-    def leave(self) -> dict[str, float]:
-        """Complete the streams that began here; relative errors of the single changes made here."""
+    def leave(self) -> dict[str, Any]:
+        """Complete the streams that began here; relative errors and terms of the single changes made here."""
         for stream in self._begun:
             for rows in self._rows():
                 stream.following.data[rows] += self._visit.streams[ORIGINAL].following.data[rows]
                 stream.following.release()
-        return {key: _ratio(*squares) for key, squares in self._errors.items()}
+        terms = {} if self._terms is None else self._terms.found()
+        return {
+            "errors": {key: _ratio(*squares) for key, squares in self._errors.items()},
+            "terms": {key: found.model_dump() for key, found in terms.items()},
+        }
 
     def _originals(self) -> list[LayerPass]:
         return [self._original, *([self._calibration] if self._calibration else [])]
@@ -228,8 +259,11 @@ class _Layer:
             self._visit.passes[name] = one
         difference = size = 0.0
         for rows in self._rows():
-            difference += _squared(used.middle.data[rows], stream.middle.data[rows])
-            size += _squared(stream.middle.data[rows], stream.current.data[rows])
+            moved = used.middle.data[rows].double() - stream.middle.data[rows].double()
+            difference += _energy(moved)
+            size += _energy(stream.middle.data[rows].double() - stream.current.data[rows].double())
+            if self._terms is not None:
+                self._terms.add(single.key, Place.MIDDLE, rows, moved.float())
             used.middle.release()
         self._errors[single.key] = difference, size
 
@@ -262,6 +296,8 @@ class _Layer:
             moved = changed(inputs).float() - output
             difference += _energy(moved.double())
             size += _energy(output.double())
+            if self._terms is not None:
+                self._terms.add(single.key, Place.OUTPUTS, rows, moved)
             if stream is not None:
                 stream.following.data[rows] += moved.to(stream.following.data)
                 stream.following.release()
@@ -277,11 +313,6 @@ class _Layer:
 def _has_rows(one: LayerPass, unit: Unit) -> bool:
     rows, _ = one.rows_of(unit)
     return rows is None or len(rows) > 0
-
-
-def _squared(first: Tensor, second: Tensor) -> float:
-    """||first - second||^2."""
-    return _energy(first.double() - second.double())
 
 
 def _energy(values: Tensor) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from l4pack.model.config import TextConfig
-from l4pack.plan.memory import BUFFERS, FLOAT, STORED, Computing, Memory, fits
+from l4pack.plan.memory import BUFFERS, DOUBLE, FLOAT, FOLIO, STORED, Computing, Memory, fits
 from l4pack.work.device import CPU
 
 if TYPE_CHECKING:
@@ -85,3 +85,11 @@ def walking_back(computing: Computing) -> Memory:
     attention = (block * rows + computing.length * seen + scores) * item
     moments = _SQUARES * text.hidden_size**2 * FLOAT
     return computing.memory((mlp, attention, moments), scored=True)
+
+
+def held_slopes(computing: Computing, tokens: int, changes: int) -> int:
+    """Bytes of multiplying the `changes` of a layer with both gradients of `tokens`: the products, pages of two files of which
+    an expert's rows are looked at, and a block of their rows."""
+    row = computing.text.hidden_size * STORED
+    pages = 2 * min(tokens * row, computing.rows * (row + FOLIO))
+    return 2 * changes * tokens * DOUBLE + pages + 4 * computing.rows * computing.text.hidden_size * FLOAT

@@ -269,14 +269,15 @@ def _solving(computing: Computing, kind: SolvedKind, together: int) -> int:
     return together * (2 * weights + solving_together(text, kind.inner, cross=kind.cross))
 
 
-def measuring(computing: Computing, *, solved: bool) -> Memory:
-    """Of altered units beside the original's: rounded or `solved` ones are float32, and then in the dtype to run in."""
+def measuring(computing: Computing, *, solved: bool, held: int = 0) -> Memory:
+    """Of altered units beside the original's: rounded or `solved` ones are float32, and then in the dtype to run in; `held`
+    bytes more are there throughout."""
     text = computing.text
     phases = [3 * computing.mlp, 2 * computing.mlp + computing.running()]
     if solved:
         phases.append(computing.mlp + solving(text, computing.rows, widest_mlp(text), cross=True))
         phases.append(computing.attention + solving_attention(computing, cross=True))
-    return computing.memory(phases, scored=True)
+    return computing.memory(phases, held=held, scored=True)
 
 
 def mlp_numbers(text: TextConfig, inner: int) -> int:

@@ -107,25 +107,35 @@ def walking_back(plan: Plan, device: str, tokens: int | None = None) -> Work:
     model, and once down."""
     assert plan.needs is not None
     assert plan.needs.gradient is not None
-    back, found = plan.needs.gradient.tokens, Work()
-    for _, kind, amount in _up_and_down(plan, device, back if tokens is None else min(tokens, back)).items():
+    text, weights, back = plan.checkpoint.config.text, layer_weights(plan.checkpoint), plan.needs.gradient.tokens
+    back = back if tokens is None else min(tokens, back)
+    return up_and_down(text, weights, back, calibration_length(plan), device)
+
+
+def up_and_down(
+    text: TextConfig, weights: LayerWeights, tokens: int, length: int, device: str, gradients: int = 1
+) -> Work:
+    """Once up through the model, and once down with so many gradients."""
+    found = Work()
+    for _, kind, amount in _up_and_down(text, weights, tokens, length, device, gradients).items():
         found.add("walk back", kind, amount)
     return found
 
 
-def _up_and_down(plan: Plan, device: str, tokens: int) -> Work:
-    text, length = plan.checkpoint.config.text, calibration_length(plan)
+def _up_and_down(
+    text: TextConfig, weights: LayerWeights, tokens: int, length: int, device: str, gradients: int
+) -> Work:
     layers, row, phase = text.num_hidden_layers, tokens * text.hidden_size, ""
     work = running(text, tokens, length, Kind.PRODUCT, device)
-    work.include(attending(text, tokens, length, Kind.PRODUCT, device), ATTENTION_DOWN * layers)
+    work.include(attending(text, tokens, length, Kind.PRODUCT, device), (1 + (ATTENTION_DOWN - 1) * gradients) * layers)
     for role, units in mlps_of(text).items():
         down = running_mlp(text, units.inner, tokens_of(text, role, tokens), Kind.PRODUCT, phase, device)
-        work.include(down, MLP_DOWN * units.count)
+        work.include(down, MLP_DOWN * gradients * units.count)
     work.add(phase, Kind.PRODUCT, layers * product(text.hidden_size, row, 1))
     work.add(phase, Kind.PRODUCT, HEAD_PRODUCTS * product(row, text.vocab_size, 1))
     work.add(phase, Kind.LOGITS, 2 * tokens * text.vocab_size)
-    work.include(layer_weights(plan.checkpoint).loading(2))
-    written = row * STORED + 2 * HIDDEN_WRITTEN * row * FLOAT + text.hidden_size**2 * FLOAT
+    work.include(weights.loading(2))
+    written = row * STORED + (1 + gradients) * HIDDEN_WRITTEN * row * FLOAT + text.hidden_size**2 * FLOAT
     work.add(phase, Kind.WRITE, layers * written)
     work.add(phase, Kind.SYNC, 2 * SYNCS_A_LAYER * layers)
     return work

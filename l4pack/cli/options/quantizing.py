@@ -53,7 +53,8 @@ DirectOption = Annotated[
         "--direct",
         metavar="WHICH",
         help="Measure `all` changes, or two `anchors` a unit and predict the rest; `auto`: all where that is cheap, "
-        "else anchors, and whatever they predict badly.",
+        "else anchors, and whatever they predict badly. `few`: a dozen or so, the rest predicted from gradients of one "
+        "walk back through the model, which saves a large one hundreds of streams.",
     ),
 ]
 StreamsOption = Annotated[
