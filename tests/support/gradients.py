@@ -138,10 +138,11 @@ def _summed(gradients: Iterable[list[Tensor]]) -> list[Tensor]:
     return [torch.stack(outer).sum(0) for outer in zip(*each, strict=True)]
 
 
-def _loss(logits: Tensor, draws: Tensor) -> Tensor:
+def _loss(logits: Tensor, draws: Tensor, weights: Tensor | None = None) -> Tensor:
     sums = logits.detach().double().softmax(-1).cumsum(-1)
     labels = torch.searchsorted(sums, draws[:, None], right=True)[:, 0]
-    return functional.cross_entropy(logits, labels, reduction="sum")
+    each = functional.cross_entropy(logits, labels, reduction="none")
+    return each.sum() if weights is None else (each * weights).sum()
 
 
 def _gradients(causal: Any, ids: Sequence[int], draws: Tensor, weights: Mapping[int, Tensor]) -> list[Tensor]:
@@ -191,3 +192,80 @@ def _gradients_at_kept(
             loss = loss + _margins_counted(routers[number], weights[number], _chosen(causal))
         found.append(torch.autograd.grad(loss, states[number])[0])
     return [one[0] for one in reversed(found)]
+
+
+Places = dict[tuple[str, int], list[Tensor]]
+
+
+def slopes(
+    model: Any, sequences: Sequence[Sequence[int]], scored: Tensor, seed: int, signs: Mapping[int, Tensor]
+) -> Places:
+    """At the outputs and the middle of each layer, by ("outputs" or "middle", layer): gradients [tokens, hidden] of all
+    tokens, of the `scored` rows' cross-entropy on drawn labels, and of the sum of sign * margin / mean margin."""
+    causal, found = _causal(model), dict[tuple[str, int], list[Tensor]]()
+    means = {layer: margins.mean() for layer, margins in _margins(causal, sequences).items()}
+    start = 0
+    for ids, draws in _with_draws(sequences, seed):
+        rows = slice(start, start + len(ids))
+        start = rows.stop
+        for place, pair in _both_gradients(causal, ids, draws, scored[rows], signs, means, rows).items():
+            before = found.get(place, [gradient[:0] for gradient in pair])
+            found[place] = [torch.cat(two) for two in zip(before, pair, strict=True)]
+    return found
+
+
+def _margins(causal: Any, sequences: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+    parts: dict[int, list[Tensor]] = {}
+    with torch.no_grad():
+        for ids in sequences:
+            for layer, margin in _watched(causal, causal.get_input_embeddings()(torch.tensor([list(ids)])))[2].items():
+                parts.setdefault(layer, []).append(margin)
+    return {layer: torch.cat(some) for layer, some in parts.items()}
+
+
+def _watched(causal: Any, embedded: Tensor) -> tuple[Tensor, dict[tuple[str, int], Tensor], dict[int, Tensor]]:
+    """Logits, what is added at each place, and margins [tokens] of the layers that have a router."""
+    places: dict[tuple[str, int], Tensor] = {}
+    margins: dict[int, Tensor] = {}
+
+    def route(number: int, logits: Tensor, chosen: int) -> None:
+        top = logits.sort(dim=1, descending=True).values
+        if chosen < top.shape[1]:
+            margins[number] = top[:, chosen - 1] - top[:, chosen]
+
+    hooks = []
+    for number, layer in enumerate(causal.model.layers):
+        hooks.append(layer.register_forward_hook(lambda _m, _i, out, n=number: places.__setitem__(("outputs", n), out)))
+        hooks.append(
+            layer.self_attn.register_forward_hook(
+                lambda _m, _i, out, n=number: places.__setitem__(("middle", n), out[0])
+            )
+        )
+        if router := getattr(layer.feed_forward, "router", None):
+            chosen = causal.config.get_text_config().num_experts_per_tok
+            hooks.append(router.register_forward_hook(lambda _m, _i, out, n=number, k=chosen: route(n, out[1], k)))
+    logits = causal(inputs_embeds=embedded, use_cache=False).logits[0]
+    for hook in hooks:
+        hook.remove()
+    return logits, places, margins
+
+
+def _both_gradients(
+    causal: Any,
+    ids: Sequence[int],
+    draws: Tensor,
+    scored: Tensor,
+    signs: Mapping[int, Tensor],
+    means: Mapping[int, Tensor],
+    rows: slice,
+) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+    embedded = causal.get_input_embeddings()(torch.tensor([list(ids)])).detach().requires_grad_()
+    logits, places, margins = _watched(causal, embedded)
+    order = list(places)
+    parts = [(signs[layer][rows] * margin / means[layer]).sum() for layer, margin in margins.items()]
+    losses = (_loss(logits, draws, scored.float()), sum(parts, 0.0 * logits.sum()))
+    both = [torch.autograd.grad(loss, [places[key] for key in order], retain_graph=True) for loss in losses]
+    return {
+        key: (ours.reshape(len(ids), -1), theirs.reshape(len(ids), -1))
+        for key, ours, theirs in zip(order, *both, strict=True)
+    }
