@@ -33,10 +33,8 @@ def wave(prepared, folder):
 
 
 def same(found, other):
-    errors, kl = found
-    return (
-        errors == other[0] and kl.keys() == other[1].keys() and all(torch.equal(kl[key], other[1][key]) for key in kl)
-    )
+    known = (found.errors, found.terms, found.kl.keys()) == (other.errors, other.terms, other.kl.keys())
+    return known and all(torch.equal(found.kl[key], other.kl[key]) for key in found.kl)
 
 
 @pytest.mark.parametrize("damaged", [False, True])
