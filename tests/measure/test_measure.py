@@ -681,4 +681,4 @@ def test_four_bit_floats_are_measured_where_they_are_named(checkpoint):
     assert not options_for(config).schemes.keys() & set(NAMED_ONLY)
     named = options_for(config, ("nvfp4", "mxfp4"))
     assert {bits(scheme) for scheme in named.schemes.values()} == {4.5, 4.25}
-    assert named.by_role.keys() == {Role.ROUTED_EXPERT, Role.SHARED_EXPERT, Role.DENSE_MLP}
+    assert named.by_role.keys() == {Role.ATTENTION, Role.ROUTED_EXPERT, Role.SHARED_EXPERT, Role.DENSE_MLP}
