@@ -20,7 +20,7 @@ from l4pack.plan.plan import make_plan
 from l4pack.recipe import Recipe, Rule, load_recipe, recipe_names
 
 NAMED_IN_THE_DESIGN = {
-    "int4", "int4-best", "int4-uniform", "int4-rtn", "fp8", "fp8-block", "meta-int4", "meta-fp8", "nvfp4", "nvfp4-w4a4", "mxfp4",
+    "int4", "int4-best", "int4-uniform", "int4-uniform-best", "int4-rtn", "fp8", "fp8-block", "meta-int4", "meta-fp8", "nvfp4", "nvfp4-w4a4", "mxfp4",
     "scout-int4-1xh100", "scout-fp8-2xh100", "maverick-fp8-8xh100", "maverick-int4-4xh100",
     "scout-nvfp4-1xb200", "maverick-nvfp4-4xb200",
 }  # fmt: skip
@@ -40,7 +40,7 @@ def test_a_shipped_recipe_loads_under_its_own_name_and_plans(name):
 
 MLP = {Role.ROUTED_EXPERT, Role.SHARED_EXPERT, Role.DENSE_MLP}
 MEANT = {
-    "int4": (MLP, set()), "int4-best": (MLP, set()), "int4-uniform": (MLP, set()), "int4-rtn": (MLP, set()), "fp8": (MLP, set()), "fp8-block": (MLP, set()),
+    "int4": (MLP, set()), "int4-best": (MLP, set()), "int4-uniform": (MLP, set()), "int4-uniform-best": (MLP, set()), "int4-rtn": (MLP, set()), "fp8": (MLP, set()), "fp8-block": (MLP, set()),
     "nvfp4": (MLP, set()), "nvfp4-w4a4": (MLP, set()), "mxfp4": (MLP, set()),
     "meta-int4": ({Role.ROUTED_EXPERT, Role.SHARED_EXPERT}, set()), "meta-fp8": ({Role.ROUTED_EXPERT}, {0, 47}),
 }  # fmt: skip
@@ -56,6 +56,7 @@ def test_what_the_generic_recipes_quantize(name, meant, model):
 
 
 BITS = {
+    "gguf-q4_k-best": {Role.ROUTED_EXPERT: 4, Role.SHARED_EXPERT: 8, Role.DENSE_MLP: 8, Role.ATTENTION: None},
     "gguf-q4_k": {Role.ROUTED_EXPERT: 4, Role.SHARED_EXPERT: 8, Role.DENSE_MLP: 8, Role.ATTENTION: None},
     "int4-g32": {Role.ROUTED_EXPERT: 4, Role.SHARED_EXPERT: 8, Role.DENSE_MLP: 8, Role.ATTENTION: None},
     "int4": {Role.ROUTED_EXPERT: 4, Role.SHARED_EXPERT: 8, Role.DENSE_MLP: 8, Role.ATTENTION: None},
