@@ -31,7 +31,7 @@ def check_ahead(plan: Plan, containers: Sequence[str]) -> None:
 
     Its scales are not known yet: one that a container does not have is found when the export begins.
     """
-    made = [target for task in plan.tasks for target in task.targets if target.scheme in plan.recipe.schemes]
+    made = [target for target in plan.targets.values() if target.scheme in plan.recipe.schemes]
     alike = {(target.scheme, target.linear.in_features): target for target in made}
     for name in containers:
         container = target_named(name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import quick_plan
-from exporting import MIX, recipe_of, with_merge
+from exporting import MIX, WIDE, carried, recipe_of, with_merge
+from mixes import rounding
 from streamed import (
     continuation,
     demo_tokens,
@@ -103,6 +104,18 @@ def test_its_values_are_the_artifacts(exported, artifacts, tmp_path, kind):
         exact = difference(exact_log_probabilities(source, kind, artifact, tokens), theirs)
         print(f"{kind}: values, KL {exact:.1e} to transformers")
         assert exact < VALUES_KL
+
+
+@pytest.mark.parametrize("name", carried("gguf"))
+def test_every_shipped_recipe_that_is_carried_has_the_artifacts_values(checkpoint, tmp_path, name):
+    """Dense layers and experts in turn; how levels were chosen is nothing to the container."""
+    source = with_merge(checkpoint("maverick", use_qk_norm=True, **AS_RELEASED, **WIDE), tmp_path / "source")
+    artifact = run_plan(quick_plan(source, rounding(name)), tmp_path / "artifact").out
+    run_export(plan_export(open_source(str(artifact)), Gguf()), tmp_path / "out")
+    wanted = log_probabilities(artifact, TOKENS, tmp_path / "work")
+    twin = float32_twin(next((tmp_path / "out").glob("[!m]*.gguf")), tmp_path / "twin.gguf")
+    theirs = answers(twin, TOKENS, wanted.shape[1])
+    assert difference(wanted, theirs) < EVALUATED_KL
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *DEMOS])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import quick_plan
-from exporting import MIX, recipe_of
+from exporting import MIX, WIDE, carried, recipe_of
+from mixes import rounding
 from streamed import (
     continuation,
     demo_tokens,
@@ -28,7 +29,9 @@ utils = pytest.importorskip("mlx_lm.utils", reason="make test-clients installs m
 TOKENS = [256, *np.random.default_rng(7).integers(0, 256, 95).tolist()]
 EPSILON = {"rms_norm_eps": 1e-6}  # mlx-lm has this one for queries and keys, whatever the model says
 MXFP4 = recipe_of(routed_expert="mxfp4", shared_expert="mxfp4", dense_mlp="mxfp4", attention="int8-g64")
-CASES = [("scout", MIX), ("maverick", MIX), ("text", MIX), ("maverick", MXFP4)]
+CASES = [("scout", MIX, {}), ("maverick", MIX, {}), ("text", MIX, {}), ("maverick", MXFP4, {})]
+CASES += [("maverick", rounding(name), WIDE) for name in carried("mlx")]
+NAMES = ["scout", "maverick", "text", "maverick-all-mxfp4", *(f"maverick-{name}" for name in carried("mlx"))]
 # Of arithmetic in float32 (6e-13 measured), and against l4pack's evaluation, which rounds products of codes and scales to
 # bfloat16 as vLLM does: 4e-4 measured where weights are random, 2e-6 of the demo, whose epsilon is another, too.
 EXACT_KL, EVALUATED_KL, DEMO_KL, DEMO_PERPLEXITY = 1e-6, 3e-3, 2e-5, 1e-3
@@ -51,9 +54,10 @@ def answers(model, tokens):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize(("kind", "recipe"), CASES, ids=["scout", "maverick", "text", "maverick-mxfp4"])
-def test_it_answers_as_the_artifact(checkpoint, tmp_path, kind, recipe):
-    source = checkpoint(kind, **EPSILON)
+@pytest.mark.parametrize(("kind", "recipe", "sizes"), CASES, ids=NAMES)
+def test_it_answers_as_the_artifact(checkpoint, tmp_path, kind, recipe, sizes):
+    """Every shipped recipe that MLX carries among them; how levels were chosen is nothing to the container."""
+    source = checkpoint(kind, **EPSILON, **sizes)
     artifact = run_plan(quick_plan(source, recipe), tmp_path / "artifact").out
     theirs = answers(exported(artifact, tmp_path / "out"), TOKENS)
     exact = divergence(exact_log_probabilities(source, kind, artifact, TOKENS), theirs)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from exporting import MIX, recipe_of, with_merge
+from exporting import MIX, with_merge
 
 pytest_plugins = ["publishing_fixtures"]
 pytestmark = [
@@ -55,11 +55,14 @@ def test_one_build_serves_three_runtimes_and_sends_all_to_the_hub(source, tmp_pa
         assert l4pack("verify", made["out"], "--against", out).code == 0
 
 
-def test_what_does_not_fit_is_refused_before_it_is_solved(source, tmp_path, l4pack):
-    recipe = recipe_file(tmp_path, recipe_of(routed_expert="fp8"))
+@pytest.mark.parametrize(
+    ("recipe", "says"), [("fp8", "ggml has no type for FP8"), ("nvfp4", "ignores the global scales of NVFP4")]
+)
+def test_what_does_not_fit_is_refused_before_it_is_solved(source, tmp_path, recipe, says, l4pack):
+    """Rounded or calibrated."""
     ended = l4pack("build", source, "--recipe", recipe, "--out", tmp_path / "out", "--export", "gguf")
     assert ended.code == 2
-    assert "ggml has no type for FP8" in ended.err
+    assert says in ended.err
     assert not (tmp_path / "out").exists()
 
 

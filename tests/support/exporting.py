@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from l4pack.recipe import Recipe
+from l4pack.checkpoint.open import open_source
+from l4pack.checkpoint.source import Checkpoint
+from l4pack.errors import UsageError
+from l4pack.export.ahead import check_ahead
+from l4pack.plan.plan import make_plan
+from l4pack.recipe import Recipe, load_recipe, recipe_names
 
 _INT: dict[str, Any] = {"format": "pack-quantized", "num_bits": 4, "strategy": "group", "group_size": 32}
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -45,6 +51,28 @@ def recipe_of(**schemes: str) -> Recipe:
     )
 
 
+@cache
+def carried(container: str) -> list[str]:
+    """Shipped recipes without a promise that a container carries exactly."""
+    maverick = open_source("llama-4-maverick")
+    return [
+        name for name in recipe_names() if load_recipe(name).promise is None and _carries(container, maverick, name)
+    ]
+
+
+def _carries(container: str, source: Checkpoint, name: str) -> bool:
+    try:
+        check_ahead(make_plan(source, load_recipe(name)), (container,))
+    except UsageError:
+        return False
+    return True
+
+
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "intermediate_size_mlp": 256,
+}  # groups and super-blocks divide these
 MIX = recipe_of(routed_expert="int4-g64", shared_expert="int8-g64", dense_mlp="int8-g64", attention="int8-channel")
 """What every runtime's container carries exactly."""
 

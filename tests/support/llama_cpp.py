@@ -28,8 +28,10 @@ class LlamaCpp:
 
     def next_token(self, tokens: list[int] | str) -> NDArray[np.float64]:
         """float64 [vocabulary] log-probabilities of the token that follows; with a tower, of a text."""
+        # Where a token without a text is likeliest nothing would be told; what is told is from before the bias is added.
         asked: dict[str, Any] = {
             "prompt": tokens, "n_predict": 1, "n_probs": self._vocabulary, "temperature": 0.0, "cache_prompt": False,
+            "logit_bias": [[ord("a"), 1e3]],
         }  # fmt: skip
         answer = self._server.handle_completions(asked)
         assert "choices" in answer, answer
