@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from live import copied
 from spoil import SPOILS
 from streaming import stream_model, token_rows
 from whole_model import one_thread  # noqa: F401
@@ -54,7 +55,7 @@ def killed(model: Model, tmp_path_factory: pytest.TempPathFactory) -> list[tuple
 
     def take(what: str) -> None:
         found.append((what, taken / str(len(found))))
-        shutil.copytree(work, found[-1][1])
+        copied(work, found[-1][1])
 
     walk(model, work, Progress(label=take, step=take))
     return found

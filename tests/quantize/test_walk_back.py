@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import Ended, file_digests
+from live import copied
 from whole_model import one_thread  # noqa: F401
 
 from l4pack.calibration.text import with_text
@@ -82,7 +82,7 @@ def test_killed_on_the_walk_back_it_ends_in_the_same_bytes(plan: Plan, whole: Pa
     def take(what: str) -> None:
         if "backwards" in what or "gradient" in what or "layer 1 of 2" in what:
             taken.append((what, tmp_path / f"killed-{len(taken)}"))
-            shutil.copytree(work_folder(out), work_folder(taken[-1][1]))
+            copied(work_folder(out), work_folder(taken[-1][1]))
 
     run_plan(plan, out, shown=Shown(label=take))
     assert file_digests(out) == file_digests(whole)
@@ -97,7 +97,7 @@ def test_the_walk_back_is_done_once(plan: Plan, tmp_path: Path) -> None:
 
     def take(what: str) -> None:
         if what == "layer 2 of 2, attention, 2 streams":
-            shutil.copytree(work_folder(out), work_folder(left))
+            copied(work_folder(out), work_folder(left))
 
     run_plan(plan, out, shown=Shown(label=take))
     journal = (work_folder(left) / "journal.jsonl").read_text()
