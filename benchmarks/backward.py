@@ -24,7 +24,8 @@ import torch
 from real_size import make_checkpoint
 
 from l4pack.checkpoint.open import open_source
-from l4pack.gradient.walk import GradientWalk
+from l4pack.gradient.moments import GradientMoments, MomentsKeeper
+from l4pack.gradient.walk import BackwardWalk
 from l4pack.plan.gradient import GradientNeeds, walking_back
 from l4pack.plan.memory import Computing
 from l4pack.stream.hidden import Packed, TokenSequence
@@ -57,7 +58,8 @@ def measured(source: str, samples: int, length: int, way: str) -> dict[str, Any]
                 walk.run()
             return {"seconds": time.process_time() - started, "peak": peak_rss()}
         clock = _Clock(Path(folder))
-        GradientWalk(model, packed, Path(folder), JOB, 0, progress=Progress(label=clock.label)).run()
+        keeper = MomentsKeeper(GradientMoments(Path(folder), text.hidden_size), 0)
+        BackwardWalk(model, packed, Path(folder), JOB, 0, keeper, progress=Progress(label=clock.label)).walk()
         ended = time.process_time()
     computing = Computing(text, "cpu", 4, length, samples * length)
     needs = GradientNeeds(text, samples, samples * length, walking_back(computing), True)

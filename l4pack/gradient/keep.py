@@ -21,7 +21,7 @@ from torch import Tensor
 
 from l4pack.gradient.inputs import LayerRows
 from l4pack.gradient.layer import BackwardPass
-from l4pack.gradient.routers import margins
+from l4pack.gradient.routers import decided_by
 from l4pack.gradient.visitor import ANSWERS, GradientVisitor
 from l4pack.model.config import Llama4Config
 from l4pack.stream.hidden import Packed, Rows
@@ -107,10 +107,10 @@ class GradientKeeper(GradientVisitor):
     def _weights(self, layer: int, one: BackwardPass) -> Tensor | None:
         """What each row's margin is multiplied with; None where all experts are chosen."""
         assert one.routing is not None
-        chosen = one.routing.experts.shape[1]
-        if chosen >= one.routing.logits.shape[1]:
+        found = decided_by(one.routing)
+        if found is None:
             return None
-        mean = margins(one.routing.logits, chosen).mean()
+        mean = found.mean()
         return self.signs(layer) / mean.clamp(min=torch.finfo(mean.dtype).tiny)
 
     def signs(self, layer: int) -> Tensor:

@@ -24,17 +24,22 @@ def margins(logits: Tensor, chosen: int) -> Tensor:
     return ordered[:, chosen - 1] - ordered[:, chosen]
 
 
+def decided_by(routing: Routing) -> Tensor | None:
+    """The margins of all rows; None where all experts are chosen."""
+    chosen = routing.experts.shape[1]
+    return None if chosen >= routing.logits.shape[1] else margins(routing.logits, chosen)
+
+
 def margin_weights(routing: Routing, seed: int) -> Tensor | None:
     """What the gradient of each row's margin is multiplied with, float32 [rows]; None where there is nothing to decide.
 
     The sign, drawn with `seed` for each row, stands for the outcome: both have the same second moment about zero.
     """
-    count, experts = routing.logits.shape
-    chosen = routing.experts.shape[1]
-    if chosen >= experts:
+    found = decided_by(routing)
+    if found is None:
         return None
-    found = margins(routing.logits, chosen).double()
+    found = found.double()
     width = WIDTH * found.mean().clamp(min=1e-30)
     ahead = torch.sigmoid(found / width)
-    sign = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    sign = torch.randint(0, 2, (len(found),), generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return (STRENGTH * sign * torch.sqrt(ahead * (1 - ahead)) / width).float()

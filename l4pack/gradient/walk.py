@@ -19,7 +19,6 @@ from pydantic import Field
 from l4pack.gradient.head import Head
 from l4pack.gradient.inputs import InputKeeper, LayerRows, kept_seals
 from l4pack.gradient.layer import BackwardPass
-from l4pack.gradient.moments import GradientMoments, MomentsKeeper
 from l4pack.gradient.visitor import ANSWERS, GradientVisitor
 from l4pack.stream.compute import reproducible
 from l4pack.stream.hidden import Buffer, Packed, Rows
@@ -241,33 +240,3 @@ class BackwardWalk:
         model = self._model
         units = [unit for layer in layers for unit in layer_units(model.skeleton.config, layer)]
         self._progress.advance(sum(unit_bytes(model.weights, unit) for unit in units))
-
-
-class GradientWalk(BackwardWalk):
-    """Finds the second moments of gradients of every layer's outputs: of the answers, and of what routers decide (see
-    `routers`)."""
-
-    def __init__(
-        self,
-        model: Model,
-        packed: Packed,
-        work: Path,
-        job: Identity,
-        seed: int,
-        *,
-        kept: torch.dtype = KEPT,
-        blocks: Blocks | None = None,
-        progress: Progress | None = None,
-        ahead: bool = True,
-    ) -> None:
-        """See `BackwardWalk`."""
-        self.moments = GradientMoments(work, model.skeleton.text.hidden_size)
-        keeper = MomentsKeeper(self.moments, seed)
-        super().__init__(
-            model, packed, work, job, seed, keeper, kept=kept, blocks=blocks, progress=progress, ahead=ahead
-        )
-
-    def run(self) -> GradientMoments:
-        """Walk up and down, or go on. Raises as `walk` does."""
-        self.walk()
-        return self.moments

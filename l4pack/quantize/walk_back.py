@@ -28,7 +28,8 @@ def walk_back(
         return None
     import torch
 
-    from l4pack.gradient.walk import GradientWalk
+    from l4pack.gradient.moments import GradientMoments, MomentsKeeper
+    from l4pack.gradient.walk import BackwardWalk
     from l4pack.stream.hidden import Packed
     from l4pack.stream.lanes import Model
     from l4pack.stream.modules import Skeleton
@@ -43,8 +44,9 @@ def walk_back(
     with Weights(checkpoint, place, torch.float32) as weights:
         model = Model("source", weights, Skeleton(checkpoint.config, place, torch.float32))
         progress = Progress.of(shown, stop)
-        walk = GradientWalk(model, packed, folder, journal.identity, seed, progress=progress, ahead=back.ahead)
-        moments = walk.run()
+        moments = GradientMoments(folder, checkpoint.config.text.hidden_size)
+        keeper = MomentsKeeper(moments, seed)
+        BackwardWalk(model, packed, folder, journal.identity, seed, keeper, progress=progress, ahead=back.ahead).walk()
     if RESULT not in journal.results:
         found = {"samples": back.samples, "tokens_seen": packed.rows, "seed": seed}
         journal.record(results={RESULT: {**found, "seconds": round(time.monotonic() - started, 1)}})

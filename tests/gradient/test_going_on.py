@@ -13,7 +13,8 @@ from streaming import stream_model, token_rows
 from whole_model import one_thread  # noqa: F401
 
 from l4pack.errors import StoppedError, UsageError
-from l4pack.gradient.walk import STATE_NAME, GradientWalk
+from l4pack.gradient.moments import GradientMoments, MomentsKeeper
+from l4pack.gradient.walk import STATE_NAME, BackwardWalk
 from l4pack.stream.hidden import Packed, TokenSequence
 from l4pack.stream.lanes import Model
 from l4pack.stream.visitor import Progress
@@ -37,7 +38,8 @@ def model(checkpoint: Callable[..., Path]) -> Iterator[Model]:
 
 def walk(model: Model, work: Path, progress: Progress | None = None, job: Identity = JOB, seed: int = 0) -> list[bytes]:
     """What every file of moments holds."""
-    GradientWalk(model, PACKED, work, job, seed, progress=progress).run()
+    keeper = MomentsKeeper(GradientMoments(work, model.skeleton.text.hidden_size), seed)
+    BackwardWalk(model, PACKED, work, job, seed, keeper, progress=progress).walk()
     assert {path.name for path in work.iterdir()} == {STATE_NAME, *(f"moments-{layer}.float32" for layer in range(3))}
     return [(work / f"moments-{layer}.float32").read_bytes() for layer in range(3)]
 

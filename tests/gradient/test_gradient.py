@@ -14,7 +14,8 @@ from streaming import JOB, stream_model, token_rows
 from torch import Tensor
 from whole_model import one_thread  # noqa: F401
 
-from l4pack.gradient.walk import GradientWalk
+from l4pack.gradient.moments import GradientMoments, MomentsKeeper
+from l4pack.gradient.walk import BackwardWalk
 from l4pack.stream.hidden import Packed, TokenSequence
 from l4pack.stream.layer import Blocks
 
@@ -37,7 +38,8 @@ def walked(source: Path, sequences: Sequence[Sequence[int]], work: Path, **optio
     model = stream_model(source)
     packed = Packed([TokenSequence(tuple(ids)) for ids in sequences])
     with model.weights:
-        found = GradientWalk(model, packed, work, JOB, SEED, **options).run()
+        found = GradientMoments(work, model.skeleton.text.hidden_size)
+        BackwardWalk(model, packed, work, JOB, SEED, MomentsKeeper(found, SEED), **options).walk()
         return [found.of(layer) for layer in range(model.skeleton.text.num_hidden_layers)]
 
 
