@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,6 +127,34 @@ class Artifact:
         return tuple(spec for spec in self.layout.tensors if spec.name not in matrices)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a source as the artifact has them: quantized, or `floats` [rows, columns] (BF16 as bit patterns)."""
+
+    source: Source
+    rows: slice
+    floats: NDArray[Any] | None = None
+    quantized: Quantized | None = None
+
+    @property
+    def solved(self) -> SolvedRows | None:
+        """What is quantized, as it was solved."""
+        if self.quantized is None:
+            return None
+        assert self.source.own is not None
+        return SolvedRows(self.quantized, self.source.own[1], self.source.columns)
+
+    @property
+    def values(self) -> Float32Array:
+        """The weights, float32 [rows, columns]: exact products of integer and scale, or the floats themselves."""
+        if self.floats is not None:
+            return widen(self.floats)
+        assert self.quantized is not None
+        assert self.source.own is not None
+        count = self.rows.stop - self.rows.start
+        return Dequantizer(self.quantized, self.source.own[1], count, self.source.columns).whole()
+
+
 class Rows:
     """Reads rows of an artifact; safe to use from several threads at once."""
 
@@ -135,26 +163,13 @@ class Rows:
         self._reader = reader
         self._matrices = matrices_of(artifact.checkpoint, reader)
 
-    def solved(self, source: Source, rows: slice) -> SolvedRows:
-        """Rows of a quantized matrix as they were solved."""
-        assert source.own is not None
-        return SolvedRows(self._quantized(source, rows), source.own[1], source.columns)
-
-    def floats(self, source: Source, rows: slice) -> NDArray[Any]:
-        """Rows [rows, columns] of what is not quantized, as it is stored (BF16 as bit patterns)."""
-        if source.linear is not None:
-            block = self._matrices.slab([source.linear], rows).blocks()[0]
-            return np.ascontiguousarray(block.out_in)
-        if len(self._entries[source.name].shape) == 1:
-            return self._reader.tensor(source.name)[None]
-        return self._reader.matrix(source.name, None, rows)
-
-    def values(self, source: Source, rows: slice) -> Float32Array:
-        """The weights, float32 [rows, columns]: exact products of integer and scale, or the floats themselves."""
-        if source.own is None:
-            return widen(self.floats(source, rows))
-        count = rows.stop - rows.start
-        return Dequantizer(self._quantized(source, rows), source.own[1], count, source.columns).whole()
+    def pieces(self, source: Source) -> Iterator[Piece]:
+        """A matrix or another tensor, some rows at a time. Raises SourceError."""
+        for step in source.steps():
+            if source.own is None:
+                yield Piece(source, step, floats=self._floats(source, step))
+            else:
+                yield Piece(source, step, quantized=self._quantized(source, step))
 
     def scales(self, source: Source) -> tuple[Float32Array, Float32Array | None]:
         """float32 [rows, groups] scales of a whole integer matrix, and its zero points (levels), without its values."""
@@ -167,6 +182,14 @@ class Rows:
         if words is not None:
             zero_point = unpack_zero_points(words, scheme.num_bits, source.rows).astype(np.float32)
         return widen(held[Holds.SCALE]), zero_point
+
+    def _floats(self, source: Source, rows: slice) -> NDArray[Any]:
+        if source.linear is not None:
+            block = self._matrices.slab([source.linear], rows).blocks()[0]
+            return np.ascontiguousarray(block.out_in)
+        if len(self._entries[source.name].shape) == 1:
+            return self._reader.tensor(source.name)[None]
+        return self._reader.matrix(source.name, None, rows)
 
     def _quantized(self, source: Source, rows: slice) -> Quantized:
         assert source.own is not None

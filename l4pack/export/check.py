@@ -63,7 +63,7 @@ def check_export(folder: Path, checkpoint: Checkpoint) -> ExportCheck:
     assert store is not None
     with Reader(checkpoint.entries, store.path) as reader:
         try:
-            return ExportCheck((), prove(plan, folder, Rows(plan.artifact, reader), threading.Event(), whole=True))
+            return ExportCheck((), prove(plan, folder, Rows(plan.artifact, reader), threading.Event()))
         except StoppedError:
             raise
         except L4packError as error:

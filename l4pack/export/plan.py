@@ -110,7 +110,7 @@ class ExportPlan:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of the artifact that are carried; proving reads them again, and what was written."""
+        """Bytes of the artifact that are carried; what is written is read back as well."""
         return sum(self.artifact.nbytes(source) for one in self.carried for source in one.sources)
 
     @property

@@ -1,4 +1,4 @@
-"""The proof of an export: every tensor is read back and compared with the artifact's, bit for bit.
+"""The proof of an export: every tensor is read back once it is written and compared with the artifact's, bit for bit.
 
 The other format's own library decodes some rows of every matrix, and all of them where it is asked to; of the others,
 codes and scales are compared as integers where a type's layout is known here.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from l4pack.checkpoint.shards import FilePlace
 from l4pack.errors import L4packError
-from l4pack.export.artifact import Rows, Source
+from l4pack.export.artifact import Piece, Rows, Source
 from l4pack.export.plan import ExportPlan
 from l4pack.export.target import Carried, OutTensor
 from l4pack.quant.floats import Float32Array
@@ -60,30 +60,89 @@ class _Tally:
                 self.error = max(self.error, error)
 
 
-def prove(plan: ExportPlan, folder: Path, rows: Rows, stop: threading.Event, *, whole: bool = False) -> Proof:
-    """Read back all that was written in `folder`. Raises L4packError naming what differs, StoppedError.
+class Proving:
+    """Compares files with the artifact: matrix by matrix, while they are written or once they are."""
 
-    `whole`: by the client's library to the last weight, which takes longer.
-    """
-    _check_heads(plan, folder)
-    places = plan.target.opened(folder, plan.layout)
-    lossy = {one.where for one in plan.rounded}
-    tally = _Tally()
-    items = [(one, number) for one in plan.carried for number in range(len(one.sources))]
-    with _Files(folder, places) as files:
-        compare = _Comparison(plan, files, rows, whole)
+    def __init__(self, plan: ExportPlan, folder: Path, *, whole: bool = False) -> None:
+        """`whole`: by the client's library to the last weight, which takes longer.
+
+        Raises L4packError where a file's head is not the plan's, or that library finds other tensors in it.
+        """
+        _check_heads(plan, folder)
+        self._plan = plan
+        self._files = _Files(folder, plan.target.opened(folder, plan.layout))
+        self._whole = whole
+        self._lossy = {one.where for one in plan.rounded}
+        self._tally = _Tally()
+
+    def __enter__(self) -> Proving:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    @property
+    def proof(self) -> Proof:
+        """What was read back so far."""
+        found = self._tally
+        by = self._plan.target.proved_by
+        return Proof(by, found.matrices, found.weights, found.decoded, found.rounded, found.error)
+
+    def constant(self, carried: Carried) -> None:
+        """Read back what follows from the configuration. Raises L4packError."""
+        assert carried.constant is not None
+        _same(self._files.rows(carried.tensors[0], slice(0, 1))[0].view(np.float32), carried.constant, carried.name)
+
+    def matrix(self, carried: Carried, number: int, pieces: Iterable[Piece]) -> None:
+        """Read back source `number` of `carried`, each of its pieces once it is handed over. Raises L4packError."""
+        source, decoded, error, squares = carried.sources[number], 0, 0.0, 0.0
+        rounded = carried.rounded_to is not None or any(one.name in self._lossy for one in carried.sources)
+        for piece in pieces:
+            raw = self._written(carried, number, piece)
+            if not (rounded or self._whole or piece.rows.start == 0) and self._by_integers(carried, raw, piece):
+                continue
+            found, wanted = self._plan.target.decode(carried, raw), piece.values
+            decoded += wanted.size
+            if not rounded:
+                _same(found, wanted, source.name)
+                continue
+            error = max(error, float(np.abs(found - wanted).max()))
+            squares += float(np.square(wanted, dtype=np.float64).sum())
+        rms = max(np.sqrt(squares / (source.rows * source.columns)), 1e-30)
+        self._tally.add(source, decoded, error / rms if rounded else None)
+
+    def _written(self, carried: Carried, number: int, piece: Piece) -> list[NDArray[np.uint8]]:
+        first = number * piece.source.rows
+        rows = slice(first + piece.rows.start, first + piece.rows.stop)
+        return [self._files.rows(one, rows) for one in carried.tensors]
+
+    def _by_integers(self, carried: Carried, raw: list[NDArray[np.uint8]], piece: Piece) -> bool:
+        """Whether some rows were compared without decoding them; raises L4packError where they differ."""
+        if piece.floats is not None:
+            # Floats that were widened are compared as numbers.
+            return len(raw) == 1 and np.array_equal(raw[0].reshape(-1), piece.floats.reshape(-1).view(np.uint8))
+        assert piece.solved is not None
+        same = self._plan.target.same_codes(carried, raw, piece.solved)
+        if same is False:
+            raise _differs(piece.source.name)
+        return same is True
+
+
+def prove(plan: ExportPlan, folder: Path, rows: Rows, stop: threading.Event) -> Proof:
+    """Read back all of a finished export by the client's library. Raises L4packError naming what differs, StoppedError."""
+    with Proving(plan, folder, whole=True) as proving:
         for one in plan.carried:
             if one.constant is not None:
-                _same(files.rows(one.tensors[0], slice(0, 1))[0].view(np.float32), one.constant, one.name)
+                proving.constant(one)
 
         def do(item: tuple[Carried, int]) -> None:
             carried, number = item
-            rounded = carried.rounded_to is not None or any(source.name in lossy for source in carried.sources)
-            tally.add(carried.sources[number], *compare.matrix(carried, number, rounded=rounded))
+            proving.matrix(carried, number, rows.pieces(carried.sources[number]))
 
+        items = [(one, number) for one in plan.carried for number in range(len(one.sources))]
         in_threads(items, do, plan.workers, lambda: None, stop)
-    check_stop(stop)
-    return Proof(plan.target.proved_by, tally.matrices, tally.weights, tally.decoded, tally.rounded, tally.error)
+        check_stop(stop)
+        return proving.proof
 
 
 def _check_heads(plan: ExportPlan, folder: Path) -> None:
@@ -91,45 +150,6 @@ def _check_heads(plan: ExportPlan, folder: Path) -> None:
         with (folder / shard.file).open("rb") as stream:
             if stream.read(len(shard.prefix)) != shard.prefix:
                 raise _differs(shard.file)
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    plan: ExportPlan
-    files: _Files
-    rows: Rows
-    whole: bool
-
-    def matrix(self, carried: Carried, number: int, *, rounded: bool) -> tuple[int, float | None]:
-        """Weights that the library decoded; None where a matrix is the artifact's, else the largest error over its rms."""
-        source, decoded, error, squares = carried.sources[number], 0, 0.0, 0.0
-        for step in source.steps():
-            raw = self._written(carried, number, step)
-            if not (rounded or self.whole or step.start == 0) and self._by_integers(carried, raw, source, step):
-                continue
-            found, wanted = self.plan.target.decode(carried, raw), self.rows.values(source, step)
-            decoded += wanted.size
-            if not rounded:
-                _same(found, wanted, source.name)
-                continue
-            error = max(error, float(np.abs(found - wanted).max()))
-            squares += float(np.square(wanted, dtype=np.float64).sum())
-        return decoded, error / max(np.sqrt(squares / (source.rows * source.columns)), 1e-30) if rounded else None
-
-    def _written(self, carried: Carried, number: int, step: slice) -> list[NDArray[np.uint8]]:
-        first = number * carried.sources[number].rows
-        return [self.files.rows(one, slice(first + step.start, first + step.stop)) for one in carried.tensors]
-
-    def _by_integers(self, carried: Carried, raw: list[NDArray[np.uint8]], source: Source, step: slice) -> bool:
-        """Whether some rows were compared without decoding them; raises L4packError where they differ."""
-        if source.own is None:
-            stored = self.rows.floats(source, step)
-            # Floats that were widened are compared as numbers.
-            return len(raw) == 1 and np.array_equal(raw[0].reshape(-1), stored.reshape(-1).view(np.uint8))
-        same = self.plan.target.same_codes(carried, raw, self.rows.solved(source, step))
-        if same is False:
-            raise _differs(source.name)
-        return same is True
 
 
 def _same(found: Float32Array, wanted: Float32Array, name: str) -> None:
@@ -151,10 +171,8 @@ class _Files:
         self._places = places
         self._files = {file: os.open(folder / file, os.O_RDONLY) for file in {one.file for one in places.values()}}
 
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close every file."""
         for descriptor in self._files.values():
             os.close(descriptor)
 

@@ -1,4 +1,4 @@
-"""Carrying out an export: threads, a journal, a proof, and a folder that appears when all of it is proved."""
+"""Carrying out an export: threads that write and prove, a journal, and a folder that appears when all of it is proved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from l4pack.errors import SourceError, UsageError
 from l4pack.export.artifact import Rows
 from l4pack.export.carry import carry
 from l4pack.export.plan import ExportPlan
-from l4pack.export.prove import Proof, prove
+from l4pack.export.prove import Proof, Proving
 from l4pack.export.record import RECORD_NAME
 from l4pack.export.target import Carried
 from l4pack.plan.memory import check_room
@@ -32,7 +32,7 @@ _KIND = "export"
 _JOURNAL = "journal.jsonl"
 _FILES = "files"
 _OWN_NAMES = {_JOURNAL, f"{_JOURNAL}.tmp", _FILES, LOCK_NAME, mark_name(_KIND)}
-_DONE = ""  # the journal's word for what a piece of work wrote: the proof reads all of it again
+_DONE = ""  # the journal's word for what a piece of work wrote: a run that goes on reads all of it again
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ def _work(plan: ExportPlan, work: Path, shown: Shown, stop: threading.Event) -> 
             rows = Rows(plan.artifact, reader)
             writer = ShardWriter(folder, plan.layout.shards, plan.layout.places)
             try:
-                _carry_all(plan, rows, writer, journal, shown, stop)
+                with Proving(plan, folder) as proving:
+                    _carry_all(plan, rows, writer, proving, journal, shown, stop)
+                    proof = proving.proof
             finally:
                 writer.close()
             _write_beside(plan, folder)
-            shown.step("proving")
-            proof = prove(plan, folder, rows, stop)
             changed = reader.changed()
         if changed is not None or plan.identity().changes(begun_as.parts):
             raise SourceError(
@@ -124,17 +124,28 @@ def _work(plan: ExportPlan, work: Path, shown: Shown, stop: threading.Event) -> 
 
 
 def _carry_all(
-    plan: ExportPlan, rows: Rows, writer: ShardWriter, journal: Journal, shown: Shown, stop: threading.Event
+    plan: ExportPlan,
+    rows: Rows,
+    writer: ShardWriter,
+    proving: Proving,
+    journal: Journal,
+    shown: Shown,
+    stop: threading.Event,
 ) -> None:
-    """Do what the journal doesn't have."""
+    """Carry what the journal doesn't have, and prove all of it: nothing that an earlier run left is believed."""
     tasks = [_Task(one, number) for one in plan.carried for number in range(max(1, len(one.sources)))]
-    todo = [task for task in tasks if task.key not in journal.finished]
-    shown.advance(plan.read_bytes - sum(_nbytes(plan, task) for task in todo))
+    carried_before = set(journal.finished)
     done: list[_Task] = []
     lock = threading.Lock()
 
     def do(task: _Task) -> None:
-        carry(task.carried, task.number, rows, writer)
+        if task.carried.constant is not None:
+            writer.write(task.carried.name, 0, task.carried.constant)
+            proving.constant(task.carried)
+        elif task.key in carried_before:
+            proving.matrix(task.carried, task.number, rows.pieces(task.carried.sources[task.number]))
+        else:
+            proving.matrix(task.carried, task.number, carry(task.carried, task.number, rows, writer))
         with lock:
             done.append(task)
 
@@ -144,10 +155,10 @@ def _carry_all(
             done.clear()
         if finished:
             writer.sync()
-            journal.record(finished={task.key: _DONE for task in finished})
+            journal.record(finished={task.key: _DONE for task in finished if task.key not in carried_before})
             shown.advance(sum(_nbytes(plan, task) for task in finished))
 
-    in_threads(todo, do, plan.workers, settle, stop)
+    in_threads(tasks, do, plan.workers, settle, stop)
     settle()
     check_stop(stop)
 

@@ -15,7 +15,9 @@ from killing import Killed, killed_after
 from safetensors import safe_open
 from upstream import decompressed, weights
 
+from l4pack.checkpoint.journal import Journal
 from l4pack.checkpoint.open import open_source
+from l4pack.checkpoint.writer import ShardWriter
 from l4pack.containers.gguf_text import context_length
 from l4pack.errors import L4packError, UsageError
 from l4pack.export.gguf import Gguf
@@ -341,20 +343,48 @@ def test_a_killed_export_goes_on_and_ends_in_the_same_bytes(exported, tmp_path, 
         run_export(other, tmp_path / "out")
 
 
+def spoil(folder, plan):
+    """Change two bytes of a tensor."""
+    place = plan.layout.places["blk.2.ffn_up_exps.weight"]
+    with (folder / place.file).open("r+b") as stream:
+        stream.seek(place.start + 40)
+        stream.write(b"\x55\x55")
+
+
 def test_a_byte_that_changed_is_found_by_the_proof(exported, tmp_path, monkeypatch):
     _, plan, _ = exported("scout")
-    file, place = plan.layout.shards[0].file, plan.layout.places["blk.2.ffn_up_exps.weight"]
+    write = ShardWriter.write
 
-    def spoiling(self, folder, layout):
-        with (folder / file).open("r+b") as stream:
-            stream.seek(place.start + 40)
-            stream.write(b"\x55\x55")
-        return layout.places
+    def spoiling(self, name, offset, data):
+        write(self, name, offset, data)
+        if (name, offset) == ("blk.2.ffn_up_exps.weight", 0):
+            spoil(tmp_path / "out.partial" / "files", plan)
 
-    monkeypatch.setattr(Gguf, "opened", spoiling)
+    monkeypatch.setattr(ShardWriter, "write", spoiling)
     with pytest.raises(L4packError, match=r"layers\.2\.feed_forward\.experts.*is not in the export as it is"):
         run_export(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_export_left_is_proved_again(exported, tmp_path, monkeypatch):
+    _, plan, _ = exported("scout")
+    record = Journal.record
+
+    def dying(self, finished=None, **others):
+        record(self, finished, **others)
+        if any(key.startswith("blk.2.ffn_up_exps.weight 0") for key in finished or ()):
+            raise Killed
+
+    monkeypatch.setattr("l4pack.work.threads.SYNC_SECONDS", 0.001)
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "record", dying)
+        with pytest.raises(Killed):
+            run_export(plan, tmp_path / "out")
+    spoil(tmp_path / "out.partial" / "files", plan)
+    with pytest.raises(L4packError, match=r"layers\.2\.feed_forward\.experts.*is not in the export as it is") as error:
+        run_export(plan, tmp_path / "out")
+    assert "--restart" in error.value.hint
+    assert run_export(plan, tmp_path / "out", restart=True).proof is not None
 
 
 def test_parts_are_named_and_filled_as_llama_cpp_does(exported, tmp_path):
