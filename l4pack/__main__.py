@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import sys
 
@@ -22,6 +23,7 @@ def main() -> None:
         ended = _run()
     except KeyboardInterrupt:
         ended = INTERRUPTED
+    gc.freeze()  # or leaving goes through every object of torch and transformers, for over a second
     if ended == INTERRUPTED:
         _refuse("interrupted", "run the same command again", INTERRUPTED)
     sys.exit(ended)

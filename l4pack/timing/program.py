@@ -15,9 +15,10 @@ from pathlib import Path
 from l4pack.timing.work import Kind
 
 MOST_LOADING = 1.5
-KERNELS = ("l4pack.quantize.run", "l4pack.quant.cpu")
+KERNELS = ("typer", "rich.progress", "l4pack.quantize.run", "l4pack.quant.cpu")
 LIBRARIES = (
     "l4pack.calibration.run",
+    "l4pack.text.sequences",
     "transformers.models.llama4.modeling_llama4",
     "transformers.tokenization_utils_tokenizers",
 )
