@@ -26,6 +26,7 @@ from l4pack.cli.options import (
     AllowRequantizeOption,
     AsJsonOption,
     BaseModelOption,
+    BestOption,
     BitsOption,
     CalibrationOption,
     CalibrationSamplesOption,
@@ -104,6 +105,7 @@ def build(
     recipe: RecipeOption[str | None] = None,
     lora: LoraOption = None,
     fit: FitRecipeOption = False,
+    best: BestOption = False,
     device: DeviceOption[str | None] = None,
     context: ContextOption = None,
     sequences: SequencesOption[int | None] = None,
@@ -177,9 +179,11 @@ def build(
     )
     before: list[Step] = []
     if fit:
-        wish = _wish(recipe, device, context, sequences, kv_dtype, max_bytes, bits, runtime, gpu_layers)
+        wish = _wish(recipe, device, context, sequences, kv_dtype, max_bytes, bits, runtime, gpu_layers, best=best)
         step, path = fit_recipe(checkpoint, _sensitivity(checkpoint, sensitivity, runtime), wish, out)
         before, recipe = [step], str(path)
+    elif best:
+        raise UsageError("--best goes with --fit", hint="add --fit, or use --recipe int4-best")
     elif max_bytes or bits or sensitivity:
         raise UsageError("--max-bytes, --bits and --sensitivity go with --fit", hint="add --fit, or leave them out")
     hours = Hours(on, devices, price, chosen_device, out.parent, planned=dry_run)
@@ -321,6 +325,8 @@ def _wish(
     bits: float | None,
     runtime: str,
     gpu_layers: int | None,
+    *,
+    best: bool,
 ) -> Wish:
     """What to fit to: the device's load, unless bytes or bits are named; then the device is checked afterwards."""
     from l4pack.fit.budgets import Wish
@@ -329,10 +335,11 @@ def _wish(
         raise UsageError("--fit chooses the recipe itself", hint="leave --recipe out, or --fit")
     size = given_size(max_bytes)
     if size is not None or bits is not None:
-        wish = Wish(max_bytes=size, bits=bits, runtime=runtime)
+        wish = Wish(max_bytes=size, bits=bits, runtime=runtime, best=best)
     else:
         wish = Wish(
-            device=device, context=context, sequences=sequences, kv_dtype=kv_dtype, runtime=runtime, gpu_layers=gpu_layers
+            device=device, context=context, sequences=sequences, kv_dtype=kv_dtype, runtime=runtime,
+            gpu_layers=gpu_layers, best=best,
         )  # fmt: skip
     wish.check()
     return wish

@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from l4pack.cli import console
 from l4pack.cli.options import (
     AsJsonOption,
+    BestOption,
     BitsOption,
     ByOption,
     ChartOption,
@@ -48,6 +49,7 @@ def fit(
     bits: BitsOption = None,
     runtime: RuntimeOption = "vllm",
     by: ByOption = None,
+    best: BestOption = False,
     sensitivity: SensitivityFileOption = None,
     out: OutOption[Path] = Path("fit.yaml"),
     chart: ChartOption = None,
@@ -70,7 +72,7 @@ def fit(
     from l4pack.work.files import write_atomic
 
     size = given_size(max_bytes)
-    wish = Wish(size, bits, device, context, sequences, kv_dtype, runtime, by, gpu_layers)
+    wish = Wish(size, bits, device, context, sequences, kv_dtype, runtime, by, gpu_layers, best)
     wish.check()
     check_file(out)
     if chart is not None:

@@ -168,7 +168,8 @@ class _Fit:
         by = ", by the sensitivities of a stand-in" if self._losses.stand_in else ""
         title = f"Fitted to a budget: predicted KL {kl:.3e}{by}"  # as long for every budget: it is in the artifact
         promise = self._promise()
-        return recipe_values(recipe_name(self._stem), title, units, picks, self._losses.options, promise)
+        name, options = recipe_name(self._stem), self._losses.options
+        return recipe_values(name, title, units, picks, options, promise, best=self._wish.best)
 
     def _promise(self) -> Promise | None:
         """What the recipe is made for, when it is for a device and a model that promises name."""
@@ -195,6 +196,8 @@ class _Fit:
             f"to be loaded by {', '.join(RUNTIMES) if wish.runtime == ANY else wish.runtime}; {proven}.",
             f"Predicted KL {solution.loss:.6g} nats, the sum of what each choice alone does.",
         ]
+        if wish.best:
+            lines.append("MLPs of four bits are solved for the model's end, which harms less than was predicted.")
         if losses.stand_in:
             lines.append(
                 f"The sensitivities are a stand-in's, measured on {losses.measured_on}: carried over, not measured here."

@@ -18,6 +18,8 @@ from l4pack.model.tensors import Role
 from l4pack.recipe import KEEP, Promise, Recipe, RecipeScheme, load_recipe
 
 LIKE = "int4"  # calibrated as this shipped recipe is
+LIKE_BEST = "int4-best"  # the same of what is solved for the model's end
+_BEST = "-best"  # ends the name of an option that is
 _NAME = re.compile(r"[^a-z0-9._-]+")
 
 
@@ -28,9 +30,17 @@ def recipe_values(
     picks: Picks,
     options: Mapping[str, RecipeScheme],
     promise: Promise | None = None,
+    *,
+    best: bool = False,
 ) -> dict[str, Any]:
-    """A recipe's keys, as short as they can be: layers are named only where those of a role differ."""
+    """A recipe's keys, as short as they can be: layers are named only where those of a role differ.
+
+    `best`: MLPs of four bits are solved for the model's end.
+    """
     rules = _rules(units, picks)
+    if best:
+        options = {**options, **for_the_end(options)}
+        rules = [part for rule in rules for part in _for_the_end(rule, options)]
     used = dict.fromkeys(rule["scheme"] for rule in rules)
     values: dict[str, Any] = {
         "name": name,
@@ -39,10 +49,20 @@ def recipe_values(
         "rules": [*rules, {"roles": "all", "scheme": KEEP}],
     }
     if any(options[option].calibrated for option in used):
-        values["calibration"] = _plain(load_recipe(LIKE).calibration)
+        like = LIKE_BEST if any(option.endswith(_BEST) for option in used) else LIKE
+        values["calibration"] = _plain(load_recipe(like).calibration)
     if promise is not None:
         values["promise"] = _plain(promise)
     return values
+
+
+def for_the_end(options: Mapping[str, RecipeScheme]) -> dict[str, RecipeScheme]:
+    """The options of four bits that are solved, as they are where errors are weighed by what they do to the model's end."""
+    return {
+        f"{name}{_BEST}": scheme.model_copy(update={"gptq": scheme.gptq.model_copy(update={"two_sided": True})})
+        for name, scheme in options.items()
+        if scheme.gptq is not None and scheme.num_bits == 4
+    }
 
 
 def parse_values(values: Mapping[str, Any], where: str) -> Recipe:
@@ -88,6 +108,17 @@ def _rules(units: Sequence[UnitChoices], picks: Picks) -> list[dict[str, Any]]:
         | {"scheme": option}
         for (option, numbers), roles in together.items()
     ]
+
+
+def _for_the_end(rule: Mapping[str, Any], options: Mapping[str, RecipeScheme]) -> list[dict[str, Any]]:
+    """A rule, its MLPs apart where their scheme can be solved for the model's end; attention's can't."""
+    solved = f"{rule['scheme']}{_BEST}"
+    if solved not in options:
+        return [dict(rule)]
+    attention = [role for role in rule["roles"] if role == Role.ATTENTION]
+    mlps = [role for role in rule["roles"] if role != Role.ATTENTION]
+    parts = [(mlps, solved), (attention, rule["scheme"])]
+    return [{**rule, "roles": roles, "scheme": scheme} for roles, scheme in parts if roles]
 
 
 def _plain(model: Any) -> dict[str, Any]:

@@ -72,6 +72,28 @@ def test_the_recipe_runs(l4pack, at):
     assert l4pack("verify", "made", "--against", at).code == 0
 
 
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """A measurement of the demo whose MLPs can be solved, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    synthetic(open_source("demo"), options=("int4", "int8", "fp8")).write(tmp_path / "s.json")
+
+
+def test_best_solves_mlps_of_four_bits_for_the_models_end(l4pack, demo):
+    asked = ["fit", "demo", "--bits", "5", "--sensitivity", "s.json", "--json"]
+    plain, best = json.loads(l4pack(*asked).out), json.loads(l4pack(*asked, "--best", "--out", "best.yaml").out)
+    assert plain["choice"] == best["choice"]
+    made, before = load_recipe("best.yaml"), load_recipe("fit.yaml")
+    solved = {name for name, scheme in made.schemes.items() if scheme.gptq is not None and scheme.gptq.two_sided}
+    assert solved == {"int4-best"}
+    assert solved.isdisjoint(rule.scheme for rule in made.rules if "attention" in rule.roles)
+    assert (made.calibration.gradient_samples, set(made.schemes) - solved) == (64, set(before.schemes) - {"int4"})
+    planned = [json.loads(l4pack("plan", "demo", "--recipe", name, "--json").out) for name in ("best.yaml", "fit.yaml")]
+    assert planned[0]["weight_bytes"] == planned[1]["weight_bytes"]
+    assert planned[0]["artifact_bytes"] == best["artifact_bytes"]
+    assert "solved for the model's end" in Path("best.yaml").read_text()
+
+
 def test_a_shipped_stand_in_is_used_and_named_loudly(l4pack, at):
     ended = l4pack("fit", at, "--bits", "10", "--json")
     assert ended.code == 0
@@ -153,6 +175,7 @@ def test_build_fits_first_and_goes_on_where_it_stopped(l4pack, tmp_path, monkeyp
         (["--fit"], "one budget"),
         (["--bits", "5"], "go with --fit"),
         (["--max-bytes", "5GB"], "go with --fit"),
+        (["--best"], "--recipe int4-best"),
     ],
 )
 def test_build_options_that_make_no_sense(l4pack, at, options, says):

@@ -39,6 +39,14 @@ ByOption = Annotated[
         help="Whether layers of a role may differ; layer where the model itself was measured, role with a stand-in.",
     ),
 ]
+BestOption = Annotated[
+    bool,
+    typer.Option(
+        "--best",
+        help="Solve the MLPs of four bits that fit chooses for the model's end, as `int4-best` does: "
+        "about a quarter less KL at the same bytes, for about twice the time of quantizing.",
+    ),
+]
 MeasuredOptionsOption = Annotated[
     str | None,
     typer.Option(
