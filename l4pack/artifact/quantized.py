@@ -6,8 +6,9 @@ every other format (int-quantized, mxfp8, activation-ordered groups) through com
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from l4pack.artifact.patterns import matches, pattern
 from l4pack.artifact.stanza import METHOD, MIXED, StanzaGroup, read_stanza
 from l4pack.errors import L4packError
-from l4pack.formats.configuration import as_compressed_tensors, read_scheme
+from l4pack.formats.configuration import SCHEME_KEYS, as_compressed_tensors, read_scheme
 from l4pack.formats.format import Format
 from l4pack.formats.known import FORMATS
 from l4pack.formats.super_blocks import GGML_Q4_K
@@ -29,11 +30,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Given:
-    """What a config group gives its modules: the format on disk, and the scheme as compressed-tensors and l4pack have it."""
+    """What a config group gives its modules: the format on disk, and the scheme as l4pack has it."""
 
+    group: str
     format: str
-    scheme: QuantizationScheme
     own: tuple[Format, Scheme] | None  # None where l4pack does not read the tensors itself
+    schemes: Callable[[], Mapping[str, QuantizationScheme]]
+
+    @property
+    def scheme(self) -> QuantizationScheme:
+        """The scheme as compressed-tensors has it, which brings torch along. Raises L4packError."""
+        return self.schemes()[self.group]
 
 
 class Quantization:
@@ -42,17 +49,29 @@ class Quantization:
     def __init__(self, given: Mapping[str, Any], modules: Collection[str] = ()) -> None:
         """Read a stanza; an empty one means that nothing is quantized. Raises L4packError.
 
-        `modules` are those that will be asked for: expressions are matched with them at once.
+        `modules` are those that will be asked for: expressions are matched with them at once. What a group says of a
+        format that is read here need not be asked of compressed-tensors; `check` does that of all.
         """
         stanza = read_stanza(given)
         self._ignore = [str(entry) for entry in stanza.ignore]
         self._groups: list[tuple[list[str], Given]] = []
+        self._schemes = cache(lambda: _schemes(given))
         if given:
-            schemes = _schemes(given)
-            self._groups = [([str(one) for one in group.targets], _given(group, schemes)) for group in stanza.groups]
+            _check_method(given)
+            self._groups = [([str(one) for one in group.targets], self._given(group)) for group in stanza.groups]
         for entry in (*self._ignore, *(target for targets, _ in self._groups for target in targets)):
             if entry.startswith("re:"):
                 pattern(entry[3:]).prepare(modules)
+
+    def _given(self, group: StanzaGroup) -> Given:
+        form = group.format or "dense"
+        own = _own_as_stated(form, group.weights) or own_format(self._schemes()[group.name], form)
+        return Given(group.name, form, own, self._schemes)
+
+    def check(self) -> None:
+        """Raise L4packError for a stanza that compressed-tensors does not take."""
+        if self._groups:
+            self._schemes()
 
     @property
     def reads_all(self) -> bool:
@@ -75,13 +94,16 @@ class Quantization:
         )
 
 
-def _schemes(given: Mapping[str, Any]) -> dict[str, QuantizationScheme]:
-    """Every group's scheme by compressed-tensors' own rules, what the file leaves out filled in. Raises L4packError."""
+def _check_method(given: Mapping[str, Any]) -> None:
     if given.get("quant_method") != METHOD:
         raise L4packError(
             f"quant_method is {given.get('quant_method')!r}; l4pack reads compressed-tensors artifacts",
             hint="quantize the original checkpoint with `l4pack quantize`",
         )
+
+
+def _schemes(given: Mapping[str, Any]) -> dict[str, QuantizationScheme]:
+    """Every group's scheme by compressed-tensors' own rules, what the file leaves out filled in. Raises L4packError."""
     from compressed_tensors.quantization import QuantizationConfig
 
     try:
@@ -110,22 +132,25 @@ def _is_own(group: Any, form: Any) -> bool:
     return isinstance(group, Mapping) and (group.get("format") or form) == GGML_Q4_K.name and "weights" in group
 
 
-def _given(group: StanzaGroup, schemes: Mapping[str, QuantizationScheme]) -> Given:
-    scheme, form = schemes[group.name], group.format or "dense"
-    return Given(form, scheme, own_format(scheme, form))
+def _own_as_stated(format_name: str, weights: Mapping[str, Any] | None) -> tuple[Format, Scheme] | None:
+    """The same as `own_format` of weights that leave nothing to be filled in, as l4pack writes them; None of others."""
+    if weights is None or not weights.keys() >= {"actorder", *SCHEME_KEYS}:
+        return None
+    return _own(format_name, weights)
 
 
 def own_format(scheme: QuantizationScheme, format_name: str) -> tuple[Format, Scheme] | None:
     """The format and scheme of matrices that this package reads back itself; None where it doesn't."""
-    form, weights = FORMATS.get(format_name), scheme.weights
-    if form is None or weights is None:
+    return None if scheme.weights is None else _own(format_name, scheme.weights.model_dump(mode="json"))
+
+
+def _own(format_name: str, weights: Mapping[str, Any]) -> tuple[Format, Scheme] | None:
+    form, given = FORMATS.get(format_name), dict(weights)
+    if form is None or given["actorder"] in ("group", "dynamic"):
         return None
-    given = weights.model_dump(mode="json")
     if form.accepts.scale_dtype is not None:
         given["scale_dtype"] = form.accepts.scale_dtype.value
-    if given.get("actorder") in ("group", "dynamic"):
-        return None
-    if given.get("strategy") not in (Strategy.GROUP, Strategy.TENSOR_GROUP):
+    if given["strategy"] not in (Strategy.GROUP, Strategy.TENSOR_GROUP):
         given["group_size"] = None  # compressed-tensors has -1 for whole rows
     try:
         own = read_scheme(given)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from l4pack.export.record import RECORD_NAME, RECORD_VERSION
 from l4pack.export.target import Carried, Layout, OutTensor, Target
 from l4pack.formats.carrier import Carrier, RowPart
 from l4pack.model.tensors import Linear, Role
-from l4pack.plan.memory import MODEL_LOADED
+from l4pack.plan.memory import KERNELS_LOADED, MODEL_LOADED
 from l4pack.quant.scheme import Scheme
 from l4pack.work import machine
 from l4pack.work.identity import Identity
@@ -128,7 +129,7 @@ class ExportPlan:
         """Most resident memory of a run."""
         largest = max(_step_weights(source) for one in self.carried for source in one.sources)
         headers = sum(len(shard.prefix) for shard in self.layout.shards)
-        return MODEL_LOADED + self.workers * largest * _STEP_BYTES + headers * _TOKEN_FACTOR
+        return _loaded() + self.workers * largest * _STEP_BYTES + headers * _TOKEN_FACTOR
 
     def identity(self) -> Identity:
         """Everything that decides the bytes."""
@@ -299,6 +300,11 @@ def _refusal(target: Target, rounded: Sequence[Rounded]) -> UsageError:
     return UsageError(f"{target.name} can't carry {first.where} exactly: {first.why}{others}", hint=_NEAREST)
 
 
+def _loaded() -> int:
+    """Memory before the first buffer: compressed-tensors brings torch, where it had to be asked what a stanza means."""
+    return MODEL_LOADED if "torch" in sys.modules else KERNELS_LOADED
+
+
 def _step_weights(source: Source) -> int:
     longest: int = max(step.stop - step.start for step in source.steps())
     return longest * source.columns
@@ -307,5 +313,5 @@ def _step_weights(source: Source) -> int:
 def _workers(carried: Sequence[Carried], max_ram: int | None) -> int:
     """A thread a core and one for the disk, as far as memory goes."""
     largest = max(_step_weights(source) for one in carried for source in one.sources)
-    room = machine.memory(max_ram).nbytes - MODEL_LOADED
+    room = machine.memory(max_ram).nbytes - _loaded()
     return max(1, min(machine.cores() + 1, room // (max(largest, STEP) * _STEP_BYTES)))

@@ -8,7 +8,6 @@ them against the decoder of the gguf library for every code. It takes a tenth of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from l4pack.formats.carrier import Carrier, SolvedRows
 from l4pack.formats.ggml import BLOCK, MXFP4, Q4_0, Q4_K, Q8_0
 from l4pack.formats.mlx import Affine, Microscaling
 from l4pack.quant.floats import HELD_AS, widen
-from l4pack.quant.nibbles import HALF_BLOCK, HALF_RUN, differing
+from l4pack.quant.nibbles import HALF_BLOCK, HALF_RUN, differing, halves_differ
 from l4pack.quant.superblocks import HEADER, SUPER
 
 _SIGN = np.uint8(0x80)  # between a code of eight bits that begins at 0 and one in two's complement
@@ -35,7 +34,8 @@ def same_codes(carrier: Carrier, raw: NDArray[np.uint8], rows: SolvedRows) -> bo
         scales = rows.quantized.scale.reshape(count, blocks, first)
         half = HALF_RUN if carrier is Q4_K else HALF_BLOCK
         return np.array_equal(held[..., :first], scales) and not differing(codes, held, first, half)
-    if not _same_scales(held, rows):
+    in_group = max(1, rows.scheme.group_columns(rows.columns) // BLOCK)
+    if halves_differ(held, widen(rows.quantized.scale), in_group):
         return False
     if carrier is Q4_0:
         return not differing(codes, held, first, HALF_BLOCK)
@@ -58,11 +58,3 @@ def same_words(carrier: Affine | Microscaling, raw: Sequence[NDArray[np.uint8]],
     wanted = np.repeat(widen(rows.quantized.scale), rows.scheme.group_columns(rows.columns) // carrier.group, axis=1)
     half = np.float32(1 << (carrier.bits - 1))
     return np.array_equal(scale, wanted) and np.array_equal(bias, -half * wanted)
-
-
-def _same_scales(held: NDArray[np.uint8], rows: SolvedRows) -> bool:
-    """Every block has the scale of its group, as a number."""
-    scale = widen(rows.quantized.scale)
-    found: NDArray[Any] = np.ascontiguousarray(held[..., :2]).view("<f2")[..., 0].astype(np.float32)
-    group = max(1, rows.scheme.group_columns(rows.columns) // BLOCK)
-    return np.array_equal(found, np.repeat(scale, group, axis=1)[:, : found.shape[1]])

@@ -9,7 +9,8 @@ from typing import Any
 from l4pack.quant.grid import ScaleDtype
 from l4pack.quant.scheme import Observer, Scheme
 
-_SCHEME_KEYS = ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric")
+SCHEME_KEYS = ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric")
+"""What decides the numbers of a group's `weights`."""
 _OBSERVERS = {Observer.MINMAX: "memoryless_minmax", Observer.MSE: "memoryless_mse"}
 
 
@@ -90,7 +91,7 @@ def input_arguments(activations: Activations) -> dict[str, Any] | None:
 def read_scheme(given: Mapping[str, Any]) -> Scheme:
     """The scheme that a group's `weights` state, as far as it shows in files. Raises pydantic's ValidationError."""
     own = ("scale_dtype",) if given.get("scale_dtype") == _OWN_SCALES else ()
-    return Scheme.model_validate({key: given[key] for key in (*_SCHEME_KEYS, *own) if given.get(key) is not None})
+    return Scheme.model_validate({key: given[key] for key in (*SCHEME_KEYS, *own) if given.get(key) is not None})
 
 
 def as_compressed_tensors(group: Mapping[str, Any]) -> dict[str, Any]:

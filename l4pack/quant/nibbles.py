@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l4pack.quant.codes import kernel
+from l4pack.quant.floats import Float32Array
 
 HALF_BLOCK = 8  # bytes that hold half of a block of 32 codes
 HALF_RUN = 16  # the same of the runs of 64 that a super-block of Q4_K is made of
@@ -48,3 +49,25 @@ def differing(packed: NDArray[np.uint8], blocks: NDArray[np.uint8], first: Any, 
                     found |= ((here & 15) | ((there & 15) << 4)) ^ low[j]
                     found |= ((here >> 4) | (there & 0xF0)) ^ high[j]
     return int(found)
+
+
+_HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
+def halves_differ(blocks: NDArray[np.uint8], wanted: Float32Array, in_group: int) -> bool:
+    """Whether a block of `blocks` uint8 [rows, blocks, bytes of a block] begins with another F16 number than its group's.
+
+    `wanted`: float32 [rows, groups], each of `in_group` blocks.
+    """
+    return bool(_unequal_halves(blocks, wanted, in_group, _HALVES))
+
+
+@kernel
+def _unequal_halves(blocks: NDArray[np.uint8], wanted: Float32Array, in_group: int, halves: Float32Array) -> int:
+    """How many do."""
+    found = 0
+    for o in range(blocks.shape[0]):
+        for b in range(blocks.shape[1]):
+            bits = np.uint16(blocks[o, b, 0]) | (np.uint16(blocks[o, b, 1]) << np.uint16(8))
+            found += halves[bits] != wanted[o, b // in_group]
+    return found

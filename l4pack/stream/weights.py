@@ -93,6 +93,7 @@ class Weights:
         self._source_naming = source.naming
         self._linears = {new.module: old for old, new in zip(source.linears, runtime.linears, strict=True)}
         self._quantization = Quantization(checkpoint.config.stanza, self._linears)
+        self._quantization.check()
 
     def __enter__(self) -> Self:
         return self
