@@ -80,8 +80,11 @@ class RecipeScheme(Scheme):
 
     @model_validator(mode="after")
     def _method_fits(self) -> RecipeScheme:
-        if self.method is Method.GPTQ and not self.grid.solvable:
-            raise ValueError("method: gptq solves schemes of integers and FP4")
+        if self.method is Method.GPTQ and self.strategy is Strategy.TENSOR:
+            raise ValueError(
+                "method: gptq solves no scheme with one scale a matrix, which runtimes change where they hold gate and up "
+                "in one; take strategy channel or block, or method rtn"
+            )
         if self.method is not Method.GPTQ and self.gptq is not None:
             raise ValueError("gptq: its options are for method gptq")
         if self.activations is Activations.STATIC_TENSOR and self.strategy is not Strategy.TENSOR:

@@ -20,7 +20,7 @@ from l4pack.plan.plan import make_plan
 from l4pack.recipe import Recipe, Rule, load_recipe, recipe_names
 
 NAMED_IN_THE_DESIGN = {
-    "int4", "int4-best", "int4-uniform", "int4-uniform-best", "int4-rtn", "fp8", "fp8-block", "meta-int4", "meta-fp8", "nvfp4", "nvfp4-w4a4", "mxfp4",
+    "int4", "int4-best", "int4-uniform", "int4-uniform-best", "int4-rtn", "fp8", "fp8-block", "fp8-gptq", "fp8-best", "meta-int4", "meta-fp8", "nvfp4", "nvfp4-w4a4", "mxfp4",
     "scout-int4-1xh100", "scout-fp8-2xh100", "maverick-fp8-8xh100", "maverick-int4-4xh100",
     "scout-nvfp4-1xb200", "maverick-nvfp4-4xb200",
 }  # fmt: skip
@@ -40,7 +40,7 @@ def test_a_shipped_recipe_loads_under_its_own_name_and_plans(name):
 
 MLP = {Role.ROUTED_EXPERT, Role.SHARED_EXPERT, Role.DENSE_MLP}
 MEANT = {
-    "int4": (MLP, set()), "int4-best": (MLP, set()), "int4-uniform": (MLP, set()), "int4-uniform-best": (MLP, set()), "int4-rtn": (MLP, set()), "fp8": (MLP, set()), "fp8-block": (MLP, set()),
+    "int4": (MLP, set()), "int4-best": (MLP, set()), "int4-uniform": (MLP, set()), "int4-uniform-best": (MLP, set()), "int4-rtn": (MLP, set()), "fp8": (MLP, set()), "fp8-block": (MLP, set()), "fp8-gptq": (MLP, set()), "fp8-best": (MLP, set()),
     "nvfp4": (MLP, set()), "nvfp4-w4a4": (MLP, set()), "mxfp4": (MLP, set()),
     "meta-int4": ({Role.ROUTED_EXPERT, Role.SHARED_EXPERT}, set()), "meta-fp8": ({Role.ROUTED_EXPERT}, {0, 47}),
 }  # fmt: skip
@@ -153,6 +153,7 @@ MISTAKES = {
     "block of three": (scheme(**FP8, strategy="block", block_structure=[1, 2, 3]), r"schemes\.a\.block_structure", ""),
     "mse of a tensor": (scheme(**FP8, strategy="tensor", observer="mse"), "observer 'mse' is for finer strategies", ""),
     "int4 with activations": (scheme(activations="dynamic_token"), r"schemes\.a\.activations: format", ""),
+    "solving for one scale a matrix": (scheme(**FP8, strategy="tensor", method="gptq"), r"gptq solves no scheme with one scale a matrix.*strategy channel or block", ""),
     "unknown method": (scheme(method="magic"), r"schemes\.a\.method", ""),
     "outputs damped that are not weighed": (scheme(method="gptq", gptq={"output_dampening": 0.1}), r"schemes\.a\.gptq: output_dampening: .*two_sided: true", ""),
     "outputs damped by nothing": (scheme(method="gptq", gptq={"two_sided": True, "output_dampening": 0}), r"schemes\.a\.gptq\.output_dampening", ""),

@@ -17,6 +17,8 @@ from l4pack.calibration.rows import Block
 from l4pack.model.parts import DOWN, GATE, UP
 from l4pack.quant import gptq, torch_ops
 from l4pack.quant.dtypes import FloatName
+from l4pack.quant.grid import E4M3
+from l4pack.quant.levels import stored_scales
 from l4pack.quant.packing import pack_levels, pack_zero_points
 from l4pack.quant.quantized import Quantized
 from l4pack.quant.scheme import Scheme
@@ -120,9 +122,12 @@ def solved_weights(solution: Solution, dtype: torch.dtype = torch.float32) -> Te
 def stored(solution: Solution, scheme: Scheme) -> Quantized:
     """A solution's arrays as an artifact stores them; packed on the device, if it is there, for less to come over."""
     if scheme.coded_scales:
-        step = scheme.grid.step
-        codes = coded(solution.scale / step, scheme.scale_dtype, solution.global_scale or 1.0)
-        return QuantizedTensors(pack_e2m1(solution.levels * step), codes, None, solution.global_scale).to_numpy()
+        unit = scheme.grid.unit
+        codes = coded(solution.scale / unit, scheme.scale_dtype, solution.global_scale or 1.0)
+        return QuantizedTensors(pack_e2m1(solution.levels * unit), codes, None, solution.global_scale).to_numpy()
+    if scheme.grid is E4M3:
+        scale = stored_scales(solution.scale, scheme, solution.levels.shape[1])
+        return QuantizedTensors(solution.levels.view(torch.uint8), scale, None).to_numpy()
     zero_point, num_bits = solution.zero_point, scheme.num_bits
     if solution.levels.device.type == "cpu":
         words = pack_levels(solution.levels.numpy(), num_bits)

@@ -18,7 +18,7 @@ from l4pack.calibration.batch import Stacked
 from l4pack.calibration.mlp import Matrices, result_of, solve_mlp
 from l4pack.calibration.rows import UnitRows, blocks, expert_rows
 from l4pack.errors import SourceError
-from l4pack.model.parts import MLP_MATRICES
+from l4pack.model.parts import GATE, MLP_MATRICES
 from l4pack.quant.quantize import NonFiniteError
 from l4pack.quant.solution import Solution
 from l4pack.quant.torch_ops import DTYPES, refuse_non_finite
@@ -77,10 +77,16 @@ class UnitSolver:
         if loaded[0].unit.part is Part.ATTENTION:
             return [self._attention(one, passes[-1], original) for one in loaded]
         taken = [self._rows_of(one.unit, passes) for one in loaded]
-        alike = len({scheme for one in loaded for scheme in self._schemes(one).values()}) == 1
-        if self._batched and alike and not self._two_sided(loaded[0]):
+        if self._batched and self._stackable(loaded):
             return self._together(loaded, taken, passes[-1], original)
         return [self._one(*each, passes[-1], original) for each in zip(loaded, taken, strict=True)]
+
+    def _stackable(self, loaded: Sequence[LoadedUnit]) -> bool:
+        """Whether units can be solved together: all matrices alike, by their inputs, and no block of scales in both gate and
+        up, one of which lies over the other."""
+        alike = len({scheme for one in loaded for scheme in self._schemes(one).values()}) == 1
+        whole = len(self._matrices(loaded[0]).weights[GATE]) % self._scheme(loaded[0]).block_rows == 0
+        return alike and whole and not self._two_sided(loaded[0])
 
     def _two_sided(self, loaded: LoadedUnit) -> bool:
         options = self._scheme(loaded).gptq

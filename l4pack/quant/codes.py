@@ -23,6 +23,7 @@ E4M3_SUBNORMAL_MAGIC = np.float32(2.0**14)  # float32 spacing here is 2^-9, that
 E4M3_SUBNORMAL_BITS = np.uint32(0x46800000)  # the same as bits
 E4M3_SUBNORMAL_SPACING = np.float32(1.5 * 2.0**14)  # the same for numbers of either sign
 E4M3_REBIAS = np.uint32((127 - 7) << 3)
+E4M3_STEP = E4M3.step
 
 
 def kernel(function: Callable[P, R]) -> Callable[P, R]:
@@ -91,6 +92,15 @@ def e4m3_value(ratio: Any) -> Any:
 
 
 @kernel
+def e4m3_number(code: Any) -> Any:
+    """The float32 that an E4M3FN code stands for, which is no NaN."""
+    magnitude = np.uint32(code) & np.uint32(0x7F)
+    normal = np.uint32((magnitude + E4M3_REBIAS) << np.uint32(20)).view(np.float32)
+    number = normal if magnitude >= np.uint32(8) else np.float32(magnitude) * np.float32(E4M3_STEP)
+    return -number if np.uint32(code) & np.uint32(0x80) else number
+
+
+@kernel
 def e2m1_value(ratio: Any) -> Any:
     """`ratio` rounded to the nearest E2M1 value, half to even, saturated at 6."""
     return e2m1_level(ratio * np.float32(2)) * np.float32(0.5)
@@ -98,8 +108,34 @@ def e2m1_value(ratio: Any) -> Any:
 
 @kernel
 def level_of(ratio: Any, zero: Any, bits: int, kind: int) -> Any:
-    """The level nearest to value / (scale of a step): an integer, or an E2M1 number in halves; of the type of `ratio`."""
+    """The level nearest to value / scale: an integer, an E2M1 number in halves, or an E4M3 number; of the type of `ratio`."""
+    number = type(ratio)
     if kind == E2M1_KIND:
         return e2m1_level(ratio)
-    number = type(ratio)
+    if kind == E4M3_KIND:
+        return number(e4m3_value(np.float32(ratio)))
     return min(max(np.rint(ratio) + zero, number(-(1 << (bits - 1)))), number((1 << (bits - 1)) - 1))
+
+
+@kernel
+def kept_level(level: Any, kind: int) -> Any:
+    """The int8 that a level is kept in: the level itself, or its E4M3 code."""
+    return np.int8(e4m3_code(np.float32(level), np.float32(1))) if kind == E4M3_KIND else np.int8(level)
+
+
+@kernel
+def level_in(kept: Any, kind: int) -> Any:
+    """The float32 level that an int8 keeps."""
+    return e4m3_number(kept) if kind == E4M3_KIND else np.float32(kept)
+
+
+@kernel
+def least_apart(kind: int) -> Any:
+    """How far levels are apart where they are nearest."""
+    return np.float32(E4M3_STEP) if kind == E4M3_KIND else np.float32(1)
+
+
+@kernel
+def apart(level: Any, kind: int) -> Any:
+    """How far the next level is at least: E4M3 numbers are a sixteenth to an eighth apart."""
+    return max(abs(level) * np.float32(0.0625), np.float32(E4M3_STEP)) if kind == E4M3_KIND else np.float32(1)

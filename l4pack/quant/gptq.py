@@ -32,10 +32,11 @@ from l4pack.quant.gptq_thin import (
     thin_pull,
     thin_target,
 )
-from l4pack.quant.grid import ScaleDtype
+from l4pack.quant.grid import E4M3, ScaleDtype
 from l4pack.quant.layout import Layout
+from l4pack.quant.levels import level_dtype, rearranged, spread_scales
 from l4pack.quant.quantize import NonFiniteError, quantize_block
-from l4pack.quant.scheme import Scheme
+from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.quant.solution import Rounded, Solution, SolvedBy
 from l4pack.quant.superblocks import ZERO_POINT
 from l4pack.quant.torch_scales import values_of
@@ -89,9 +90,8 @@ def solve(
     `cross` [in, in] is the sum over tokens of (x' - x) x^T, with the factor of `hessian`: x' is the original model's
     input, x the quantized one's. `source_dtype` is that of the checkpoint's weights, for scale_dtype `source`. With
     observer `mse`, scales minimise the squared error weighted with the diagonal of the Hessian. No output row ends with
-    a higher loss than rounding to nearest gives it. `global_scale` is as for `quantize_block`. Raises ValueError for an
-    FP8 scheme or shapes that don't match,
-    NonFiniteError for a weight that is not finite.
+    a higher loss than rounding to nearest gives it. `global_scale` is as for `quantize_block`. Raises ValueError for
+    one scale a matrix or shapes that don't match, NonFiniteError for a weight that is not finite.
     """
     problem = prepare_problem(hessian, cross=cross, act_order=act_order, dampening=dampening)
     return solve_problem(
@@ -156,9 +156,11 @@ def solve_problem(
 ) -> Solution:
     """`solve` for one matrix [out, in] of a problem, some output rows at a time: rows don't depend on each other.
 
-    `target` is the problem's `asymmetric_target`, if it is known already. Raises ValueError for a scheme of FP8, NonFiniteError for a weight that is not finite."""
-    if not scheme.grid.solvable:
-        raise ValueError("GPTQ solves schemes of integers and four-bit floats")
+    `target` is the problem's `asymmetric_target`, if it is known already. `rows_at_once` are whole blocks. Raises
+    ValueError for one scale a matrix, NonFiniteError for a weight that is not finite.
+    """
+    if scheme.strategy is Strategy.TENSOR:
+        raise ValueError("GPTQ solves no scheme with one scale a matrix")
     if problem.hessian.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(
             f"a Hessian of shape {tuple(problem.hessian.shape)} does not fit weights {tuple(weight.shape)}"
@@ -294,10 +296,14 @@ def round_to_nearest(
         levels = torch_ops.unpack_levels(tensors.values, scheme.num_bits, weight.shape[1]).to(torch.int8)
         return of_super_blocks(levels, tensors.scale)
     if scheme.coded_scales:
-        step = scheme.grid.step
-        levels = torch_ops.unpack_e2m1(tensors.values).div_(step).to(torch.int8)
-        scale = values_of(tensors.scale, scheme.scale_dtype, global_scale or 1.0) * step
+        unit = scheme.grid.unit
+        levels = torch_ops.unpack_e2m1(tensors.values).div_(unit).to(torch.int8)
+        scale = values_of(tensors.scale, scheme.scale_dtype, global_scale or 1.0) * unit
         return Rounded(levels, scale, torch.zeros_like(scale))
+    if scheme.grid is E4M3:
+        scale = spread_scales(tensors.scale, scheme, *weight.shape)
+        zero_point = torch.zeros(scale.shape, device=weight.device)
+        return Rounded(tensors.values.view(level_dtype(scheme.grid)), scale, zero_point)
     levels = torch_ops.unpack_levels(tensors.values, scheme.num_bits, weight.shape[1]).to(torch.int8)
     zero_point = torch.zeros(tensors.scale.shape, device=weight.device)
     if tensors.zero_point is not None:
@@ -320,7 +326,7 @@ def solve_columns(
     """
     order, upper = factor.order, factor.upper
     remaining = start.raised(target).index_select(1, order).to(upper.dtype)
-    levels = torch.empty(target.shape, dtype=torch.int8, device=target.device)
+    levels = torch.empty(target.shape, dtype=level_dtype(scheme.grid), device=target.device)
     group = order // (target.shape[1] // start.scale.shape[1])
     for first in range(0, target.shape[1], block_size):
         last = min(first + block_size, target.shape[1])
@@ -330,7 +336,7 @@ def solve_columns(
         levels[:, first:last] = solved.levels
         remaining[:, first:last] = solved.errors
         remaining[:, last:].addmm_(solved.errors, upper[first:last, last:], alpha=-1)
-    return replace(start, levels=levels.index_select(1, torch.argsort(order))), remaining
+    return replace(start, levels=rearranged(levels, lambda kept: kept.index_select(1, torch.argsort(order)))), remaining
 
 
 def descend(
@@ -400,12 +406,12 @@ def _better_rows(
 
 def chosen(kept: Tensor, nearest: Rounded, solved: Rounded) -> Rounded:
     """The nearest levels in the rows that are `kept`, bool [..., out, 1], the solved ones in the others."""
-    parts = (torch.where(kept, a, b) for a, b in zip(_parts(nearest), _parts(solved), strict=True))
-    return Rounded(*parts)
+    levels, *parts = (torch.where(kept, a, b) for a, b in zip(_parts(nearest), _parts(solved), strict=True))
+    return Rounded(levels.view(solved.levels.dtype), *parts)
 
 
 def _parts(rounded: Rounded) -> list[Tensor]:
-    parts = (rounded.levels, rounded.scale, rounded.zero_point, rounded.headers)
+    parts = (rounded.levels.view(torch.int8), rounded.scale, rounded.zero_point, rounded.headers)
     return [part for part in parts if part is not None]
 
 

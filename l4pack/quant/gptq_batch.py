@@ -20,6 +20,7 @@ from l4pack.quant import gptq_columns, torch_ops, torch_superblocks
 from l4pack.quant.dampening import visits
 from l4pack.quant.gptq import chosen, of_super_blocks
 from l4pack.quant.grid import Grid
+from l4pack.quant.levels import level_dtype, rearranged, spread_scales
 from l4pack.quant.scheme import Scheme
 from l4pack.quant.solution import Rounded
 from l4pack.quant.triangular import (
@@ -61,7 +62,7 @@ class Problems:
 
 @dataclass(frozen=True)
 class Solutions:
-    """Solved matrices: int8 `levels` [matrices, out, in], scales and zero points [matrices, out, groups] as float32 and
+    """Solved matrices: `levels` [matrices, out, in], scales and zero points [matrices, out, groups] as float32 and
     in the dtype of scales. Losses are float64 [matrices, out]; rows with `kept` are rounded to nearest."""
 
     rounded: Rounded
@@ -179,15 +180,24 @@ def _rounded(weight: Tensor, scheme: Scheme, importance: Tensor, over: Tensor | 
     """The parts of a `Rounded`."""
     if scheme.super_blocked:
         return _super_blocks(weight, importance)
-    spread = importance[:, None].expand_as(weight)
     over_rows = 1.0 if over is None else over.repeat_interleave(weight.shape[1])[:, None]
-    qparams = torch_ops.group_qparams(weight.flatten(0, 1), scheme, spread.flatten(0, 1), over_rows)
-    shape = *weight.shape[:2], qparams.scale.shape[-1]
-    scale, zero_point = qparams.scale.view(shape), qparams.zero_point.view(shape)
-    ratio = weight.float().view(*shape, -1) / scale.float()[..., None]
-    levels = torch_ops.nearest(ratio, scheme.grid, zero_point[..., None]) / scheme.grid.step
-    scale = scale if scheme.grid.step == 1 else scale * scheme.grid.step
-    return levels.to(torch.int8).view(weight.shape), scale, zero_point
+    whole = _whole_blocks(weight, scheme)
+    spread = importance[:, None].expand_as(whole)
+    qparams = torch_ops.group_qparams(whole.flatten(0, 1), scheme, spread.flatten(0, 1), over_rows)
+    scale, zero_point = (
+        spread_scales(part.view(len(weight), -1, part.shape[-1]), scheme, *weight.shape[1:])
+        for part in (qparams.scale, qparams.zero_point)
+    )
+    ratio = weight.float().view(*scale.shape, -1) / scale.float()[..., None]
+    unit = scheme.grid.unit
+    levels = torch_ops.nearest(ratio, scheme.grid, zero_point[..., None]) / unit
+    scale = scale if unit == 1 else scale * unit
+    return levels.to(level_dtype(scheme.grid)).view(weight.shape), scale, zero_point
+
+
+def _whole_blocks(weight: Tensor, scheme: Scheme) -> Tensor:
+    """[matrices, out, in] with rows of zeros up to whole blocks."""
+    return torch.nn.functional.pad(weight, (0, 0, 0, -weight.shape[1] % scheme.block_rows))
 
 
 def _super_blocks(weight: Tensor, importance: Tensor) -> tuple[Tensor, ...]:
@@ -219,7 +229,7 @@ def solve_columns(target: Tensor, factors: Factors, start: Rounded, grid: Grid) 
     """See `gptq.solve_columns`: GPTQ's blocked loop, and the errors [matrices, out, in] in the order of visits."""
     order, upper = factors.order, factors.upper
     remaining = _columns_of(start.raised(target), order).to(upper.dtype)
-    levels = torch.empty(target.shape, dtype=torch.int8, device=target.device)
+    levels = torch.empty(target.shape, dtype=level_dtype(grid), device=target.device)
     scale, zero_point = (part.to(upper.dtype) for part in (start.scale, start.zero_point))
     group = order // (target.shape[-1] // scale.shape[-1])
     for first in range(0, target.shape[-1], BLOCK):
@@ -228,7 +238,7 @@ def solve_columns(target: Tensor, factors: Factors, start: Rounded, grid: Grid) 
         found, errors = gptq_columns.solve_block(remaining[..., block], upper[:, block, block], scales, zeros, grid)
         levels[..., block], remaining[..., block] = found, errors
         remaining[..., block.stop :].baddbmm_(errors, upper[:, block, block.stop :], alpha=-1)
-    return replace(start, levels=_columns_of(levels, torch.argsort(order))), remaining
+    return replace(start, levels=rearranged(levels, lambda kept: _columns_of(kept, torch.argsort(order)))), remaining
 
 
 def descend(

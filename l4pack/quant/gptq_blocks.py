@@ -13,8 +13,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from l4pack.quant.codes import INT_KIND, KINDS, e2m1_level, kernel, level_of
+from l4pack.quant.codes import (
+    E4M3_KIND,
+    INT_KIND,
+    KINDS,
+    apart,
+    e2m1_level,
+    e4m3_value,
+    kept_level,
+    kernel,
+    least_apart,
+    level_in,
+    level_of,
+)
 from l4pack.quant.grid import Grid
+from l4pack.quant.levels import level_dtype
 from l4pack.quant.torch_ops import levels_of
 
 LANES = 64  # rows that go through a block together, as vectors; with fewer the compiler makes none
@@ -23,7 +36,7 @@ NEARLY_HALF = 0.499  # of a level, or of the finest where they lie apart differe
 
 @dataclass(frozen=True)
 class SolvedBlock:
-    """The columns of a block [out, n] once rounded: int8 `levels`, the `values` they mean, and `errors`, what the values
+    """The columns of a block [out, n] once rounded: `levels` in the grid's `level_dtype`, the `values` they mean, and `errors`, what the values
     miss by when it is their turn, divided by the factor's diagonal."""
 
     levels: Tensor
@@ -57,22 +70,34 @@ def solve_block_torch(
         error = (w - values[:, i]) / upper[i, i]
         levels[:, i], errors[:, i] = level, error
         block[:, i + 1 :].addr_(error, upper[i, i + 1 :], alpha=-1)
-    return SolvedBlock(levels.to(torch.int8), values, errors)
+    return SolvedBlock(levels.to(level_dtype(grid)), values, errors)
 
 
 @kernel
 def _round_lanes(
-    column: NDArray[Any], s: NDArray[Any], z: NDArray[Any], num_bits: int, kind: int, level: NDArray[Any]
+    column: NDArray[Any],
+    s: NDArray[Any],
+    z: NDArray[Any],
+    num_bits: int,
+    kind: int,
+    level: NDArray[Any],
+    kept: NDArray[np.int8],
 ) -> None:
-    """The nearest levels of a column's weights, one in each lane."""
+    """The nearest levels of a column's weights, one in each lane, and the bytes they are kept in."""
     number = column.dtype.type
     lowest, highest = number(-(1 << (num_bits - 1))), number((1 << (num_bits - 1)) - 1)
     if kind == INT_KIND:
         for r in range(LANES):
             level[r] = min(max(np.rint(column[r] / s[r]) + z[r], lowest), highest)
+            kept[r] = np.int8(level[r])
+    elif kind == E4M3_KIND:
+        for r in range(LANES):
+            level[r] = e4m3_value(np.float32(column[r] / s[r]))
+            kept[r] = kept_level(level[r], E4M3_KIND)
     else:
         for r in range(LANES):
             level[r] = e2m1_level(column[r] / s[r])
+            kept[r] = np.int8(level[r])
 
 
 @kernel
@@ -94,6 +119,7 @@ def _solve_rows(
     tile = np.zeros((columns, LANES), block.dtype)
     error, s, z = np.zeros(LANES, block.dtype), np.ones(LANES, block.dtype), np.zeros(LANES, block.dtype)
     level, value = np.zeros(LANES, block.dtype), np.zeros(LANES, block.dtype)
+    kept = np.zeros(LANES, np.int8)
     for first in range(0, rows, LANES):
         width = min(LANES, rows - first)
         for r in range(width):
@@ -103,7 +129,7 @@ def _solve_rows(
             for r in range(width):
                 s[r] = scale[first + r, group[i]]
                 z[r] = zero_point[first + r, group[i]]
-            _round_lanes(tile[i], s, z, num_bits, kind, level)
+            _round_lanes(tile[i], s, z, num_bits, kind, level, kept)
             for r in range(LANES):
                 value[r] = (level[r] - z[r]) * s[r]
                 error[r] = (tile[i, r] - value[r]) / upper[i, i]
@@ -112,7 +138,7 @@ def _solve_rows(
                 for r in range(LANES):
                     tile[k, r] -= error[r] * factor
             for r in range(width):
-                levels[first + r, i] = np.int8(level[r])
+                levels[first + r, i] = kept[r]
                 values[first + r, i] = value[r]
                 errors[first + r, i] = error[r]
 
@@ -130,7 +156,8 @@ def _solve_block_cpu(
         _solve_rows(weights, factor, scales, zeros, groups, grid.bits, KINDS[grid], *(array[part] for array in made))
 
     _share_rows(rows, len(block))
-    return SolvedBlock(*map(torch.from_numpy, made))
+    levels, values, errors = map(torch.from_numpy, made)
+    return SolvedBlock(levels.view(level_dtype(grid)), values, errors)
 
 
 def descend(
@@ -195,7 +222,7 @@ def _descend_block(
         gain += moved.double() * (2 * pull[:, i].double() - moved.double() * hessian[i, i].double())
         change[:, i] = moved
         pull.addr_(moved, hessian[i], alpha=-1)
-        levels[:, i] = level.to(torch.int8)
+        levels[:, i] = level.to(levels.dtype)
     return change
 
 
@@ -275,16 +302,20 @@ def _take_turn(
     and by how much. Few do: only those are looked at that are pulled by nearly half a level.
     """
     count = 0
-    least = s * own.dtype.type(NEARLY_HALF)
+    number = own.dtype.type
+    half = s * number(NEARLY_HALF)
+    least = half * number(least_apart(kind))
     if not _any_pulled(own[columns[0] : columns[1]], curvature[columns[0] : columns[1]], least):
         return count
     for i in range(columns[0], columns[1]):
         if abs(own[i]) <= least * curvature[i]:
             continue
-        old = own.dtype.type(levels[i])
+        old = number(level_in(levels[i], kind))
+        if kind == E4M3_KIND and abs(own[i]) <= half * number(apart(old, kind)) * curvature[i]:
+            continue
         level = level_of(((old - z) * s + own[i] / curvature[i]) / s, z, num_bits, kind)
         if level != old:
-            levels[i] = np.int8(level)
+            levels[i] = kept_level(level, kind)
             change = (level - old) * s
             gain[0] += np.float64(change) * (2 * np.float64(own[i]) - np.float64(change) * np.float64(curvature[i]))
             factors = hessian[first + i][first : first + own.size]
@@ -369,7 +400,7 @@ def _descend_cpu(
     sweeps: int,
 ) -> Tensor:
     """`descend` by the Numba kernel, rows shared between threads."""
-    arrays = [tensor.numpy() for tensor in (levels, pull, scale, zero_point)]
+    arrays = [tensor.numpy() for tensor in (levels.view(torch.int8), pull, scale, zero_point)]
     products, damping, curvature = hessian.contiguous().numpy(), added.numpy(), (hessian.diagonal() + added).numpy()
     gain = np.zeros(len(pull))
 

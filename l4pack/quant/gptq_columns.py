@@ -1,7 +1,7 @@
 """The column loops of GPTQ for several matrices at once, in torch operations: as many, however many matrices there are.
 
 Where Triton is there to compile it, a CUDA device carries out a block's loop as one kernel, see `gptq_triton`; for
-integers, not for four-bit floats.
+integers, not for floats.
 
 Columns lie outermost, so that what one column does is one operation on memory without gaps. A product of a column's error
 with the rest of a row of U is taken element by element: its bits don't depend on how many matrices stand beside it.

@@ -21,6 +21,7 @@ from torch import Tensor
 from l4pack.quant import gptq_blocks
 from l4pack.quant.dampening import added_to, fractions, visits
 from l4pack.quant.grid import Grid
+from l4pack.quant.levels import level_dtype, rearranged
 from l4pack.quant.triangular import row_parts
 
 BLOCK = 128
@@ -106,11 +107,11 @@ def thin_target(weight: Tensor, difference: Tensor, factor: ThinFactor) -> Tenso
 def solve_thin_columns(
     target: Tensor, factor: ThinFactor, scale: Tensor, zero_point: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """GPTQ's blocked loop over `target` [out, in], `scale` and `zero_point` [out, groups]: int8 levels [out, in], S
+    """GPTQ's blocked loop over `target` [out, in], `scale` and `zero_point` [out, groups]: levels [out, in], S
     [out, n] of all columns, and each row's loss under the damped Hessian, float64 [out]."""
     left = target.new_zeros(len(target), len(factor.inputs))
     remaining = target.index_select(1, factor.order)
-    levels = torch.empty(target.shape, dtype=torch.int8, device=target.device)
+    levels = torch.empty(target.shape, dtype=level_dtype(grid), device=target.device)
     loss = torch.zeros(len(target), dtype=torch.float64, device=target.device)
     group = factor.order // (target.shape[1] // scale.shape[1])
     for number, upper in enumerate(factor.uppers):
@@ -120,7 +121,7 @@ def solve_thin_columns(
         levels[:, visited] = solved.levels
         loss += solved.errors.square_().sum(1, dtype=torch.float64)
         left.addmm_(remaining[:, visited] - solved.values, factor.inputs[:, visited].T)
-    return levels.index_select(1, torch.argsort(factor.order)), left, loss
+    return rearranged(levels, lambda kept: kept.index_select(1, torch.argsort(factor.order))), left, loss
 
 
 def thin_pull(left: Tensor, residual: Tensor, factor: ThinFactor) -> Tensor:

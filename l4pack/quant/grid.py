@@ -49,9 +49,9 @@ class Grid:
         return min(abs(level) for level in self.levels if level)
 
     @property
-    def solvable(self) -> bool:
-        """Whether an int8 holds every number in steps, as GPTQ does."""
-        return self.highest / self.step <= 127
+    def unit(self) -> float:
+        """What GPTQ's levels are told in: a step where an int8 then holds them all, else 1, and a level is the number."""
+        return self.step if self.highest / self.step <= 127 else 1.0
 
     @cached_property
     def even(self) -> bool:

@@ -173,10 +173,15 @@ class Scheme(BaseModel):
             return self.block_structure[1]
         return in_features
 
+    @property
+    def block_rows(self) -> int:
+        """Rows (output features) that share a scale where some neighbouring ones do."""
+        return 1 if self.block_structure is None else self.block_structure[0]
+
     def row_multiple(self) -> int:
         """A matrix may be cut only at output rows that are a multiple of this."""
         if self.block_structure is not None:
-            return self.block_structure[0]
+            return self.block_rows
         return 1 if self.symmetric or self.super_blocked else self.pack_factor
 
 

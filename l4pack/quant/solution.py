@@ -44,7 +44,7 @@ class TwoSided:
 class Solution:
     """A solved matrix, in the column order of its weights.
 
-    `levels` int8 [out, in], steps of the scheme's grid; `scale` [out, groups], that of a step, in its stored dtype, or
+    `levels` [out, in] are told in the unit of the scheme's grid: int8 steps, or E4M3 numbers; `scale` [out, groups], that of a unit, in its stored dtype, or
     float32 where a code is stored; `zero_point` int8 [out, groups] or None; `global_scale` what codes are told over;
     `headers` the scales of super-blocks as they are stored, see `Rounded`.
     `error` is the loss trace((W - Q) H (W - Q)^T) with the Hessian undamped and W the asymmetric target if there is one;
@@ -78,7 +78,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class Rounded:
-    """Levels [out, in], steps of a grid, with the scales of a step and zero points [out, groups] (float32) that give them
+    """Levels [out, in], told in the unit of a grid, with the scales of that and zero points [out, groups] (float32) that give them
     meaning; of super-blocks also their scales as they are stored, `headers` uint8 [out, in / 16]: from what levels mean, a
     group's minimum is taken off."""
 

@@ -112,31 +112,32 @@ def choose_qparams(
     refuse_non_finite(weight)
     dtype = DTYPES.get(scheme.scale_dtype, weight.dtype)
     groups = _grouped(weight.float(), scheme)
-    low, high = _ranges(groups)
+    low, high = _ranges(groups, scheme)
     if amax is not None:
         if max(-low.min().item(), high.max().item()) > amax:
             raise ValueError(f"the block holds a magnitude above amax = {amax}")
         low, high = torch.zeros(1, device=weight.device), torch.full((1,), amax, device=weight.device)
-    elif scheme.block_structure is not None:
-        low, high = _by_block(low, scheme).amin(1), _by_block(high, scheme).amax(1)
     importance = torch.ones(weight.shape[1], device=weight.device) if column_weight is None else column_weight
     return _observed(groups, importance[None], low, high, scheme, dtype, over)
 
 
 def group_qparams(weight: Tensor, scheme: Scheme, importance: Tensor, over: Over = 1.0) -> ScaleTensors:
-    """As `choose_qparams` for groups in rows, each row [in] with an `importance` of its own, [out, in] too, and a global
-    scale `over`, [out, 1].
+    """As `choose_qparams` for groups in rows, and blocks of them, each row [in] with an `importance` of its own, [out, in]
+    too, and a global scale `over`, [out, 1].
 
     Nothing is asked of the device: a weight that is not finite gives a scale that means nothing.
     """
     groups = _grouped(weight.float(), scheme)
     dtype = DTYPES.get(scheme.scale_dtype, weight.dtype)
-    return _observed(groups, importance, *_ranges(groups), scheme, dtype, over)
+    return _observed(groups, importance, *_ranges(groups, scheme), scheme, dtype, over)
 
 
-def _ranges(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """The ends of each group's range, which holds zero: [rows, groups]."""
-    return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+def _ranges(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The ends of each group's or block's range, which holds zero: [rows or blocks of them, groups]."""
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if scheme.block_structure is None:
+        return low, high
+    return _by_block(low, scheme).amin(1), _by_block(high, scheme).amax(1)
 
 
 def _observed(
@@ -311,7 +312,9 @@ def nearest(ratio: Tensor, grid: Grid, zero_point: Tensor | float = 0.0) -> Tens
 
 
 def levels_of(ratio: Tensor, grid: Grid, zero_point: Tensor | float = 0.0) -> Tensor:
-    """The grid's numbers, in steps, nearest to value / (scale of a step), in the dtype and shape of `ratio`."""
+    """The grid's levels, see `Grid.unit`, nearest to value / scale, in the dtype and shape of `ratio`; zero has no sign."""
+    if grid in _SMALL_FLOATS:
+        return _cast(ratio, grid).to(ratio.dtype) + 0.0
     if grid is not E2M1:
         return (ratio.round() + zero_point).clamp(grid.lowest, grid.highest)
     magnitude = ratio.abs().clamp(max=12)

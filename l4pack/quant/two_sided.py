@@ -28,6 +28,7 @@ from torch import Tensor
 from l4pack.quant import two_sided_tiles
 from l4pack.quant.factor import Factor, factorize
 from l4pack.quant.grid import Grid
+from l4pack.quant.levels import level_dtype, rearranged
 from l4pack.quant.solution import Rounded
 from l4pack.quant.triangular import divide_by_upper, divide_by_upper_transposed
 from l4pack.quant.two_sided_tiles import SolvedTile, TileScales
@@ -66,7 +67,7 @@ def solve_nested(
     the sum of its squares is the damped loss."""
     across, rows, columns = outputs.factor.upper, outputs.factor.order, inputs.order
     remaining = start.raised(target).index_select(0, rows).index_select(1, columns).to(across.dtype)
-    carried, levels = torch.zeros_like(remaining), torch.empty(target.shape, dtype=torch.int8)
+    carried, levels = torch.zeros_like(remaining), torch.empty(target.shape, dtype=level_dtype(grid))
     scales = _Scales(start.on_cpu(), rows.cpu(), columns.cpu())
     for tiles in _diagonals(*target.shape):
         wanted = [remaining[tile] - carried[tile] @ inputs.upper[tile[1], tile[1]] for tile in tiles]
@@ -78,7 +79,7 @@ def solve_nested(
             remaining[own, block.stop :].addmm_(left, inputs.upper[block, block.stop :], alpha=-1)
             remaining[tile] = errors
     back = torch.argsort(scales.rows), torch.argsort(scales.columns)
-    levels = levels.index_select(0, back[0]).index_select(1, back[1])
+    levels = rearranged(levels, lambda kept: kept.index_select(0, back[0]).index_select(1, back[1]))
     return replace(start, levels=levels.to(start.levels.device)), remaining
 
 

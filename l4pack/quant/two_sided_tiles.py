@@ -10,16 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from l4pack.quant.codes import KINDS, kernel, level_of
+from l4pack.quant.codes import KINDS, kept_level, kernel, least_apart, level_in, level_of
 from l4pack.quant.gptq_blocks import NEARLY_HALF
 from l4pack.quant.grid import Grid
+from l4pack.quant.levels import level_dtype
 
 FEW = 8  # rows after which all those below learn of their errors
 
 
 @dataclass(frozen=True)
 class SolvedTile:
-    """A tile [m, n] once rounded: int8 `levels`, its part of E, and `left`, its own part of U_O^T E."""
+    """A tile [m, n] once rounded: `levels` in the grid's `level_dtype`, its part of E, and `left`, its own part of U_O^T E."""
 
     levels: Tensor
     errors: Tensor
@@ -56,7 +57,7 @@ def solve_tile(tile: Tensor, across: Tensor, upper: Tensor, scales: TileScales, 
         errors.numpy(),
         left.numpy(),
     )
-    return SolvedTile(levels.T, errors.T, left.T)
+    return SolvedTile(levels.view(level_dtype(grid)).T, errors.T, left.T)
 
 
 @kernel
@@ -102,7 +103,7 @@ def _solve(
                 level = level_of(wanted[i] / s, z, num_bits, kind)
                 value = (level - z) * s
                 error = (wanted[i] - value) / across[i, i]
-                levels[j, i], found[i] = np.int8(level), error
+                levels[j, i], found[i] = kept_level(level, kind), error
                 errors[j, i], left[j, i] = error / upper[j, j], (tile[j, i] - value) / upper[j, j]
                 for r in range(i + 1, last):
                     wanted[r] -= error * across[i, r]
@@ -119,14 +120,14 @@ def descend_tile(
 ) -> Tensor:
     """Let every weight of a tile [m, n] take its best level, column by column: by how much the values changed [m, n].
 
-    `levels` int8 [m, n] are moved in place; `outputs` [m, m] and `inputs` [n, n] are the tile's parts of H_O and H_I, both
+    `levels` [m, n] are moved in place; `outputs` [m, m] and `inputs` [n, n] are the tile's parts of H_O and H_I, both
     damped, and `pull` [m, n] of H_O R H_I.
     """
-    moved, change = levels.T.contiguous(), torch.zeros(pull.T.shape, dtype=pull.dtype)
+    moved, change = levels.T.contiguous().view(torch.int8), torch.zeros(pull.T.shape, dtype=pull.dtype)
     own = pull.T.clone(memory_format=torch.contiguous_format).numpy()
     across, along = (part.contiguous().numpy() for part in (outputs, inputs))
     _descend(moved.numpy(), own, across, along, *scales.arrays(pull.dtype), grid.bits, KINDS[grid], change.numpy())
-    levels.copy_(moved.T)
+    levels.copy_(moved.view(levels.dtype).T)
     return change.T
 
 
@@ -146,7 +147,7 @@ def _descend(
     """`descend_tile` with columns outermost, [n, m]; `pull` is used up. Few weights move: only those are looked at that are
     pulled by nearly half a level."""
     columns, rows = pull.shape
-    least = pull.dtype.type(NEARLY_HALF)
+    least = pull.dtype.type(NEARLY_HALF) * pull.dtype.type(least_apart(kind))
     curvature, spread = np.empty(rows, pull.dtype), np.empty(rows, pull.dtype)
     for j in range(columns):
         own, here = pull[j], inputs[j, j]
@@ -161,12 +162,12 @@ def _descend(
             s, z = scale[i, group[j]], zero_point[i, group[j]]
             if abs(own[i]) <= least * s * curvature[i]:
                 continue
-            old = own.dtype.type(levels[j, i])
+            old = own.dtype.type(level_in(levels[j, i], kind))
             level = level_of(((old - z) * s + own[i] / curvature[i]) / s, z, num_bits, kind)
             if level == old:
                 continue
             moved = (level - old) * s
-            levels[j, i], change[j, i] = np.int8(level), moved
+            levels[j, i], change[j, i] = kept_level(level, kind), moved
             line = outputs[i]
             for r in range(rows):
                 spread[r] += moved * line[r]

@@ -250,8 +250,7 @@ def unequal_rows(stored: Quantized, again: Quantized, scheme: Scheme) -> NDArray
     scales = (mine != theirs).reshape(len(mine), -1).any(axis=1)
     if scheme.strategy is Strategy.TENSOR:
         return wrong | bool(scales.any())
-    height = scheme.block_structure[0] if scheme.block_structure else 1
-    wrong |= np.repeat(scales, height)[: len(wrong)]
+    wrong |= np.repeat(scales, scheme.block_rows)[: len(wrong)]
     if stored.zero_point is not None:
         points = (stored.zero_point != again.zero_point).any(axis=1)
         wrong |= np.repeat(points, scheme.pack_factor)[: len(wrong)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,22 +51,27 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("together") / "tiny", "text", **SMALL)
 
 
-def recipe(**options: object) -> Recipe:
+INT4 = {**load_recipe("int4").model_dump()["schemes"]["int4"], "group_size": 32}
+FP8 = {"format": "float-quantized", "num_bits": 8, "type": "float", "method": "gptq", "gptq": {"sweeps": 2}}
+FP8_SCHEMES = {
+    "channel": {**FP8, "strategy": "channel", "activations": "dynamic_token"},
+    "block": {**FP8, "strategy": "block", "block_structure": [128, 128], "activations": "dynamic_group"},
+}
+
+
+def recipe(scheme: dict[str, Any] = INT4) -> Recipe:
     values = load_recipe("int4").model_dump()
-    scheme = values["schemes"]["int4"]
-    scheme["gptq"].update(options)
-    scheme["group_size"] = 32
-    values["schemes"] = {"int4": scheme}
+    values["schemes"] = {"one": scheme}
     mlps = ["routed_expert", "shared_expert", "dense_mlp"]
-    values["rules"] = [{"roles": mlps, "scheme": "int4"}, {"roles": "all", "scheme": "keep"}]
+    values["rules"] = [{"roles": mlps, "scheme": "one"}, {"roles": "all", "scheme": "keep"}]
     values["calibration"].update(samples=4, sequence_length=64, min_tokens=40, max_cold_experts=1.0)
     return Recipe.model_validate(values)
 
 
-def planned(source: Path, together: int, **options: object) -> Plan:
+def planned(source: Path, together: int, scheme: dict[str, Any] = INT4) -> Plan:
     text = source.parent / "numbers.txt"
     text.write_text(TEXT)
-    plan = with_text(make_plan(open_source(str(source)), recipe(**options)), str(text))
+    plan = with_text(make_plan(open_source(str(source)), recipe(scheme)), str(text))
     return replace(plan, needs=replace(plan.needs, together=together))
 
 
@@ -91,18 +97,37 @@ def test_how_many_are_solved_together_does_not_show(made, together):
 
 
 def test_they_are_solved_as_by_themselves(made):
-    alone, together = (json.loads((made[count] / RECORD_NAME).read_bytes())["matrices"] for count in (0, 2))
+    same_figures(made[0], made[2])
+    ours, theirs = (load_file(next(made[count].glob("*.safetensors"))) for count in (0, 2))
+    packed = [name for name in ours if name.endswith("_packed")]
+    moved = [(unpack_levels(ours[name], 4, 64) != unpack_levels(theirs[name], 4, 64)).float().mean() for name in packed]
+    assert len(moved) == 3 * (1 + 1 + 4)
+    assert max(moved) < 0.15
+
+
+@pytest.mark.parametrize("strategy", FP8_SCHEMES)
+def test_fp8_is_solved_together_as_by_itself(source, tmp_path, strategy):
+    """By blocks too, half of each over a whole matrix: gate and up, one over the other, would share one, so each is by itself."""
+    alone, together = (
+        run_plan(planned(source, count, FP8_SCHEMES[strategy]), tmp_path / str(count)).out for count in (0, 2)
+    )
+    same_figures(alone, together)
+    ours, theirs = (load_file(next(folder.glob("*.safetensors"))) for folder in (alone, together))
+    solved = [name for name, tensor in ours.items() if tensor.dtype is torch.float8_e4m3fn]
+    assert len(solved) == 3 * (1 + 1 + 4)
+    assert max((ours[name] != theirs[name]).float().mean() for name in solved) < 0.15
+    assert all(torch.equal(ours[f"{name}_scale"], theirs[f"{name}_scale"]) for name in solved if "down" not in name)
+
+
+def same_figures(first: Path, second: Path) -> None:
+    """What is recorded of matrices that were solved otherwise."""
+    alone, together = (json.loads((folder / RECORD_NAME).read_bytes())["matrices"] for folder in (first, second))
     assert alone.keys() == together.keys()
     for module, found in alone.items():
         for key in ("method", "tokens", "borrowed_tokens", "dead_columns", "dampening", "reason"):
             assert together[module][key] == found[key], (module, key)
         assert together[module]["error"] == pytest.approx(found["error"], rel=0.05)
         assert together[module]["rtn_error"] == pytest.approx(found["rtn_error"], rel=0.05)
-    ours, theirs = (load_file(next(made[count].glob("*.safetensors"))) for count in (0, 2))
-    packed = [name for name in ours if name.endswith("_packed")]
-    moved = [(unpack_levels(ours[name], 4, 64) != unpack_levels(theirs[name], 4, 64)).float().mean() for name in packed]
-    assert len(moved) == 3 * (1 + 1 + 4)
-    assert max(moved) < 0.15
 
 
 def test_on_a_device_they_are_run_as_they_were_written(source, made, tmp_path, monkeypatch):

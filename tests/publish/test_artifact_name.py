@@ -20,6 +20,7 @@ DERIVED = {
     "int4-rtn": "W4A16-g128",
     "fp8": "FP8-dynamic",
     "fp8-block": "FP8-block",
+    "fp8-best": "FP8-dynamic",
     "meta-int4": "W4A16-g128",
     "meta-fp8": "FP8-dynamic",
     "scout-int4-1xh100": "W4A16-g128-mixed",

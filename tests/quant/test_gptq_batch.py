@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pretend_device import pretend_device
 
 from l4pack.quant import gptq, gptq_batch, torch_scales, triangular
 from l4pack.quant.dampening import fractions
 from l4pack.quant.scales import global_scale
 from l4pack.quant.scheme import Scheme
+from l4pack.quant.solution import Rounded
 
 OUT, IN = 40, 192
 SCHEMES = {
     "int4-g32": Scheme(num_bits=4, group_size=32, scale_dtype="bfloat16"),
     "int4-g64-asym-mse": Scheme(num_bits=4, group_size=64, symmetric=False, observer="mse", scale_dtype="bfloat16"),
     "nvfp4-mse": Scheme(num_bits=4, type="float", strategy="tensor_group", group_size=16, observer="mse"),
+    "fp8-channel": Scheme(num_bits=8, type="float", strategy="channel", scale_dtype="bfloat16"),
+    "fp8-block-mse": Scheme(
+        num_bits=8, type="float", strategy="block", block_structure=(8, 128), observer="mse", scale_dtype="bfloat16"
+    ),
     "int8-channel-mse": Scheme(num_bits=8, strategy="channel", observer="mse", scale_dtype="bfloat16"),
 }
 
@@ -23,7 +29,7 @@ SCHEMES = {
 def one_thread(monkeypatch):
     monkeypatch.setattr(triangular, "TILE", 80)
     monkeypatch.setattr(triangular, "INVERT_AT_ONCE", 50)
-    monkeypatch.setattr(gptq_batch, "ROWS_AT_ONCE", 17)
+    monkeypatch.setattr(gptq_batch, "ROWS_AT_ONCE", 16)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -89,6 +95,8 @@ def climbed(hessian: torch.Tensor, **options: bool) -> torch.Tensor:
         ("int4-g64-asym-mse", False, OUT, 1),
         ("nvfp4-mse", True, OUT, 2),
         ("int8-channel-mse", True, None, 2),
+        ("fp8-channel", True, OUT, 2),
+        ("fp8-block-mse", True, IN + 1, 2),
     ],
 )
 def test_together_they_are_solved_as_one_by_one(name, act_order, crossing, sweeps):
@@ -113,7 +121,7 @@ def test_together_they_are_solved_as_one_by_one(name, act_order, crossing, sweep
         )
         own = None if over is None else global_scale(float(weight[number].abs().max()))
         theirs = gptq.solve_problem(problem, weight[number], scheme, sweeps=sweeps, global_scale=own)
-        assert torch.equal(ours.rounded.levels[number], theirs.levels), kind
+        assert (ours.rounded.levels[number] == theirs.levels).all(), kind
         assert torch.equal(ours.rounded.scale[number], theirs.scale), kind
         if theirs.zero_point is not None:
             assert torch.equal(ours.rounded.zero_point[number].to(torch.int8), theirs.zero_point), kind
@@ -123,3 +131,22 @@ def test_together_they_are_solved_as_one_by_one(name, act_order, crossing, sweep
             assert float(ours.rtn_loss[number].sum()) == pytest.approx(theirs.rtn_error, rel=1e-6, abs=1e-12), kind
     assert problems.finite.tolist() == [kind != "broken" for kind in KINDS]
     assert problems.definite.tolist() == [kind != "never" for kind in KINDS]
+
+
+@pytest.mark.parametrize("name", ["fp8-channel", "fp8-block-mse"])
+def test_fp8_on_a_device_has_the_levels_of_the_cpu(name):
+    scheme, few = SCHEMES[name], 16
+    weight, hessian, _ = stacked(("many", "dead"))
+    given = weight[:, :24, :few], hessian[:, :few, :few]
+
+    def solved(device: str) -> Rounded:
+        own, moments = (part.to(device).contiguous() for part in given)
+        fractions = torch.full((2,), 0.01, dtype=moments.dtype).to(device)
+        problems = gptq_batch.prepare_problems(moments, None, fractions, act_order=True, outputs=24)
+        return gptq_batch.solve_problems(problems, own, scheme, sweeps=1).rounded.on_cpu()
+
+    ours = solved("cpu")
+    with pretend_device():
+        theirs = solved("cuda")
+    assert (ours.levels == theirs.levels).all()
+    assert torch.equal(ours.scale, theirs.scale)

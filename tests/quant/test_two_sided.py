@@ -22,6 +22,7 @@ SCHEMES = {
     "int4-g32": Scheme(num_bits=4, group_size=32, scale_dtype="bfloat16"),
     "int4-g16-asym-mse": Scheme(num_bits=4, group_size=16, symmetric=False, observer="mse", scale_dtype="bfloat16"),
     "int8-channel": Scheme(num_bits=8, strategy="channel", scale_dtype="bfloat16"),
+    "fp8-channel": Scheme(num_bits=8, type="float", strategy="channel", scale_dtype="bfloat16"),
     "mxfp4": Scheme(num_bits=4, type="float", group_size=32),
     "nvfp4-mse": Scheme(num_bits=4, type="float", strategy="tensor_group", group_size=16, observer="mse"),
 }
@@ -95,7 +96,7 @@ def test_levels_losses_and_pulls_are_those_of_nested_optimal_brain_quantization(
     order = sides.factor.order.numpy(), factor.order.numpy()
     scale, zero = spread(start.scale), spread(start.zero_point)
     expected = oracle.two_sided_gptq(weight().numpy(), outputs, inputs, scale, zero, scheme, order)
-    np.testing.assert_array_equal(solved.levels.numpy(), expected)
+    np.testing.assert_array_equal(solved.levels.double().numpy(), expected)
     residual = weight().numpy() - values(expected, start)
     assert float(errors.square().sum()) == pytest.approx(oracle.two_sided_loss(residual, outputs, inputs), rel=1e-9)
     pull = two_sided.pull_of_errors(errors, factor, sides.factor)
@@ -107,12 +108,12 @@ def test_sweeps_are_those_of_the_oracle_and_never_raise_the_loss(name, tiles):
     scheme, factor, sides, start, _, _ = nested(name)
     outputs, inputs = sides.damped.numpy(), damped_inputs(factor)
     scale, zero = spread(start.scale), spread(start.zero_point)
-    expected, losses = start.levels.numpy(), []
+    expected, losses = start.levels.double().numpy(), []
     for sweeps in (1, 2, 3):
         expected = oracle.two_sided_sweep(expected, weight().numpy(), outputs, inputs, scale, zero, scheme, tiles)
         pull = sides.damped @ (weight() - start.values().double()) @ torch.from_numpy(inputs)
         found = two_sided.descend(pull, hessian(), factor.added, sides.damped, start, scheme.grid, sweeps=sweeps)
-        np.testing.assert_array_equal(found.levels.numpy(), expected)
+        np.testing.assert_array_equal(found.levels.double().numpy(), expected)
         residual = weight().numpy() - values(expected, start)
         np.testing.assert_allclose(pull.numpy(), outputs @ residual @ inputs, rtol=1e-8, atol=1e-10)
         losses.append(oracle.two_sided_loss(residual, outputs, inputs))

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`
 KINDS = ["scout", "maverick", "text"]
 GENERIC = [name for name in recipe_names() if load_recipe(name).promise is None and not name.startswith("gguf-")]
 UNIFORM = [name for name in GENERIC if len(load_recipe(name).schemes) == 1]  # dequantizing at load takes no others
-FP4 = ("nvfp4", "nvfp4-w4a4", "mxfp4")  # these are solved, which takes a while: for one kind of model
+SOLVED = ("nvfp4", "nvfp4-w4a4", "mxfp4", "fp8-gptq", "fp8-best")  # which takes a while: for one kind of model
 SOURCE = {"dtype": "float32", "seed": 3}
 
 
@@ -41,7 +41,7 @@ def two_threads():
 
 
 @pytest.mark.parametrize(
-    ("kind", "recipe"), [(kind, name) for kind in KINDS for name in UNIFORM if name not in FP4 or kind == "maverick"]
+    ("kind", "recipe"), [(kind, name) for kind in KINDS for name in UNIFORM if name not in SOLVED or kind == "maverick"]
 )
 def test_logits_equal_those_of_the_fake_quantized_model(checkpoint, artifact, recipe, kind):
     made = artifact(recipe, kind, **SOURCE)
@@ -124,7 +124,7 @@ def skeleton(kind, config_file):
 
 @pytest.mark.parametrize(
     ("kind", "recipe"),
-    [(kind, name) for kind in KINDS for name in (*GENERIC, *VARIANTS) if name not in FP4 or kind == "maverick"],
+    [(kind, name) for kind in KINDS for name in (*GENERIC, *VARIANTS) if name not in SOLVED or kind == "maverick"],
 )
 def test_the_stanza_names_just_what_is_quantized(checkpoint, artifact, tmp_path, recipe, kind):
     if recipe in VARIANTS:

@@ -153,21 +153,17 @@ def gptq(
     scheme: Scheme,
     order: np.ndarray,
 ) -> np.ndarray:
-    """Optimal brain quantization of all rows at once, one column at a time, in float64: int levels [out, in], those of
+    """Optimal brain quantization of all rows at once, one column at a time, in float64: levels [out, in], those of
     four-bit floats in halves.
 
     The textbook form: invert the (damped) Hessian, round a column, move its error onto the others, and eliminate the
     column from the inverse. `scale` and `zero_point` are given for every weight.
     """
     weight, inverse = weight.astype(np.float64), np.linalg.inv(hessian.astype(np.float64))
-    half = 2 ** (scheme.num_bits - 1)
-    levels = np.zeros(weight.shape, int)
+    levels = np.zeros(weight.shape)
     for j in order:
         step, zero = scale[:, j], zero_point[:, j]
-        if scheme.type is NumberType.FLOAT:
-            levels[:, j] = [np.sign(x) * 2 * E2M1[nearest(abs(x) / 2, E2M1)] for x in weight[:, j] / step]
-        else:
-            levels[:, j] = np.clip(np.rint(weight[:, j] / step) + zero, -half, half - 1)
+        levels[:, j] = [nearest_level(x, z, scheme) for x, z in zip(weight[:, j] / step, zero, strict=True)]
         error = (weight[:, j] - (levels[:, j] - zero) * step) / inverse[j, j]
         weight = weight - np.outer(error, inverse[j])
         inverse = inverse - np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
@@ -214,7 +210,8 @@ def fp4(weight: np.ndarray, scheme: Scheme, over: float, offset: int = 0) -> Ref
 def nearest_level(ratio: float, zero: float, scheme: Scheme) -> float:
     """The level nearest to a weight divided by its scale; those of four-bit floats in halves."""
     if scheme.type is NumberType.FLOAT:
-        return float(np.sign(ratio) * 2 * E2M1[nearest(abs(ratio) / 2, E2M1)])
+        table, unit = (E2M1, 2) if scheme.num_bits == 4 else (E4M3, 1)
+        return float(np.sign(ratio) * unit * table[nearest(abs(ratio) / unit, table)])
     half = 2 ** (scheme.num_bits - 1)
     return float(np.clip(np.rint(ratio) + zero, -half, half - 1))
 
@@ -228,14 +225,14 @@ def two_sided_gptq(
     scheme: Scheme,
     order: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:
-    """Optimal brain quantization under tr(H_O R H_I R^T), one weight at a time, in float64: int levels [out, in].
+    """Optimal brain quantization under tr(H_O R H_I R^T), one weight at a time, in float64: levels [out, in].
 
     The textbook form twice: columns are visited in turn, and in each of them its rows, which are eliminated from the inverse
     of H_O one by one. `scale` and `zero_point` are given for every weight, `order` is that of rows and of columns.
     """
     rows, columns = order
     weight = weight.astype(np.float64).copy()
-    levels = np.zeros(weight.shape, int)
+    levels = np.zeros(weight.shape)
     inverse_in = np.linalg.inv(inputs.astype(np.float64))
     for j in columns:
         column, inverse_out = weight[:, j].copy(), np.linalg.inv(outputs.astype(np.float64))
@@ -272,7 +269,7 @@ def two_sided_sweep(
                     pull = outputs[i] @ residual @ inputs[:, j]
                     wanted = (levels[i, j] - z) * s + pull / (outputs[i, i] * inputs[j, j])
                     levels[i, j] = nearest_level(wanted / s, z, scheme)
-    return levels.astype(int)
+    return levels
 
 
 def two_sided_loss(residual: np.ndarray, outputs: np.ndarray, inputs: np.ndarray) -> float:
