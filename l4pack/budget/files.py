@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from l4pack.budget.subject import Subject
+from l4pack.checkpoint.foreign import states_mlx
 from l4pack.checkpoint.header import read_header
 from l4pack.containers.gguf_check import gguf_files, holds_gguf
 from l4pack.containers.gguf_header import read_model
@@ -106,11 +107,10 @@ def _subject(
 
 
 def _is_mlx(place: Path) -> bool:
-    """Whether a folder's configuration states MLX's quantization, which no other tool writes beside such a model."""
+    """Whether a folder's configuration states MLX's quantization."""
     if not (place / "config.json").is_file():
         return False
-    stated = small_object(place / "config.json", _MAX_CONFIG).get("quantization")
-    return isinstance(stated, dict) and "group_size" in stated and "bits" in stated
+    return states_mlx(small_object(place / "config.json", _MAX_CONFIG))
 
 
 def _mlx(place: Path) -> FileSubject:

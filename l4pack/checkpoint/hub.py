@@ -34,6 +34,7 @@ from l4pack.checkpoint.companions import is_companion
 from l4pack.checkpoint.consolidated import compose, is_consolidated, shard_files
 from l4pack.checkpoint.exports import ADAPTER_CONFIG, refuse_adapter, refuse_two_models, single_weight_file
 from l4pack.checkpoint.folders import open_any_folder
+from l4pack.checkpoint.foreign import refuse_gguf
 from l4pack.checkpoint.given import Given, beside, given_files, given_folder
 from l4pack.checkpoint.header import LENGTH_BYTES, TensorEntry, parse_header, read_header
 from l4pack.checkpoint.pth import PthHeader, parse_pth, read_pth
@@ -100,6 +101,7 @@ def open_hub(
             return _open_consolidated(remote, folder if fetch_as_you_go else None, include, given)
         if CONFIG_NAME not in remote.files:
             refuse_adapter(remote.files, repo_id)
+            refuse_gguf(repo_id, remote.files)
         config = parse_config(_json(remote.small(CONFIG_NAME, MAX_CONFIG_BYTES)), f"{repo_id}: config.json")
         headers, weight_map = _headers(remote)
     store = HubStore(remote, headers, folder if fetch_as_you_go else None)

@@ -30,6 +30,7 @@ from l4pack.checkpoint.exports import (
     without_stale_stanza,
     without_tied_head,
 )
+from l4pack.checkpoint.foreign import refuse_gguf, refuse_gguf_in, refuse_mlx
 from l4pack.checkpoint.header import TensorEntry, read_header
 from l4pack.checkpoint.merged import merging_bytes
 from l4pack.checkpoint.twice import Duplicate, taken_once
@@ -210,11 +211,13 @@ def open_folder(folder: Path, include: Sequence[str] = ()) -> Checkpoint:
     Raises SourceError, UsageError for an `include` that is wrong.
     """
     if not folder.is_dir():
+        refuse_gguf_in(folder)
         raise SourceError(f"{folder} is not a folder", hint="give a checkpoint folder, or ORG/NAME of a Hub repository")
     folder = snapshot_of(folder)
     files = folder_files(folder, include)
     if CONFIG_NAME not in files:
         refuse_adapter(files, str(folder), adapter_config(folder))
+        refuse_gguf(str(folder), files)
         raise SourceError(
             f"{folder} has no config.json", hint="point at the folder that holds config.json and the shards"
         )
@@ -238,6 +241,7 @@ def assemble(
 
     Raises SourceError, UsageError for an `include` that is wrong.
     """
+    refuse_mlx(name, config.raw)
     entries: Mapping[str, TensorEntry]
     entries, duplicates, notes = taken_once(merge_headers(headers, weight_map), weight_map or {})
     refuse_unmerged(entries)

@@ -60,8 +60,10 @@ def verify(
     from l4pack.verify.verify import verify_artifact
 
     exported, gguf = export_folder(Path(artifact)), holds_gguf(Path(artifact))
+    if headers_only and signature is not None:
+        raise typer.BadParameter("reads not the bytes that are signed", param_hint="--headers-only")
     if gguf and (headers_only or exported is None):
-        show_gguf(Path(artifact), against, as_json=as_json, strict=strict)
+        show_gguf(Path(artifact), against, signature, as_json=as_json, strict=strict)
         return
     if exported is not None:
         if headers_only:
@@ -74,8 +76,6 @@ def verify(
         raise typer.BadParameter("needs --against", param_hint="--sample")
     if headers_only and against is not None:
         raise typer.BadParameter("reads nothing to hold against a source", param_hint="--headers-only")
-    if headers_only and signature is not None:
-        raise typer.BadParameter("reads not the bytes that are signed", param_hint="--headers-only")
     source = opened_original(against, companions, lora)
     with (
         look(artifact, weights=not headers_only, say=console.tell) as looked,

@@ -21,12 +21,17 @@ __all__ = ["holds_gguf", "show_gguf"]
 Checked = list[tuple[GgufFile, list[Fault]]]
 
 
-def show_gguf(place: Path, against: str | None, *, as_json: bool, strict: bool) -> None:
+def show_gguf(place: Path, against: str | None, signers: Path | None, *, as_json: bool, strict: bool) -> None:
     """Check headers, print what was found, and end with 1 where it is not right. Raises SourceError for a damaged file."""
     if against is not None:
         raise UsageError(
             f"{place}: l4pack can hold an export of its own against an artifact; of this file it knows the header alone",
             hint="leave --against out",
+        )
+    if signers is not None:
+        raise UsageError(
+            f"{place}: what is signed is a whole export, with its record; of this file l4pack knows the header alone",
+            hint="give the export's folder, or leave --signature out",
         )
     checked = [(*check_gguf(path),) for path in gguf_files(place)]
     faults = [fault for _, found in checked for fault in found]

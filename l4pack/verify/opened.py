@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from l4pack.checkpoint.foreign import refuse_mlx
 from l4pack.checkpoint.header import TensorEntry, read_header
 from l4pack.checkpoint.source import MAX_INDEX_BYTES, parse_index
 from l4pack.containers.safetensors_folder import CONTAINER
@@ -79,6 +80,7 @@ def open_artifact(folder: Path, found: Findings, *, ask_library: bool = True) ->
     if not (folder / CONTAINER.config_name).is_file():
         raise SourceError(f"{folder} has no config.json", hint="give the folder that holds config.json and the weights")
     config = load_config(folder / CONTAINER.config_name)
+    refuse_mlx(str(folder), config.raw)
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))

@@ -91,6 +91,26 @@ def test_a_signed_export_is_checked_with_and_without_its_artifact(there, l4pack,
     assert [(one["rule"], one["where"]) for one in json.loads(ended.out)["findings"]] == [("signature", "README.md")]
 
 
+@pytest.mark.parametrize("command", ["inspect", "plan", "evaluate", "verify"])
+def test_files_of_other_runtimes_are_called_what_they_are(there, l4pack, tmp_path, command):
+    foreign = shutil.copytree(there.mlx, tmp_path / "foreign")
+    (foreign / "l4pack-export.json").unlink()
+    file = next(there.gguf.glob("*.gguf"))
+    more = ("--against", there.artifact) if command == "evaluate" else ()
+    for place, says in ((foreign, "is mlx-lm's"), (file, "is llama.cpp's"), (there.gguf, "is llama.cpp's")):
+        if command == "verify" and place is not foreign:
+            continue  # it has checks of its own for them
+        ended = l4pack(command, place, *more)
+        assert (ended.code, says in ended.err, "l4pack budget" in ended.err) == (4, True, True), ended.err
+    assert l4pack("budget", foreign, "--device", "h100").code == 0
+
+
+def test_a_signature_is_of_an_export_not_of_one_file(there, l4pack, tmp_path):
+    foreign = shutil.copy(next(there.gguf.glob("*.gguf")), tmp_path)
+    ended = l4pack("verify", foreign, "--signature", tmp_path / "allowed")
+    assert (ended.code, "leave --signature out" in ended.err) == (2, True)
+
+
 def test_a_card_says_what_the_files_are(there):
     measured(there.artifact)
     package_artifact(there.artifact, None, Wishes(base_model=BASE))
