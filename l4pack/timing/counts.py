@@ -36,8 +36,8 @@ BYTES_A_COLUMN, BYTES_A_TURN = 80, 120
 # Where a matrix is not solved together with others, not even with itself as a batch of one, torch takes a GPU's columns one
 # by one: operations started for each, and in a sweep.
 ALONE, CALLS_A_COLUMN, CALLS_A_TURN = 0, 14, 16
-# Of four-bit floats, by one core: NVFP4's ten candidates for a scale beside the four of integers, and a turn of a sweep,
-# which looks its levels up. Powers of two have three candidates, which take what integers' do.
+# Of floats, by one core: NVFP4's ten candidates for a scale beside the four of integers, and a turn of a sweep, which
+# rounds to numbers that lie apart differently. Powers of two have three candidates, which take what integers' do.
 NVFP4_CANDIDATES, FLOAT_TURN = 2.3, 2.5
 # By both sides: what a weight of a tile takes where its rows wait for one another too, and one that takes a turn in a sweep,
 # in those of GPTQ's own kernels; of the products that spread a tile's moves over all rows the share that has any, as a weight

@@ -156,6 +156,21 @@ def test_attention_alone_aims_at_the_original_or_not(source, text, tmp_path):
         assert len(json.loads((out / RECORD_NAME).read_bytes())["matrices"]) == 4 * LAYERS
 
 
+def test_fp8_is_solved_too(source, text, tmp_path, l4pack):
+    values = recipe(["attention"]).model_dump()
+    values["schemes"]["int4"] = {
+        "format": "float-quantized", "num_bits": 8, "type": "float", "strategy": "channel", "activations": "dynamic_token",
+        "method": "gptq", "gptq": {"sweeps": 2},
+    }  # fmt: skip
+    out = run_plan(
+        with_text(make_plan(open_source(str(source)), Recipe.model_validate(values)), str(text)), tmp_path / "fp8"
+    ).out
+    matrices = json.loads((out / RECORD_NAME).read_bytes())["matrices"]
+    assert len(matrices) == 4 * LAYERS
+    assert all(one["error"] < 0.8 * one["rtn_error"] for one in matrices.values())
+    assert json.loads(l4pack("verify", out, "--against", source, "--json").out)["ok"] is True
+
+
 def test_what_mlps_alone_may_have_is_refused():
     values = recipe(["attention"]).model_dump()
     values["schemes"]["int4"]["gptq"]["two_sided"] = True
