@@ -146,11 +146,11 @@ def own_format(scheme: QuantizationScheme, format_name: str) -> tuple[Format, Sc
 
 def _own(format_name: str, weights: Mapping[str, Any]) -> tuple[Format, Scheme] | None:
     form, given = FORMATS.get(format_name), dict(weights)
-    if form is None or given["actorder"] in ("group", "dynamic"):
+    if form is None or given.get("actorder") in ("group", "dynamic"):
         return None
     if form.accepts.scale_dtype is not None:
         given["scale_dtype"] = form.accepts.scale_dtype.value
-    if given["strategy"] not in (Strategy.GROUP, Strategy.TENSOR_GROUP):
+    if given.get("strategy") not in (Strategy.GROUP, Strategy.TENSOR_GROUP):
         given["group_size"] = None  # compressed-tensors has -1 for whole rows
     try:
         own = read_scheme(given)
