@@ -41,7 +41,7 @@ class Wish:
     runtime: str = "vllm"
     by: str | None = None  # "layer" or "role"; None: by layer where the model itself was measured
     gpu_layers: int | None = None  # of llama.cpp: layers that are not in the machine's own memory
-    best: bool = False  # MLPs of four bits are solved for the model's end
+    best: bool = False  # MLPs of four bits and of FP8 are solved for the model's end
 
     def check(self) -> None:
         """Raise UsageError for a wish that says nothing, or two things at once."""

@@ -197,7 +197,9 @@ class _Fit:
             f"Predicted KL {solution.loss:.6g} nats, the sum of what each choice alone does.",
         ]
         if wish.best:
-            lines.append("MLPs of four bits are solved for the model's end, which harms less than was predicted.")
+            lines.append(
+                "MLPs of four bits and of FP8 are solved for the model's end, which harms less than was predicted."
+            )
         if losses.stand_in:
             lines.append(
                 f"The sensitivities are a stand-in's, measured on {losses.measured_on}: carried over, not measured here."

@@ -15,10 +15,12 @@ from l4pack.errors import UsageError
 from l4pack.fit.solve import Picks
 from l4pack.fit.units import UnitChoices
 from l4pack.model.tensors import Role
-from l4pack.recipe import KEEP, Promise, Recipe, RecipeScheme, load_recipe
+from l4pack.quant.grid import E4M3
+from l4pack.recipe import KEEP, GptqOptions, Method, Promise, Recipe, RecipeScheme, load_recipe
 
 LIKE = "int4"  # calibrated as this shipped recipe is
 LIKE_BEST = "int4-best"  # the same of what is solved for the model's end
+FP8_LIKE = "fp8-gptq"  # FP8, which is rounded else, is solved as there
 _BEST = "-best"  # ends the name of an option that is
 _NAME = re.compile(r"[^a-z0-9._-]+")
 
@@ -35,7 +37,7 @@ def recipe_values(
 ) -> dict[str, Any]:
     """A recipe's keys, as short as they can be: layers are named only where those of a role differ.
 
-    `best`: MLPs of four bits are solved for the model's end.
+    `best`: MLPs of four bits and of FP8 are solved for the model's end.
     """
     rules = _rules(units, picks)
     if best:
@@ -57,12 +59,23 @@ def recipe_values(
 
 
 def for_the_end(options: Mapping[str, RecipeScheme]) -> dict[str, RecipeScheme]:
-    """The options of four bits that are solved, as they are where errors are weighed by what they do to the model's end."""
+    """The options of FP8, and those of four bits that are solved, as they are where errors are weighed by what they do to the
+    model's end."""
+    solved = {name: _solver(scheme) for name, scheme in options.items()}
     return {
-        f"{name}{_BEST}": scheme.model_copy(update={"gptq": scheme.gptq.model_copy(update={"two_sided": True})})
-        for name, scheme in options.items()
-        if scheme.gptq is not None and scheme.num_bits == 4
+        f"{name}{_BEST}": options[name].model_copy(
+            update={"method": Method.GPTQ, "gptq": gptq.model_copy(update={"two_sided": True})}
+        )
+        for name, gptq in solved.items()
+        if gptq is not None
     }
+
+
+def _solver(scheme: RecipeScheme) -> GptqOptions | None:
+    """How GPTQ solves an option that is worth solving for the model's end; None for another."""
+    if scheme.grid is E4M3:
+        return load_recipe(FP8_LIKE).schemes["fp8"].gptq
+    return scheme.gptq if scheme.num_bits == 4 else None
 
 
 def parse_values(values: Mapping[str, Any], where: str) -> Recipe:

@@ -79,19 +79,34 @@ def demo(tmp_path, monkeypatch):
     synthetic(open_source("demo"), options=("int4", "int8", "fp8")).write(tmp_path / "s.json")
 
 
-def test_best_solves_mlps_of_four_bits_for_the_models_end(l4pack, demo):
+def test_best_solves_mlps_of_four_bits_and_fp8_for_the_models_end(l4pack, demo):
     asked = ["fit", "demo", "--bits", "5", "--sensitivity", "s.json", "--json"]
     plain, best = json.loads(l4pack(*asked).out), json.loads(l4pack(*asked, "--best", "--out", "best.yaml").out)
     assert plain["choice"] == best["choice"]
     made, before = load_recipe("best.yaml"), load_recipe("fit.yaml")
     solved = {name for name, scheme in made.schemes.items() if scheme.gptq is not None and scheme.gptq.two_sided}
-    assert solved == {"int4-best"}
+    assert solved == {"int4-best", "fp8-best"}
     assert solved.isdisjoint(rule.scheme for rule in made.rules if "attention" in rule.roles)
-    assert (made.calibration.gradient_samples, set(made.schemes) - solved) == (64, set(before.schemes) - {"int4"})
+    assert made.calibration.gradient_samples == 64
+    assert {"int8"} <= set(made.schemes) - solved <= set(before.schemes) - {"int4"}
     planned = [json.loads(l4pack("plan", "demo", "--recipe", name, "--json").out) for name in ("best.yaml", "fit.yaml")]
     assert planned[0]["weight_bytes"] == planned[1]["weight_bytes"]
     assert planned[0]["artifact_bytes"] == best["artifact_bytes"]
     assert "solved for the model's end" in Path("best.yaml").read_text()
+
+
+def test_best_solves_mlps_of_fp8_too_which_else_are_rounded(l4pack, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    synthetic(open_source("demo"), options=("fp8",)).write(tmp_path / "s.json")
+    asked = ["fit", "demo", "--bits", "8.1", "--sensitivity", "s.json", "--json"]
+    plain, best = json.loads(l4pack(*asked).out), json.loads(l4pack(*asked, "--best", "--out", "best.yaml").out)
+    assert plain["choice"] == best["choice"]
+    made, before = load_recipe("best.yaml"), load_recipe("fit.yaml")
+    assert before.calibration is None
+    assert made.schemes["fp8-best"].gptq == load_recipe("fp8-best").schemes["fp8"].gptq
+    assert not any("attention" in rule.roles for rule in made.rules if rule.scheme == "fp8-best")
+    planned = json.loads(l4pack("plan", "demo", "--recipe", "best.yaml", "--json").out)
+    assert planned["artifact_bytes"] == best["artifact_bytes"]
 
 
 def test_a_shipped_stand_in_is_used_and_named_loudly(l4pack, at):
