@@ -28,13 +28,14 @@ FLOAT = 4  # bytes
 
 # Operations started by one piece of rows, counted on the CPU's way: they matter where matrices are small.
 CALLS_A_BLOCK, CALLS_A_PIECE, CALLS_A_FACTOR, CALLS_A_FACTOR_BLOCK, CALLS_A_FORWARD = 20, 300, 100, 20, 20
-# On a GPU one kernel takes a block's columns, of all experts of a batch: operations started for a block, and for one in a
-# sweep; operations on numbers that the kernel makes of each weight, and the bytes that pass to it and back.
+# On a GPU one kernel takes a block's columns, of all experts of a batch, where levels are integers: operations started for a
+# block, and for one in a sweep; operations on numbers that the kernel makes of each weight, and the bytes that pass to it and
+# back.
 CALLS_A_DEVICE_BLOCK, CALLS_A_DEVICE_TURN = 20, 25
 OPERATIONS_A_COLUMN, OPERATIONS_A_TURN = 8 * BLOCK, 10 * BLOCK
 BYTES_A_COLUMN, BYTES_A_TURN = 80, 120
-# Where a matrix is not solved together with others, not even with itself as a batch of one, torch takes a GPU's columns one
-# by one: operations started for each, and in a sweep.
+# Where a matrix is not solved together with others, not even with itself as a batch of one, and where levels are floats, torch
+# takes a GPU's columns one by one: operations started for each, and in a sweep.
 ALONE, CALLS_A_COLUMN, CALLS_A_TURN = 0, 14, 16
 # Of floats, by one core: NVFP4's ten candidates for a scale beside the four of integers, and a turn of a sweep, which
 # rounds to numbers that lie apart differently. Powers of two have three candidates, which take what integers' do.
@@ -144,6 +145,8 @@ class _Solver:
             self._loops(work, outputs, width)
         elif self.together == ALONE:
             self._loops_by_column(work, outputs, width)
+        elif not self.scheme.grid.even:
+            self._loops_of_floats(work, outputs, width)
         else:
             self._loops_on_device(work, outputs, width)
         return work
@@ -175,6 +178,16 @@ class _Solver:
         work.add("columns", Kind.CALL, pieces * width * CALLS_A_COLUMN)
         work.add("sweeps", Kind.CALL, pieces * width * self._sweep_count * CALLS_A_TURN)
         work.add("sweeps", Kind.PRODUCT, self._sweep_count * product(outputs, width, width))
+
+    def _loops_of_floats(self, work: Work, outputs: int, width: int) -> None:
+        """The same in operations of their own for every column of a batch's matrices, which pass over what is left of a block,
+        and in a sweep over all of it."""
+        weights, sweeps = outputs * width, self._sweep_count
+        work.add("columns", Kind.CALL, width * CALLS_A_COLUMN / self.together)
+        work.add("columns", Kind.MEMORY, 2 * FLOAT * (BLOCK / 2 + CALLS_A_COLUMN) * weights)
+        work.add("sweeps", Kind.CALL, sweeps * width * CALLS_A_TURN / self.together)
+        work.add("sweeps", Kind.MEMORY, sweeps * 2 * FLOAT * (BLOCK + CALLS_A_TURN) * weights)
+        work.add("sweeps", Kind.PRODUCT, sweeps * product(outputs, width, width))
 
     def carried_back(self, hidden: int, inner: int) -> Work:
         """A layer's moments of gradients as moments of what gate and up put out."""

@@ -32,9 +32,10 @@ class Given:
         pass
 
 
-def scheme(**options: object) -> RecipeScheme:
-    found = load_recipe("int4").schemes["int4"]
-    return found.model_copy(update={"group_size": 32, "gptq": found.gptq.model_copy(update=options)})
+def scheme(name: str = "int4", **options: object) -> RecipeScheme:
+    found = load_recipe("fp8-gptq" if name == "fp8" else name).schemes[name]
+    own = {} if name == "fp8" else {"group_size": 32}
+    return found.model_copy(update={**own, "gptq": found.gptq.model_copy(update=options)})
 
 
 def taken(number: int) -> UnitRows:
@@ -57,17 +58,18 @@ def few_rows(monkeypatch):
     monkeypatch.setattr(batch, "ROWS", 32)
 
 
-def solved(units: int) -> Launches:
+def solved(units: int, name: str) -> Launches:
     """What solving a batch starts on a device."""
     with pretend_device(), torch.inference_mode():
         one = given(units, "cuda")
         with Launches() as counted:
-            batch.solve(one, scheme(sweeps=1), "BF16")
+            batch.solve(one, scheme(name, sweeps=1), "BF16")
     return counted
 
 
-def test_operations_do_not_grow_with_the_experts_and_the_host_waits_once():
-    one, two, eight = (solved(units) for units in (1, 2, 8))
+@pytest.mark.parametrize("name", ["int4", "fp8"])
+def test_operations_do_not_grow_with_the_experts_and_the_host_waits_once(name):
+    one, two, eight = (solved(units, name) for units in (1, 2, 8))
     assert two.started == eight.started
     assert 0.98 * eight.total < one.total <= eight.total  # turning a single matrix round copies nothing
     assert one.waits == two.waits == eight.waits == {"_to_copy": 1}

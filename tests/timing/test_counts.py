@@ -168,3 +168,9 @@ def test_four_bit_floats_take_what_trying_their_scales_and_levels_does():
     for kind in (Kind.VISITS, Kind.MOVES):
         assert floats.total(kind) == counts.FLOAT_TURN * integers.total(kind)
     assert floats.total(*PRODUCTS) == integers.total(*PRODUCTS)
+    alone, few, many = (
+        counts.solving_mlp(text(), INNER, tokens, mxfp4, "cuda", together).total(Kind.CALL) for together in (0, 2, 16)
+    )
+    kernels = counts.solving_mlp(text(), INNER, tokens, scheme(), "cuda", 2)
+    assert alone > few > many
+    assert few > 1.5 * kernels.total(Kind.CALL)  # on a GPU no kernel takes floats: column by column, of all of a batch
