@@ -71,6 +71,7 @@ FP4 = {
     "text-mxfp4": ("text", "mxfp4"),
 }
 SOLVED = "nvfp4-w4a4"  # its global scales of inputs come from a calibration
+SOLVED_FP8 = "fp8-gptq"
 MIXES = [(model, seed) for model in ("scout-deep", "maverick", "text") for seed in range(4)]
 
 
@@ -175,6 +176,8 @@ def artifacts(
 ) -> Path:
     root = tmp_path_factory.mktemp("artifacts")
     write_fp4(sources, artifact(SOLVED, "maverick"), root)
+    shutil.copytree(artifact(SOLVED_FP8, "maverick"), root / SOLVED_FP8)
+    write_dequantized(root / SOLVED_FP8, root / f"{SOLVED_FP8}-values")
     for name, (model, schemes) in GOOD.items():
         write_artifact(sources[model], root / name, schemes)
         write_dequantized(root / name, root / f"{name}-values")
@@ -212,7 +215,7 @@ def answers(vllm_python: str, sources: dict[str, Path], artifacts: Path) -> dict
         jobs[f"{name}-values"] = {"artifact": artifacts / name, "against": artifacts / f"{name}-values", "exact": True}
     for name in BAD:
         jobs[name] = {"artifact": artifacts / name, "against": sources["scout"], "exact": False}
-    for name in (*FP4, SOLVED):
+    for name in (*FP4, SOLVED, SOLVED_FP8):
         jobs[name] = {"artifact": artifacts / name, "against": artifacts / f"{name}-values", "exact": True}
     for name in BAD_FP4:
         jobs[name] = {"artifact": artifacts / name, "against": None, "exact": False}
@@ -244,12 +247,13 @@ def test_loads_to_the_very_values_the_artifact_stands_for(answers: dict[str, Any
     assert ("vision_model.layernorm_pre" in kinds) is not text_only
 
 
-@pytest.mark.parametrize("name", [*FP4, SOLVED])
-def test_four_bit_floats_load_to_the_very_values(answers: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize("name", [*FP4, SOLVED, SOLVED_FP8])
+def test_floats_load_to_the_very_values(answers: dict[str, Any], name: str) -> None:
     report = answers["reports"][name]
     assert report["ok"], report["findings"]
     assert all(entry["exact"] for entry in report["classes"].values())
-    assert {entry["num_bits"] for kind, entry in report["classes"].items() if "experts" in kind} == {4}
+    bits = 8 if name == SOLVED_FP8 else 4
+    assert {entry["num_bits"] for kind, entry in report["classes"].items() if "experts" in kind} == {bits}
 
 
 @pytest.mark.parametrize("name", BAD_FP4)
