@@ -32,10 +32,10 @@ Run = Callable[..., Ended]
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """The operations done on the device so far."""
+def device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
+    """The operations done on the device so far; where gradients are asked for as a parameter, it computes them."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    with pretend_device() as done:
+    with pretend_device(gradients=getattr(request, "param", False)) as done:
         yield done
 
 
@@ -50,9 +50,12 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     solved = {**GPTQ, "gptq": {"act_order": True, "asymmetric": 1.0, "sweeps": 1}}
     rules = [{"roles": ["attention", "routed_expert"], "scheme": "int4"}, {"roles": "all", "scheme": "keep"}]
     int4 = {"name": "little", "title": "Little", "schemes": {"int4": solved}, "rules": rules}
+    both = {"act_order": True, "asymmetric": 1.0, "sweeps": 1, "two_sided": True}
+    experts = [{"roles": ["routed_expert", "dense_mlp"], "scheme": "int4"}, {"roles": "all", "scheme": "keep"}]
+    best = {**int4, "schemes": {"int4": {**GPTQ, "gptq": both}}, "rules": experts}
     static = load_recipe("fp8-static").model_dump(mode="json") | {"kv_cache": {"dtype": "fp8", "strategy": "head"}}
     folder, made = tmp_path_factory.mktemp("recipes"), {}
-    for name, values in {"int4": int4, "static": static}.items():
+    for name, values in {"int4": int4, "static": static, "best": best}.items():
         made[name] = folder / f"{name}.yaml"
         made[name].write_text(yaml.safe_dump({**values, "name": name, "calibration": CALIBRATION}))
     return made
@@ -141,7 +144,7 @@ def shard_bytes(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
 
 
-@pytest.mark.parametrize("kind", ["int4", "static"])
+@pytest.mark.parametrize(("kind", "device"), [("int4", False), ("static", False), ("best", True)], indirect=["device"])
 def test_calibrating_gives_the_same_figures(
     l4pack: Run, source: Path, recipes: dict[str, Path], device: Counter[str], tmp_path: Path, kind: str
 ) -> None:

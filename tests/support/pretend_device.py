@@ -13,15 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama4 import modeling_llama4  # noqa: F401  its imports read what is replaced here
 
-DEVICE = torch.device("cuda:0")
+DEVICE, CPU = torch.device("cuda:0"), torch.device("cpu")
 TOTAL_BYTES = 80 * 10**9
 NAME = "Pretended GPU"
 
@@ -39,24 +40,49 @@ CROSSING = {aten.copy_, aten._to_copy}
 
 
 class PretendTensor(Tensor):
-    """A tensor on the pretended device; `inner` holds its numbers."""
+    """A tensor on the pretended device; `inner` holds its numbers.
+
+    Where gradients are computed torch's own code takes it for one in CPU memory: its engine would ask for a driver.
+    """
 
     inner: Tensor
+    taken_for: ClassVar[torch.device] = DEVICE
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> PretendTensor:
-        made: PretendTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            device=DEVICE,
-        )
+        with torch.inference_mode(inner.is_inference()):  # a view of what was made without it is none of its tensors
+            made: PretendTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls,
+                inner.shape,
+                strides=inner.stride(),
+                storage_offset=inner.storage_offset(),
+                dtype=inner.dtype,
+                device=cls.taken_for,
+            )
         return made
 
     def __init__(self, inner: Tensor) -> None:
         self.inner = inner
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return DEVICE
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+    def cpu(self, *_: Any, **__: Any) -> Tensor:
+        return self.to(CPU)
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        if args and isinstance(args[0], Tensor):
+            args = (args[0].device, args[0].dtype, *args[1:])
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is None or device.type != "cpu":
+            return super().to(*args, **kwargs)
+        copied: Tensor = aten._to_copy(self, dtype=dtype, device=CPU)
+        return copied
 
     def __repr__(self, **_: Any) -> str:
         return f"{self.inner!r} on {DEVICE}"
@@ -78,7 +104,9 @@ class PretendTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:  # which kernel it is does not matter
+        if (
+            func is torch.nn.functional.scaled_dot_product_attention and cls.taken_for == DEVICE
+        ):  # which kernel it is does not matter
             return _on_cpu(func, args, kwargs or {})
         if func in NUMBERS:
             return func(*_inner(args))
@@ -156,6 +184,8 @@ def _indexed(func: Any, args: Any) -> Any:
         _refuse(func)
     if by_tensor and any(value.dim() or _there(value) for value in strange):  # else it is a copy, which may cross
         _refuse(func)
+    if PretendTensor.taken_for == CPU and func is Tensor.__getitem__:
+        return func(*args)  # with its gradient
     found = func(*_inner(args))
     return _outer(found) if _there(owner) else found
 
@@ -178,6 +208,8 @@ class _Names(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if func is torch.tensor and kwargs and torch.device(kwargs.get("device") or "cpu").type == "cuda":
             return PretendTensor(func(*args, **{**kwargs, "device": "cpu"}))
+        if func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):
+            args = (args[0], args[1].device, args[1].dtype, *args[2:])
         if func in (Tensor.__getitem__, Tensor.__setitem__) and any(map(_there, _leaves(args))):
             return _indexed(func, args)
 
@@ -274,8 +306,11 @@ def _modes(done: Counter[str]) -> Iterator[None]:
 
 
 @contextmanager
-def pretend_device() -> Iterator[Counter[str]]:
-    """One CUDA device, in this thread and in those it starts; gives the number of operations done on it by name."""
+def pretend_device(*, gradients: bool = False) -> Iterator[Counter[str]]:
+    """One CUDA device, in this thread and in those it starts; gives the number of operations done on it by name.
+
+    `gradients`: of what is computed on it, too.
+    """
     run = threading.Thread.run
     done: Counter[str] = Counter()
 
@@ -305,5 +340,6 @@ def pretend_device() -> Iterator[Counter[str]]:
         for name, answer in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
         stack.enter_context(patch.object(Tensor, "pin_memory", lambda self: self))
+        stack.enter_context(patch.object(PretendTensor, "taken_for", CPU if gradients else DEVICE))
         stack.enter_context(_modes(done))
         yield done
