@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from l4pack.calibration.moments import COLUMNS
+from l4pack.calibration import batch_solved
+from l4pack.calibration.batch_ends import Ends
+from l4pack.calibration.batch_moments import Block, Moments
+from l4pack.calibration.batch_solved import SIDES, Solved, Solving
 from l4pack.model.parts import DOWN, GATE, UP
 from l4pack.quant import gptq, gptq_batch
 from l4pack.quant.dampening import fractions
@@ -34,20 +37,18 @@ if TYPE_CHECKING:
     from l4pack.stream.layer import LayerPass
 
 ROWS = 512  # tokens of each unit at once, on any device
-FIGURES = 3, 6, 9, 11, 13, 15, 16  # where in a batch's record what is of matrices, of problems, and of all, begins anew
+FIGURES = (
+    3,
+    6,
+    9,
+    11,
+    13,
+    15,
+    16,
+    18,
+)  # where in a batch's record what is of matrices, of problems, of all, and by both sides begins anew
 NEAREST_IS_BETTER = "rounding to nearest has the lower loss in every output row"
 Activation = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some tokens of the units that have any left: inputs [units, ROWS, in], the original model's where there are any,
-    their weights [units, ROWS], and whose original is kept [units, ROWS, 1], see `rows.UnitRows`."""
-
-    inputs: Tensor
-    original: Tensor | None
-    weights: Tensor
-    kept: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -103,45 +104,17 @@ def _filled(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack([pad(part, (0, 0) * (part.dim() - 1) + (0, ROWS - len(part))) for part in parts])
 
 
-class Moments:
-    """See `moments.Moments`: those of several units' inputs, float32 [units, in, in] each."""
-
-    def __init__(self, units: int, width: int, *, cross: bool, device: torch.device) -> None:
-        self.hessian = torch.zeros(units, width, width, device=device)
-        self.cross = torch.zeros(units, width, width, device=device) if cross else None
-
-    def add(self, block: Block) -> None:
-        """Add tokens of the first units."""
-        count, width = len(block.inputs), self.hessian.shape[-1]
-        root = block.weights.sqrt()[..., None]
-        inputs = block.inputs * root
-        for first in range(0, width, COLUMNS):
-            last = min(first + COLUMNS, width)
-            self.hessian[:count, first:last, first:].baddbmm_(inputs[..., first:last].mT, inputs[..., first:])
-        if self.cross is not None and block.original is not None:
-            self.cross[:count].baddbmm_(((block.original - block.inputs) * root).mT, inputs)
-
-    def finish(self, weights: Tensor) -> None:
-        """Divide by the weights [units] of all tokens, and fill in the other half of what is symmetric."""
-        scale = 1 / weights.clamp(min=1e-30)[:, None, None]
-        width = self.hessian.shape[-1]
-        for first in range(0, width, COLUMNS):
-            last = min(first + COLUMNS, width)
-            self.hessian[:, last:, first:last] = self.hessian[:, first:last, last:].mT
-        self.hessian.mul_(scale)
-        if self.cross is not None:
-            self.cross.mul_(scale)
-
-
 @dataclass(frozen=True)
 class Batch:
-    """MLPs to solve together: their matrices, how often `inputs` gives their tokens anew, what all weigh [units]."""
+    """MLPs to solve together: their matrices, how often `inputs` gives their tokens anew, what all weigh [units]. With `end`
+    they are solved by both sides, see `mlp.solve_mlp`."""
 
     matrices: Stacked
     inputs: Callable[[], Iterable[Block]]
     weights: Tensor
     activation: Activation
     model_dtype: torch.dtype
+    end: Tensor | None = None
 
     def inner(self, pair: Tensor, inputs: Tensor) -> Tensor:
         """What gate over up [units, 2 inner, hidden] make of the first units' inputs: [units, tokens, inner]."""
@@ -160,17 +133,40 @@ def solve(batch: Batch, scheme: RecipeScheme, source_dtype: FloatName) -> list[d
         scheme.scale_dtype if scheme.scale_dtype is not ScaleDtype.SOURCE else ScaleDtype(FLOATS[source_dtype].word)
     )
     given = _Given(batch, scheme.model_copy(update={"scale_dtype": scales}), scheme.gptq)
-    steps, units = fractions(scheme.gptq.dampening), len(batch.matrices.pair)
-    climbed = np.zeros((2, units), np.intp)
+    ladder = _Ladder.of(scheme.gptq, len(batch.matrices.pair), two_sided=batch.end is not None)
     while True:
-        chosen = torch.tensor(np.array(steps)[climbed], dtype=torch.float32).to(batch.weights.device)
-        attempt = _attempt(given, chosen)
+        attempt = _attempt(given, torch.tensor(ladder.fractions, dtype=torch.float32).to(batch.weights.device))
         found = attempt.record()
-        again = ~found.definite & (climbed < len(steps) - 1)
-        again[1] &= ~again[0]  # what down was given was wrong
-        if not again.any():
-            return [attempt.solutions(found, unit, [steps[k] for k in climbed[:, unit]]) for unit in range(units)]
-        climbed += again
+        if not ladder.climbs(found.definite):
+            return [attempt.solutions(found, unit, one) for unit, one in enumerate(ladder.fractions.T.tolist())]
+
+
+@dataclass
+class _Ladder:
+    """The fractions of dampening that a batch is solved with, [5, units]: of the inputs of gate and up, of those of down, and by
+    both sides of the outputs of gate, up and down."""
+
+    steps: list[NDArray[np.float64]]
+    climbed: NDArray[np.intp]
+
+    @classmethod
+    def of(cls, options: GptqOptions, units: int, *, two_sided: bool) -> _Ladder:
+        """The first ones."""
+        wanted = [options.dampening] * 2 + [options.output_dampening] * 3 * two_sided
+        return cls([np.array(fractions(one)) for one in wanted], np.zeros((len(wanted), units), np.intp))
+
+    @property
+    def fractions(self) -> NDArray[np.float64]:
+        """Those to solve with."""
+        return np.array([steps[climbed] for steps, climbed in zip(self.steps, self.climbed, strict=True)])
+
+    def climbs(self, definite: NDArray[np.bool_]) -> bool:
+        """Take the next one where that was too little, if there is one; whether any was."""
+        most = np.array([len(steps) - 1 for steps in self.steps])[:, None]
+        again = ~definite & (self.climbed < most)
+        again[1] &= ~np.delete(again, 1, 0)[:3].any(0)  # what down was given was wrong
+        self.climbed += again
+        return bool(again.any())
 
 
 @dataclass(frozen=True)
@@ -191,7 +187,7 @@ class UnitNotFiniteError(ValueError):
 @dataclass(frozen=True)
 class _Found:
     """Figures of a batch on the host, by matrix and unit: float64 [3, units], and of the two problems [2, units]; `over`
-    are their global scales."""
+    are their global scales. `definite` is as `_Ladder` has it; `sides` are [3, SIDES, units], or none."""
 
     error: NDArray[np.float64]
     rtn_error: NDArray[np.float64]
@@ -200,33 +196,40 @@ class _Found:
     definite: NDArray[np.bool_]
     dead: NDArray[np.float64]
     over: NDArray[np.float64]
+    sides: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class _Attempt:
     """Gate over up, and down, solved with some dampening, all still on the device; `figures` are those of `_Found`."""
 
-    pair: gptq_batch.Solutions
-    down: gptq_batch.Solutions
+    pair: Solved
+    down: Solved
     figures: Tensor
     scheme: Scheme
 
     def record(self) -> _Found:
         """Wait for the device. Raises UnitNotFiniteError."""
-        error, rtn_error, kept, finite, definite, dead, sound, over = np.split(self.figures.cpu().numpy(), FIGURES)
+        parts = np.split(self.figures.cpu().numpy(), FIGURES)
+        error, rtn_error, kept, finite, definite, dead, sound, over, sides = parts
         if not sound.all():
             raise UnitNotFiniteError(int(sound[0].argmin()))
-        return _Found(error, rtn_error, kept, finite > 0, definite > 0, dead, over)
+        sides = sides.reshape(-1, SIDES, sides.shape[-1])
+        definite = np.concatenate((definite, sides[:, -1]))
+        return _Found(error, rtn_error, kept, finite > 0, definite > 0, dead, over, sides)
 
     def solutions(self, found: _Found, unit: int, dampening: Sequence[float]) -> dict[str, Solution]:
         """One unit's solutions by projection."""
         inner = self.pair.rounded.levels.shape[1] // 2
         first, second = self.pair.rounded, self.down.rounded
         parts = ((GATE, first, slice(inner)), (UP, first, slice(inner, None)), (DOWN, second, slice(None)))
-        return {
-            name: self._solution(found, unit, number, _part_of(rounded, unit, rows), dampening[number // 2])
-            for number, (name, rounded, rows) in enumerate(parts)
-        }
+        solutions = {}
+        for number, (name, rounded, rows) in enumerate(parts):
+            solution = self._solution(found, unit, number, _part_of(rounded, unit, rows), dampening[number // 2])
+            if len(found.sides):
+                solution = batch_solved.two_sided(solution, found.sides[number, :, unit], dampening[2 + number])
+            solutions[name] = solution
+        return solutions
 
     def _solution(self, found: _Found, unit: int, number: int, rounded: Rounded, dampening: float) -> Solution:
         place = number // 2, unit
@@ -256,19 +259,18 @@ class _Attempt:
 
 
 def _part_of(rounded: Rounded, unit: int, rows: slice) -> Rounded:
-    headers = None if rounded.headers is None else rounded.headers[unit, rows]
-    return Rounded(rounded.levels[unit, rows], rounded.scale[unit, rows], rounded.zero_point[unit, rows], headers)
+    return rounded.mapped(lambda one: one[unit, rows])
 
 
 @torch.inference_mode()
 def _attempt(given: _Given, dampening: Tensor) -> _Attempt:
-    """Solve with the fractions `dampening` [2, units]; the host need not wait for any of it."""
-    batch, scheme, options, matrices = given.batch, given.scheme, given.options, given.batch.matrices
+    """Solve with the fractions `dampening`, see `_Ladder`; the host need not wait for any of it."""
+    batch, options, matrices = given.batch, given.options, given.batch.matrices
     moments = _moments(batch, matrices.pair, batch.inputs(), options)
     first = _problems(moments, options, dampening[0], outputs=matrices.pair.shape[1])
     del moments
     overs = torch.stack([global_scale(one.abs().amax((-2, -1))) for one in (matrices.pair, matrices.down)])
-    pair = gptq_batch.solve_problems(first, matrices.pair, scheme, sweeps=options.sweeps, over=overs[0])
+    pair = _solved(given, first, matrices.pair, overs[0], dict(zip((GATE, UP), dampening[2:4], strict=False)))
     of_first = _problem_figures(first)
     del first
     solved = pair.rounded.values().to(batch.model_dtype).float()
@@ -276,10 +278,21 @@ def _attempt(given: _Given, dampening: Tensor) -> _Attempt:
     del solved
     second = _problems(moments, options, dampening[1], outputs=matrices.down.shape[1])
     del moments
-    down = gptq_batch.solve_problems(second, matrices.down, scheme, sweeps=options.sweeps, over=overs[1])
+    down = _solved(given, second, matrices.down, overs[1], dict(zip((DOWN,), dampening[4:], strict=False)))
     problems = torch.stack((of_first, _problem_figures(second)), 1)
-    figures = (_sums(pair, down), problems.flatten(0, 1), (pair.sound & down.sound)[None], overs)
-    return _Attempt(pair, down, torch.cat([one.double() for one in figures]), scheme)
+    figures = [*_sums(pair, down), problems.flatten(0, 1), (pair.sound & down.sound)[None], overs]
+    figures += [one.sides.flatten(0, 1) for one in (pair, down) if one.sides is not None]
+    return _Attempt(pair, down, torch.cat([one.double() for one in figures]), given.scheme)
+
+
+def _solved(
+    given: _Given, problems: gptq_batch.Problems, weight: Tensor, over: Tensor, outputs: Mapping[str, Tensor]
+) -> Solved:
+    """Gate over up, or down; `outputs` are the fractions of their dampening, by name, if they are solved by both sides."""
+    solving = Solving(given.scheme, given.options, over)
+    if given.batch.end is None:
+        return solving.by_inputs(problems, weight, 1 if weight is given.batch.matrices.down else 2)
+    return solving.by_sides(problems, weight, Ends(given.batch.end, given.batch), outputs)
 
 
 def _moments(batch: Batch, weight: Tensor, blocks: Iterable[Block], options: GptqOptions) -> Moments:
@@ -315,10 +328,7 @@ def _problem_figures(problems: gptq_batch.Problems) -> Tensor:
     return torch.stack((problems.finite, problems.definite, (problems.diagonal == 0).sum(1)))
 
 
-def _sums(pair: gptq_batch.Solutions, down: gptq_batch.Solutions) -> Tensor:
-    """Losses, those of rounding, and rows that are rounded, of gate, up and down: [9, units]."""
-    figures = []
-    for of_pair, of_down in ((pair.loss, down.loss), (pair.rtn_loss, down.rtn_loss), (pair.kept, down.kept)):
-        halves = of_pair.double().view(len(of_pair), 2, -1).sum(-1)
-        figures += [halves[:, 0], halves[:, 1], of_down.double().sum(-1)]
-    return torch.stack(figures)
+def _sums(pair: Solved, down: Solved) -> list[Tensor]:
+    """Losses, those of rounding, and rows that are rounded, of gate, up and down: [3, units] each."""
+    parts = ((pair.error, down.error), (pair.rtn_error, down.rtn_error), (pair.kept, down.kept))
+    return [torch.cat(part) for part in parts]

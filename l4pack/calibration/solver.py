@@ -82,11 +82,11 @@ class UnitSolver:
         return [self._one(*each, passes[-1], original) for each in zip(loaded, taken, strict=True)]
 
     def _stackable(self, loaded: Sequence[LoadedUnit]) -> bool:
-        """Whether units can be solved together: all matrices alike, by their inputs, and no block of scales in both gate and
-        up, one of which lies over the other."""
+        """Whether units can be solved together: all matrices alike, and no block of scales in both gate and up, one of which lies
+        over the other."""
         alike = len({scheme for one in loaded for scheme in self._schemes(one).values()}) == 1
         whole = len(self._matrices(loaded[0]).weights[GATE]) % self._scheme(loaded[0]).block_rows == 0
-        return alike and whole and not self._two_sided(loaded[0])
+        return alike and whole
 
     def _two_sided(self, loaded: LoadedUnit) -> bool:
         options = self._scheme(loaded).gptq
@@ -127,7 +127,7 @@ class UnitSolver:
         weights = torch.tensor([one.weight for one in taken]).to(quantized.device)
         stacked = Stacked.of([self._matrices(one).weights for one in loaded])
         inputs = partial(batch.blocks, taken, quantized, original)
-        given = batch.Batch(stacked, inputs, weights, self._activation, self._dtype)
+        given = batch.Batch(stacked, inputs, weights, self._activation, self._dtype, self._outputs(loaded[0]))
         try:
             found = batch.solve(given, self._scheme(loaded[0]), next(iter(self._dtypes(loaded[0]).values())))
         except batch.UnitNotFiniteError as error:

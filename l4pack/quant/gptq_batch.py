@@ -59,6 +59,11 @@ class Problems:
     definite: Tensor
     shifting: bool
 
+    @property
+    def importance(self) -> Tensor:
+        """How much each input counts where scales are looked for, [matrices, in]."""
+        return torch.where(self.finite[:, None], self.diagonal, 1.0)
+
 
 @dataclass(frozen=True)
 class Solutions:
@@ -80,12 +85,12 @@ def prepare_problems(
     `cross` is [matrices, in, in] too, and like `hessian` used up; see `gptq.prepare_problem`.
     """
     finite = all_finite(hessian) if cross is None else all_finite(hessian) & all_finite(cross)
-    _clear(hessian, ~finite)
+    clear(hessian, ~finite)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).clamp(min=0)
-    factors, definite = _factorize(hessian, diagonal, fraction, act_order)
+    factors, definite = factorize(hessian, diagonal, fraction, act_order)
     shifting = cross is not None and outputs > hessian.shape[-1]
     if cross is not None:
-        _clear(cross, ~(finite & definite))
+        clear(cross, ~(finite & definite))
         if shifting:
             cross = times_inverse(cross, factors)
     return Problems(hessian, cross, diagonal, factors, finite, definite, shifting)
@@ -96,12 +101,14 @@ def all_finite(matrices: Tensor) -> Tensor:
     return matrices.amax((-2, -1)).isfinite() & matrices.amin((-2, -1)).isfinite()
 
 
-def _clear(matrices: Tensor, which: Tensor) -> None:
+def clear(matrices: Tensor, which: Tensor) -> None:
+    """Put zeros into some of [matrices, m, n]."""
     matrices.masked_fill_(which[:, None, None], 0)
 
 
-def _factorize(hessian: Tensor, diagonal: Tensor, fraction: Tensor, act_order: bool) -> tuple[Factors, Tensor]:
-    """Factors, and which of them are: the others are the identity's."""
+def factorize(hessian: Tensor, diagonal: Tensor, fraction: Tensor, act_order: bool) -> tuple[Factors, Tensor]:
+    """Factors of Hessians [matrices, in, in] with these diagonals, each with a `fraction` of the mean added, and which of
+    them are, bool [matrices]: the others are the identity's."""
     order = visits(diagonal, act_order)
     added = _added_to(diagonal, fraction)
     backwards = order.flip(1)
@@ -118,7 +125,7 @@ def _factorize(hessian: Tensor, diagonal: Tensor, fraction: Tensor, act_order: b
 
 
 def _become_identity(matrices: Tensor, which: Tensor) -> None:
-    _clear(matrices, which)
+    clear(matrices, which)
     matrices.diagonal(dim1=-2, dim2=-1).masked_fill_(which[:, None], 1)
 
 
@@ -132,28 +139,34 @@ def _added_to(diagonal: Tensor, fraction: Tensor) -> Tensor:
 
 def times_inverse(rows: Tensor, factors: Factors) -> Tensor:
     """rows H^-1 of the damped Hessians, [matrices, rows, in] in the original column order."""
-    permuted = _columns_of(rows, factors.order)
+    permuted = columns_of(rows, factors.order)
     times_upper_transposed(permuted, factors.upper)
     times_upper(permuted, factors.upper)
-    return _columns_of(permuted, torch.argsort(factors.order))
+    return columns_of(permuted, torch.argsort(factors.order))
 
 
-def _columns_of(matrices: Tensor, order: Tensor) -> Tensor:
+def columns_of(matrices: Tensor, order: Tensor) -> Tensor:
     """Columns of [matrices, rows, in] in an order of each one's own, [matrices, columns]."""
     return matrices.gather(2, order[:, None, :].expand(-1, matrices.shape[1], -1))
 
 
 def solve_problems(
-    problems: Problems, weight: Tensor, scheme: Scheme, *, sweeps: int, over: Tensor | None = None
+    problems: Problems,
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    sweeps: int,
+    over: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> Solutions:
     """Round weights [matrices, out, in], float32, for the problems' inputs; `scheme` names the dtype of scales, and `over`
-    [matrices] are global scales where it has them."""
-    importance = torch.where(problems.finite[:, None], problems.diagonal, 1.0)
-    nearest = round_to_nearest(weight, scheme, importance, over)
-    target, start = weight, nearest
+    [matrices] are global scales where it has them. `target` is the problems' `asymmetric_target`, if it is known already."""
+    nearest = round_to_nearest(weight, scheme, problems.importance, over)
+    start = nearest
+    if target is None:
+        target = asymmetric_target(weight, problems)
     if problems.cross is not None:
-        target = _asymmetric_target(weight, problems, problems.cross)
-        start = round_to_nearest(target, scheme, importance, over)
+        start = round_to_nearest(target, scheme, problems.importance, over)
     solved, loss = _solved(target, problems, start, scheme, sweeps)
     rtn_loss = quadratic_form(target - nearest.values(), problems.hessian)
     kept = (rtn_loss < loss) | ~(problems.finite & problems.definite)[:, None]
@@ -162,9 +175,11 @@ def solve_problems(
     )
 
 
-def _asymmetric_target(weight: Tensor, problems: Problems, cross: Tensor) -> Tensor:
-    """W + W C H^-1."""
-    shift = weight @ cross
+def asymmetric_target(weight: Tensor, problems: Problems) -> Tensor:
+    """W + W C H^-1 of weights [matrices, out, in], or W itself where there is no C."""
+    if problems.cross is None:
+        return weight
+    shift = weight @ problems.cross
     if not problems.shifting:
         shift = times_inverse(shift, problems.factors)
     return shift.add_(weight)
@@ -215,7 +230,7 @@ def _solved(target: Tensor, problems: Problems, start: Rounded, scheme: Scheme, 
     loss = (errors * errors).sum(-1, dtype=torch.float64)
     if sweeps:
         divide_by_upper_transposed(errors, factors.upper)
-        pull = _columns_of(errors, torch.argsort(factors.order))
+        pull = columns_of(errors, torch.argsort(factors.order))
         del errors
         solved, gain = descend(pull, problems.hessian, factors.added, solved, scheme.grid, sweeps)
         del pull
@@ -228,17 +243,17 @@ def _solved(target: Tensor, problems: Problems, start: Rounded, scheme: Scheme, 
 def solve_columns(target: Tensor, factors: Factors, start: Rounded, grid: Grid) -> tuple[Rounded, Tensor]:
     """See `gptq.solve_columns`: GPTQ's blocked loop, and the errors [matrices, out, in] in the order of visits."""
     order, upper = factors.order, factors.upper
-    remaining = _columns_of(start.raised(target), order).to(upper.dtype)
+    remaining = columns_of(start.raised(target), order).to(upper.dtype)
     levels = torch.empty(target.shape, dtype=level_dtype(grid), device=target.device)
     scale, zero_point = (part.to(upper.dtype) for part in (start.scale, start.zero_point))
     group = order // (target.shape[-1] // scale.shape[-1])
     for first in range(0, target.shape[-1], BLOCK):
         block = slice(first, min(first + BLOCK, target.shape[-1]))
-        scales, zeros = (_columns_of(part, group[:, block]) for part in (scale, zero_point))
+        scales, zeros = (columns_of(part, group[:, block]) for part in (scale, zero_point))
         found, errors = gptq_columns.solve_block(remaining[..., block], upper[:, block, block], scales, zeros, grid)
         levels[..., block], remaining[..., block] = found, errors
         remaining[..., block.stop :].baddbmm_(errors, upper[:, block, block.stop :], alpha=-1)
-    return replace(start, levels=rearranged(levels, lambda kept: _columns_of(kept, torch.argsort(order)))), remaining
+    return replace(start, levels=rearranged(levels, lambda kept: columns_of(kept, torch.argsort(order)))), remaining
 
 
 def descend(
@@ -256,7 +271,7 @@ def descend(
             part = hessian[:, block, block].clone()
             part.diagonal(dim1=-2, dim2=-1).add_(added[:, block])
             own = levels[..., block].to(pull.dtype)
-            scales, zeros = (_columns_of(one, group[:, block]) for one in (scale, zero_point))
+            scales, zeros = (columns_of(one, group[:, block]) for one in (scale, zero_point))
             found, change, fell = gptq_columns.descend_block(own, pull[..., block], part, scales, zeros, grid)
             gain += fell
             levels[..., block] = found

@@ -105,9 +105,14 @@ def _as_a_kernel(block: Tensor, grid: Grid) -> bool:
     """Whether a real CUDA device has the block, in a shape, dtype and for a grid that the kernels are for: integers."""
     columns = block.shape[-1]
     fits = block.dtype is torch.float32 and columns >= 16 and columns & (columns - 1) == 0
-    return grid.even and type(block) is Tensor and block.is_cuda and fits and _compiles()
+    return grid.even and fits and compiles(block)
+
+
+def compiles(there: Tensor) -> bool:
+    """Whether a real CUDA device has a tensor, and Triton is there to compile for it."""
+    return type(there) is Tensor and there.is_cuda and _has_compiler()
 
 
 @cache
-def _compiles() -> bool:
+def _has_compiler() -> bool:
     return torch.version.cuda is not None and find_spec("triton") is not None

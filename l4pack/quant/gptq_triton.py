@@ -51,14 +51,14 @@ def _solve_rows(
         w = tl.sum(tl.where(own, tile, 0.0), 1)
         s = tl.load(scale + start + i, mask=there, other=1.0)
         z = tl.load(zero_point + start + i, mask=there, other=0.0)
-        level = _nearest_level(tl.div_rn(w, s), z, lowest, highest)
+        level = nearest_level(tl.div_rn(w, s), z, lowest, highest)
         error = tl.div_rn((z - level) * s + w, tl.load(corner + i * COLUMNS + i))
         factors = tl.load(corner + i * COLUMNS + column)
         tile = tl.where(column[None, :] > i, tile - error[:, None] * factors[None, :], tile)
     # A column stayed as it was at its turn.
     scales = tl.load(scale + place, mask=here, other=1.0)
     zeros = tl.load(zero_point + place, mask=here, other=0.0)
-    found = _nearest_level(tl.div_rn(tile, scales), zeros, lowest, highest)
+    found = nearest_level(tl.div_rn(tile, scales), zeros, lowest, highest)
     turns = tl.load(corner + column * COLUMNS + column)[None, :] + tl.zeros_like(tile)
     tl.store(levels + place, found, mask=here)
     tl.store(errors + place, tl.div_rn((zeros - found) * scales + tile, turns), mask=here)
@@ -97,7 +97,7 @@ def _descend_rows(
         s = tl.load(scale + start + i, mask=there, other=1.0)
         z = tl.load(zero_point + start + i, mask=there, other=0.0)
         wanted = tl.div_rn(p, tl.load(corner + i * COLUMNS + i)) + (o - z) * s
-        level = _nearest_level(tl.div_rn(wanted, s), z, lowest, highest)
+        level = nearest_level(tl.div_rn(wanted, s), z, lowest, highest)
         factors = tl.load(corner + i * COLUMNS + column)
         tile -= ((level - o) * s)[:, None] * factors[None, :]
         pulls = tl.where(own, p[:, None], pulls)
@@ -111,7 +111,7 @@ def _descend_rows(
     tl.store(gain + matrix * rows + row, tl.sum(wide * (2 * pulls.to(tl.float64) - wide * curvature), 1), mask=there)
 
 
-_nearest_level: Any = triton.jit(_nearest)
+nearest_level: Any = triton.jit(_nearest)
 _solve: Any = triton.jit(_solve_rows)
 _descend: Any = triton.jit(_descend_rows)
 
@@ -139,7 +139,11 @@ def descend_block(
 
 def _launch(kernel: Any, tensors: list[Tensor], shape: torch.Size, num_bits: int) -> None:
     matrices, rows, columns = shape
-    limits = float(-(2 ** (num_bits - 1))), float(2 ** (num_bits - 1) - 1)
     kernel[(triton.cdiv(rows, ROWS), matrices)](
-        *tensors, rows, *limits, COLUMNS=columns, TOGETHER=ROWS, enable_fp_fusion=False
+        *tensors, rows, *limits(num_bits), COLUMNS=columns, TOGETHER=ROWS, enable_fp_fusion=False
     )
+
+
+def limits(num_bits: int) -> tuple[float, float]:
+    """The lowest and the highest level of integers."""
+    return float(-(2 ** (num_bits - 1))), float(2 ** (num_bits - 1) - 1)

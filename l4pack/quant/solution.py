@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -95,10 +96,10 @@ class Rounded:
             values.sub_(torch_superblocks.values_of(self.headers)[1][..., None])
         return values.reshape(self.levels.shape)
 
-    def on_cpu(self) -> Rounded:
-        """The same in the machine's memory."""
-        headers = None if self.headers is None else self.headers.cpu()
-        return Rounded(self.levels.cpu(), self.scale.cpu(), self.zero_point.cpu(), headers)
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Rounded:
+        """The same with every tensor changed."""
+        headers = None if self.headers is None else change(self.headers)
+        return Rounded(change(self.levels), change(self.scale), change(self.zero_point), headers)
 
     def raised(self, target: Tensor) -> Tensor:
         """What levels alone must come near to for values to come near to `target` [out, in]: minima are added to it."""

@@ -13,7 +13,7 @@ is kept, and the columns to the right through (U_O^T E) U_I, where U_O^T E is wh
 go through the tiles of a block of columns in turn; the block's rows below learn of a tile's moves at once, the other columns
 when the block has had its turn.
 
-Products are torch's, on the device that has the moments; what goes weight by weight is done on the CPU, a tile at a time.
+Here one matrix is solved on the CPU; `two_sided_batch` solves several on a device.
 """
 
 from __future__ import annotations
@@ -68,24 +68,24 @@ def solve_nested(
     across, rows, columns = outputs.factor.upper, outputs.factor.order, inputs.order
     remaining = start.raised(target).index_select(0, rows).index_select(1, columns).to(across.dtype)
     carried, levels = torch.zeros_like(remaining), torch.empty(target.shape, dtype=level_dtype(grid))
-    scales = _Scales(start.on_cpu(), rows.cpu(), columns.cpu())
-    for tiles in _diagonals(*target.shape):
+    scales = _Scales(start, rows, columns)
+    for tiles in diagonals(*target.shape):
         wanted = [remaining[tile] - carried[tile] @ inputs.upper[tile[1], tile[1]] for tile in tiles]
         for tile, solved in zip(tiles, _solve_tiles(tiles, wanted, inputs, outputs, scales, grid), strict=True):
-            (own, block), errors = tile, solved.errors.to(across.device)
+            (own, block), errors = tile, solved.errors
             levels[tile] = solved.levels
             carried[own.stop :, block].addmm_(across[own, own.stop :].T, errors)
-            left = carried[tile] + solved.left.to(across.device)
+            left = carried[tile] + solved.left
             remaining[own, block.stop :].addmm_(left, inputs.upper[block, block.stop :], alpha=-1)
             remaining[tile] = errors
     back = torch.argsort(scales.rows), torch.argsort(scales.columns)
     levels = rearranged(levels, lambda kept: kept.index_select(0, back[0]).index_select(1, back[1]))
-    return replace(start, levels=levels.to(start.levels.device)), remaining
+    return replace(start, levels=levels), remaining
 
 
 @dataclass(frozen=True)
 class _Scales:
-    """Scales and zero points of single weights, on the CPU, of rows and columns in the order of their visits."""
+    """Scales and zero points of single weights, of rows and columns in the order of their visits."""
 
     start: Rounded
     rows: Tensor
@@ -98,15 +98,16 @@ class _Scales:
         return TileScales(self.start.scale[rows], self.start.zero_point[rows], group)
 
 
-def _diagonals(rows: int, columns: int) -> Iterator[list[Tile]]:
+def diagonals(rows: int, columns: int) -> Iterator[list[Tile]]:
     """The tiles of a grid's diagonals, from the first corner on: what a tile waits for lies on those before its own."""
-    down, along = list(_slices(rows)), list(_slices(columns))
+    down, along = list(slices(rows)), list(slices(columns))
     for both in range(len(down) + len(along) - 1):
         first = max(0, both - len(along) + 1)
         yield [(down[k], along[both - k]) for k in range(first, min(both + 1, len(down)))]
 
 
-def _slices(size: int) -> Iterator[slice]:
+def slices(size: int) -> Iterator[slice]:
+    """The rows, or the columns, of each tile."""
     for first in range(0, size, TILE):
         yield slice(first, min(first + TILE, size))
 
@@ -122,7 +123,7 @@ def _solve_tiles(
     """The tiles of a diagonal, shared between as many threads as torch uses."""
     across, upper = outputs.factor.upper, inputs.upper
     given = [
-        (own.cpu(), across[rows, rows].cpu(), upper[block, block].cpu(), scales.of((rows, block)), grid)
+        (own, across[rows, rows], upper[block, block], scales.of((rows, block)), grid)
         for own, (rows, block) in zip(wanted, tiles, strict=True)
     ]
     threads = min(torch.get_num_threads(), len(tiles))
@@ -148,12 +149,12 @@ def descend(
     `pull` [out, in] is H_O R H_I of `start`, and in the end of the result; `added` [in] is the damping that `hessian`
     lacks, `outputs` [out, out] has its own. Ends early where a whole sweep moves nothing.
     """
-    levels = start.levels.cpu().clone()
-    scales = _Scales(start.on_cpu(), *(torch.arange(size) for size in levels.shape))
-    across = [outputs[rows, rows].cpu() for rows in _slices(len(levels))]
+    levels = start.levels.clone()
+    scales = _Scales(start, *(torch.arange(size) for size in levels.shape))
+    across = [outputs[rows, rows] for rows in slices(len(levels))]
     for _ in range(sweeps):
         moved = False
-        for block in _slices(pull.shape[1]):
+        for block in slices(pull.shape[1]):
             part = hessian[block].clone()
             part[:, block].diagonal().add_(added[block])
             turn = _Turn(pull[:, block], part[:, block], outputs, levels[:, block])
@@ -163,13 +164,13 @@ def descend(
                 pull.addmm_(spread.T, part, alpha=-1)
         if not moved:
             break
-    return replace(start, levels=levels.to(start.levels.device))
+    return replace(start, levels=levels)
 
 
 @dataclass(frozen=True)
 class _Turn:
     """One turn of a block's columns: their `pull` [out, n] before it, their part of H_I [n, n], damped like `outputs`
-    [out, out], and their levels on the CPU."""
+    [out, out], and their levels."""
 
     pull: Tensor
     inputs: Tensor
@@ -179,13 +180,12 @@ class _Turn:
     def taken(self, across: Sequence[Tensor], scales: _Scales, block: slice, grid: Grid) -> Tensor | None:
         """Move levels, one tile after the other: (H_O times how values changed)^T [n, out], None where nothing moved."""
         spread: Tensor | None = None
-        near = self.inputs.cpu()
-        for rows, own in zip(_slices(len(self.levels)), across, strict=True):
+        for rows, own in zip(slices(len(self.levels)), across, strict=True):
             pull = self.pull[rows]
             if spread is not None:
                 pull = torch.addmm(pull, spread[:, rows].T, self.inputs, alpha=-1)
             own_scales = scales.of((rows, block))
-            change = two_sided_tiles.descend_tile(self.levels[rows], pull.cpu(), own, near, own_scales, grid)
+            change = two_sided_tiles.descend_tile(self.levels[rows], pull, own, self.inputs, own_scales, grid)
             if bool(change.any()):
                 spread = spread if spread is not None else torch.zeros_like(self.pull.T)
                 self._add(spread, change, rows)
@@ -194,9 +194,8 @@ class _Turn:
     def _add(self, spread: Tensor, change: Tensor, rows: slice) -> None:
         """Add (H_O C)^T for changes C [m, n] of some rows, of which few rows and columns have any."""
         own, columns = change.any(1).nonzero()[:, 0], change.any(0).nonzero()[:, 0]
-        device = spread.device
-        few = change[own][:, columns].T.to(device)
-        spread.index_add_(0, columns.to(device), few @ self.outputs[rows].index_select(0, own.to(device)))
+        few = change[own][:, columns].T
+        spread.index_add_(0, columns, few @ self.outputs[rows].index_select(0, own))
 
 
 def loss_of(residual: Tensor, inputs: Factor, outputs: Factor) -> float:

@@ -8,9 +8,11 @@ from math import nan
 import torch
 from torch import Tensor
 
+from l4pack.quant import two_sided_batch
 from l4pack.quant.dtypes import FloatName
 from l4pack.quant.factor import Factor
 from l4pack.quant.gptq import ROWS_AT_ONCE, Problem, asymmetric_target, round_to_nearest, solve_problem, with_scales
+from l4pack.quant.gptq_batch import Factors
 from l4pack.quant.scheme import Scheme
 from l4pack.quant.solution import Kept, Rounded, Solution, SolvedBy, TwoSided
 from l4pack.quant.triangular import quadratic_form
@@ -18,6 +20,7 @@ from l4pack.quant.two_sided import Outputs, descend, loss_of, prepare_outputs, p
 
 NOT_SOLVED = "no dampening up to 1.0 made the moments of gradients positive definite"
 NO_FACTOR = "the inputs' moments have no factor"
+NEAREST_IS_BETTER = "rounding to nearest has the lower loss by both sides"
 
 
 @dataclass(frozen=True)
@@ -117,20 +120,40 @@ def _best(matrix: _Matrix, inputs: Factor, outputs: Outputs, solution: Solution,
         case Kept.RTN:
             return _rounded(matrix, solution, found)
     error = float(quadratic_form(matrix.residual(nested), matrix.problem.hessian).sum())
-    levels = nested.levels.to(matrix.weight.device)
-    return replace(solution, levels=levels, error=error, method=SolvedBy.GPTQ, reason="", rtn_rows=0, two_sided=found)
+    return replace(
+        solution, levels=nested.levels, error=error, method=SolvedBy.GPTQ, reason="", rtn_rows=0, two_sided=found
+    )
 
 
 def _nested(matrix: _Matrix, inputs: Factor, outputs: Outputs, start: Rounded, sweeps: int) -> tuple[Rounded, float]:
     """Nested GPTQ and its sweeps, with the scales of `start`; and their loss."""
-    grid = matrix.scheme.grid
+    grid, hessian = matrix.scheme.grid, matrix.problem.hessian
+    if hessian.device.type != "cpu":
+        return _nested_on_device(matrix, inputs, outputs, start, sweeps)
     solved, errors = solve_nested(matrix.target, inputs, outputs, start, grid)
     if not sweeps:
         return solved, float(product_sum(errors, errors))
     pull = pull_of_errors(errors, inputs, outputs.factor)
     del errors
-    solved = descend(pull, matrix.problem.hessian, inputs.added, outputs.damped, solved, grid, sweeps=sweeps)
+    solved = descend(pull, hessian, inputs.added, outputs.damped, solved, grid, sweeps=sweeps)
     return solved, float(product_sum(matrix.residual(solved), pull))
+
+
+def _nested_on_device(
+    matrix: _Matrix, inputs: Factor, outputs: Outputs, start: Rounded, sweeps: int
+) -> tuple[Rounded, float]:
+    """As a batch of one."""
+    known = torch.ones(1, dtype=torch.bool, device=matrix.target.device)
+    sides = two_sided_batch.Outputs(outputs.damped[None], _alone(outputs.factor), known, known)
+    hessian, grid = matrix.problem.hessian[None], matrix.scheme.grid
+    solved, losses = two_sided_batch.best_nested(
+        matrix.target[None], hessian, _alone(inputs), sides, start.mapped(lambda part: part[None]), grid, sweeps=sweeps
+    )
+    return solved.mapped(lambda part: part[0]), float(losses[0])
+
+
+def _alone(factor: Factor) -> Factors:
+    return Factors(factor.upper[None], factor.order[None], factor.added[None])
 
 
 def _rounded(matrix: _Matrix, solution: Solution, found: TwoSided) -> Solution:
@@ -145,7 +168,7 @@ def _rounded(matrix: _Matrix, solution: Solution, found: TwoSided) -> Solution:
         headers=nearest.headers,
         error=solution.rtn_error,
         method=SolvedBy.RTN,
-        reason="rounding to nearest has the lower loss by both sides",
+        reason=NEAREST_IS_BETTER,
         rtn_rows=len(nearest.levels),
         two_sided=found,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from l4pack.calibration import batch
 from l4pack.calibration.text import with_text
 from l4pack.checkpoint.open import open_source
 from l4pack.plan.plan import Plan, make_plan
+from l4pack.quant import two_sided_tiles, two_sided_waves
 from l4pack.quant.torch_ops import unpack_levels
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, load_recipe
@@ -152,3 +154,22 @@ def test_killed_anywhere_they_end_in_the_same_bytes(source, made, tmp_path, monk
         with pytest.raises(Killed):
             run_plan(plan, out)
     assert digests(run_plan(plan, out).out) == digests(made[2])
+
+
+def test_by_both_sides_as_many_are_solved_together_as_by_themselves(source, tmp_path, monkeypatch):
+    """Three experts and one more, and the shared expert and a dense MLP as batches of one: no tile is solved by itself."""
+    options = {"two_sided": True, "sweeps": 1}
+    alone = run_plan(planned(source, 0, **options), tmp_path / "alone").out
+    for name in ("solve_tile", "descend_tile"):
+        monkeypatch.setattr(two_sided_tiles, name, lambda *_: pytest.fail("a tile was solved by itself"))
+    out = run_plan(planned(source, 3, **options), tmp_path / "together").out
+    ours, theirs = (json.loads((folder / RECORD_NAME).read_bytes())["matrices"] for folder in (out, alone))
+    assert ours.keys() == theirs.keys()
+    for module, found in ours.items():
+        sides, expected = found["two_sided"], theirs[module]["two_sided"]
+        assert (sides["kept"], sides["dampening"]) == (expected["kept"], expected["dampening"]), module
+    for key in ("error", "gptq_error", "rtn_error"):  # of one matrix they differ by what a tie moves
+        ratios = [found["two_sided"][key] / theirs[module]["two_sided"][key] for module, found in ours.items()]
+        assert math.prod(ratios) ** (1 / len(ratios)) == pytest.approx(1, abs=0.03)
+    again = run_plan(planned(source, 1, **options), tmp_path / "one").out
+    assert digests(again) == digests(out)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch.nn.functional import gelu, silu
 
+from l4pack.calibration import batch, batch_moments
 from l4pack.calibration.carried import Ends
 from l4pack.calibration.mlp import Matrices, result_of, solve_mlp, solved_weights
 from l4pack.calibration.rows import Block
 from l4pack.model.parts import DOWN, GATE, MLP_MATRICES, UP
+from l4pack.quant.two_sided_gptq import NOT_SOLVED
 from l4pack.recipe import GptqOptions, Method, RecipeScheme
 
 HIDDEN, INNER = 64, 96
@@ -105,3 +108,56 @@ def test_an_expert_that_no_token_reached_is_rounded():
     nearest = solve_mlp(Matrices(weights(), silu, torch.bfloat16), lambda: empty, SCHEME, DTYPES)
     for name in (GATE, UP):
         assert torch.equal(both[name].levels, nearest[name].levels)
+
+
+def stacked(units: int, end: torch.Tensor | None = None) -> batch.Batch:
+    """MLPs of the same tokens and different weights."""
+    given = [{name: one * (1 + 0.1 * unit) for name, one in weights().items()} for unit in range(units)]
+    counts = torch.cat([block.weights for block in blocks()])
+
+    def inputs() -> Iterator[batch_moments.Block]:
+        for block in blocks():
+            rows = [one.expand(units, -1, -1) for one in (block.inputs, block.original)]
+            yield batch_moments.Block(*rows, block.weights.expand(units, -1), None)
+
+    return batch.Batch(batch.Stacked.of(given), inputs, counts.sum().expand(units), silu, torch.bfloat16, end)
+
+
+@torch.inference_mode()
+def test_together_mlps_are_solved_as_one_by_one():
+    one = stacked(2, end())
+    found = batch.solve(one, SCHEME, "BF16")
+    for unit, own in enumerate(one.matrices.weights()):
+        theirs = solve_mlp(Matrices(own, silu, torch.bfloat16), blocks, SCHEME, DTYPES, end())
+        for name, solution in theirs.items():
+            ours, by_both, expected = found[unit][name], found[unit][name].two_sided, solution.two_sided
+            assert (ours.levels != solution.levels).float().mean() < 0.15, (unit, name)  # one tie moves those after it
+            assert ours.error == pytest.approx(solution.error, rel=0.05)
+            assert ours.rtn_error == pytest.approx(solution.rtn_error, rel=0.02)
+            assert (by_both.kept, by_both.dampening, by_both.reason) == (expected.kept, expected.dampening, "")
+            assert by_both.error == pytest.approx(expected.error, rel=0.05)
+            assert by_both.gptq_error == pytest.approx(expected.gptq_error, rel=0.02)
+            assert by_both.rtn_error == pytest.approx(expected.rtn_error, rel=0.02)
+            assert result_of(ours, 30, 30).keys() == result_of(solution, 30, 30).keys()
+
+
+@torch.inference_mode()
+def test_together_too_gradients_that_are_no_numbers_leave_what_inputs_say():
+    alone = batch.solve(stacked(1), SCHEME.model_copy(update={"gptq": GptqOptions(sweeps=2)}), "BF16")
+    both = batch.solve(stacked(1, torch.full((HIDDEN, HIDDEN), torch.nan)), SCHEME, "BF16")
+    for name, solution in both[0].items():
+        assert solution.two_sided.reason == NOT_SOLVED
+        assert json.loads(json.dumps(result_of(solution, 30, 30)))["two_sided"]["error"] is None
+        assert torch.equal(solution.levels, alone[0][name].levels)
+
+
+@torch.inference_mode()
+def test_a_batch_climbs_the_ladder_of_its_outputs():
+    """Gradients whose moments take more dampening than what was asked for."""
+    direction = torch.ones(HIDDEN) / HIDDEN**0.5
+    sides = torch.eye(HIDDEN) - 1.2 * torch.outer(direction, direction)
+    found = batch.solve(stacked(2, sides), SCHEME, "BF16")
+    expected = solve_mlp(Matrices(weights(), silu, torch.bfloat16), blocks, SCHEME, DTYPES, sides)
+    for name, solution in expected.items():
+        assert found[0][name].two_sided.dampening == solution.two_sided.dampening
+    assert expected[DOWN].two_sided.dampening > SCHEME.gptq.output_dampening

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pretend_device import pretend_device
 
-from l4pack.quant import gptq, triangular, two_sided, two_sided_gptq
+from l4pack.quant import gptq, triangular, two_sided, two_sided_gptq, two_sided_tiles
 from l4pack.quant.factor import factorize
 from l4pack.quant.scales import global_scale
 from l4pack.quant.scheme import Scheme
@@ -227,23 +227,27 @@ def test_rounding_to_nearest_is_kept_where_it_is_better(monkeypatch):
     assert torch.equal(found.levels, plain.levels)
 
 
-def test_a_device_finds_the_levels_of_the_cpu():
-    scheme, factor, sides, start, expected, errors = nested("int4-g16-asym-mse")
-    pull = two_sided.pull_of_errors(errors, factor, sides.factor)
-    expected = two_sided.descend(pull, hessian(), factor.added, sides.damped, expected, scheme.grid, sweeps=2)
-    with pretend_device() as done:
-        h, target, there = (part.to("cuda:0") for part in (hessian(), weight(), output_moments()))
-        own = factorize(h, act_order=True, dampening=0.02)
-        sides = two_sided.prepare_outputs(there, dampening=0.05)
-        assert own is not None
-        assert sides is not None
-        start = Rounded(*(part.to("cuda:0") for part in (start.levels, start.scale, start.zero_point)))
-        found, errors = two_sided.solve_nested(target, own, sides, start, scheme.grid)
-        pull = two_sided.pull_of_errors(errors, own, sides.factor)
-        found = two_sided.descend(pull, h, own.added, sides.damped, found, scheme.grid, sweeps=2)
+def test_a_device_finds_the_levels_of_the_cpu_and_asks_it_for_none(monkeypatch):
+    """A matrix by itself: as a batch of one."""
+    scheme, rows, columns = SCHEMES["int4-g16-asym-mse"], 30, 32
+    given = weight()[:rows, :columns], hessian()[:columns, :columns], output_moments()[:rows, :rows]
+
+    def found(matrix: torch.Tensor, h: torch.Tensor, outputs: torch.Tensor) -> Solution:
+        sides = OutputMoments(outputs.clone(), dampening=0.05)
+        return two_sided_gptq.solve_two_sided(gptq.prepare_problem(h), sides, matrix, scheme, sweeps=1)
+
+    expected = found(*given)
+    with pretend_device() as done, monkeypatch.context() as context:
+        for one in ("solve_tile", "descend_tile"):
+            context.setattr(two_sided_tiles, one, lambda *_: pytest.fail("a tile was solved on the CPU"))
+        there = found(*(part.to("cuda:0") for part in given))
         assert done
-        assert found.levels.device.type == "cuda"
-        assert torch.equal(found.levels.cpu(), expected.levels)
+        assert there.levels.device.type == "cuda"
+        assert torch.equal(there.levels.cpu(), expected.levels)
+        assert there.two_sided is not None
+        assert expected.two_sided is not None
+        assert there.two_sided.kept is Kept.NESTED
+        assert there.two_sided.error == pytest.approx(expected.two_sided.error, rel=1e-6)
 
 
 def test_super_blocks_are_solved_by_both_sides():

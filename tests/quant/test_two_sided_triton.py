@@ -1,0 +1,110 @@
+"""Tiles of two-sided rounding: the CPU's loop, a weight after the other, against torch operations for many tiles at once, and
+against the Triton kernels: on a CUDA device where there is one, else by Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib import import_module, util
+from typing import Any
+
+import pytest
+import torch
+
+from l4pack.quant import two_sided_tiles, two_sided_waves
+from l4pack.quant.grid import GRIDS, NumberType
+from l4pack.quant.two_sided_tiles import SolvedTile, TileScales
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+WAYS = ("torch", pytest.param("triton", marks=pytest.mark.skipif(not util.find_spec("triton"), reason="not for CPUs")))
+TILES, INT4 = 3, GRIDS[NumberType.INT, 4]
+
+
+def way_of(name: str) -> tuple[Callable[..., SolvedTile], Callable[..., torch.Tensor], Any]:
+    """Both loops, and what tells them the grid."""
+    if name == "torch":
+        return two_sided_waves.solve_tiles_torch, two_sided_waves.descend_tiles_torch, INT4
+    kernels = import_module("l4pack.quant.two_sided_triton")
+    return kernels.solve_tiles, kernels.descend_tiles, INT4.bits
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def qparams(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scales and zero points of three groups, and each column's group."""
+    scale = 0.01 + 0.01 * random(TILES, rows, 3, seed=5).abs()
+    return scale, random(TILES, rows, 3, seed=6).mul(2).round(), torch.arange(columns) % 3
+
+
+def factor(size: int, seed: int) -> torch.Tensor:
+    return (random(TILES, size, size, seed=seed) * 0.2).triu(1) + torch.eye(size)
+
+
+def definite(size: int, seed: int) -> torch.Tensor:
+    x = random(TILES, 3 * size, size, seed=seed)
+    return x.mT @ x / (3 * size) + 0.01 * torch.eye(size)
+
+
+def there(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.to(DEVICE) for tensor in tensors]
+
+
+def agree(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("rows", "columns"), [(24, 16), (9, 20)])
+def test_tiles_are_solved_as_a_weight_after_the_other(way, rows, columns):
+    solve, _, grid = way_of(way)
+    wanted = random(TILES, rows, columns, seed=1) * 0.05
+    across, upper = factor(rows, seed=2), factor(columns, seed=3)
+    scale, zero, group = qparams(rows, columns)
+    found = solve(*there(wanted, across, upper, scale[..., group], zero[..., group]), grid)
+    for number in range(TILES):
+        scales = TileScales(scale[number], zero[number], group)
+        expected = two_sided_tiles.solve_tile(wanted[number], across[number], upper[number], scales, INT4)
+        assert torch.equal(found.levels[number].cpu().to(torch.int8), expected.levels)
+        agree(found.errors[number], expected.errors)
+        agree(found.left[number], expected.left)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("rows", "columns"), [(24, 16), (9, 20)])
+def test_tiles_descend_as_a_weight_after_the_other(way, rows, columns):
+    _, descend, grid = way_of(way)
+    outputs, inputs = definite(rows, seed=2), definite(columns, seed=3)
+    levels = random(TILES, rows, columns, seed=4).mul(2).round().clamp(-7, 7).to(torch.int8)
+    pull, (scale, zero, group) = random(TILES, rows, columns, seed=7) * 0.01, qparams(rows, columns)
+    new, more = there(levels.clone(), pull, outputs, inputs, scale[..., group], zero[..., group]), []
+    changes = descend(*new, grid)
+    for number in range(TILES):
+        own = levels[number].clone()
+        scales = TileScales(scale[number], zero[number], group)
+        expected = two_sided_tiles.descend_tile(own, pull[number], outputs[number], inputs[number], scales, INT4)
+        assert torch.equal(new[0][number].cpu(), own)
+        agree(changes[number], expected)
+        more.append((own != levels[number]).float().mean())
+    assert min(more) > 0.05
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_that_learn_too_late_of_moves_wait(bits, monkeypatch):
+    """No round more than a first: only rows up to the first that moves take a turn, and the loss falls all the same."""
+    monkeypatch.setattr(two_sided_waves, "ROUNDS", 1)
+    rows, columns = 24, 16
+    outputs, inputs, (scale, zero, group) = definite(rows, seed=2), definite(columns, seed=3), qparams(rows, columns)
+    levels = random(TILES, rows, columns, seed=4).mul(2).round().clamp(-7, 7).to(torch.int8)
+    residual = random(TILES, rows, columns, seed=7) * 0.02
+    grid, before = GRIDS[NumberType.INT, bits], levels.clone()
+    changes = two_sided_waves.descend_tiles_torch(
+        levels, outputs @ residual @ inputs, outputs, inputs, scale[..., group], zero[..., group], grid
+    )
+    torch.testing.assert_close(changes, (levels - before) * scale[..., group])
+    assert (levels != before).sum(1).max() == 1
+    losses = [((outputs @ left @ inputs) * left).sum((1, 2)) for left in (residual, residual - changes)]
+    assert bool((losses[1] < losses[0]).all())
