@@ -48,6 +48,7 @@ FOLIO = 512 * 1024  # bytes of a file that are mapped at the touch of one of the
 # Tokens of each expert that are solved together, and of their matrices the output rows whose scales are looked for and the
 # columns that are multiplied at once: `calibration.batch`, `quant.gptq_batch` and `quant.triangular` hold to them.
 TOGETHER_ROWS, SCALES_ROWS, PRODUCT_COLUMNS = 512, 1024, 512
+DIAGONAL = 12 * 128  # numbers for each of the fewer sides' places of the tiles that lie on a diagonal: twelve a weight
 BUFFERS = 3  # of hidden states that a stream has: a layer's inputs, its outputs, and what lies between
 SPREAD_BUFFERS = BUFFERS + 1  # where workers of a cluster run it: the shared expert's outputs lie apart
 # States of a tile's rows in a layer of the vision tower: in, normed, queries, keys and values before and after they are
@@ -233,7 +234,7 @@ def computing_on(
 @dataclass(frozen=True)
 class SolvedKind:
     """Units of a role that are solved: with `cross` moments or not, of which `inner` width MLPs are, and whether by both
-    sides, each by itself."""
+    sides."""
 
     cross: bool
     inner: int
@@ -263,10 +264,10 @@ def _solving(computing: Computing, kind: SolvedKind, together: int) -> int:
     if kind.role is Role.ATTENTION:
         return solving_attention(computing, cross=kind.cross)
     text, weights = computing.text, mlp_numbers(computing.text, kind.inner) * FLOAT
-    if not together or kind.two_sided:
-        solved = solving(text, computing.rows, kind.inner, cross=kind.cross, two_sided=kind.two_sided)
-        return max(together, 1) * weights + solved
-    return together * (2 * weights + solving_together(text, kind.inner, cross=kind.cross))
+    if not together:
+        return weights + solving(text, computing.rows, kind.inner, cross=kind.cross, two_sided=kind.two_sided)
+    solved = solving_together(text, kind.inner, together, cross=kind.cross, two_sided=kind.two_sided)
+    return together * 2 * weights + solved
 
 
 def measuring(computing: Computing, *, solved: bool, held: int = 0) -> Memory:
@@ -332,10 +333,11 @@ def solving_attention(computing: Computing, *, cross: bool) -> int:
     return levels + max(first, between, last)
 
 
-def solving_together(text: TextConfig, inner: int, *, cross: bool) -> int:
-    """Bytes an MLP takes beside its own weights and their stacked copy, float32, while several are solved together.
+def solving_together(text: TextConfig, inner: int, together: int, *, cross: bool, two_sided: bool = False) -> int:
+    """Bytes that MLPs solved `together` take beside their own weights and their stacked copies, float32.
 
-    As for `solving`, but all output rows are solved at once, gate over up, and of all their tokens a few side by side.
+    As for `solving`, but all output rows are solved at once, gate over up, and of all their tokens a few side by side. By both
+    sides, gate, up and down are solved anew one after the other; what weighs outputs of down is there once.
     """
     hidden, pair = text.hidden_size, 2 * text.hidden_size * inner
     squares = 2 if cross else 1
@@ -344,16 +346,36 @@ def solving_together(text: TextConfig, inner: int, *, cross: bool) -> int:
     # The solved pair as levels, and as runtimes see it: float32 once it is rounded to 16 bits.
     between = pair // 4 + max(5 * pair // 2, pair + squares * inner * inner + tokens)
     last = pair // 4 + _solving_all_rows(hidden, inner, cross=cross)
-    return max(first, between, last) * FLOAT
+    if not two_sided:
+        return together * max(first, between, last) * FLOAT
+    square, end = inner * inner, hidden * hidden  # what weighs outputs of gate, up and what is before down; and of down
+    weighing = square + max(3 * square, square + tokens, 2 * square + _by_sides(inner, hidden))
+    given = (squares + 1) * end + (pair if cross else 0) + 3 * pair // 8
+    first = max(_solving_all_rows(2 * inner, hidden, cross=cross, aimed=True), given + weighing)
+    given = (squares + 1) * square + (pair // 2 if cross else 0) + pair // 8
+    solved = _solving_all_rows(hidden, inner, cross=cross, aimed=True)
+    last = pair // 4 + max(solved, given + _by_sides(hidden, inner))
+    return (max(together * max(first, between), together * last + 3 * end) + end) * FLOAT
 
 
-def _solving_all_rows(outputs: int, inputs: int, *, cross: bool) -> int:
-    """Numbers beside the weights [outputs, inputs]: square matrices, and copies of the weights on their way."""
+def _by_sides(outputs: int, inputs: int) -> int:
+    """Numbers beside all that weights [outputs, inputs] solved by both sides are given: three copies of them on their way through
+    losses, the nested solve and sweeps, with levels of two kinds; or fewer, and the tiles of a diagonal, or products of some
+    columns; or scales as they are looked for."""
+    weights, columns = outputs * inputs, min(PRODUCT_COLUMNS, inputs)
+    scales = 3 * weights // 2 + 10 * min(SCALES_ROWS, outputs) * inputs
+    beside = max(DIAGONAL * min(outputs, inputs), 3 * PRODUCT_COLUMNS * max(outputs, inputs))
+    return max(scales, 7 * weights // 2, 5 * weights // 2 + beside, 3 * weights // 2 + 7 * columns * outputs)
+
+
+def _solving_all_rows(outputs: int, inputs: int, *, cross: bool, aimed: bool = False) -> int:
+    """Numbers beside the weights [outputs, inputs]: square matrices, and copies of the weights on their way; where they are
+    `aimed`, what they aim at is there before scales are looked for."""
     squares, weights = (2 if cross else 1) * inputs * inputs, outputs * inputs
     factor = inputs * inputs
     inverse = squares + 3 * factor if cross and outputs > inputs else 0
     shift = squares + factor + 3 * weights if cross else 0
-    scales = squares + factor + 3 * weights // 2 + 10 * min(SCALES_ROWS, outputs) * inputs
+    scales = squares + factor + (5 if cross and aimed else 3) * weights // 2 + 10 * min(SCALES_ROWS, outputs) * inputs
     columns = squares + factor + 15 * weights // 4 + 7 * min(PRODUCT_COLUMNS, inputs) * outputs
     return max(squares + 2 * factor, inverse, shift, scales, columns)
 

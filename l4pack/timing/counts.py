@@ -45,6 +45,12 @@ NVFP4_CANDIDATES, FLOAT_TURN = 2.3, 2.5
 # in 150 moves; and the operations that a tile starts, solved and in a sweep.
 NESTED_COLUMN, NESTED_TURN, MOVING = 2.5, 5, 0.3
 CALLS_A_TILE, CALLS_A_TILE_TURN = 25, 20
+# On a GPU all tiles of a diagonal, of all experts of a batch, are one kernel, and so are those of a turn in a sweep: operations
+# started for a diagonal, for a tile that the rest learns of, and for a turn; and steps of those kernels that wait for one
+# another. Of a tile's 255 diagonals, eight terms of what lies beside and above are a step, and six more; of its 128 columns, eight
+# columns before, and seven more, three of them because about one weight moves.
+CALLS_A_DIAGONAL, CALLS_A_DEVICE_TILE, CALLS_A_DEVICE_TILE_TURN = 25, 5, 5
+STEPS_A_DIAGONAL, STEPS_A_TILE_TURN = 7_700, 2_000
 SLOPES = 12  # passes over the tokens' slopes by which gradients are carried back
 # Passes over the weights that solving makes between products: residuals, squares, copies, levels; read and written.
 PASSES = 60
@@ -72,7 +78,7 @@ def solving_mlp(
     assert scheme.gptq is not None
     hidden, work = text.hidden_size, Work()
     cross = tokens.streams > 1 and scheme.gptq.asymmetric > 0
-    solver = _Solver(scheme, tokens.solved, cross, device, ALONE if scheme.gptq.two_sided else together)
+    solver = _Solver(scheme, tokens.solved, cross, device, together)
     work.include(solver.problem(hidden, outputs=2 * inner))
     work.include(solver.matrix(inner, hidden, among=2 * inner), times=2)
     sides = tokens.streams
@@ -83,7 +89,7 @@ def solving_mlp(
     if scheme.gptq.two_sided:
         work.include(solver.carried_back(hidden, inner))
         work.include(solver.by_both_sides(inner, hidden), times=2)
-        work.include(solver.by_both_sides(hidden, inner))
+        work.include(solver.by_both_sides(hidden, inner, shared=True))
     return work
 
 
@@ -198,31 +204,47 @@ class _Solver:
         work.add(phase, Kind.MEMORY, FLOAT * (2 * SLOPES * self.tokens * inner + 12 * inner * inner))
         return work
 
-    def by_both_sides(self, outputs: int, width: int) -> Work:
-        """What one matrix [outputs, width] takes more: its outputs' factor, losses, a nested solve and sweeps."""
-        work, phase, weights = Work(), "both sides", outputs * width
-        self._factor(work, outputs)
-        self._nearest(work, weights, 1)
+    def by_both_sides(self, outputs: int, width: int, *, shared: bool = False) -> Work:
+        """What one matrix [outputs, width] takes more: its outputs' factor, which on a device others `shared`, losses, a nested
+        solve and sweeps."""
+        work, factor = Work(), Work()
+        self._factor(factor, outputs)
+        work.include(factor, 1 / self.together if shared and self.device != CPU else 1)
+        self._nearest(work, outputs * width, 1)
         work.add("losses of both sides", Kind.PRODUCT, _triangular(outputs, width))
         self._divide_both_sides(work, "losses of both sides", outputs, width, 2)
-        tiles = math.ceil(outputs / BLOCK) * math.ceil(width / BLOCK)
         below = sum(product(width, outputs - end, size) for end, size in _ends(outputs, BLOCK))
         beside = sum(product(outputs, width - end, size) for end, size in _ends(width, BLOCK))
-        within = sum(product(outputs, size, size) for _, size in _tiles(width, BLOCK))
-        work.add(phase, Kind.UPDATE, below + beside + within)
-        work.add(phase, Kind.COLUMNS, NESTED_COLUMN * BLOCK * weights)
-        work.add(phase, Kind.MEMORY, PASSES / 2 * FLOAT * weights)
-        work.add(phase, Kind.CALL, CALLS_A_TILE * tiles)
+        work.add("both sides", Kind.UPDATE, below + beside + _within(outputs, width))
+        work.add("both sides", Kind.MEMORY, PASSES / 2 * FLOAT * outputs * width)
+        grid = math.ceil(outputs / BLOCK), math.ceil(width / BLOCK)
+        (self._tiles_on_device if self.device != CPU else self._tiles)(work, outputs * width, *grid)
         if self._sweep_count:
-            self._sweep_both_sides(work, outputs, width, tiles)
+            self._sweep_both_sides(work, outputs, width, grid[0] * grid[1])
         return work
+
+    def _tiles(self, work: Work, weights: int, down: int, along: int) -> None:
+        """The insides of a nested solve's tiles, a weight after the other."""
+        work.add("both sides", Kind.COLUMNS, NESTED_COLUMN * BLOCK * weights)
+        work.add("both sides", Kind.CALL, CALLS_A_TILE * down * along)
+
+    def _tiles_on_device(self, work: Work, weights: int, down: int, along: int) -> None:
+        """The same, all tiles of a diagonal at once."""
+        calls = CALLS_A_DIAGONAL * (down + along - 1) + CALLS_A_DEVICE_TILE * down * along
+        work.add("both sides", Kind.CALL, calls / self.together)
+        work.add("both sides", Kind.STEP, STEPS_A_DIAGONAL * (down + along - 1) / self.together)
+        work.add("both sides", Kind.MEMORY, BYTES_A_COLUMN * weights)
 
     def _sweep_both_sides(self, work: Work, outputs: int, width: int, tiles: int) -> None:
         phase, count, weights = "sweeps of both sides", self._sweep_count, outputs * width
         self._divide_both_sides(work, phase, outputs, width, 1)
-        within = sum(product(outputs, size, size) for _, size in _tiles(width, BLOCK))
-        spread = MOVING * product(width, outputs, outputs)
-        work.add(phase, Kind.UPDATE, count * (product(outputs, width, width) + within + spread))
+        spread = (MOVING if self.device == CPU else 1) * product(width, outputs, outputs)
+        work.add(phase, Kind.UPDATE, count * (product(outputs, width, width) + _within(outputs, width) + spread))
+        if self.device != CPU:
+            work.add(phase, Kind.CALL, count * CALLS_A_DEVICE_TILE_TURN * tiles / self.together)
+            work.add(phase, Kind.STEP, count * STEPS_A_TILE_TURN * tiles / self.together)
+            work.add(phase, Kind.MEMORY, count * BYTES_A_TURN * weights)
+            return
         turns = NESTED_TURN * (1 if self.scheme.grid.even else FLOAT_TURN)
         work.add(phase, Kind.VISITS, count * turns * weights)
         work.add(phase, Kind.MEMORY, count * 4 * FLOAT * outputs * BLOCK * tiles)
@@ -306,6 +328,11 @@ def inverting(size: int) -> float:
 def _triangular(rows: float, size: int) -> float:
     """Operations of a product [rows, size] with a triangular matrix, tile by tile."""
     return sum(product(rows, width, first + width) for first, width in _tiles(size, TILE))
+
+
+def _within(outputs: int, width: int) -> float:
+    """Operations of products with the blocks on a factor's diagonal, or a Hessian's."""
+    return sum(product(outputs, size, size) for _, size in _tiles(width, BLOCK))
 
 
 def _tiles(size: int, step: int) -> Iterator[tuple[int, int]]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from l4pack.evaluate.scoring import score
-from l4pack.quant import gptq, gptq_blocks
+from l4pack.quant import gptq, gptq_blocks, two_sided_waves
 from l4pack.quant.dequantize import dequantize
 from l4pack.quant.factor import Factor, pull_of
 from l4pack.quant.grid import NumberType
@@ -27,7 +27,7 @@ from l4pack.quant.layout import Layout
 from l4pack.quant.quantize import quantize_block
 from l4pack.quant.scheme import Observer, Scheme, Strategy
 from l4pack.quant.solution import Solution
-from l4pack.timing.counts import CALLS_A_BLOCK, CALLS_A_FACTOR, CALLS_A_FACTOR_BLOCK, CALLS_A_PIECE
+from l4pack.timing.counts import CALLS_A_BLOCK, CALLS_A_FACTOR, CALLS_A_FACTOR_BLOCK, CALLS_A_PIECE, STEPS_A_TILE_TURN
 from l4pack.timing.work import Kind
 from l4pack.work import machine
 
@@ -64,7 +64,7 @@ class Kernels:
     def measured(self) -> dict[Kind, float]:
         """Rates of everything but the disk and the start."""
         found = self._products() | self._solver() | self._memory()
-        return found | self._rounding() if self._device.type == "cpu" else found
+        return found | (self._rounding() if self._device.type == "cpu" else self._steps())
 
     def _rate(self, amount: float, work: Callable[[], Any]) -> float:
         def waited() -> None:
@@ -100,6 +100,14 @@ class Kernels:
             Kind.NEAREST_MSE: self._rate(ROWS * WIDTH, lambda: gptq.round_to_nearest(weight, MSE, importance)),
         }
         return found | (self._loops() if self._device.type == "cpu" else {})
+
+    def _steps(self) -> dict[Kind, float]:
+        """A tile's turn in a sweep by both sides: nothing but waiting for what came before."""
+        levels = torch.zeros(1, 128, 128, dtype=torch.int8, device=self._device)
+        pull, definite = self._numbers(1, 128, 128) * 0.1, torch.eye(128, device=self._device)[None]
+        one, none = torch.ones_like(pull), torch.zeros_like(pull)
+        given = (levels, pull, definite, definite, one, none, INT4.grid)
+        return {Kind.STEP: self._rate(STEPS_A_TILE_TURN, lambda: two_sided_waves.descend_tiles(*given))}
 
     def _loops(self) -> dict[Kind, float]:
         """GPTQ's loop over a block, and sweeps over narrow and wide rows: what a move costs grows with the row."""

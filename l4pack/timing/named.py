@@ -56,6 +56,7 @@ class GpuData(_Data):
     cholesky: Share
     memory: Share
     call: Rate
+    step: Rate
     bytes_a_weight: dict[Kind, Positive]
 
 
@@ -135,6 +136,7 @@ def _of_host(host: Host, peak: SpeedData, assumed: Assumptions) -> Speeds:
         Kind.FORWARD: peak.bfloat16 * gpu.forward.share,
         Kind.MEMORY: memory,
         Kind.CALL: gpu.call.rate,
+        Kind.STEP: gpu.step.rate,
         **{kind: memory / nbytes for kind, nbytes in gpu.bytes_a_weight.items()},
     }
     basis = f"assumed from data sheets ({gpu.product.share:.0%} of float32's peak in products), not measured"

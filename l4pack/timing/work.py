@@ -27,6 +27,7 @@ class Kind(StrEnum):
     UNPACK = "unpack"  # quantized weights read back
     MEMORY = "memory"  # bytes that elementwise operations read and write
     LOGITS = "logits"  # tokens x vocabulary, summed up in float64
+    STEP = "step"  # of a GPU's kernel that wait for one another: some loads from its cache, or a sum over its threads
     CALL = "call"  # operations, each with its own start
     HASH = "hash"  # bytes digested by one thread
     READ = "read"  # bytes from disk

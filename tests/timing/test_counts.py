@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch.nn.functional import silu
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from l4pack.calibration import moments
+from l4pack.calibration import batch, moments
 from l4pack.calibration.attention import solve_attention
 from l4pack.calibration.mlp import Matrices, solve_mlp
 from l4pack.calibration.rows import Block
@@ -19,7 +21,7 @@ from l4pack.checkpoint.open import open_source
 from l4pack.evaluate import layer_errors
 from l4pack.model.config import TextConfig
 from l4pack.model.parts import attention_shapes, mlp_shapes
-from l4pack.quant import gptq_batch, gptq_thin, triangular, two_sided
+from l4pack.quant import gptq_batch, gptq_columns, gptq_thin, triangular, two_sided, two_sided_waves
 from l4pack.recipe import GptqOptions, Method, RecipeScheme
 from l4pack.timing import counts, jobs
 from l4pack.timing.jobs import Talk, layer_weights, talking
@@ -32,18 +34,19 @@ PRODUCTS = (Kind.PRODUCT, Kind.UPDATE, Kind.PRODUCT64, Kind.FORWARD)
 class Dispatched(TorchDispatchMode):
     """Counts operations of the products that torch is given: `torch.utils.flop_counter` knows none made in place."""
 
-    def __init__(self):
+    def __init__(self, batched=False):
         super().__init__()
         self.products = self.calls = 0
+        self.batched = batched
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.calls += 1
         name = function.overloadpacket.__name__.removesuffix("_")
-        if name in ("mm", "addmm", "matmul"):
-            left, right = args[-2:]
-            self.products += 2 * left.shape[0] * left.shape[1] * right.shape[1]
-        assert name not in ("bmm", "baddbmm", "einsum"), name
-        return function(*args, **(kwargs or {}))
+        assert self.batched or name not in ("bmm", "baddbmm", "einsum"), name
+        result = function(*args, **(kwargs or {}))
+        if name in ("mm", "addmm", "matmul", "bmm", "baddbmm"):
+            self.products += 2 * result.numel() * args[-1].shape[-2]
+        return result
 
 
 def scheme(**options):
@@ -132,6 +135,36 @@ def test_solving_an_mlp_by_both_sides():
     swept = counts.solving_mlp(text(), INNER, counts.Tokens(100, 100, 2), scheme(two_sided=True), "cpu")
     found = dispatched(100, 2, scheme(two_sided=True), outputs)
     assert swept.total(*PRODUCTS) == pytest.approx(found, rel=0.25)
+
+
+def test_solving_mlps_together_by_both_sides(monkeypatch):
+    """On a device. Insides of blocks and tiles do nothing here: of those it is counted how often they are taken."""
+    tiles, units, wanted = Counter(), 3, scheme(two_sided=True)
+    for name in ("solve_tiles", "descend_tiles"):
+        monkeypatch.setattr(two_sided_waves, name, partial(_nothing, tiles, name))
+    monkeypatch.setattr(gptq_columns, "solve_block", lambda block, *_: (block * 0, block * 0))
+    monkeypatch.setattr(
+        gptq_columns, "descend_block", lambda levels, *_: (levels, levels * 0, levels.sum(-1, dtype=torch.float64))
+    )
+    generator = torch.Generator().manual_seed(0)
+    pair, down = torch.randn(units, 2 * INNER, HIDDEN), torch.randn(units, HIDDEN, INNER)
+    inputs = torch.randn(units, batch.ROWS, HIDDEN, generator=generator)
+    blocks = [batch.Block(inputs, inputs * 1.01, torch.ones(units, batch.ROWS), None)]
+    weights = torch.full((units,), float(batch.ROWS))
+    given = batch.Batch(batch.Stacked(pair, down), lambda: blocks, weights, silu, torch.bfloat16, torch.eye(HIDDEN))
+    with torch.inference_mode(), Dispatched(batched=True) as counter:
+        batch.solve(given, wanted, "BF16")
+    tokens = counts.Tokens(batch.ROWS, batch.ROWS, 2)
+    planned = counts.solving_mlp(text(), INNER, tokens, wanted, "cuda", together=units)
+    within = 3 * HIDDEN * INNER * (counts.OPERATIONS_A_COLUMN + 2 * counts.OPERATIONS_A_TURN)
+    assert units * (planned.total(*PRODUCTS) - within) == pytest.approx(counter.products, rel=0.02)
+    steps = tiles["solve_tiles"] * counts.STEPS_A_DIAGONAL + tiles["descend_tiles"] * counts.STEPS_A_TILE_TURN
+    assert units * planned.total(Kind.STEP) == pytest.approx(steps)
+
+
+def _nothing(tiles, name, *given):
+    tiles[name] += 1
+    return two_sided_waves.SolvedTile(*3 * [given[0] * 0]) if name == "solve_tiles" else given[1] * 0
 
 
 def test_the_solver_cuts_as_is_counted():
