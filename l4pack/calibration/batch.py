@@ -7,7 +7,7 @@ order, does not depend on the units beside it. The host waits once, for the reco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,8 @@ from torch.nn.functional import pad
 
 from l4pack.calibration import batch_solved
 from l4pack.calibration.batch_ends import Ends
-from l4pack.calibration.batch_moments import Block, Moments
 from l4pack.calibration.batch_solved import SIDES, Solved, Solving
+from l4pack.calibration.batch_units import Batch, Block, Moments
 from l4pack.model.parts import DOWN, GATE, UP
 from l4pack.quant import gptq, gptq_batch
 from l4pack.quant.dampening import fractions
@@ -48,28 +48,6 @@ FIGURES = (
     18,
 )  # where in a batch's record what is of matrices, of problems, of all, and by both sides begins anew
 NEAREST_IS_BETTER = "rounding to nearest has the lower loss in every output row"
-Activation = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """Gate over up [units, 2 inner, hidden] and down [units, hidden, inner] of several MLPs, float32."""
-
-    pair: Tensor
-    down: Tensor
-
-    @classmethod
-    def of(cls, matrices: Sequence[Mapping[str, Tensor]]) -> Stacked:
-        """Copies of the MLPs' matrices [out, in], by their names."""
-        pairs = torch.stack([one[name] for one in matrices for name in (GATE, UP)])
-        return cls(pairs.view(len(matrices), -1, pairs.shape[-1]), torch.stack([one[DOWN] for one in matrices]))
-
-    def weights(self) -> list[dict[str, Tensor]]:
-        """Views of each MLP's matrices."""
-        return [
-            {GATE: pair[: len(pair) // 2], UP: pair[len(pair) // 2 :], DOWN: down}
-            for pair, down in zip(self.pair, self.down, strict=True)
-        ]
 
 
 def blocks(taken: Sequence[UnitRows], quantized: LayerPass, original: LayerPass | None) -> Iterator[Block]:
@@ -102,24 +80,6 @@ def _block(taken: Sequence[UnitRows], part: slice, quantized: LayerPass, origina
 def _filled(parts: Sequence[Tensor]) -> Tensor:
     """[units, ROWS, ...] of parts [few, ...], zero beyond them."""
     return torch.stack([pad(part, (0, 0) * (part.dim() - 1) + (0, ROWS - len(part))) for part in parts])
-
-
-@dataclass(frozen=True)
-class Batch:
-    """MLPs to solve together: their matrices, how often `inputs` gives their tokens anew, what all weigh [units]. With `end`
-    they are solved by both sides, see `mlp.solve_mlp`."""
-
-    matrices: Stacked
-    inputs: Callable[[], Iterable[Block]]
-    weights: Tensor
-    activation: Activation
-    model_dtype: torch.dtype
-    end: Tensor | None = None
-
-    def inner(self, pair: Tensor, inputs: Tensor) -> Tensor:
-        """What gate over up [units, 2 inner, hidden] make of the first units' inputs: [units, tokens, inner]."""
-        gate, up = (inputs @ pair[: len(inputs)].mT).chunk(2, -1)
-        return self.activation(gate) * up
 
 
 def solve(batch: Batch, scheme: RecipeScheme, source_dtype: FloatName) -> list[dict[str, Solution]]:

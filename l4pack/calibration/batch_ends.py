@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from l4pack.calibration.batch_moments import Block, Moments
+from l4pack.calibration.batch_units import Batch, Block, Moments
 from l4pack.calibration.carried import STEP
 from l4pack.model.parts import DOWN, UP
-
-if TYPE_CHECKING:
-    from l4pack.calibration.batch import Batch
 
 
 @dataclass(frozen=True)

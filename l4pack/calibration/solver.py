@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 
 from l4pack.calibration import batch
 from l4pack.calibration.attention import Attention, solve_attention
-from l4pack.calibration.batch import Stacked
+from l4pack.calibration.batch_units import Batch, Stacked
 from l4pack.calibration.mlp import Matrices, result_of, solve_mlp
 from l4pack.calibration.rows import UnitRows, blocks, expert_rows
 from l4pack.errors import SourceError
@@ -127,7 +127,7 @@ class UnitSolver:
         weights = torch.tensor([one.weight for one in taken]).to(quantized.device)
         stacked = Stacked.of([self._matrices(one).weights for one in loaded])
         inputs = partial(batch.blocks, taken, quantized, original)
-        given = batch.Batch(stacked, inputs, weights, self._activation, self._dtype, self._outputs(loaded[0]))
+        given = Batch(stacked, inputs, weights, self._activation, self._dtype, self._outputs(loaded[0]))
         try:
             found = batch.solve(given, self._scheme(loaded[0]), next(iter(self._dtypes(loaded[0]).values())))
         except batch.UnitNotFiniteError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -91,30 +92,33 @@ def calibration_needs(
     computing = Computing(text, device, FLOAT, length, tokens, streams=streams, merging=checkpoint.merging_bytes)
     quantized = any(rule.roles == "all" or Role.ATTENTION in rule.roles for rule in recipe.rules if rule.scheme != KEEP)
     solved = _solved(recipe, targets)
-    for chosen in _choices(computing, vram):
+    back = two_sided(recipe, targets)
+    for chosen in _choices(computing, vram, staying_first=not back):
         memory = calibrating(chosen, solved, attention=quantized)
         if fits(memory, ram, vram):
             break
     together = 0 if device == CPU else chosen.together
-    back = None
-    if two_sided(recipe, targets):
+    gradient = None
+    if back:
         samples = min(recipe.calibration.gradient_samples, recipe.calibration.samples)
-        back = gradient_needs(replace(computing, tokens=samples * length), samples, ram, vram)
-    return Needs(memory, disk, tokens, streams, chosen.ahead, together, chosen.resident, gradient=back)
+        gradient = gradient_needs(replace(computing, tokens=samples * length), samples, ram, vram)
+    return Needs(memory, disk, tokens, streams, chosen.ahead, together, chosen.resident, gradient=gradient)
 
 
-def _choices(computing: Computing, vram: Room | None) -> Iterator[Computing]:
+def _choices(computing: Computing, vram: Room | None, *, staying_first: bool) -> Iterator[Computing]:
     """How to compute, the best way first: units loaded ahead, and on a device whose memory is known hidden states that
-    stay there, and as many experts together as fit.
+    stay there, and as many experts together as fit, or if those do not come first the other way round: by both sides a device
+    waits for itself at each tile, and that for all experts at once.
 
-    That is always a power of two, so that a little memory more or less does not make another job of it.
+    How many is always a power of two, so that a little memory more or less does not make another job of it.
     """
     there = computing.device != CPU and vram is not None
     experts = computing.text.num_local_experts if computing.text.moe_layers and there else 1
     for ahead in (True, False):
-        for resident in (True, False) if there else (False,):
-            for power in reversed(range(experts.bit_length())):
-                yield replace(computing, ahead=ahead, together=2**power, resident=resident)
+        staying = (True, False) if there else (False,)
+        ways = itertools.product(staying, reversed(range(experts.bit_length())))
+        for resident, power in ways if staying_first else sorted(ways, key=lambda way: -way[1]):
+            yield replace(computing, ahead=ahead, together=2**power, resident=resident)
 
 
 def asymmetric(recipe: Recipe, targets: Sequence[Target]) -> bool:

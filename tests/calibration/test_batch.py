@@ -22,7 +22,7 @@ from l4pack.calibration import batch
 from l4pack.calibration.text import with_text
 from l4pack.checkpoint.open import open_source
 from l4pack.plan.plan import Plan, make_plan
-from l4pack.quant import two_sided_tiles, two_sided_waves
+from l4pack.quant import two_sided_tiles
 from l4pack.quant.torch_ops import unpack_levels
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import Recipe, load_recipe

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import gelu, silu
 
-from l4pack.calibration import batch, batch_moments
+from l4pack.calibration import batch, batch_units
 from l4pack.calibration.carried import Ends
 from l4pack.calibration.mlp import Matrices, result_of, solve_mlp, solved_weights
 from l4pack.calibration.rows import Block
@@ -115,10 +115,10 @@ def stacked(units: int, end: torch.Tensor | None = None) -> batch.Batch:
     given = [{name: one * (1 + 0.1 * unit) for name, one in weights().items()} for unit in range(units)]
     counts = torch.cat([block.weights for block in blocks()])
 
-    def inputs() -> Iterator[batch_moments.Block]:
+    def inputs() -> Iterator[batch_units.Block]:
         for block in blocks():
             rows = [one.expand(units, -1, -1) for one in (block.inputs, block.original)]
-            yield batch_moments.Block(*rows, block.weights.expand(units, -1), None)
+            yield batch_units.Block(*rows, block.weights.expand(units, -1), None)
 
     return batch.Batch(batch.Stacked.of(given), inputs, counts.sum().expand(units), silu, torch.bfloat16, end)
 

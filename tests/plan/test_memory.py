@@ -14,6 +14,7 @@ from l4pack.errors import BudgetError
 from l4pack.model.config import known_config
 from l4pack.plan.memory import (
     CUDA_LOADED,
+    DIAGONAL,
     FOLIO,
     KERNELS_LOADED,
     MODEL_LOADED,
@@ -25,10 +26,11 @@ from l4pack.plan.memory import (
     Sight,
     measuring,
     solving,
+    solving_together,
     walk_within,
 )
 from l4pack.plan.plan import RunLimits, make_plan
-from l4pack.quant import gptq_batch, triangular
+from l4pack.quant import gptq_batch, triangular, two_sided
 from l4pack.quantize.run import run_plan
 from l4pack.recipe import load_recipe
 from l4pack.stream.compute import Compute
@@ -42,8 +44,8 @@ def computing(model="llama-4-scout", device="cpu", itemsize=4, **others):
     return Computing(known_config(model).text, device, itemsize, 2048, 32 * 2048, **others)
 
 
-def calibrated(model, **limits):
-    return make_plan(open_source(model), load_recipe("int4"), RunLimits(**limits))
+def calibrated(model, recipe="int4", **limits):
+    return make_plan(open_source(model), load_recipe(recipe), RunLimits(**limits))
 
 
 def test_sizes_of_scout_by_hand():
@@ -60,7 +62,28 @@ def test_sizes_of_scout_by_hand():
     assert solving(SCOUT, 0, 8192, cross=True, two_sided=True) == 4 * by_hand
 
 
+def test_experts_together_by_both_sides_by_hand():
+    """The pair's Hessian, its factor and cross moments, target and levels; of gate's or up's outputs three squares and what the
+    layer's gradients are before down; and three copies of one of them with levels of two kinds. The layer's are there once."""
+    matrix, hidden, inner = 5120 * 8192, 5120**2, 8192**2
+    levels = 2 * matrix // 4 + matrix // 4
+    gate = 3 * hidden + 2 * matrix + levels + 3 * inner + 3 * matrix + 2 * matrix // 4
+    assert solving_together(SCOUT, 8192, 8, cross=True, two_sided=True) == 4 * (8 * gate + hidden)
+    assert solving_together(SCOUT, 8192, 8, cross=True) < 4 * 8 * gate
+
+
+@pytest.mark.parametrize(("gigabytes", "together", "resident"), [(12, 2, False), (40, 8, False), (141, 16, True)])
+def test_by_both_sides_experts_are_together_before_hidden_states_stay(gigabytes, together, resident):
+    free = Room(gigabytes * 10**9, DEVICE)
+    plan = calibrated("llama-4-scout", "int4-best", accelerated=True, free_vram=free)
+    assert (plan.needs.together, plan.needs.resident) == (together, resident)
+    assert plan.needs.most_memory.vram <= free.nbytes
+    between = calibrated("llama-4-scout", "int4-best", accelerated=True, free_vram=Room(80 * 10**9, DEVICE))
+    assert (between.needs.together, between.needs.resident) == (16, False)
+
+
 def test_what_is_solved_together_is_cut_as_planned():
+    assert two_sided.TILE * 12 == DIAGONAL
     assert (TOGETHER_ROWS, SCALES_ROWS, PRODUCT_COLUMNS) == (batch.ROWS, gptq_batch.ROWS_AT_ONCE, triangular.TILE)
 
 

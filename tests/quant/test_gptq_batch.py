@@ -143,7 +143,7 @@ def test_fp8_on_a_device_has_the_levels_of_the_cpu(name):
         own, moments = (part.to(device).contiguous() for part in given)
         fractions = torch.full((2,), 0.01, dtype=moments.dtype).to(device)
         problems = gptq_batch.prepare_problems(moments, None, fractions, act_order=True, outputs=24)
-        return gptq_batch.solve_problems(problems, own, scheme, sweeps=1).rounded.on_cpu()
+        return gptq_batch.solve_problems(problems, own, scheme, sweeps=1).rounded.mapped(lambda part: part.cpu())
 
     ours = solved("cpu")
     with pretend_device():

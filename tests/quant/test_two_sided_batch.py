@@ -17,6 +17,7 @@ SCHEMES = {
     "int4-g32": Scheme(num_bits=4, group_size=32, scale_dtype="bfloat16"),
     "int4-g16-asym-mse": Scheme(num_bits=4, group_size=16, symmetric=False, observer="mse", scale_dtype="bfloat16"),
     "int8-channel": Scheme(num_bits=8, strategy="channel", scale_dtype="bfloat16"),
+    "fp8-channel": Scheme(num_bits=8, type="float", strategy="channel", scale_dtype="bfloat16"),
     "nvfp4-mse": Scheme(num_bits=4, type="float", strategy="tensor_group", group_size=16, observer="mse"),
 }
 # Moments of a matrix' inputs, and of the gradients at its outputs.
@@ -84,7 +85,8 @@ def together(name: str, sweeps: int) -> two_sided_batch.BySides:
 
 
 @pytest.mark.parametrize(
-    ("name", "sweeps"), [("int4-g32", 0), ("int4-g16-asym-mse", 2), ("int8-channel", 1), ("nvfp4-mse", 2)]
+    ("name", "sweeps"),
+    [("int4-g32", 0), ("int4-g16-asym-mse", 2), ("int8-channel", 1), ("fp8-channel", 1), ("nvfp4-mse", 2)],
 )
 def test_together_they_are_solved_as_one_by_one(name, sweeps):
     ours, scheme = together(name, sweeps), SCHEMES[name]

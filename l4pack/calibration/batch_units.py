@@ -1,13 +1,17 @@
-"""Second moments of the inputs of several units at once."""
+"""Several MLPs of equal shape: their matrices stacked, their tokens side by side, and second moments of those."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from l4pack.calibration.moments import COLUMNS
+from l4pack.model.parts import DOWN, GATE, UP
+
+Activation = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,45 @@ class Block:
     original: Tensor | None
     weights: Tensor
     kept: Tensor | None
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Gate over up [units, 2 inner, hidden] and down [units, hidden, inner] of several MLPs, float32."""
+
+    pair: Tensor
+    down: Tensor
+
+    @classmethod
+    def of(cls, matrices: Sequence[Mapping[str, Tensor]]) -> Stacked:
+        """Copies of the MLPs' matrices [out, in], by their names."""
+        pairs = torch.stack([one[name] for one in matrices for name in (GATE, UP)])
+        return cls(pairs.view(len(matrices), -1, pairs.shape[-1]), torch.stack([one[DOWN] for one in matrices]))
+
+    def weights(self) -> list[dict[str, Tensor]]:
+        """Views of each MLP's matrices."""
+        return [
+            {GATE: pair[: len(pair) // 2], UP: pair[len(pair) // 2 :], DOWN: down}
+            for pair, down in zip(self.pair, self.down, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """MLPs to solve together: their matrices, how often `inputs` gives their tokens anew, what all weigh [units]. With `end`
+    they are solved by both sides, see `mlp.solve_mlp`."""
+
+    matrices: Stacked
+    inputs: Callable[[], Iterable[Block]]
+    weights: Tensor
+    activation: Activation
+    model_dtype: torch.dtype
+    end: Tensor | None = None
+
+    def inner(self, pair: Tensor, inputs: Tensor) -> Tensor:
+        """What gate over up [units, 2 inner, hidden] make of the first units' inputs: [units, tokens, inner]."""
+        gate, up = (inputs @ pair[: len(inputs)].mT).chunk(2, -1)
+        return self.activation(gate) * up
 
 
 class Moments:
