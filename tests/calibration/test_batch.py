@@ -158,11 +158,11 @@ def test_killed_anywhere_they_end_in_the_same_bytes(source, made, tmp_path, monk
 
 def test_by_both_sides_as_many_are_solved_together_as_by_themselves(source, tmp_path, monkeypatch):
     """Three experts and one more, and the shared expert and a dense MLP as batches of one: no tile is solved by itself."""
-    options = {"two_sided": True, "sweeps": 1}
-    alone = run_plan(planned(source, 0, **options), tmp_path / "alone").out
+    scheme = {**INT4, "gptq": {"two_sided": True, "sweeps": 1}}
+    alone = run_plan(planned(source, 0, scheme), tmp_path / "alone").out
     for name in ("solve_tile", "descend_tile"):
         monkeypatch.setattr(two_sided_tiles, name, lambda *_: pytest.fail("a tile was solved by itself"))
-    out = run_plan(planned(source, 3, **options), tmp_path / "together").out
+    out = run_plan(planned(source, 3, scheme), tmp_path / "together").out
     ours, theirs = (json.loads((folder / RECORD_NAME).read_bytes())["matrices"] for folder in (out, alone))
     assert ours.keys() == theirs.keys()
     for module, found in ours.items():
@@ -171,5 +171,5 @@ def test_by_both_sides_as_many_are_solved_together_as_by_themselves(source, tmp_
     for key in ("error", "gptq_error", "rtn_error"):  # of one matrix they differ by what a tie moves
         ratios = [found["two_sided"][key] / theirs[module]["two_sided"][key] for module, found in ours.items()]
         assert math.prod(ratios) ** (1 / len(ratios)) == pytest.approx(1, abs=0.03)
-    again = run_plan(planned(source, 1, **options), tmp_path / "one").out
+    again = run_plan(planned(source, 1, scheme), tmp_path / "one").out
     assert digests(again) == digests(out)

@@ -11,7 +11,7 @@ import torch
 from launches import Launches
 from pretend_device import pretend_device
 
-from l4pack.calibration import batch
+from l4pack.calibration import batch, batch_units
 from l4pack.calibration.rows import UnitRows
 from l4pack.quant import two_sided, two_sided_waves
 from l4pack.recipe import RecipeScheme, load_recipe
@@ -48,13 +48,13 @@ def taken(number: int) -> UnitRows:
     return UnitRows(50, rows, torch.full((50, 1), 0.7), weights, kept & (weights == 1), torch.full((50, 1), 0.6), 10)
 
 
-def given(units: int, device: str = "cpu", end: torch.Tensor | None = None) -> batch.Batch:
+def given(units: int, device: str = "cpu", end: torch.Tensor | None = None) -> batch_units.Batch:
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(units, 3, INNER, HIDDEN, generator=generator) * 0.02
-    stacked = batch.Stacked(weights[:, :2].flatten(1, 2).to(device), weights[:, 2].mT.contiguous().to(device))
+    stacked = batch_units.Stacked(weights[:, :2].flatten(1, 2).to(device), weights[:, 2].mT.contiguous().to(device))
     inputs = partial(batch.blocks, [taken(number) for number in range(units)], Given(0, device), Given(1, device))
     weights = torch.full((units,), 42.5).to(device)
-    return batch.Batch(stacked, inputs, weights, torch.nn.functional.silu, torch.bfloat16, end)
+    return batch_units.Batch(stacked, inputs, weights, torch.nn.functional.silu, torch.bfloat16, end)
 
 
 @pytest.fixture(autouse=True)

@@ -110,7 +110,7 @@ def test_an_expert_that_no_token_reached_is_rounded():
         assert torch.equal(both[name].levels, nearest[name].levels)
 
 
-def stacked(units: int, end: torch.Tensor | None = None) -> batch.Batch:
+def stacked(units: int, end: torch.Tensor | None = None) -> batch_units.Batch:
     """MLPs of the same tokens and different weights."""
     given = [{name: one * (1 + 0.1 * unit) for name, one in weights().items()} for unit in range(units)]
     counts = torch.cat([block.weights for block in blocks()])
@@ -120,7 +120,9 @@ def stacked(units: int, end: torch.Tensor | None = None) -> batch.Batch:
             rows = [one.expand(units, -1, -1) for one in (block.inputs, block.original)]
             yield batch_units.Block(*rows, block.weights.expand(units, -1), None)
 
-    return batch.Batch(batch.Stacked.of(given), inputs, counts.sum().expand(units), silu, torch.bfloat16, end)
+    return batch_units.Batch(
+        batch_units.Stacked.of(given), inputs, counts.sum().expand(units), silu, torch.bfloat16, end
+    )
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import silu
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from l4pack.calibration import batch, moments
+from l4pack.calibration import batch, batch_units, moments
 from l4pack.calibration.attention import solve_attention
 from l4pack.calibration.mlp import Matrices, solve_mlp
 from l4pack.calibration.rows import Block
@@ -149,9 +149,11 @@ def test_solving_mlps_together_by_both_sides(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     pair, down = torch.randn(units, 2 * INNER, HIDDEN), torch.randn(units, HIDDEN, INNER)
     inputs = torch.randn(units, batch.ROWS, HIDDEN, generator=generator)
-    blocks = [batch.Block(inputs, inputs * 1.01, torch.ones(units, batch.ROWS), None)]
+    blocks = [batch_units.Block(inputs, inputs * 1.01, torch.ones(units, batch.ROWS), None)]
     weights = torch.full((units,), float(batch.ROWS))
-    given = batch.Batch(batch.Stacked(pair, down), lambda: blocks, weights, silu, torch.bfloat16, torch.eye(HIDDEN))
+    given = batch_units.Batch(
+        batch_units.Stacked(pair, down), lambda: blocks, weights, silu, torch.bfloat16, torch.eye(HIDDEN)
+    )
     with torch.inference_mode(), Dispatched(batched=True) as counter:
         batch.solve(given, wanted, "BF16")
     tokens = counts.Tokens(batch.ROWS, batch.ROWS, 2)

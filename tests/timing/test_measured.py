@@ -17,7 +17,7 @@ def test_every_kind_of_work_is_measured(tmp_path, monkeypatch):
     for name, small in (("ROWS", 64), ("WIDTH", 256), ("NARROW", 128)):
         monkeypatch.setattr(kernels, name, small)
     found = kernels.Kernels().measured() | kernels.disk_rates(tmp_path)
-    assert found.keys() | LOADED == set(Kind)
+    assert found.keys() | LOADED == set(Kind) - {Kind.STEP}  # of GPUs alone
     assert all(rate > 0 for rate in found.values())
     assert not list(tmp_path.iterdir())
 
