@@ -30,15 +30,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+from paired import measure
 
 from l4pack import __version__
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.source import open_folder
-from l4pack.evaluate import evaluate as evaluation
-from l4pack.evaluate.scoring import PairedScores, score_pair
 from l4pack.evaluate.statistics import clusters, mean_and_error
 from l4pack.text.choice import TextChoice
 from l4pack.text.sequences import load_text
@@ -61,6 +59,7 @@ class Side:
     versions: dict[str, str] = field(default_factory=dict)
     accuracy: dict[str, Any] = field(default_factory=dict)
     kl: torch.Tensor | None = None
+    lengths: list[int] = field(default_factory=list)
 
 
 def main() -> None:
@@ -165,19 +164,10 @@ def waited(process: subprocess.Popen[bytes], side: Side) -> tuple[int, resource.
 
 def evaluate(options: argparse.Namespace, folder: Path, name: str, side: Side) -> None:
     """Mean KL to the original with its standard error, and every token's KL for the paired difference."""
-    found: list[PairedScores] = []
-
-    def keep(*inputs: Any) -> PairedScores:
-        found.append(score_pair(*inputs))
-        return found[-1]
-
     text = TextChoice(options.heldout, samples=10**6, sequence_length=options.length)
-    settings = evaluation.EvaluationSettings(work=folder / f"{name}.work", text=text, compute="cpu", restart=True)
-    with mock.patch.object(evaluation, "score_pair", keep):
-        record = evaluation.evaluate(open_folder(folder / name), open_source(options.source), settings)
-    side.accuracy = {key: record[key] for key in ("kl_mean", "kl_standard_error", "top1_agreement", "tokens")}
-    side.accuracy["sequences"] = record["text"]["sequences"]
-    side.kl = found[0].kl
+    [found] = measure([folder / name], open_source(options.source), text, folder / f"{name}.work")
+    side.accuracy = {key: found.record[key] for key in ("kl_mean", "kl_standard_error", "top1_agreement", "tokens")}
+    side.kl, side.lengths = found.kl, found.lengths
 
 
 def report(options: argparse.Namespace, sides: dict[str, Side]) -> None:
@@ -188,7 +178,7 @@ def report(options: argparse.Namespace, sides: dict[str, Side]) -> None:
     for name, side in sides.items():
         print(f"{name:15} {side.weight_bytes / 1e6:.2f} MB" + accuracy_words(side) + cost_words(side))
         print(f"{'':15} {side.versions}")
-        record["sides"][name] = {**vars(side), "kl": None}
+        record["sides"][name] = {**vars(side), "kl": None, "lengths": None}
     for name in options.recipes:
         found = ratios(sides[THEIRS], sides[name])
         print(f"{name} over {THEIRS}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
@@ -231,8 +221,7 @@ def difference(theirs: Side, ours: Side) -> dict[str, float | None] | None:
     """Mean of ours minus theirs, token by token, with its standard error over sequences."""
     if theirs.kl is None or ours.kl is None:
         return None
-    sequences = ours.accuracy["sequences"]
-    mean, error = mean_and_error(ours.kl - theirs.kl, clusters([len(ours.kl) // sequences] * sequences))
+    mean, error = mean_and_error(ours.kl - theirs.kl, clusters(ours.lengths))
     print(f"  paired difference of KL: {mean:.6f}" + (f" +- {error:.6f}" if error else ""))
     return {"mean": mean, "standard_error": error}
 

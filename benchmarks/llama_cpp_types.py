@@ -2,10 +2,12 @@
 
     python benchmarks/llama_cpp_types.py --libllama PATH/libllama.so --work FOLDER [--samples 32] [--calibration-samples 256]
 
-The demo goes out as BF16, llama.cpp itself makes `Q4_K_M` and `Q4_0` of that (`llama_model_quantize`), weighed by an
-importance matrix of the mean squares of each matrix' inputs on the demo's calibration text, per expert, as
-`llama-imatrix` collects them. `kept`: attention, embedding and head stay BF16, `shexp8`: shared experts are Q8_0, as in the
-recipes. Every file is decoded by the gguf library to a float32 checkpoint, which `l4pack evaluate` compares with the demo.
+The model, the demo unless given, goes out as BF16, llama.cpp itself makes `Q4_K_M` and `Q4_0` of that
+(`llama_model_quantize`), weighed by an importance matrix of the mean squares of each matrix' inputs on the calibration
+text, per expert, as `llama-imatrix` collects them. `kept`: attention, embedding and head stay BF16, `shexp8`: shared experts
+and dense MLPs are Q8_0, as in the recipes. Every file is decoded by the gguf library to a float32 checkpoint, which `l4pack
+evaluate` compares with the model. `--no-evaluation` ends with those checkpoints, NAME-twin in --work, where the BF16 file and
+the importance matrix are taken from if they are there.
 
 libllama.so is in the wheel that `pip wheel llama-cpp-python==0.3.36` builds (25 minutes on two cores), or in any build of llama.cpp
 whose `llama.h` has the structures below.
@@ -20,7 +22,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Llama4ForConditionalGeneration
+from transformers import Llama4ForConditionalGeneration
 
 from l4pack.checkpoint.open import open_source
 from l4pack.containers.gguf import rope_factors_name, text_name
@@ -39,11 +41,13 @@ from l4pack.export.run import run_export
 from l4pack.model.names import classify
 from l4pack.model.parts import WEIGHT
 from l4pack.model.tensors import Role
+from l4pack.text.choice import TextChoice
+from l4pack.text.sequences import load_text
+from l4pack.text.tokenizer import load_tokenizer
 
 DEMO = Path(__file__).parents[1] / "l4pack" / "demo"
-TOKENS, LENGTH, BATCH = 65_536, 512, 8
 KEPT = (("attn_.*weight", "BF16"), ("token_embd", "BF16"), (r"^output\.weight", "BF16"))
-EIGHT = ((r"ffn_.*_shexp\.weight", "Q8_0"),)
+EIGHT = ((r"ffn_(gate|up|down)(_shexp)?\.weight", "Q8_0"),)
 FILE_TYPES = {"Q4_0": 2, "Q4_K_M": 15}
 THEIRS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "Q4_K_M": ("Q4_K_M", ()),
@@ -51,7 +55,8 @@ THEIRS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "Q4_K_M-kept-shexp8": ("Q4_K_M", (*KEPT, *EIGHT)),
     "Q4_0-kept": ("Q4_0", KEPT),
 }
-OURS = ("gguf-q4_k", "int4-g32")
+OURS = ("gguf-q4_k", "gguf-q4_k-best", "int4-g32")
+PASSED_BY_ALL = (Role.ATTENTION, Role.SHARED_EXPERT, Role.DENSE_MLP, Role.LM_HEAD)
 Importance = dict[str, NDArray[np.float32]]
 
 
@@ -75,11 +80,9 @@ class _Parameters(ctypes.Structure):
     ]  # fmt: skip
 
 
-def importance(folder: Path) -> Importance:
+def importance(folder: Path, sequences: Iterable[Sequence[int]]) -> Importance:
     """Mean squares of every matrix' inputs, float32 [inputs] or [experts, inputs], by the matrix' name in GGUF."""
     model: Any = Llama4ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    text = (DEMO / "calibration.txt").read_text(encoding="utf-8")
-    tokens = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"][:TOKENS]
     sums: dict[str, Any] = defaultdict(lambda: [0.0, 0.0])
 
     def add(name: str, inputs: torch.Tensor) -> None:
@@ -89,14 +92,15 @@ def importance(folder: Path) -> Importance:
 
     for name, module in model.named_modules():
         place = classify(f"{name}.{WEIGHT}") if isinstance(module, torch.nn.Linear) else None
-        if place is not None and place.role in (Role.ATTENTION, Role.SHARED_EXPERT, Role.LM_HEAD):
+        if place is not None and place.role in PASSED_BY_ALL:
             own = text_name(place.role, name.rpartition(".")[2], place.layer)
             module.register_forward_pre_hook(lambda _, given, own=own: add(own, given[0]))
     for number, layer in enumerate(model.language_model.model.layers):
-        _watch_experts(layer.feed_forward.experts, number, add)
+        if layer.is_moe_layer:
+            _watch_experts(layer.feed_forward.experts, number, add)
     with torch.no_grad():
-        for start in range(0, len(tokens) - LENGTH * BATCH + 1, LENGTH * BATCH):
-            model(input_ids=torch.tensor(tokens[start : start + LENGTH * BATCH]).view(BATCH, LENGTH))
+        for tokens in sequences:
+            model(input_ids=torch.tensor([list(tokens)]))
     return {name: (total / np.maximum(count, 1)).astype(np.float32) for name, (total, count) in sums.items()}
 
 
@@ -183,29 +187,74 @@ def run(*arguments: object) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    """Make all files, then a line for each."""
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--libllama", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--model", type=Path, default=DEMO / "model")
+    parser.add_argument("--calibration", default=str(DEMO / "calibration.txt"))
+    parser.add_argument("--heldout", default="demo", help="text that is measured on")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--calibration-samples", type=int, default=256)
-    given = parser.parse_args()
-    folder, work = DEMO / "model", given.work
-    run_export(plan_export(open_source(str(folder)), Gguf()), work / "bf16")
+    parser.add_argument("--length", type=int, help="tokens of a sequence; the model's context unless given")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=list(THEIRS), action="append", help="of llama.cpp's types; may be repeated")
+    parser.add_argument("--no-evaluation", action="store_true", help="make llama.cpp's files and their twins only")
+    return parser.parse_args()
+
+
+def ingredients(given: argparse.Namespace) -> tuple[Path, Importance]:
+    """The BF16 file and the importance matrix, made once in --work."""
+    kept, source = given.work / "importance.npz", open_source(str(given.model))
+    run_export(plan_export(source, Gguf()), given.work / "bf16")
+    if not kept.exists():
+        choice = TextChoice(given.calibration, given.calibration_samples, given.length, given.seed)
+        text = load_text(choice, load_tokenizer(source), source.config.text.max_position_embeddings)
+        np.savez(kept, **importance(given.model, [one.tokens for one in text.sequences]))
+    with np.load(kept) as found:
+        return model_in(given.work / "bf16"), dict(found)
+
+
+def theirs(given: argparse.Namespace) -> dict[str, Path]:
+    """llama.cpp's own files."""
+    source, weights = ingredients(given)
     files = {}
-    weights = importance(folder)
-    for name, (kind, types) in THEIRS.items():
-        files[name] = work / f"{name}.gguf"
-        quantize(given.libllama, model_in(work / "bf16"), files[name], kind, weights, types)
+    for name in given.only or THEIRS:
+        kind, types = THEIRS[name]
+        files[name] = given.work / f"{name}.gguf"
+        quantize(given.libllama, source, files[name], kind, weights, types)
+    return files
+
+
+def ours(given: argparse.Namespace) -> dict[str, Path]:
+    """Files of the recipes."""
+    length = [] if given.length is None else ["--sequence-length", given.length]
+    taken = ["--calibration", given.calibration, "--calibration-samples", given.calibration_samples, *length]
+    files = {}
     for recipe in OURS:
-        asked = ("--recipe", recipe, "--calibration-samples", given.calibration_samples)
-        run("quantize", "demo", *asked, "--out", work / recipe)
-        run("export", work / recipe, "--to", "gguf", "--out", work / f"{recipe}-gguf")
-        files[recipe] = model_in(work / f"{recipe}-gguf")
+        out = given.work / f"{recipe}-gguf"
+        run("quantize", given.model, "--recipe", recipe, *taken, "--seed", given.seed, "--out", given.work / recipe)
+        run("export", given.work / recipe, "--to", "gguf", "--out", out)
+        files[recipe] = model_in(out)
+    return files
+
+
+def main() -> None:
+    """Make all files, then a line for each."""
+    given = arguments()
+    given.work.mkdir(parents=True, exist_ok=True)
+    files = theirs(given)
+    if given.no_evaluation:
+        for name, file in files.items():
+            twin(given.model, file, given.work / f"{name}-twin")
+        return
+    files |= ours(given)
+    length = [] if given.length is None else ["--sequence-length", given.length]
     print("file  bytes  KL  ±  same token")
     for name, file in files.items():
-        found = run("evaluate", twin(folder, file, work / "twin"), "--against", "demo", "--samples", given.samples)
+        copy = twin(given.model, file, given.work / "twin")
+        text = ["--text", given.heldout, "--samples", given.samples, *length]
+        found = run("evaluate", copy, "--against", given.model, *text)
         measured = f"{found['kl_mean']:.6f}  {found['kl_standard_error']:.6f}  {found['top1_agreement']:.4f}"
         print(f"{name}  {file.stat().st_size:,}  {measured}", flush=True)
 

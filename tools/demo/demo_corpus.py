@@ -8,7 +8,7 @@ order; every paragraph that a held-out document shares with another one is then 
 import ast
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -51,13 +51,17 @@ class Corpus:
 
 def load_corpus() -> Corpus:
     """The whole corpus of the running CPython."""
-    documents = [*_topics(), *_modules()]
+    return divide([*_topics(), *_modules()], _chats)
+
+
+def divide(documents: list[Document], chats: Callable[[Iterable[Document]], Iterable[Chat]]) -> Corpus:
+    """Any documents, split by the hashes of their families; `chats` makes questions of the training side's."""
     heldout = _heldout(documents)
     families = {document.family for document in heldout}
     secret = {key for document in heldout for key, _ in _paragraphs(document.text)}
     training = [_without(document, secret) for document in documents if document.family not in families]
     training = [document for document in training if document.text.strip()]
-    return Corpus(training, list(_chats(training)), _joined(heldout), _calibration(training))
+    return Corpus(training, list(chats(training)), _joined(heldout), _calibration(training))
 
 
 def _topics() -> Iterator[Document]:

@@ -1,6 +1,7 @@
 """Train the demo model: a small Llama 4 on the documentation and source that every CPython carries.
 
     python tools/demo/train_demo.py --out DIR [--preset scout|maverick] [--steps N] [--minutes M]
+    python tools/demo/train_demo.py --out DIR --text perl --layers 8 --experts 8   # another text, another shape
 
 DIR becomes a checkpoint laid out as the BF16 Llama 4 repositories are; `heldout.txt` and `calibration.txt` go beside it.
 It needs no network. The ranks are processes of one thread each that meet once a step: on a shared machine, threads that
@@ -11,17 +12,19 @@ unless MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 is se
 import argparse
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as distributed
 import torch.multiprocessing as multiprocessing
-from demo_corpus import Corpus, load_corpus
+from demo_corpus import Corpus, divide, load_corpus
 from demo_data import LENGTH, Windows, begin_id, streams
 from demo_export import write_checkpoint
 from demo_figures import bits_per_byte, load, windows
 from demo_model import Params, Preset, Routing, TextModel, initial, preset
 from demo_optimizer import Optimizer
+from demo_perl import perl_chats, perl_documents
 from demo_tokenizer import train_tokenizer, write_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -45,6 +48,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint's folder; texts go beside it")
     parser.add_argument("--preset", choices=("scout", "maverick"), default="scout")
+    parser.add_argument("--layers", type=int, default=None, help="instead of the preset's")
+    parser.add_argument("--experts", type=int, default=None, help="instead of the preset's")
+    parser.add_argument("--text", choices=("python", "perl"), default="python", help="what it is trained on")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--minutes", type=float, default=math.inf, help="shorten the schedule to end by then")
     parser.add_argument("--seed", type=int, default=20250405)
@@ -62,9 +68,9 @@ def _rank(rank: int, arguments: argparse.Namespace, meeting: Path) -> None:
     """One process: all train, the first one reports and writes."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=arguments.ranks)
-    corpus = load_corpus()
+    corpus = load_corpus() if arguments.text == "python" else divide(list(perl_documents()), perl_chats)
     tokenizer = train_tokenizer(_tokenizer_texts(corpus))
-    sizes = preset(arguments.preset, tokenizer.get_vocab_size())
+    sizes = _sizes(arguments, tokenizer.get_vocab_size())
     params = train(sizes, corpus, tokenizer, arguments)
     distributed.destroy_process_group()
     if rank == 0:
@@ -72,6 +78,12 @@ def _rank(rank: int, arguments: argparse.Namespace, meeting: Path) -> None:
         write_tokenizer(tokenizer, arguments.out)
         write_checkpoint(sizes, params, tokenizer, arguments.out, arguments.seed)
         _compare_with_upstream(sizes, params, tokenizer, corpus.heldout, arguments.out)
+
+
+def _sizes(arguments: argparse.Namespace, vocabulary: int) -> Preset:
+    found = preset(arguments.preset, vocabulary)
+    layers = arguments.layers or found.num_hidden_layers
+    return replace(found, num_hidden_layers=layers, num_local_experts=arguments.experts or found.num_local_experts)
 
 
 def _tokenizer_texts(corpus: Corpus) -> list[str]:
