@@ -157,7 +157,7 @@ def cell_of(cell: tuple[str, str, str, int], made: Made, measured: Measured) -> 
         **{key: measured.record[key] for key in KEPT},
         "kl_p99_standard_error": percentile_error(measured.kl, measured.lengths, 0.99),
         "kl_by_sequence": by_sequence(measured.kl, measured.lengths),
-        "cpu_seconds": round(made.cpu_seconds), "versions": made.versions,
+        "cpu_seconds": made.cpu_seconds and round(made.cpu_seconds), "versions": made.versions,
         "date": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
 
@@ -190,7 +190,7 @@ def describe(record: Record, model: Model) -> None:
 def add_original(record: Record, model: Model, measured: Measured) -> None:
     """Of the original on the held-out tokens: bits per byte, from its perplexity, and how far activations stick out."""
     about = record.models[model.name]
-    if "bits_per_byte" in about:
+    if "activations" in about:
         return
     source = open_source(model.source)
     tokenizer = load_tokenizer(source)

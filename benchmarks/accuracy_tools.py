@@ -26,6 +26,7 @@ from l4pack.text.tokenizer import load_tokenizer
 HERE = Path(__file__).parent
 VERSIONS = "VERSIONS "  # what a side in another environment prints before its versions
 MEASURED_SAMPLES = 32
+FIT, BEST = "fit-", "fit-best-"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Made:
 
     checkpoint: str  # in the job's folder
     weight_bytes: int
-    cpu_seconds: float
+    cpu_seconds: float | None  # None: not known, as of an artifact that was put into --work by hand
     versions: dict[str, str]
 
 
@@ -129,8 +130,11 @@ def quantized(job: Job, name: str, before: float) -> Made:
 
 
 def fitted(job: Job) -> Made:
-    """`l4pack measure`, then `fit` to no more bytes than another recipe's artifact has; `fit-int4` is named after it."""
-    sensitivity, other = job.shared / f"sensitivity-{job.seed}.json", job.method.removeprefix("fit-")
+    """`l4pack measure`, then `fit` to no more bytes than another recipe's artifact has, by whose name the method's ends;
+    `fit-best` is `fit --best`."""
+    sensitivity = job.shared / f"sensitivity-{job.seed}.json"
+    best = ["--best"] if job.method.startswith(BEST) else []
+    other = job.method.removeprefix(BEST if best else FIT)
     seconds = 0.0
     if not sensitivity.exists():
         text = ["--text", job.model.calibration, "--samples", MEASURED_SAMPLES, "--compute", "cpu", "--direct", "few"]
@@ -139,7 +143,8 @@ def fitted(job: Job) -> Made:
     planned = [sys.executable, "-m", "l4pack", "plan", job.model.source, "--recipe", other, "--json"]
     size = json.loads(subprocess.run(planned, check=True, capture_output=True).stdout)["artifact_bytes"]
     out = job.folder / "fit.yaml"
-    seconds += l4pack(job, "fit", job.model.source, "--max-bytes", size, "--sensitivity", sensitivity, "--out", out)
+    words = ["--max-bytes", size, "--sensitivity", sensitivity, "--out", out, *best]
+    seconds += l4pack(job, "fit", job.model.source, *words)
     return quantized(job, str(out), seconds)
 
 
@@ -152,7 +157,13 @@ def elsewhere(job: Job, interpreter: Path, side: str, *words: object) -> Made:
     command = [interpreter, "-P", HERE / side, job.model.source, tokens, job.folder / "artifact", *words]
     seconds, said = spend(job, command)
     stated = [line.removeprefix(VERSIONS) for line in said.splitlines() if line.startswith(VERSIONS)]
-    return Made("artifact", open_folder(job.folder / "artifact").weight_bytes, seconds, json.loads(stated[-1]))
+    return Made("artifact", sixteen_bit_bytes(job.folder / "artifact"), seconds, json.loads(stated[-1]))
+
+
+def sixteen_bit_bytes(folder: Path) -> int:
+    """Bytes of all tensors had the tool loaded BF16 and not float32, which only makes it faster on CPUs without."""
+    entries = open_folder(folder).entries.values()
+    return sum(entry.nbytes // 2 if entry.dtype == "F32" else entry.nbytes for entry in entries)
 
 
 def llmcompressor(job: Job) -> Made:
@@ -190,9 +201,10 @@ def vision_bytes(job: Job) -> int:
 RECIPES = (
     "int4-uniform", "int4-uniform-best", "int4", "int4-best", "int4-g32", "gguf-q4_k", "gguf-q4_k-best", "nvfp4", "fp8",
 )  # fmt: skip
+FITS = ("fit-int4-uniform", "fit-best-int4-uniform", "fit-int4", "fit-best-int4")
 TOOLS: dict[str, dict[str, Callable[[Job], Made]]] = {
     "llm-compressor": dict.fromkeys(("W4A16", "NVFP4A16"), llmcompressor),
-    "l4pack": {**dict.fromkeys(RECIPES, recipe), **dict.fromkeys(("fit-int4-uniform", "fit-int4"), fitted)},
+    "l4pack": {**dict.fromkeys(RECIPES, recipe), **dict.fromkeys(FITS, fitted)},
     "llama.cpp": dict.fromkeys(("Q4_K_M", "Q4_K_M-kept", "Q4_K_M-kept-shexp8", "Q4_0-kept"), llamacpp),
     "auto-round": {"W4A16": autoround},
 }
