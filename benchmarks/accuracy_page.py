@@ -71,8 +71,22 @@ def _over(ours: Row, theirs: Row | None) -> tuple[float, float] | None:
 
 
 def tables(record: Record) -> str:
-    """A table a model, as Markdown."""
-    return "\n".join(line for model in record.models for line in _table(record, model))
+    """A table a model and one of the models themselves, as Markdown."""
+    results = [line for model in record.models for line in _table(record, model)]
+    return "\n".join([*results, *_models(record)])
+
+
+def _models(record: Record) -> Iterator[str]:
+    """How the originals predict the held-out text, and how far their activations stick out, in the worst layer."""
+    yield "### The originals"
+    yield ""
+    yield "| model | bits per byte | in | largest over median | largest over its channel's rms | loudest channel over median |"
+    yield "|---|---|---|---|---|---|"
+    for name, about in record.models.items():
+        for place, found in about["activations"].items():
+            numbers = (found[key] for key in ("max_over_median", "max_over_channel_rms", "channel_rms_over_median"))
+            yield f"| {name} | {about['bits_per_byte']:.2f} | {place} | {' | '.join(map(str, numbers))} |"
+    yield ""
 
 
 def _table(record: Record, model: str) -> Iterator[str]:
@@ -85,12 +99,9 @@ def _table(record: Record, model: str) -> Iterator[str]:
     yield ""
 
 
-def _shape(about: dict[str, float]) -> str:
+def _shape(about: dict[str, Any]) -> str:
     every = "" if about["moe_every"] == 1 else f" in every {about['moe_every']}nd layer"
-    return (
-        f"{about['layers']} layers, {about['experts']} experts{every}, {about['bytes'] / 1e6:.1f} MB in BF16, "
-        f"{about['bits_per_byte']:.2f} bits per byte"
-    )
+    return f"{about['layers']} layers, {about['experts']} experts{every}, {about['bytes'] / 1e6:.1f} MB in BF16"
 
 
 def _line(row: Row) -> str:
@@ -122,7 +133,7 @@ def draw(record: Record, out: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import FuncFormatter
 
     models = list(record.models)
     with rc_context({"svg.hashsalt": "l4pack", "svg.fonttype": "none"}):
@@ -131,11 +142,15 @@ def draw(record: Record, out: Path) -> None:
         for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
             found = rows(record, model)
             own = frontier([(row.nbytes, row.mean("kl_mean")) for row in found if row.tool == "l4pack"])
-            axes.plot([size / 1e6 for size, _ in own], [kl for _, kl in own], "--", color=COLOURS["l4pack"], alpha=0.5)
+            axes.plot(
+                [size / 1e6 for size, _ in own], [1e3 * kl for _, kl in own], "--", color=COLOURS["l4pack"], alpha=0.5
+            )
             for tool, colour in COLOURS.items():
                 _points(axes, [row for row in found if row.tool == tool], tool, colour)
-            axes.set(xlabel="tensors, MB", ylabel="mean KL to the original, nats", yscale="log", title=model)
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.set(xlabel="tensors, MB", ylabel="mean KL to the original, 1e-3 nats", yscale="log", title=model)
+            for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                formatted(FuncFormatter(lambda value, _: f"{value:.3g}"))
+            axes.margins(x=0.15)
             axes.grid(visible=True, alpha=0.3)
             axes.legend(fontsize=8)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -146,8 +161,8 @@ def _points(axes: Any, found: Sequence[Row], tool: str, colour: str) -> None:
     """A point a method; bars are twice the larger of the text's error and the spread over seeds."""
     if not found:
         return
-    sizes, kl = [row.nbytes / 1e6 for row in found], [row.mean("kl_mean") for row in found]
-    axes.errorbar(sizes, kl, yerr=[2 * _error(row) for row in found], fmt="o", color=colour, markersize=4, label=tool)
+    sizes, kl = [row.nbytes / 1e6 for row in found], [1e3 * row.mean("kl_mean") for row in found]
+    axes.errorbar(sizes, kl, yerr=[2e3 * _error(row) for row in found], fmt="o", color=colour, markersize=4, label=tool)
     for row, size, value in zip(found, sizes, kl, strict=True):
         axes.annotate(row.method, (size, value), xytext=(4, 3), textcoords="offset points", fontsize=6)
 
