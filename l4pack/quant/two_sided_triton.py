@@ -13,11 +13,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l4pack.quant.gptq_triton import limits, nearest_level
+from l4pack.quant.codes import E2M1_KIND, INT_KIND, KINDS
+from l4pack.quant.gptq_triton import nearest_level
+from l4pack.quant.grid import Grid
 from l4pack.quant.two_sided_tiles import SolvedTile
 
 SOLVING_WARPS, DESCENDING_WARPS = 4, 1  # the latter asks all lanes again and again which row moves next
 AT_ONCE = 8  # of the terms that are taken off one after the other, as many are loaded together
+
+INTEGERS, E2M1 = tl.constexpr(INT_KIND), tl.constexpr(E2M1_KIND)
+
+
+def _level_of(
+    ratio: tl.tensor,
+    zero_point: tl.tensor,
+    lowest: tl.tensor,
+    highest: tl.tensor,
+    KIND: tl.constexpr,  # noqa: N803
+) -> tl.tensor:
+    """The level of a float32 value / scale, as `codes.level_of` has it: of floats, a whole number of times that by which the
+    grid's numbers lie apart there, half to even."""
+    if KIND == INTEGERS:
+        return nearest_level(ratio, zero_point, lowest, highest)
+    magnitude = tl.minimum(tl.abs(ratio), highest)
+    if KIND == E2M1:
+        apart = tl.where(magnitude < 4.0, 1.0, tl.where(magnitude < 8.0, 2.0, 4.0))
+    else:
+        power = (magnitude.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        apart = tl.maximum(power * 0.125, 0.001953125)
+    rounded = ((tl.div_rn(magnitude, apart) + 12582912.0) - 12582912.0) * apart
+    return tl.where(ratio < 0.0, -rounded, rounded)
 
 
 def _solve_tile(
@@ -35,6 +60,7 @@ def _solve_tile(
     highest: tl.tensor,
     LANES: tl.constexpr,  # noqa: N803
     TOGETHER: tl.constexpr,  # noqa: N803
+    KIND: tl.constexpr,  # noqa: N803
 ) -> None:
     """See `two_sided_waves.solve_tiles`: a row a lane, which all have another column; `left` is [tiles, n, m]."""
     tile = tl.program_id(0).to(tl.int64)
@@ -60,7 +86,7 @@ def _solve_tile(
                 aim -= tl.load(errors + start + r * columns + column, mask=known, other=0.0) * factor
         s = tl.load(scale + place, mask=live, other=1.0)
         z = tl.load(zero_point + place, mask=live, other=0.0)
-        level = nearest_level(tl.div_rn(aim, s), z, lowest, highest)
+        level = level_of(tl.div_rn(aim, s), z, lowest, highest, KIND)
         value = (level - z) * s
         turn = tl.load(own_across + row * rows + row, mask=live, other=1.0)
         corner = tl.load(own_upper + column * columns + column, mask=live, other=1.0)
@@ -95,6 +121,7 @@ def _descend_tile(
     highest: tl.tensor,
     LANES: tl.constexpr,  # noqa: N803
     TOGETHER: tl.constexpr,  # noqa: N803
+    KIND: tl.constexpr,  # noqa: N803
 ) -> None:
     """See `two_sided_waves.descend_tiles`; of each tensor how far its tiles and its rows lie apart. `spread`
     [tiles, n, m] takes H_O times how values changed."""
@@ -121,7 +148,7 @@ def _descend_tile(
         s = tl.load(scales + j, mask=there, other=1.0)
         z = tl.load(zeros + j, mask=there, other=0.0)
         value, curvature = (old - z) * s, diagonal * turn
-        level = nearest_level(tl.div_rn(value + tl.div_rn(own, curvature), s), z, lowest, highest)
+        level = level_of(tl.div_rn(value + tl.div_rn(own, curvature), s), z, lowest, highest, KIND)
         first = tl.min(tl.where(there & (level != old), row, LANES), 0)
         total, moved, found = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32), old
         while first < rows:
@@ -131,20 +158,21 @@ def _descend_tile(
             line = change * tl.load(own_outputs + first * outputs_row + row, mask=there, other=0.0)
             total += line
             own -= line * turn
-            level = nearest_level(tl.div_rn(value + tl.div_rn(own, curvature), s), z, lowest, highest)
+            level = level_of(tl.div_rn(value + tl.div_rn(own, curvature), s), z, lowest, highest, KIND)
             first = tl.min(tl.where(there & (row > first) & (level != old), row, LANES), 0)
-        tl.store(own_levels + j, found.to(tl.int8), mask=there)
+        tl.store(own_levels + j, found, mask=there)
         tl.store(changes + start + row * columns + j, moved, mask=there)
         tl.store(spread + start + j * rows + row, total, mask=there)
         tl.debug_barrier()  # the columns after this one read it, perhaps by other lanes
 
 
+level_of: Any = triton.jit(_level_of)
 _solve: Any = triton.jit(_solve_tile)
 _descend: Any = triton.jit(_descend_tile)
 
 
 def solve_tiles(
-    wanted: Tensor, across: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
+    wanted: Tensor, across: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid
 ) -> SolvedTile:
     """See `two_sided_waves.solve_tiles`: float32 tiles [tiles, m, n]."""
     given = [part.contiguous() for part in (wanted, across, upper, scale, zero_point)]
@@ -152,22 +180,25 @@ def solve_tiles(
     levels, errors = (torch.empty_like(given[0]) for _ in range(2))
     left = wanted.new_empty(tiles, columns, rows)
     _solve[(tiles,)](
-        *given, levels, errors, left, rows, columns, *limits(num_bits),
-        LANES=triton.next_power_of_2(rows), TOGETHER=AT_ONCE, num_warps=SOLVING_WARPS, enable_fp_fusion=False,
+        *given, levels, errors, left, rows, columns, grid.lowest / grid.unit, grid.highest / grid.unit,
+        LANES=triton.next_power_of_2(rows), TOGETHER=AT_ONCE, KIND=KINDS[grid], num_warps=SOLVING_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     errors.div_(upper.diagonal(dim1=-2, dim2=-1)[:, None])
     return SolvedTile(levels, errors, left.mT)
 
 
 def descend_tiles(
-    levels: Tensor, pull: Tensor, outputs: Tensor, inputs: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int
+    levels: Tensor, pull: Tensor, outputs: Tensor, inputs: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid
 ) -> Tensor:
     """See `two_sided_waves.descend_tiles`: float32 tiles [tiles, m, n], each row of all without gaps."""
     pull, (tiles, rows, columns) = pull.contiguous(), pull.shape
     changes, spread = torch.empty_like(pull), pull.new_empty(tiles, columns, rows)
-    parts = [(part, *part.stride()[:2]) for part in (levels, outputs, inputs, scale, zero_point)]
+    moved = levels if levels.dtype is torch.int8 else levels.float()  # not every device stores FP8 from a kernel
+    parts = [(part, *part.stride()[:2]) for part in (moved, outputs, inputs, scale, zero_point)]
     _descend[(tiles,)](
-        *(one for part in parts for one in part), pull, changes, spread, rows, columns, *limits(num_bits),
-        LANES=triton.next_power_of_2(rows), TOGETHER=AT_ONCE, num_warps=DESCENDING_WARPS, enable_fp_fusion=False,
+        *(one for part in parts for one in part), pull, changes, spread, rows, columns, grid.lowest / grid.unit, grid.highest / grid.unit,
+        LANES=triton.next_power_of_2(rows), TOGETHER=AT_ONCE, KIND=KINDS[grid], num_warps=DESCENDING_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
+    if moved is not levels:
+        levels.copy_(moved)
     return changes

@@ -1,7 +1,6 @@
 """The inner loops of two-sided rounding for many tiles at once, in torch operations: as many, however many tiles there are.
 
-Where Triton is there to compile it, a CUDA device carries out each loop as one kernel, see `two_sided_triton`; for integers,
-not for four-bit floats.
+Where Triton is there to compile it, a CUDA device carries out each loop as one kernel, see `two_sided_triton`.
 
 What a weight should be depends on the errors above it and left of it alone, so that a tile's diagonals can be taken one after
 the other, all weights of one at once: m + n - 1 steps where `two_sided_tiles`, a weight after the other, takes m n.
@@ -29,10 +28,10 @@ def solve_tiles(
     `across` [tiles, m, m] and `upper` [tiles, n, n] are their parts of U_O and U_I; `scale` and `zero_point` [tiles, m, n] are
     each weight's own.
     """
-    if _as_a_kernel(wanted, grid):
+    if _as_a_kernel(wanted):
         from l4pack.quant import two_sided_triton
 
-        return two_sided_triton.solve_tiles(wanted, across, upper, scale, zero_point, grid.bits)
+        return two_sided_triton.solve_tiles(wanted, across, upper, scale, zero_point, grid)
     return solve_tiles_torch(wanted, across, upper, scale, zero_point, grid)
 
 
@@ -69,10 +68,10 @@ def descend_tiles(
     `levels`, in the grid's `level_dtype`, are moved in place; `outputs` [tiles, m, m] and `inputs` [tiles, n, n] are the tiles' parts of H_O and H_I,
     both damped, and `pull` of H_O R H_I; `scale` and `zero_point` [tiles, m, n] are each weight's own.
     """
-    if _as_a_kernel(pull, grid):
+    if _as_a_kernel(pull):
         from l4pack.quant import two_sided_triton
 
-        return two_sided_triton.descend_tiles(levels, pull, outputs, inputs, scale, zero_point, grid.bits)
+        return two_sided_triton.descend_tiles(levels, pull, outputs, inputs, scale, zero_point, grid)
     return descend_tiles_torch(levels, pull, outputs, inputs, scale, zero_point, grid)
 
 
@@ -110,7 +109,6 @@ def _settled(old: Tensor, wanted: Tensor, pulls: Tensor, zero_point: Tensor, gri
     return torch.where(above[..., 0] > 0, old, level)
 
 
-def _as_a_kernel(tiles: Tensor, grid: Grid) -> bool:
-    """Whether a real CUDA device has the tiles, in a dtype and for a grid that the kernels are for: integers."""
-    fits = tiles.dtype is torch.float32 and max(tiles.shape[1:]) <= MOST
-    return grid.even and fits and compiles(tiles)
+def _as_a_kernel(tiles: Tensor) -> bool:
+    """Whether a real CUDA device has the tiles, in a shape and dtype that the kernels are for."""
+    return tiles.dtype is torch.float32 and max(tiles.shape[1:]) <= MOST and compiles(tiles)
