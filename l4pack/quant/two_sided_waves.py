@@ -2,8 +2,8 @@
 
 Where Triton is there to compile it, a CUDA device carries out each loop as one kernel, see `two_sided_triton`.
 
-What a weight should be depends on the errors above it and left of it alone, so that a tile's diagonals can be taken one after
-the other, all weights of one at once: m + n - 1 steps where `two_sided_tiles`, a weight after the other, takes m n.
+What a weight should be depends on the errors above it and left of it alone, so that to solve a tile its diagonals can be taken
+one after the other, all weights of one at once: m + n - 1 steps where `two_sided_tiles`, a weight after the other, takes m n.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from l4pack.quant.torch_ops import levels_of
 from l4pack.quant.two_sided_tiles import SolvedTile
 
 MOST = 128  # rows or columns of a tile that a kernel takes
-ROUNDS = 8  # in which a column's rows, all at once, learn of each other's moves
 
 
 def solve_tiles(
@@ -78,35 +77,29 @@ def descend_tiles(
 def descend_tiles_torch(
     levels: Tensor, pull: Tensor, outputs: Tensor, inputs: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid
 ) -> Tensor:
-    """`descend_tiles` in torch operations, for any device and dtype.
-
-    Of a column, the rows up to the first whose move still changes in the last of the `ROUNDS` are right, and the others stay
-    until the next sweep.
-    """
+    """`descend_tiles` in torch operations, for any device and dtype: a weight of every tile after the other."""
     pull, changes = pull.clone(), torch.zeros_like(pull)
-    curvature, below = outputs.diagonal(dim1=-2, dim2=-1), outputs.tril(-1)
+    curvature = outputs.diagonal(dim1=-2, dim2=-1)
     for j in range(pull.shape[-1]):
         old, own, s, z = levels[..., j].to(pull.dtype), pull[..., j], scale[..., j], zero_point[..., j]
         step = curvature * s
         wanted = own / (step * inputs[:, j, j, None]) + (old - z)
-        level = _settled(old, wanted, below * s[:, None] / step[..., None], z, grid)
+        level = _row_by_row(old, wanted, outputs * s[:, None] / step[..., None], z, grid)
         moved = (level - old) * s
         levels[..., j], changes[..., j] = level, moved
         pull[..., j + 1 :].baddbmm_(outputs @ moved[..., None], inputs[:, j : j + 1, j + 1 :], alpha=-1)
     return changes
 
 
-def _settled(old: Tensor, wanted: Tensor, pulls: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """The best levels of a column [tiles, m], row by row: from `old` ones, of which each is `wanted` to lie so far from its
-    zero point if none above it moves, and less by what `pulls` [tiles, m, m] makes of those that do."""
-    moved, level = torch.zeros_like(wanted), old
-    before = moved
-    for _ in range(ROUNDS):
-        level = levels_of(torch.baddbmm(wanted[..., None], pulls, moved[..., None], alpha=-1)[..., 0], grid, zero_point)
-        before, moved = moved, level - old
-    changed = (before != moved).to(wanted.dtype)
-    above = torch.ones_like(pulls[0]).tril(-1) @ changed[..., None]
-    return torch.where(above[..., 0] > 0, old, level)
+def _row_by_row(old: Tensor, wanted: Tensor, pulls: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """The best levels of a column [tiles, m], from `old` ones: each is `wanted`, used up here, to lie so far from its zero point
+    if none above it moves, and less by what `pulls` [tiles, m, m] makes of those that do."""
+    level = torch.empty_like(wanted)
+    for i in range(wanted.shape[1]):
+        level[:, i] = levels_of(wanted[:, i], grid, zero_point[:, i])
+        moved = level[:, i] - old[:, i]
+        wanted[:, i + 1 :].addcmul_(pulls[:, i + 1 :, i], moved[:, None], value=-1)
+    return level
 
 
 def _as_a_kernel(tiles: Tensor) -> bool:
