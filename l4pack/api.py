@@ -330,14 +330,15 @@ def export(
     *,
     split: Size | None = None,
     lossy: bool = False,
+    round_embeddings: bool = False,
     max_ram: Size | None = None,
     restart: bool = False,
     advance: Advance | None = None,
 ) -> ExportResult:
     """Put an artifact into `gguf` or `mlx` files without rounding again, and prove that they hold its numbers.
 
-    `split` is the most bytes of a file; `lossy` rounds what the container can't carry, and says so. `advance` is told bytes as
-    they are read. Raises UsageError (it can't be carried exactly, or `out` is taken), SourceError, BudgetError, StoppedError.
+    `split` is the most bytes of a file; `lossy` rounds what the container can't carry, and says so; `round_embeddings` rounds the
+    embedding and the head to eight bits. `advance` is told bytes as they are read. Raises UsageError (it can't be carried exactly, or `out` is taken), SourceError, BudgetError, StoppedError.
 
     >>> exported = l4pack.export("demo-int4", "demo-mlx", "mlx")
     >>> exported.proof.rounded, exported.proof.largest_error
@@ -349,7 +350,12 @@ def export(
     from l4pack.export.run import run_export
 
     planned = plan_export(
-        open_source(str(artifact)), target_named(to), split=_nbytes(split), lossy=lossy, max_ram=_nbytes(max_ram)
+        open_source(str(artifact)),
+        target_named(to),
+        split=_nbytes(split),
+        lossy=lossy,
+        round_embeddings=round_embeddings,
+        max_ram=_nbytes(max_ram),
     )
     return run_export(planned, Path(out), restart=restart, shown=_shown(advance))
 

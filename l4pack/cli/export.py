@@ -17,6 +17,7 @@ from l4pack.cli.options import (
     MaxRamOption,
     OutOption,
     RestartOption,
+    RoundEmbeddingsOption,
     SourceOption,
     SplitOption,
 )
@@ -35,6 +36,7 @@ def export(
     to: ExportOption,
     split: SplitOption = None,
     lossy: LossyOption = False,
+    round_embeddings: RoundEmbeddingsOption = False,
     max_ram: MaxRamOption = None,
     restart: RestartOption = False,
     dry_run: DryRunOption = False,
@@ -54,6 +56,7 @@ def export(
         target_named(to),
         split=given_size(split),
         lossy=lossy,
+        round_embeddings=round_embeddings,
         max_ram=given_size(max_ram),
     )
     for text in made.warnings:

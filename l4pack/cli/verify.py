@@ -135,7 +135,8 @@ def _export_view(
         ]
     said = ["every file is as one of the signers signed it"] if signed else []
     if proof is not None:
-        said.append(f"{proof.matrices:,} tensors read back by {proof.by}: each is the artifact's")
+        more = f", {proof.rounded:,} rounded as asked" if proof.rounded else ""
+        said.append(f"{proof.matrices:,} tensors read back by {proof.by}: each is the artifact's{more}")
     return [f"{name}: [green]verified[/green], {'; '.join(said)}"]
 
 

@@ -55,7 +55,13 @@ def check_export(folder: Path, checkpoint: Checkpoint) -> ExportCheck:
     split = options.get("split") if isinstance(options, dict) else None
     if not isinstance(options, dict) or not isinstance(container, str) or not isinstance(split, int | None):
         raise UsageError(f"{folder / RECORD_NAME} is not a record of l4pack export", hint=_HINT)
-    plan = plan_export(checkpoint, target_named(container), split=split, lossy=options.get("lossy") is True)
+    plan = plan_export(
+        checkpoint,
+        target_named(container),
+        split=split,
+        lossy=options.get("lossy") is True,
+        round_embeddings=options.get("round_embeddings") is True,
+    )
     faults = tuple(_faults(plan, folder))
     if faults:
         return ExportCheck(faults, None)

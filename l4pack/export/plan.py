@@ -37,6 +37,7 @@ from l4pack.work import machine
 from l4pack.work.identity import Identity
 
 EXACT_RECIPE = "int4-g32"
+EMBEDDINGS = (Role.EMBEDDING, Role.LM_HEAD)
 _NEAREST = f"--recipe {EXACT_RECIPE} makes an artifact that can be carried exactly; --lossy rounds what can't"
 _STEP_BYTES = (
     24  # a weight's, while it is carried or proved: the artifact's, float32 twice, and the client's own copies
@@ -77,7 +78,11 @@ class ExportPlan:
             "schema_version": RECORD_VERSION,
             "l4pack_version": __version__,
             "container": self.target.name,
-            "options": {"split": self.options["--split"], "lossy": self.options["--lossy"]},
+            "options": {
+                "split": self.options["--split"],
+                "lossy": self.options["--lossy"],
+                "round_embeddings": self.options["--round-embeddings"],
+            },
             "proved_by": self.target.proved_by,
             "artifact": {"contents_sha256": recorded_digest(folder), "source": made_from},
             "exact": not self.rounded,
@@ -146,12 +151,14 @@ def plan_export(
     *,
     split: int | None = None,
     lossy: bool = False,
+    round_embeddings: bool = False,
     max_ram: int | None = None,
     to_come: Mapping[str, Own] | None = None,
 ) -> ExportPlan:
     """Plan the export of an artifact, or of a plain checkpoint, to a container; reads headers and scales.
 
-    `split`: most bytes of tensors in a file. `to_come`: how each quantized module of an artifact that
+    `split`: most bytes of tensors in a file. `round_embeddings`: the embedding and the head are rounded to the nearest of
+    eight bits. `to_come`: how each quantized module of an artifact that
     is planned only will be stored; whether its scales are kept is not known then. Raises SourceError, and UsageError for a model that the container's runtime
     can't run, or a value that it can't carry where `lossy` does not allow that.
     """
@@ -163,6 +170,9 @@ def plan_export(
     rounded += _inexact(artifact, carried) if to_come is None else []
     if rounded and not lossy:
         raise _refusal(target, rounded)
+    if round_embeddings:
+        carried = [_embedding(artifact, target, one) for one in carried]
+        rounded += [_as_asked(one) for one in carried if one.role in EMBEDDINGS]
     left_out = [spec.name for spec in artifact.others if not target.holds(spec.role)]
     whole = (*carried, *target.constants(artifact))
     return ExportPlan(
@@ -174,7 +184,7 @@ def plan_export(
         left_out=tuple(left_out),
         warnings=tuple(warnings),
         workers=_workers(whole, max_ram),
-        options={"--to": target.name, "--split": split, "--lossy": lossy},
+        options={"--to": target.name, "--split": split, "--lossy": lossy, "--round-embeddings": round_embeddings},
     )
 
 
@@ -250,6 +260,25 @@ def _integers(
         for part in carrier.parts(linear.in_features)
     )
     return Carried(linear.role, tuple(sources), tensors, carrier, rounded_to)
+
+
+def _embedding(artifact: Artifact, target: Target, one: Carried) -> Carried:
+    """The embedding or the head in eight bits, anything else as it is. Raises UsageError for a width that has no groups."""
+    if one.role not in EMBEDDINGS:
+        return one
+    (source,) = one.sources
+    carrier = target.carrier(target.rounded_to, source.columns, source.dtype)
+    if isinstance(carrier, str):
+        raise UsageError(f"{source.name} can't be rounded: {carrier}", hint="leave --round-embeddings out")
+    parts = carrier.parts(source.columns)
+    shape = (source.rows, source.columns)
+    tensors = tuple(_out(artifact, target, one.role, None, one.sources, part, shape) for part in parts)
+    return Carried(one.role, one.sources, tensors, carrier, target.rounded_to)
+
+
+def _as_asked(one: Carried) -> Rounded:
+    assert one.carrier is not None
+    return Rounded(one.sources[0].name, "asked for", 1, one.carrier.name)
 
 
 def _floats(

@@ -126,6 +126,14 @@ def test_it_answers_from_the_file_itself(exported, kind):
     assert found < FILE_KL
 
 
+def test_it_loads_embeddings_of_eight_bits(exported, artifacts, tmp_path):
+    _, tokens, wanted = exported("demo")
+    run_export(plan_export(open_source(str(artifacts("demo")[1])), Gguf(), round_embeddings=True), tmp_path / "out")
+    found = difference(wanted, answers(next((tmp_path / "out").glob("[!m]*.gguf")), tokens, wanted.shape[1]))
+    print(f"demo, embeddings of eight bits: file, KL {found:.1e} to l4pack's evaluation of the artifact")
+    assert found < FILE_KL
+
+
 def test_text_that_was_held_out_is_as_likely_and_goes_on_alike(exported, artifacts):
     file, tokens, wanted = exported("demo")
     client = LlamaCpp(file, wanted.shape[1])

@@ -102,6 +102,27 @@ def test_a_file_holds_the_artifacts_numbers(exported, kind, options):
     assert result.proof.rounded == 0
 
 
+def test_embeddings_are_rounded_where_that_is_asked_for(exported, l4pack, tmp_path):
+    artifact, plain, _ = exported("scout")
+    out = tmp_path / "out"
+    asked = ("export", artifact, "--to", "gguf", "--out", out, "--round-embeddings", "--json")
+    said = json.loads(l4pack(*asked).out)
+    assert [(one["to"], one["why"]) for one in said["rounded"]] == [("Q8_0", "asked for")] * 2
+    assert (said["proof"]["rounded"], said["proof"]["matrices"]) == (2, plain.matrices - 2)
+    assert sum(path.stat().st_size for path in out.iterdir()) == said["artifact_bytes"] < plain.artifact_bytes
+    found, wanted = values_of(out), wanted_of(artifact)
+    for name in ("token_embd.weight", "output.weight"):
+        values, kind = found.pop(name)
+        blocks = wanted.pop(name).reshape(-1, 32)
+        step = np.abs(blocks).max(-1, keepdims=True) / 127
+        assert kind == "Q8_0"
+        assert (np.abs(values.reshape(-1, 32) - blocks) <= 0.8 * step).all()
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(found[name][0].reshape(values.shape), values, err_msg=name)
+    ended = l4pack("verify", out, "--against", artifact)
+    assert (ended.code, "2 rounded as asked" in " ".join(ended.out.split())) == (0, True), ended.err
+
+
 def test_types_follow_the_schemes(exported):
     kinds = {name: kind for name, (_, kind) in values_of(exported("maverick", **MAVERICK)[2].out).items()}
     assert kinds["blk.1.ffn_gate_exps.weight"] == "Q4_0"

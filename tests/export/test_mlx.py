@@ -142,6 +142,17 @@ def test_what_would_be_rounded_is_refused(checkpoint, tmp_path, scheme, says):
     assert 0 < result.proof.largest_error < 0.05
 
 
+def test_embeddings_are_rounded_where_that_is_asked_for(exported, tmp_path):
+    artifact = exported("scout")[0]
+    plan = plan_export(open_source(str(artifact)), Mlx(), round_embeddings=True)
+    assert run_export(plan, tmp_path / "out").proof.rounded == 2
+    found, wanted = values_of(tmp_path / "out"), weights(artifact)
+    for module in ("language_model.model.embed_tokens", "language_model.lm_head"):
+        groups = wanted[f"{module}.weight"].float().numpy().reshape(-1, 32)
+        step = np.abs(groups).max(-1, keepdims=True) / 127
+        assert (np.abs(found[module].reshape(-1, 32) - groups) <= 0.8 * step).all()
+
+
 def test_a_tied_head_is_written_out(checkpoint, tmp_path):
     source = checkpoint("text", tie_word_embeddings=True)
     result = run_export(plan_export(open_source(str(source)), Mlx()), tmp_path / "out")
