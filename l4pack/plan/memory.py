@@ -354,8 +354,8 @@ def solving_together(text: TextConfig, inner: int, together: int, *, cross: bool
     first = max(_solving_all_rows(2 * inner, hidden, cross=cross, aimed=True), given + weighing)
     given = (squares + 1) * square + (pair // 2 if cross else 0) + pair // 8
     solved = _solving_all_rows(hidden, inner, cross=cross, aimed=True)
-    last = pair // 4 + max(solved, given + _by_sides(hidden, inner))
-    return (max(together * max(first, between), together * last + 3 * end) + end) * FLOAT
+    last = together * (pair // 4 + given + _by_sides(hidden, inner)) + 3 * end
+    return (max(together * max(first, between, pair // 4 + solved), last) + end) * FLOAT
 
 
 def _by_sides(outputs: int, inputs: int) -> int:
