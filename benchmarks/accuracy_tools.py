@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from l4pack import __version__
+from l4pack.api import plan
 from l4pack.checkpoint.open import open_source
 from l4pack.checkpoint.source import open_folder
 from l4pack.model.names import classify
@@ -140,8 +141,7 @@ def fitted(job: Job) -> Made:
         text = ["--text", job.model.calibration, "--samples", MEASURED_SAMPLES, "--compute", "cpu", "--direct", "few"]
         text += ["--calibration-samples", job.setting.samples, "--sequence-length", job.setting.length]
         seconds += l4pack(job, "measure", job.model.source, *text, "--seed", job.seed, "--out", sensitivity)
-    planned = [sys.executable, "-m", "l4pack", "plan", job.model.source, "--recipe", other, "--json"]
-    size = json.loads(subprocess.run(planned, check=True, capture_output=True).stdout)["artifact_bytes"]
+    size = plan(job.model.source, other, compute="cpu").artifact_bytes
     out = job.folder / "fit.yaml"
     words = ["--max-bytes", size, "--sensitivity", sensitivity, "--out", out, *best]
     seconds += l4pack(job, "fit", job.model.source, *words)
