@@ -150,7 +150,7 @@ def draw(record: Record, out: Path) -> None:
             axes.set(xlabel="tensors, MB", ylabel="mean KL to the original, 1e-3 nats", yscale="log", title=model)
             for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
                 formatted(FuncFormatter(lambda value, _: f"{value:.3g}"))
-            axes.margins(x=0.15)
+            axes.margins(x=0.3)
             axes.grid(visible=True, alpha=0.3)
             axes.legend(fontsize=8)
         out.parent.mkdir(parents=True, exist_ok=True)
