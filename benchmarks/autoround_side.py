@@ -29,6 +29,7 @@ def main() -> None:
     rounding = AutoRound(
         model,
         tokenizer,
+        processor=tokenizer,  # it wants one for multimodal models; nothing but text passes here
         scheme=scheme,
         iters=int(iterations),
         dataset=[torch.tensor([ids]) for ids in sequences],
@@ -39,8 +40,10 @@ def main() -> None:
         enable_torch_compile=False,
     )
     rounding.quantize_and_save(out, format="llm_compressor")
-    for file in Path(source).glob("*token*"):
-        shutil.copy(file, out)
+    [made] = Path(out).glob("*/config.json")  # a folder named after the scheme
+    for file in made.parent.iterdir():
+        shutil.move(file, Path(out, file.name))
+    made.parent.rmdir()
     names = ("auto-round", "torch", "transformers")
     print("VERSIONS " + json.dumps({name: version(name) for name in names}))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from l4pack.artifact.original import ORIGINAL_KEYS, manifest_of, original_record, weights_digest
@@ -18,7 +20,7 @@ _SHOWN = "num_hidden_layers", "hidden_size", "num_local_experts", "vocab_size"
 
 def check_same_model(artifact: Checkpoint, original: Checkpoint) -> None:
     """Raise UsageError naming the first field of the text configuration that differs."""
-    ours, theirs = artifact.config.text.model_dump(), original.config.text.model_dump()
+    ours, theirs = _compared(artifact), _compared(original)
     differing = [key for key in (*_SHOWN, *ours) if ours[key] != theirs.get(key)]
     if differing:
         key = differing[0]
@@ -26,6 +28,14 @@ def check_same_model(artifact: Checkpoint, original: Checkpoint) -> None:
             f"{artifact.name} is an artifact of another model: {key} is {ours[key]}, {original.name} has {theirs[key]}",
             hint="give the checkpoint it was quantized from with --against",
         )
+
+
+def _compared(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Fields of the text configuration; which layers are which as sets, since tools list what the original leaves to
+    its defaults."""
+    text = checkpoint.config.text
+    fields = text.model_dump(exclude={"moe_layers_listed", "no_rope_layers_listed"})
+    return fields | {"moe_layers": sorted(text.moe_layers), "rope_layers": sorted(text.rope_layers)}
 
 
 def check_reference(artifact: Checkpoint, original: Checkpoint | None, stored: StoredReference) -> None:
