@@ -682,11 +682,10 @@ def test_an_artifact_of_another_model(evaluated, checkpoint, made):
     assert "is an artifact of another model: num_local_experts is 4" in ended.err
 
 
-def test_an_artifact_that_lists_what_the_original_leaves_to_its_defaults(evaluated, checkpoint, made):
+def test_an_artifact_that_leaves_to_its_defaults_what_the_original_lists(evaluated, checkpoint, made):
     config = json.loads((made / "config.json").read_text())
     text = config["text_config"]
-    assert text.get("moe_layers") is None
-    text["moe_layers"] = list(range(text["num_hidden_layers"]))
+    assert text.pop("moe_layers") == list(range(text["num_hidden_layers"]))
     (made / "config.json").write_text(json.dumps(config))
     evaluated(made, checkpoint("scout"), code=0)
 
