@@ -156,10 +156,13 @@ def test_layers_off_the_device_leave_it_room(sources):
 def test_a_user_is_told_what_was_not_measured_and_what_to_type(sources, l4pack, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = sources("scout")
-    ended = l4pack("fit", source.store.folder, "--runtime", "llama.cpp", "--bits", "6")
+    asked = ("fit", source.store.folder, "--runtime", "llama.cpp", "--bits", "6")
+    assert "lack" not in l4pack(*asked).err  # the stand-ins have them all
+    synthetic(source, options=("int4-g32-rtn", "int8-g32")).write(tmp_path / "s.json")
+    ended = l4pack(*asked, "--sensitivity", "s.json")
     assert ended.code == 0, ended.err
     said = " ".join(ended.err.split())
-    assert "lack mxfp4, q4_k, which llama.cpp could have: l4pack measure SOURCE --options mxfp4,q4_k," in said
+    assert "lack mxfp4, q4_k, int4-g32, which llama.cpp could have: l4pack measure SOURCE --options mxfp4,q4_k," in said
     assert "l4pack build SOURCE --export gguf --recipe fit.yaml" in " ".join(ended.out.split())
     assert "to be loaded by llama.cpp" in (tmp_path / "fit.yaml").read_text()
 
