@@ -21,7 +21,7 @@ from l4pack.recipe import KEEP, GptqOptions, Method, Promise, Recipe, RecipeSche
 LIKE = "int4"  # calibrated as this shipped recipe is
 LIKE_BEST = "int4-best"  # the same of what is solved for the model's end
 FP8_LIKE = "fp8-gptq"  # FP8, which is rounded else, is solved as there
-_BEST = "-best"  # ends the name of an option that is
+_BEST = "-best"  # ends the name of an option that is solved for the model's end
 _NAME = re.compile(r"[^a-z0-9._-]+")
 
 
