@@ -10,11 +10,11 @@ from l4pack.formats.configuration import Activations
 from l4pack.formats.float_quantized import FLOAT_QUANTIZED
 from l4pack.formats.fp4 import MXFP4_PACK_QUANTIZED, NVFP4_PACK_QUANTIZED
 from l4pack.formats.known import load_format
-from l4pack.formats.limits import reader_limits
+from l4pack.formats.limits import reader_limits, split_hindrances, unservable
 from l4pack.formats.pack_quantized import PACK_QUANTIZED
 from l4pack.formats.super_blocks import GGML_Q4_K
 from l4pack.model.config import Llama4Config
-from l4pack.model.tensors import QUANTIZABLE, Role, catalogue
+from l4pack.model.tensors import QUANTIZABLE, Linear, Role, catalogue
 from l4pack.quant.grid import NumberType, ScaleDtype
 from l4pack.quant.scheme import Observer, Strategy
 from l4pack.recipe import GptqOptions, Method, RecipeScheme
@@ -150,17 +150,22 @@ def bits(scheme: RecipeScheme) -> float:
 
 
 def _of_role(config: Llama4Config, role: Role, chosen: Mapping[str, RecipeScheme]) -> tuple[str, ...]:
-    widths = {linear.in_features for linear in catalogue(config).linears if linear.role is role}
-    if not widths:
+    linears = [linear for linear in catalogue(config).linears if linear.role is role]
+    if not linears:
         return ()
-    return tuple(name for name, scheme in chosen.items() if _fits(name, scheme, role, widths))
+    heads = config.text.num_key_value_heads
+    return tuple(name for name, scheme in chosen.items() if _fits(name, scheme, linears, heads))
 
 
-def _fits(name: str, scheme: RecipeScheme, role: Role, widths: set[int]) -> bool:
+def _fits(name: str, scheme: RecipeScheme, linears: Sequence[Linear], kv_heads: int) -> bool:
+    """Whether a role's matrices can be given an option that some runtime could serve on one GPU."""
+    role = linears[0].role
     if role is not Role.ATTENTION and name.endswith(ROUNDED):
         return False
-    if any(width % scheme.column_multiple() for width in widths):
+    if any(linear.in_features % scheme.column_multiple() for linear in linears):
         return False
-    weight_only = scheme.activations is Activations.NONE
-    limits = reader_limits(load_format(scheme.format), scheme, {role}, weight_only=weight_only, mixed=False)
+    form, weight_only = load_format(scheme.format), scheme.activations is Activations.NONE
+    if unservable(split_hindrances(((form, scheme, linear) for linear in linears), kv_heads, tp=1)):
+        return False
+    limits = reader_limits(form, scheme, {role}, weight_only=weight_only, mixed=False)
     return not any(limit.startswith(RUNTIME) for limit in limits)

@@ -676,6 +676,20 @@ def test_bad_inputs_are_one_line_with_a_hint(l4pack, command, artifact, checkpoi
     assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt"]
 
 
+@pytest.mark.parametrize(("sizes", "role"), [
+    ({"hidden_size": 192}, Role.ATTENTION),
+    ({"hidden_size": 192}, Role.ROUTED_EXPERT),
+    ({"intermediate_size": 192}, Role.SHARED_EXPERT),
+])  # fmt: skip
+def test_an_option_that_no_runtime_serves_at_these_sizes_is_not_measured(checkpoint, sizes, role):
+    """Blocks of 128 divide neither 192 inputs nor 192 outputs; the groups of 128 of what comes in don't either."""
+    whole, uneven = (open_source(str(checkpoint("scout", **{**SMALL, **text}))).config for text in ({}, sizes))
+    assert "int4-g128" in options_for(whole).by_role[role]
+    assert ("fp8-block" in options_for(whole).by_role[role]) is (role is not Role.ATTENTION)
+    assert not {"fp8-block", "int4-g128"} & set(options_for(uneven).by_role[role])
+    assert {"fp8", "int4-g64"} <= set(options_for(uneven).by_role[role])
+
+
 def test_four_bit_floats_are_measured_where_they_are_named(checkpoint):
     config = open_source(str(checkpoint("maverick", **SMALL))).config
     assert not options_for(config).schemes.keys() & set(NAMED_ONLY)
