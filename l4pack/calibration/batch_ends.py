@@ -9,6 +9,7 @@ from torch import Tensor
 from l4pack.calibration.batch_units import Batch, Block, Moments
 from l4pack.calibration.carried import STEP
 from l4pack.model.parts import DOWN, UP
+from l4pack.quant.precision import whole_factors
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Ends:
         found.finish(self.batch.weights)
         return found.hessian.mul_(inner)
 
+    @whole_factors()
     def before_down(self) -> Tensor:
         """W_down^T G W_down, [units, inner, inner]."""
         down = self.batch.matrices.down

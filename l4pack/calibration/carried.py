@@ -20,6 +20,7 @@ from torch import Tensor
 from l4pack.calibration.moments import Moments
 from l4pack.calibration.rows import Block
 from l4pack.model.parts import DOWN, GATE, UP
+from l4pack.quant.precision import whole_factors
 
 STEP = 2**-7  # of the difference that an activation's slope is taken from: right to four digits, for any activation
 
@@ -45,6 +46,7 @@ class Ends:
             found.add(self._slopes(name, block.inputs), weight=block.weights)
         return found.finish().hessian.mul_(inner)
 
+    @whole_factors()
     def before_down(self) -> Tensor:
         """W_down^T G W_down, [inner, inner]."""
         down = self.weights[DOWN]

@@ -21,7 +21,7 @@ from l4pack.calibration.written import unit_key
 from l4pack.calibration.written_units import WrittenUnits
 from l4pack.checkpoint.writer import ShardWriter
 from l4pack.gradient.moments import GradientMoments
-from l4pack.stream.compute import reproducible
+from l4pack.stream.compute import calibrating
 from l4pack.stream.hidden import Packed
 from l4pack.stream.lanes import Lane, Model
 from l4pack.stream.layer import Blocks, LayerPass, Routing
@@ -102,7 +102,7 @@ class CalibrationDesk:
 
     def route(self, stage: Stage) -> dict[str, Routing]:
         """Where the router sends the rows of some blocks, in every lane."""
-        with reproducible(), self._files.passes(stage, LOOKING, writes=False) as passes:
+        with calibrating(), self._files.passes(stage, LOOKING, writes=False) as passes:
             return {name: routing for name, one in passes.items() if (routing := one.route()) is not None}
 
     def solve(self, stage: Stage) -> list[Solved]:
@@ -135,5 +135,5 @@ class CalibrationDesk:
 
     @contextmanager
     def _passes(self, stage: Stage, opens: Sequence[str], *, writes: bool) -> Iterator[Sequence[LayerPass]]:
-        with reproducible(), self._files.passes(stage, opens, writes=writes) as passes:
+        with calibrating(), self._files.passes(stage, opens, writes=writes) as passes:
             yield list(passes.values())

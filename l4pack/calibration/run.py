@@ -32,7 +32,7 @@ from l4pack.checkpoint.writer import Written
 from l4pack.errors import QualityError
 from l4pack.plan.assign import is_calibrated
 from l4pack.plan.needs import asymmetric
-from l4pack.stream.compute import reproducible
+from l4pack.stream.compute import calibrating
 from l4pack.stream.hidden import Packed
 from l4pack.stream.lanes import Lane, Model
 from l4pack.stream.layer import LayerPass
@@ -102,7 +102,7 @@ class CalibrationRun(Visitor):
         lanes = [Lane(name, model, self._packed) for name in lane_names(self._plan)]
         job = self._output.journal.identity
         with (
-            reproducible(),
+            calibrating(),
             self._saver,
             self._weights,
             Walk(

@@ -20,7 +20,7 @@ from l4pack.gradient.head import Head
 from l4pack.gradient.inputs import InputKeeper, LayerRows, kept_seals
 from l4pack.gradient.layer import BackwardPass
 from l4pack.gradient.visitor import ANSWERS, GradientVisitor
-from l4pack.stream.compute import reproducible
+from l4pack.stream.compute import calibrating
 from l4pack.stream.hidden import Buffer, Packed, Rows
 from l4pack.stream.lanes import Lane, Model
 from l4pack.stream.layer import Blocks
@@ -83,7 +83,7 @@ class BackwardWalk:
     def walk(self) -> None:
         """Up and down, or go on; what is there in the end is what the visitor keeps. Raises StoppedError, L4packError, and
         BudgetError when the disk has no room."""
-        with reproducible():
+        with calibrating():
             left = self._left()
             if left is None:
                 self._up()

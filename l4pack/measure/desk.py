@@ -16,7 +16,7 @@ from l4pack.measure.prepare import Direct, PreparedMeasurement
 from l4pack.measure.terms import Slopes, row_clusters
 from l4pack.measure.wave import Shared, Wave, WaveFound
 from l4pack.recipe import Calibration
-from l4pack.stream.compute import reproducible
+from l4pack.stream.compute import calibrating
 from l4pack.stream.hidden import Packed
 from l4pack.stream.kept import STATE_NAME
 from l4pack.stream.lanes import Model
@@ -59,7 +59,7 @@ class MeasuringDesk:
         folder, job = _own_folder(self._job.folder / task.name), self._job
         progress = _Told(job.folder / STOP_NAME, folder / DONE_NAME).progress
         with ExitStack() as stack:
-            stack.enter_context(reproducible())
+            stack.enter_context(calibrating())
             return Wave(shared(job.prepared, folder, stack, progress), task.changes, task.errors_only).run()
 
 

@@ -24,7 +24,7 @@ from l4pack.measure.spread import SpreadWaves, spread_waves
 from l4pack.measure.state import State
 from l4pack.measure.walk_back import walk_back
 from l4pack.measure.wave import Shared, Wave, WaveFound
-from l4pack.stream.compute import reproducible
+from l4pack.stream.compute import calibrating
 from l4pack.stream.visitor import Progress
 from l4pack.work.folder import check_writable, owned
 
@@ -47,7 +47,7 @@ def measure(
     check_writable(settings.out.parent)
     with ExitStack() as stack:
         folder = stack.enter_context(owned(work, WORK_KIND, restart=settings.restart))
-        stack.enter_context(reproducible())
+        stack.enter_context(calibrating())
         state = State(work, prepared.job())
         if prepared.direct is Direct.FEW:
             walk_back(prepared, progress or Progress())

@@ -35,6 +35,7 @@ from l4pack.quant.gptq_thin import (
 from l4pack.quant.grid import E4M3, ScaleDtype
 from l4pack.quant.layout import Layout
 from l4pack.quant.levels import level_dtype, rearranged, spread_scales
+from l4pack.quant.precision import whole_factors
 from l4pack.quant.quantize import NonFiniteError, quantize_block
 from l4pack.quant.scheme import Scheme, Strategy
 from l4pack.quant.solution import Rounded, Solution, SolvedBy
@@ -105,6 +106,7 @@ def solve(
     )
 
 
+@whole_factors()
 def prepare_problem(
     hessian: Tensor,
     *,
@@ -142,6 +144,7 @@ def prepare_problem(
     return Problem(hessian, aim, diagonal, factor, "", shifting)
 
 
+@whole_factors()
 def solve_problem(
     problem: Problem,
     weight: Tensor,
@@ -260,6 +263,7 @@ def _joined(pieces: list[Solution]) -> Solution:
     )
 
 
+@whole_factors()
 def asymmetric_target(weight: Tensor, problem: Problem) -> Tensor:
     """W + W C H^-1, or W itself where there is no C."""
     if problem.cross is None:

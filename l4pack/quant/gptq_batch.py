@@ -21,6 +21,7 @@ from l4pack.quant.dampening import visits
 from l4pack.quant.gptq import chosen, of_super_blocks
 from l4pack.quant.grid import Grid
 from l4pack.quant.levels import level_dtype, rearranged, spread_scales
+from l4pack.quant.precision import whole_factors
 from l4pack.quant.scheme import Scheme
 from l4pack.quant.solution import Rounded
 from l4pack.quant.triangular import (
@@ -77,6 +78,7 @@ class Solutions:
     sound: Tensor  # bool [matrices]: weights are finite
 
 
+@whole_factors()
 def prepare_problems(
     hessian: Tensor, cross: Tensor | None, fraction: Tensor, *, act_order: bool, outputs: int
 ) -> Problems:
@@ -150,6 +152,7 @@ def columns_of(matrices: Tensor, order: Tensor) -> Tensor:
     return matrices.gather(2, order[:, None, :].expand(-1, matrices.shape[1], -1))
 
 
+@whole_factors()
 def solve_problems(
     problems: Problems,
     weight: Tensor,
@@ -175,6 +178,7 @@ def solve_problems(
     )
 
 
+@whole_factors()
 def asymmetric_target(weight: Tensor, problems: Problems) -> Tensor:
     """W + W C H^-1 of weights [matrices, out, in], or W itself where there is no C."""
     if problems.cross is None:

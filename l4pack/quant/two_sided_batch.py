@@ -19,6 +19,7 @@ from l4pack.quant.gptq import chosen
 from l4pack.quant.gptq_batch import Factors, Problems, Solutions, all_finite, clear, columns_of, factorize
 from l4pack.quant.grid import Grid
 from l4pack.quant.levels import level_dtype, rearranged
+from l4pack.quant.precision import whole_factors
 from l4pack.quant.scheme import Scheme
 from l4pack.quant.solution import Kept, Rounded
 from l4pack.quant.triangular import divide_by_upper, divide_by_upper_transposed, quadratic_form
@@ -45,6 +46,7 @@ class Outputs:
         return Outputs(damped, Factors(upper, order, added), *known)
 
 
+@whole_factors()
 def prepare_outputs(moments: Tensor, fraction: Tensor, *, act_order: bool) -> Outputs:
     """See `two_sided.prepare_outputs`: factor moments [matrices, out, out], used up here, each with its own `fraction` of the
     mean diagonal [matrices] added."""
@@ -209,6 +211,7 @@ class BySides:
     ended: Tensor
 
 
+@whole_factors()
 def solve_by_sides(
     problems: Problems,
     outputs: Outputs,

@@ -13,6 +13,7 @@ from l4pack.quant.dtypes import FloatName
 from l4pack.quant.factor import Factor
 from l4pack.quant.gptq import ROWS_AT_ONCE, Problem, asymmetric_target, round_to_nearest, solve_problem, with_scales
 from l4pack.quant.gptq_batch import Factors
+from l4pack.quant.precision import whole_factors
 from l4pack.quant.scheme import Scheme
 from l4pack.quant.solution import Kept, Rounded, Solution, SolvedBy, TwoSided
 from l4pack.quant.triangular import quadratic_form
@@ -33,6 +34,7 @@ class OutputMoments:
     act_order: bool = True
 
 
+@whole_factors()
 def solve_two_sided(
     problem: Problem,
     outputs: OutputMoments,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from l4pack.quant.precision import TF32, tensor_cores
 from l4pack.work import machine
 from l4pack.work.device import CPU, chosen
 
@@ -46,6 +47,8 @@ class Compute:
             parts["instruction set"] = torch.backends.cpu.get_cpu_capability()
         elif torch.cuda.is_available():
             parts["device"] = self.describe()
+        if self.device.type != CPU and self.dtype is torch.float32:
+            parts["products"] = TF32  # see `calibrating`
         return parts | {f"{name} version": version(name) for name in ("torch", "transformers", "numba")}
 
     @property
@@ -78,3 +81,14 @@ def reproducible() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def calibrating() -> Iterator[None]:
+    """How forward passes, gradients and second moments are computed: the same bits every time, and by a GPU's tensor cores.
+
+    There their float32 products take factors rounded to TF32, eight times as finely as the BF16 that models are served in;
+    solvers and routers take whole ones.
+    """
+    with reproducible(), tensor_cores():
+        yield

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from l4pack.errors import L4packError
+from l4pack.quant.precision import whole_factors
 from l4pack.stream.hidden import AttendedRows, Packed, Rows, batches
 from l4pack.stream.kv import BlockCache, CacheEntry, PassingCache, causal_mask, unchanged
 from l4pack.stream.modules import Skeleton
@@ -175,6 +176,7 @@ class LayerPass:
         return self._to_device(self._stream.current.data[None, :length])
 
     @torch.inference_mode()
+    @whole_factors()
     def route(self) -> Routing | None:
         """Ask the router about every row; a dense layer has none."""
         if not self.moe:

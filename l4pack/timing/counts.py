@@ -82,7 +82,7 @@ def solving_mlp(
     work.include(solver.problem(hidden, outputs=2 * inner))
     work.include(solver.matrix(inner, hidden, among=2 * inner), times=2)
     sides = tokens.streams
-    work.add("moments", Kind.PRODUCT, sides * 2 * product(tokens.solved, inner, hidden))
+    work.add("moments", Kind.TENSOR, sides * 2 * product(tokens.solved, inner, hidden))
     work.add("moments", Kind.MEMORY, sides * tokens.solved * (8 * hidden + 16 * inner) * FLOAT)
     work.include(solver.problem(inner, outputs=hidden))
     work.include(solver.matrix(hidden, inner, among=hidden))
@@ -105,7 +105,7 @@ def solving_attention(text: TextConfig, tokens: Tokens, length: int, scheme: Rec
     for outputs in (queries, keys, keys):
         work.include(solver.matrix(outputs, hidden, among=queries + 2 * keys))
     rows = (2 if cross else 1) * tokens.solved
-    work.add("moments", Kind.PRODUCT, product(rows, queries + 2 * keys, hidden) + product(rows, queries, length))
+    work.add("moments", Kind.TENSOR, product(rows, queries + 2 * keys, hidden) + product(rows, queries, length))
     work.add("moments", Kind.MEMORY, FLOAT * rows * (24 * hidden + 24 * queries))
     work.include(solver.problem(queries, outputs=hidden))
     work.include(solver.matrix(hidden, queries, among=hidden))
@@ -200,7 +200,7 @@ class _Solver:
         work, phase = Work(), "gradients carried back"
         triangle = sum(product(self.tokens, size, inner - first) for first, size in _tiles(inner, MOMENT_TILE))
         work.add(phase, Kind.PRODUCT, product(hidden, inner, hidden) + product(inner, inner, hidden))
-        work.add(phase, Kind.PRODUCT, 3 * product(self.tokens, inner, hidden) + 2 * triangle)
+        work.add(phase, Kind.TENSOR, 3 * product(self.tokens, inner, hidden) + 2 * triangle)
         work.add(phase, Kind.MEMORY, FLOAT * (2 * SLOPES * self.tokens * inner + 12 * inner * inner))
         return work
 
@@ -268,9 +268,9 @@ class _Solver:
 
     def _moments(self, work: Work, width: int) -> None:
         triangle = sum(product(self.tokens, size, width - first) for first, size in _tiles(width, MOMENT_TILE))
-        work.add("moments", Kind.PRODUCT, triangle)
+        work.add("moments", Kind.TENSOR, triangle)
         if self.cross and not self.thin(width):
-            work.add("moments", Kind.PRODUCT, product(width, width, self.tokens))
+            work.add("moments", Kind.TENSOR, product(width, width, self.tokens))
         work.add("moments", Kind.MEMORY, FLOAT * (6 * self.tokens * width + 4 * width * width))
 
     def _factor(self, work: Work, width: int) -> None:

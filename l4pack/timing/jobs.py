@@ -126,13 +126,13 @@ def _up_and_down(
     text: TextConfig, weights: LayerWeights, tokens: int, length: int, device: str, gradients: int
 ) -> Work:
     layers, row, phase = text.num_hidden_layers, tokens * text.hidden_size, ""
-    work = running(text, tokens, length, Kind.PRODUCT, device)
-    work.include(attending(text, tokens, length, Kind.PRODUCT, device), (1 + (ATTENTION_DOWN - 1) * gradients) * layers)
+    work = running(text, tokens, length, Kind.TENSOR, device)
+    work.include(attending(text, tokens, length, Kind.TENSOR, device), (1 + (ATTENTION_DOWN - 1) * gradients) * layers)
     for role, units in mlps_of(text).items():
-        down = running_mlp(text, units.inner, tokens_of(text, role, tokens), Kind.PRODUCT, phase, device)
+        down = running_mlp(text, units.inner, tokens_of(text, role, tokens), Kind.TENSOR, phase, device)
         work.include(down, MLP_DOWN * gradients * units.count)
-    work.add(phase, Kind.PRODUCT, layers * product(text.hidden_size, row, 1))
-    work.add(phase, Kind.PRODUCT, HEAD_PRODUCTS * product(row, text.vocab_size, 1))
+    work.add(phase, Kind.TENSOR, layers * product(text.hidden_size, row, 1))
+    work.add(phase, Kind.TENSOR, HEAD_PRODUCTS * product(row, text.vocab_size, 1))
     work.add(phase, Kind.LOGITS, 2 * tokens * text.vocab_size)
     work.include(weights.loading(2))
     written = row * STORED + (1 + gradients) * HIDDEN_WRITTEN * row * FLOAT + text.hidden_size**2 * FLOAT
@@ -146,7 +146,7 @@ def calibrating(plan: Plan, device: str, tokens: int) -> Work:
     assert plan.needs is not None
     text, streams = plan.checkpoint.config.text, plan.needs.streams
     work = Work()
-    work.include(running(text, tokens, calibration_length(plan), Kind.PRODUCT, device), streams)
+    work.include(running(text, tokens, calibration_length(plan), Kind.TENSOR, device), streams)
     for (role, scheme), count in _solved(plan).items():
         work.include(solving(plan, role, plan.recipe.schemes[scheme], device, tokens), count)
     work.include(_loading(plan))
@@ -374,7 +374,7 @@ def measuring(
     work.include(weights.loading(waves))
     layer = text.num_hidden_layers
     for layers, rows in walked:
-        work.include(running(text, rows, length, Kind.PRODUCT, device), layers / layer)
+        work.include(running(text, rows, length, Kind.TENSOR, device), layers / layer)
     for (role, scheme), count in changed.items():
         work.include(_changing(text, role, scheme, tokens, length, device), count)
     work.include(scoring(text, tokens[0], len(walked)))
@@ -398,7 +398,7 @@ def _changing(
     else:
         work.include(rounding(scheme, 3 * text.hidden_size * units.inner))
     through = tokens_of(text, role, tokens[0])
-    work.include(running_mlp(text, units.inner, through, Kind.PRODUCT, "changed units", device), 2)
+    work.include(running_mlp(text, units.inner, through, Kind.TENSOR, "changed units", device), 2)
     return work
 
 

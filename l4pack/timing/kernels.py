@@ -24,6 +24,7 @@ from l4pack.quant.dequantize import dequantize
 from l4pack.quant.factor import Factor, pull_of
 from l4pack.quant.grid import NumberType
 from l4pack.quant.layout import Layout
+from l4pack.quant.precision import tensor_cores
 from l4pack.quant.quantize import quantize_block
 from l4pack.quant.scheme import Observer, Scheme, Strategy
 from l4pack.quant.solution import Solution
@@ -86,6 +87,7 @@ class Kernels:
         low, low_square = rows.to(forward), square.to(forward)
         return {
             Kind.PRODUCT: self._rate(2.0 * ROWS * WIDTH**2, lambda: rows @ square),
+            Kind.TENSOR: self._rate(2.0 * ROWS * WIDTH**2, tensor_cores()(lambda: rows @ square)),
             Kind.FORWARD: self._rate(2.0 * ROWS * WIDTH**2, lambda: low @ low_square),
             Kind.UPDATE: self._rate(2.0 * ROWS * 128 * WIDTH, lambda: rest[:, WIDTH:].addmm_(errors, upper, alpha=-1)),
             Kind.PRODUCT64: self._rate(2.0 * 128 * SQUARE**2, lambda: double.addmm_(half.T, half, alpha=-1)),

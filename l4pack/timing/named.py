@@ -50,6 +50,7 @@ class GpuData(_Data):
     """What is reached of a GPU's peaks; where memory decides, the bytes that pass for each piece of work."""
 
     product: Share
+    tensor: Share
     update: Share
     product64: Share
     forward: Share
@@ -130,6 +131,7 @@ def _of_host(host: Host, peak: SpeedData, assumed: Assumptions) -> Speeds:
     rates = {
         **{kind: one.rate for kind, one in assumed.host.items()},
         Kind.PRODUCT: peak.float32 * gpu.product.share,
+        Kind.TENSOR: max(peak.float32 * gpu.product.share, peak.bfloat16 * gpu.tensor.share),
         Kind.UPDATE: peak.float32 * gpu.update.share,
         Kind.CHOLESKY: peak.float32 * gpu.cholesky.share,
         Kind.PRODUCT64: peak.float64 * gpu.product64.share,

@@ -102,7 +102,7 @@ def _layer(plan: Plan, workers: int, speeds: Speeds, *, moe: bool) -> Iterator[l
     parts = TASKS_A_WORKER * workers
     if (scheme := _scheme(plan, Role.ATTENTION)) is not None:
         yield [speeds.seconds(solving(plan, Role.ATTENTION, scheme, device, tokens))]
-    attention = attending(text, streams * tokens, calibration_length(plan), Kind.PRODUCT, device)
+    attention = attending(text, streams * tokens, calibration_length(plan), Kind.TENSOR, device)
     yield [speeds.seconds(attention) / parts] * parts
     everyones = Role.SHARED_EXPERT if moe else Role.DENSE_MLP
     roles = {everyones: 1} | ({Role.ROUTED_EXPERT: text.num_local_experts} if moe else {})
@@ -125,7 +125,7 @@ def _together(count: int, most: int) -> list[int]:
 
 def _running(text: TextConfig, role: Role, tokens: float, speeds: Speeds) -> float:
     through, inner = tokens_of(text, role, tokens), mlps_of(text)[role].inner
-    return speeds.seconds(running_mlp(text, inner, through, Kind.PRODUCT, role.value, speeds.device))
+    return speeds.seconds(running_mlp(text, inner, through, Kind.TENSOR, role.value, speeds.device))
 
 
 def _scheme(plan: Plan, role: Role) -> RecipeScheme | None:

@@ -33,12 +33,12 @@ def task_seconds(plan: Plan, speeds: Speeds) -> TaskSeconds:
     if plan.needs is None:
         return TaskSeconds(rounding, 0.0, {})
     text, tokens, streams = plan.checkpoint.config.text, plan.needs.tokens, plan.needs.streams
-    attention = attending(text, tokens, calibration_length(plan), Kind.PRODUCT, speeds.device)
+    attention = attending(text, tokens, calibration_length(plan), Kind.TENSOR, speeds.device)
     schemes = {target.linear.role: target.scheme for target in plan.calibrated}
     mlps = {}
     for role, units in mlps_of(text).items():
         work, through = Work(), tokens_of(text, role, tokens)
-        work.include(running_mlp(text, units.inner, through, Kind.PRODUCT, "running", speeds.device), streams)
+        work.include(running_mlp(text, units.inner, through, Kind.TENSOR, "running", speeds.device), streams)
         if role in schemes:
             scheme = plan.recipe.schemes[schemes[role]]
             work.include(solving(plan, role, scheme, speeds.device, tokens))

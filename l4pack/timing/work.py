@@ -11,6 +11,7 @@ class Kind(StrEnum):
     """What work is counted in; a machine does so many of each a second."""
 
     PRODUCT = "product"  # operations of float32 products, a multiplication and an addition being two
+    TENSOR = "tensor"  # the same whose factors a GPU rounds to TF32, see `quant.precision`
     UPDATE = "update"  # the same of a column block's products: long rows, sums of 128 terms
     PRODUCT64 = "product64"  # the same in float64
     FORWARD = "forward"  # the same in the dtype that is evaluated in: float32 on a CPU, BF16 on a GPU

@@ -2,7 +2,8 @@
 
 What real CUDA refuses is refused here: operations on tensors of two devices (numbers, zero-dimensional tensors in pointwise
 operations, copies, and CPU indices into a CUDA tensor are allowed), NumPy of a tensor there, and matrix products that must be
-deterministic while cuBLAS was not told so. Everything else is computed as on the CPU, so figures can be compared bit by bit.
+deterministic while cuBLAS was not told so. Everything else is computed as on the CPU, so figures can be compared bit by bit,
+but for products whose factors are rounded as tensor cores do it, where that is asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TOTAL_BYTES = 80 * 10**9
 NAME = "Pretended GPU"
 
 aten: Any = torch.ops.aten
-PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm, aten.mv, aten.addmv, aten.dot}
+PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm, aten.baddbmm_, aten.mv, aten.addmv, aten.dot}
 NOT_DETERMINISTIC = {
     aten.cumsum,
     aten.histc,
@@ -223,9 +224,9 @@ class _Names(TorchFunctionMode):
 class _Operations(TorchDispatchMode):
     """Carries out what is asked of tensors on either device, and counts what is done on the pretended one."""
 
-    def __init__(self, done: Counter[str]) -> None:
+    def __init__(self, done: Counter[str], *, tf32: bool) -> None:
         super().__init__()
-        self._done = done
+        self._done, self._tf32 = done, tf32
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -243,10 +244,22 @@ class _Operations(TorchDispatchMode):
             _check(func, args, kwargs)
         if on_device and device is not None:
             kwargs["device"] = torch.device("cpu")
+        if self._tf32 and func.overloadpacket in PRODUCTS and torch.backends.cuda.matmul.allow_tf32:
+            args = (*args[:-2], *map(_rounded, args[-2:]))
         found = func(*_inner(args), **_inner(kwargs))
         if written := _written(func, args, kwargs):
             return _same(written, found)
         return _outer(found) if on_device else found
+
+
+def _rounded(factor: PretendTensor) -> PretendTensor:
+    return PretendTensor(tf32(factor.inner)) if factor.dtype is torch.float32 else factor
+
+
+def tf32(values: Tensor) -> Tensor:
+    """float32 numbers rounded to ten bits of fraction, halves away from zero."""
+    bits = values.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 @cache
@@ -300,22 +313,22 @@ def _check(func: Any, args: Any, kwargs: Any) -> None:
 
 
 @contextmanager
-def _modes(done: Counter[str]) -> Iterator[None]:
-    with _Names(), _Operations(done):
+def _modes(done: Counter[str], *, tf32: bool) -> Iterator[None]:
+    with _Names(), _Operations(done, tf32=tf32):
         yield
 
 
 @contextmanager
-def pretend_device(*, gradients: bool = False) -> Iterator[Counter[str]]:
+def pretend_device(*, gradients: bool = False, tf32: bool = False) -> Iterator[Counter[str]]:
     """One CUDA device, in this thread and in those it starts; gives the number of operations done on it by name.
 
-    `gradients`: of what is computed on it, too.
+    `gradients`: of what is computed on it, too. `tf32`: where torch is told to, products round their factors.
     """
     run = threading.Thread.run
     done: Counter[str] = Counter()
 
     def run_knowing(thread: threading.Thread) -> None:
-        with _modes(done):
+        with _modes(done, tf32=tf32):
             run(thread)
 
     answers: dict[str, Any] = {
@@ -341,5 +354,5 @@ def pretend_device(*, gradients: bool = False) -> Iterator[Counter[str]]:
             stack.enter_context(patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
         stack.enter_context(patch.object(Tensor, "pin_memory", lambda self: self))
         stack.enter_context(patch.object(PretendTensor, "taken_for", CPU if gradients else DEVICE))
-        stack.enter_context(_modes(done))
+        stack.enter_context(_modes(done, tf32=tf32))
         yield done

@@ -28,7 +28,7 @@ from l4pack.timing.jobs import Talk, layer_weights, talking
 from l4pack.timing.work import Kind
 
 HIDDEN, INNER = 384, 640
-PRODUCTS = (Kind.PRODUCT, Kind.UPDATE, Kind.PRODUCT64, Kind.FORWARD)
+PRODUCTS = (Kind.PRODUCT, Kind.TENSOR, Kind.UPDATE, Kind.PRODUCT64, Kind.FORWARD)
 
 
 class Dispatched(TorchDispatchMode):
