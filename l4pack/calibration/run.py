@@ -2,8 +2,9 @@
 
 Up to two lanes go through every layer: the model as quantized so far, whose inputs the matrices are solved for, and the
 original, whose outputs they aim at. A unit is in the journal once its matrices are on disk. A run that goes on repeats the
-layer it was killed in, reading the finished matrices back from the shards, so it computes the same numbers and ends in the
-same bytes: on one machine with as many threads, torch's products of the same shapes are the same bit by bit.
+layer it was killed in, and those before it whose hidden states only a device had; it reads the finished matrices back from
+the shards, so it computes the same numbers and ends in the same bytes: on one machine with as many threads, torch's products
+of the same shapes are the same bit by bit.
 """
 
 from __future__ import annotations

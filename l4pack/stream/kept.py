@@ -67,10 +67,11 @@ class WalkState:
         self._walked = Walked(lanes=list(lanes), begun=step, layers=step, kept=kept)
         self._write([] if kept is None else self._copies())
 
-    def finish(self, record: dict[str, Any], spans: Sequence[Span], *, forget: bool) -> None:
-        """Note a step whose outputs are on disk in `spans`, and with `forget` that nothing is copied any more."""
+    def finish(self, records: Sequence[dict[str, Any]], spans: Sequence[Span], *, forget: bool) -> None:
+        """Note all steps since the walk has begun, the last one's outputs being on disk in `spans`; with `forget`, that nothing
+        is copied any more."""
         known = self._walked
-        changes = {"layers": known.layers + 1, "records": [*known.records, record]}
+        changes = {"layers": known.begun + len(records), "records": list(records)}
         self._walked = known.model_copy(update=changes | ({"kept": None} if forget else {}))
         self._write([*seal(self._folder, spans), *([] if forget else self._copies())])
 

@@ -22,3 +22,8 @@ def rows_at_once(device: str, width: int) -> int:
     least = CPU_ROWS if device == "cpu" else GPU_ROWS
     narrow = NUMBERS_AT_ONCE // max(1, width) // CPU_ROWS * CPU_ROWS
     return max(least, min(MOST_ROWS, narrow))
+
+
+LAYERS_KEPT = (
+    3  # hidden states that stay on a device are put on disk after every so many layers; odd, so that sides take turns
+)

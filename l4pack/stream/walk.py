@@ -1,8 +1,8 @@
 """The one walk through models' layers: layer order, prefetch, hidden states, progress, going on after a stop or a kill.
 
-After each layer the outputs are put on disk and then a state (see `kept`) says which layer is done and what its outputs
-are; the inputs of the layer are overwritten only after that. A thread puts and seals them while the next layer's
-attention is computed. What runs with which weights, and what is recorded, a visitor says.
+After each layer (after every third, where hidden states stay on a device) the outputs are put on disk and then a state (see
+`kept`) says which layer is done and what its outputs are; what an earlier state vouches for is overwritten only after that. A
+thread puts and seals them while the next layer's attention is computed. What runs with which weights, and what is recorded, a visitor says.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from l4pack.stream.kept import WalkState
 from l4pack.stream.lanes import Lane, Lanes
 from l4pack.stream.layer import Blocks, LayerPass
 from l4pack.stream.prefetch import Prefetch
+from l4pack.stream.rows import LAYERS_KEPT
 from l4pack.stream.sides import Stream
 from l4pack.stream.stages import forget_stages
 from l4pack.stream.supply import Supply
@@ -65,6 +66,7 @@ class Walk:
         self._visitor, self._progress, self._supply = visitor or Visitor(), progress or Progress(), supply
         self._blocks = blocks or Blocks.on(skeleton.device, skeleton.text.hidden_size)
         self._release, self._keep, self._ahead = release, keep, ahead
+        self._kept_every = LAYERS_KEPT if resident else 1
         work.mkdir(parents=True, exist_ok=True)
         forget_stages(work)
         self._lanes = Lanes(work, lanes, resident=resident, elsewhere=self._visitor.elsewhere)
@@ -224,17 +226,18 @@ class Walk:
 
     def _save(self, step: int, record: dict[str, Any]) -> None:
         self.records.append(record)
-        done = step + 1
+        done, records = step + 1, list(self.records)
 
         def save() -> None:
             self._lanes.flush(done % 2, release=self._release)
             # What is copied is forgotten before it is overwritten: a run killed between has this walk's own outputs.
-            self._state.finish(record, self._lanes.spans(done), forget=done == self._keep)
+            self._state.finish(records, self._lanes.spans(done), forget=done == self._keep)
             if done == self._keep:
                 self._copy_inputs(done)
 
         self._settle()
-        self._saving = self._saver.submit(save)
+        if done % self._kept_every == 0 or done == self._keep:
+            self._saving = self._saver.submit(save)
         self._lanes.advance()
 
     def _copy_inputs(self, step: int) -> None:

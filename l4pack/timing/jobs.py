@@ -18,6 +18,7 @@ from l4pack.plan.needs import DEFAULT_LENGTH
 from l4pack.plan.plan import Plan
 from l4pack.quant.dtypes import FLOATS
 from l4pack.recipe import RecipeScheme
+from l4pack.stream.rows import LAYERS_KEPT
 from l4pack.timing.counts import (
     FLOAT,
     Tokens,
@@ -152,7 +153,7 @@ def calibrating(plan: Plan, device: str, tokens: int) -> Work:
     work.include(_loading(plan))
     work.include(_written(plan.calibrated, sum(_solved(plan).values())))
     hidden = streams * tokens * text.hidden_size * FLOAT * text.num_hidden_layers
-    work.add("writing", Kind.WRITE, HIDDEN_WRITTEN * hidden)
+    work.add("writing", Kind.WRITE, hidden * (1 / LAYERS_KEPT if plan.needs.resident else HIDDEN_WRITTEN))
     return work
 
 

@@ -14,6 +14,7 @@ from l4pack.errors import StoppedError
 from l4pack.stream.hidden import Packed, TokenSequence
 from l4pack.stream.kept import STATE_NAME
 from l4pack.stream.lanes import Lane
+from l4pack.stream.rows import LAYERS_KEPT
 from l4pack.stream.units import Part, Unit, layer_units
 from l4pack.stream.visitor import Progress, Visitor
 from l4pack.stream.walk import Walk
@@ -157,6 +158,32 @@ def test_whatever_it_dies_of_in_any_layer_it_goes_on_to_the_same_states(model, p
         outputs(lanes, tmp_path, Seen(die))
     assert vouches(tmp_path) == layer
     assert torch.equal(outputs(lanes, tmp_path), wanted)
+
+
+@pytest.fixture(scope="module")
+def deep(checkpoint):
+    """Layers enough for three sides to be put on disk, and one more."""
+    return stream_model(checkpoint("maverick", num_hidden_layers=10, no_rope_layers=[1, 1, 1, 0, 1] * 2))
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3, 5, 6, 8, 9])
+def test_where_states_stay_on_a_device_it_goes_on_from_the_last_that_are_on_disk(deep, packed, tmp_path, layer):
+    lanes, last = lanes_of(deep, packed), layer_units(deep.skeleton.config, layer)[1]
+    whole = outputs(lanes, tmp_path / "whole", resident=True)
+    assert torch.equal(whole, outputs(lanes, tmp_path / "files"))
+
+    def die(unit):
+        if unit == last:
+            assert vouches(tmp_path) == layer // LAYERS_KEPT * LAYERS_KEPT
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        outputs(lanes, tmp_path, Seen(die), resident=True)
+    seen = Seen()
+    assert torch.equal(outputs(lanes, tmp_path, seen, resident=True), whole)
+    done = layer // LAYERS_KEPT * LAYERS_KEPT
+    assert seen.units[0] == (0, Unit(done, Part.ATTENTION))
+    assert seen.resumed == ([{"layer": before} for before in range(done)] if done else None)
 
 
 def test_what_a_visitor_does_not_believe_is_walked_again(model, packed, tmp_path, wanted):
