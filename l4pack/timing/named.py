@@ -141,5 +141,6 @@ def _of_host(host: Host, peak: SpeedData, assumed: Assumptions) -> Speeds:
         Kind.STEP: gpu.step.rate,
         **{kind: memory / nbytes for kind, nbytes in gpu.bytes_a_weight.items()},
     }
-    basis = f"assumed from data sheets ({gpu.product.share:.0%} of float32's peak in products), not measured"
+    reached = f"{gpu.product.share:.0%} of float32's peak in products, {gpu.tensor.share:.0%} of BF16's by tensor cores"
+    basis = f"assumed from data sheets ({reached}), not measured"
     return Speeds(host.name, rates, basis, host.count, CUDA, host.device.memory_bytes)
