@@ -24,6 +24,5 @@ def rows_at_once(device: str, width: int) -> int:
     return max(least, min(MOST_ROWS, narrow))
 
 
-LAYERS_KEPT = (
-    3  # hidden states that stay on a device are put on disk after every so many layers; odd, so that sides take turns
-)
+# Hidden states that stay on a device are put on disk after every so many layers; odd, so that sides take turns.
+LAYERS_KEPT = 3

@@ -2,7 +2,8 @@
 
 After each layer (after every third, where hidden states stay on a device) the outputs are put on disk and then a state (see
 `kept`) says which layer is done and what its outputs are; what an earlier state vouches for is overwritten only after that. A
-thread puts and seals them while the next layer's attention is computed. What runs with which weights, and what is recorded, a visitor says.
+thread puts and seals them while the next layer's attention is computed. What runs with which weights, and what is recorded, a
+visitor says.
 """
 
 from __future__ import annotations
@@ -236,7 +237,7 @@ class Walk:
                 self._copy_inputs(done)
 
         self._settle()
-        if done % self._kept_every == 0 or done == self._keep:
+        if done % self._kept_every == 0:
             self._saving = self._saver.submit(save)
         self._lanes.advance()
 

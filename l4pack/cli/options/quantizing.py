@@ -44,7 +44,7 @@ BestOption = Annotated[
     typer.Option(
         "--best",
         help="Solve the MLPs of four bits and of FP8 that fit chooses for the model's end, as `int4-best` and `fp8-best` do: "
-        "of four bits about a quarter less KL at the same bytes, for two to three times the time of quantizing.",
+        "of four bits about a quarter less KL at the same bytes, for two to four times the time of quantizing.",
     ),
 ]
 MeasuredOptionsOption = Annotated[
